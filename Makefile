@@ -1,0 +1,45 @@
+# Two commands do all the set-up on a bare clone: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo_output
+
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/anima-fast demo --out $(OUT)
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/vae_encode.py
+
+clean:
+	rm -rf $(VENV) $(OUT) *.egg-info build
+
+$(VENV)/.python:
+	$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and 'Python 3.10 to 3.13 is needed, this is ' + sys.version.split()[0] + ': run make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP_INSTALL) -e ".[demo]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP_INSTALL) -e ".[demo,test]"
+	touch $@

@@ -1,0 +1,196 @@
+"""Atomic writes, content hashes and safetensors files.
+
+Every file of a run goes through here: it is written under a temporary name in the same folder,
+flushed to the disk and renamed, so that a reader (or the next run after a power cut) sees the old
+file or the new one, never a half. Errors of the disk become one readable `UserError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from anima_fast.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a binary file that appears at `path` only when the block ends without an error.
+
+    Raises `UserError` when the folder cannot be written or the disk is full; nothing is left then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Fill a new folder that replaces `path` only when the block ends without an error.
+
+    A folder that is already at `path` is moved aside first and deleted last, so a crash between
+    the two renames leaves it beside the new one under the name `.NAME.old`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:8]}.tmp")
+    old = path.with_name(f".{path.name}.old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to the disk (a no-op where the system has no such call)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def disk_error(error: OSError, path: Path) -> UserError:
+    """The `UserError` for a failed write to `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT if hasattr(errno, "EDQUOT") else errno.ENOSPC):
+        return UserError(
+            f"no space left while writing {path}: free some disk space and run again; "
+            "nothing was left half-written"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(
+            f"cannot write {path}: permission denied; choose a folder that you may write"
+        )
+    return UserError(f"cannot write {path}: {error.strerror or error}")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """Write a value as indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_safetensors(
+    tensors: Mapping[str, torch.Tensor],
+    path: str | os.PathLike,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors (any device) and string metadata as one safetensors file, atomically."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as file:
+        file.write(save(plain, metadata=dict(metadata) if metadata else None))
+
+
+def read_safetensors_header(path: str | os.PathLike) -> dict:
+    """The JSON header of a safetensors file (tensor entries and `__metadata__`), without its data.
+
+    Raises `UserError` when the file is missing, is no safetensors file or is cut off.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(size - 8, 100_000_000):
+                raise UserError(
+                    f"{path} is not a safetensors file, or is cut off: copy or download it again"
+                )
+            header = json.loads(file.read(length))
+        end = max(
+            (t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"),
+            default=0,
+        )
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: check the path") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} has no readable safetensors header: copy or download it again"
+        ) from error
+    if size < 8 + length + end:
+        raise UserError(
+            f"{path} is cut off: {size} bytes, but its header announces {8 + length + end}; "
+            "copy or download it again"
+        )
+    return header
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def cached_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a large file, remembered by (path, size, mtime) in the user's cache folder.
+
+    A base model of 4 GB takes seconds to hash; it changes almost never.
+    """
+    path = Path(path).resolve()
+    stat = path.stat()
+    index = cache_home() / "hashes.json"
+    try:
+        known = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    entry = known.get(str(path))
+    if entry and entry[:2] == [stat.st_size, stat.st_mtime_ns]:
+        return entry[2]
+    digest = sha256_file(path)
+    known[str(path)] = [stat.st_size, stat.st_mtime_ns, digest]
+    # An unwritable home only costs the next run the same seconds.
+    with contextlib.suppress(UserError):
+        write_json(index, known)
+    return digest
+
+
+def cache_home() -> Path:
+    """The program's own cache folder: `ANIMA_FAST_HOME`, else `~/.cache/anima_fast`."""
+    return Path(os.environ.get("ANIMA_FAST_HOME") or Path.home() / ".cache" / "anima_fast")

@@ -1,0 +1,16 @@
+"""Settings for every test: one thread a process, no hub, a private cache folder, no leftovers."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "offline"
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def private_home(tmp_path_factory, monkeypatch):
+    """Hash indexes and downloads of a test never land in the developer's home."""
+    monkeypatch.setenv("ANIMA_FAST_HOME", str(tmp_path_factory.mktemp("home")))
