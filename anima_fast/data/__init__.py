@@ -1,0 +1,1 @@
+"""From folders of images and captions to batches: configuration, buckets, captions, caches."""

@@ -1,0 +1,300 @@
+"""Dataset files and the settings they resolve to.
+
+A dataset file (TOML, or JSON of the same structure) has defaults in `[general]`, one
+`[[datasets]]` for each resolution and batch size, and in it one `[[datasets.subsets]]` for each
+folder or metadata file. A value is looked up in the order subset, dataset, general, command line,
+built-in default. `schema.py` says which keys exist.
+
+Without a file the same settings come from `train_data_dir` / `reg_data_dir` (folders named
+"N_class") or `in_json` (one metadata file).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from anima_fast.data import layouts
+from anima_fast.data.buckets import TOKEN_PIXELS, BucketRule, Size, adjust_limits, fit_defaults
+from anima_fast.data.schema import KEYS, check_config, check_value
+from anima_fast.errors import UserError
+
+try:
+    import tomllib
+except ModuleNotFoundError:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Subset:
+    """One folder or metadata file, every setting resolved. Names are the keys of the file."""
+
+    index: int = 0
+    dataset_index: int = 0
+    image_dir: str | None = None
+    metadata_file: str | None = None
+    conditioning_data_dir: str | None = None
+    is_reg: bool = False
+    class_tokens: str | None = None
+    # None: ".txt", and ".caption" where there is no such file.
+    caption_extension: str | None = None
+    cache_info: bool = False
+    num_repeats: int = 1
+    shuffle_caption: bool = False
+    caption_separator: str = ","
+    keep_tokens: int = 0
+    keep_tokens_separator: str = ""
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0.0
+    flip_aug: bool = False
+    color_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None
+    alpha_mask: bool = False
+    resize_interpolation: str | None = None
+    validation_split: float = 0.0
+    validation_seed: int | None = None
+    custom_attributes: dict = field(default_factory=dict, hash=False)
+
+    @property
+    def name(self) -> str:
+        """The folder's own name, or the metadata file's: what the metadata of a LoRA shows."""
+        return Path(os.path.abspath(self.image_dir or self.metadata_file or "")).name
+
+    @property
+    def where(self) -> str:
+        """The subset's place for messages."""
+        return f"datasets[{self.dataset_index}].subsets[{self.index}]"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One resolution and batch size with its subsets. `resolution` is (width, height) in pixels."""
+
+    index: int
+    resolution: Size
+    batch_size: int = 1
+    enable_bucket: bool = False
+    min_bucket_reso: int = 256
+    max_bucket_reso: int = 1024
+    bucket_reso_steps: int = 64
+    bucket_no_upscale: bool = False
+    network_multiplier: float = 1.0
+    subsets: tuple[Subset, ...] = ()
+
+    @property
+    def bucket_rule(self) -> BucketRule:
+        """The rule that places an image of this dataset."""
+        return BucketRule(
+            self.resolution,
+            self.enable_bucket,
+            self.min_bucket_reso,
+            self.max_bucket_reso,
+            self.bucket_reso_steps,
+            self.bucket_no_upscale,
+        )
+
+
+def option(options: object, name: str, default: object = None) -> object:
+    """An option's value, or `default` when it was not given (absent or None)."""
+    value = getattr(options, name, None)
+    return default if value is None else value
+
+
+def load_dataset_config(path: str | os.PathLike) -> dict:
+    """Read and check a dataset file.
+
+    Returns:
+        {"general": {...}, "datasets": [{..., "subsets": [...]}]} with checked, normal values.
+    Raises:
+        UserError: no such file, not TOML or JSON, or a key or value that the schema refuses.
+    """
+    path = Path(path)
+    parse = {".toml": tomllib.loads, ".json": json.loads}.get(path.suffix.lower())
+    if parse is None:
+        raise UserError(f"{path}: a dataset configuration is a .toml or a .json file: rename it")
+    text = layouts.read_text(path, "dataset configuration")
+    try:
+        config = parse(text)
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for a dataset configuration") from None
+    except ValueError as error:
+        hint = "; write Windows paths in 'single quotes' or with /" if "\\" in text else ""
+        raise UserError(f"{path} is not valid {path.suffix[1:].upper()}: {error}{hint}") from None
+    return check_config(config, path.name)
+
+
+def resolve_datasets(options: object) -> tuple[list[Dataset], list[str]]:
+    """The datasets that the options ask for, with notices for the user.
+
+    Args:
+        options: anything with attributes named as the options; absent or None means not given.
+    Raises:
+        UserError: no data named, or a setting that cannot work.
+    """
+    notices: list[str] = []
+    if path := option(options, "dataset_config"):
+        ignored = [n for n in ("train_data_dir", "reg_data_dir", "in_json") if option(options, n)]
+        if ignored:
+            notices.append(f"{', '.join(ignored)} ignored: dataset_config is given")
+        config = load_dataset_config(path)
+    else:
+        config = _config_of_folders(options, notices)
+    datasets = [
+        _resolve_dataset(i, entry, config["general"], options, notices)
+        for i, entry in enumerate(config["datasets"])
+    ]
+    return datasets, notices
+
+
+def _config_of_folders(options: object, notices: list[str]) -> dict:
+    """The configuration that stands for the folder options."""
+    train_dir, in_json = option(options, "train_data_dir"), option(options, "in_json")
+    masks = option(options, "conditioning_data_dir")
+    shared = {"conditioning_data_dir": str(masks)} if masks else {}
+    if in_json:
+        subsets = [{"metadata_file": str(in_json)}]
+        if train_dir:
+            subsets[0]["image_dir"] = str(train_dir)
+    elif train_dir:
+        subsets = layouts.class_folders(Path(train_dir), notices)
+    else:
+        raise UserError(
+            "no training data: give --dataset_config FILE.toml, or --train_data_dir with folders "
+            "named like '10_name'"
+        )
+    subsets = [subset | shared for subset in subsets]
+    if reg_dir := option(options, "reg_data_dir"):
+        if in_json:
+            notices.append("reg_data_dir ignored: in_json is given")
+        else:
+            reg = layouts.class_folders(Path(reg_dir), notices)
+            subsets += [subset | {"is_reg": True} for subset in reg]
+    return {"general": {}, "datasets": [{"subsets": subsets}]}
+
+
+def _lookup(name: str, levels: list[Mapping], options: object) -> object:
+    for level in levels:
+        if name in level:
+            return level[name]
+    key = KEYS[name]
+    value = option(options, key.option) if key.option else None
+    # An option that is switched off or left empty is the same as one not given.
+    if value is None or value == "" or value is False:
+        return key.default
+    return check_value(key, value, f"--{key.option}")
+
+
+def _resolve_dataset(
+    index: int, entry: Mapping, general: Mapping, options: object, notices: list[str]
+) -> Dataset:
+    where = f"datasets[{index}]"
+    names = [f.name for f in fields(Dataset) if f.name in KEYS]
+    values = {name: _lookup(name, [entry, general], options) for name in names}
+    if values["resolution"] is None:
+        raise UserError(
+            f"{where}: resolution is missing: add `resolution = 1024` to [general] or "
+            "[[datasets]], or give --resolution=1024"
+        )
+    if values["enable_bucket"]:
+        given = {n for n in names if n in entry or n in general or _is_set(n, options)}
+        notices += fit_defaults(values, given, where)
+        limits = values["min_bucket_reso"], values["max_bucket_reso"], values["bucket_reso_steps"]
+        low, high, changes = adjust_limits(values["resolution"], *limits, where)
+        values |= {"min_bucket_reso": low, "max_bucket_reso": high}
+        notices += changes
+    elif any(side % TOKEN_PIXELS for side in values["resolution"]):
+        raise UserError(
+            f"{where}: resolution {values['resolution']} is not a multiple of {TOKEN_PIXELS} on "
+            "both sides: change it or set enable_bucket = true"
+        )
+    subsets = [
+        _resolve_subset(index, j, subset, [subset, entry, general], options)
+        for j, subset in enumerate(entry["subsets"])
+    ]
+    if len({subset.metadata_file is None for subset in subsets}) > 1:
+        raise UserError(
+            f"{where}: subsets with metadata_file and subsets with caption files are mixed: put "
+            "them into two [[datasets]]"
+        )
+    kept = _without_duplicates(subsets, where, notices)
+    return Dataset(index=index, subsets=tuple(kept), **values)
+
+
+def _is_set(name: str, options: object) -> bool:
+    """Whether the command line gives a key a value other than its default."""
+    key = KEYS[name]
+    return bool(key.option) and option(options, key.option, key.default) != key.default
+
+
+def _resolve_subset(
+    dataset_index: int, index: int, own: Mapping, levels: list[Mapping], options: object
+) -> Subset:
+    names = [f.name for f in fields(Subset) if f.name in KEYS]
+    values = {name: _lookup(name, levels, options) for name in names}
+    values["custom_attributes"] = values["custom_attributes"] or {}
+    subset = Subset(index=index, dataset_index=dataset_index, **values)
+    if subset.image_dir is None and subset.metadata_file is None:
+        raise UserError(
+            f"{subset.where}: image_dir is missing: name the folder with the images "
+            "(or a metadata_file)"
+        )
+    _check_subset(subset, options)
+    return subset
+
+
+def _check_subset(subset: Subset, options: object) -> None:
+    """Refuse settings that contradict the caches or each other."""
+    extension = subset.caption_extension or ""
+    if any(c in extension for c in '/\\\0:*?"<>|'):
+        raise UserError(
+            f"{subset.where}: caption_extension {extension!r} is not the end of a file name: use "
+            "'.txt' or '.caption'"
+        )
+    for name in ("color_aug", "random_crop"):
+        if getattr(subset, name) and caches_latents(options):
+            raise UserError(
+                f"{subset.where}: {name} changes the pixels at every use and cannot be combined "
+                f"with cache_latents: remove {name} or cache_latents"
+            )
+    caches_text = option(options, "cache_text_encoder_outputs", False) or option(
+        options, "cache_text_encoder_outputs_to_disk", False
+    )
+    if subset.token_warmup_step > 0 and caches_text:
+        raise UserError(
+            f"{subset.where}: token_warmup_step needs captions that are encoded while training: "
+            "remove token_warmup_step or cache_text_encoder_outputs"
+        )
+
+
+def caches_latents(options: object) -> bool:
+    """Whether either latent cache is asked for."""
+    return bool(
+        option(options, "cache_latents", False) or option(options, "cache_latents_to_disk", False)
+    )
+
+
+def _without_duplicates(subsets: list[Subset], where: str, notices: list[str]) -> list[Subset]:
+    """Drop what the same dataset already has (folder or metadata file) and subsets of 0 repeats."""
+    seen, kept = set(), []
+    for subset in subsets:
+        source = subset.metadata_file or subset.image_dir
+        name = os.path.normcase(os.path.abspath(source.replace("\0", "?")))
+        if name in seen:
+            notices.append(f"{where}: {source} is named twice: its second subset is ignored")
+        elif subset.num_repeats == 0:
+            notices.append(f"{subset.where}: {source} is ignored: num_repeats is 0")
+        else:
+            seen.add(name)
+            kept.append(subset)
+    return kept

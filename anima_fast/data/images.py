@@ -1,0 +1,246 @@
+"""Image files to pixels: headers, decoding, resizing, cropping, masks, colour augmentation.
+
+Only Pillow decodes. An RGBA image loses its alpha without compositing and EXIF rotation is not
+applied: both as sd-scripts does, so that buckets and caches agree with it. The first frame of an
+animation counts. All functions are safe to call from threads; nothing is kept between calls.
+
+`flip_aug` is not applied here: mirrored latents are encoded beside the plain ones, by flipping the
+pixels along their last axis.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from anima_fast.data.resize import resize
+from anima_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from anima_fast.data.plan import ImageItem
+
+MAX_PIXELS = 200_000_000
+# Pillow warns above this number and refuses above its double. The check in `_opened` refuses from
+# the number on, which makes the warning a duplicate.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+_ORIENTATION = 0x0112
+_FACE_BOX = re.compile(r"_(\d{1,6})_(\d{1,6})_(\d{1,6})_(\d{1,6})$", re.ASCII)
+# Hue of ±8 steps where the circle has 180, on Pillow's circle of 256.
+_HUE_STEPS = 8 * 256 / 180
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of an image says: (width, height), and whether EXIF asks for a rotation."""
+
+    size: tuple[int, int]
+    exif_rotated: bool
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(width, height) from the header; errors as `read_header`."""
+    return read_header(path).size
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """Size and EXIF rotation, without decoding the pixels.
+
+    Raises:
+        UserError: an unreadable or empty file, no image, a size of 0 or above 200 megapixels.
+    """
+    with _opened(path) as image:
+        rotated = False
+        # Looking further would decode a whole PNG; a damaged EXIF block rotates nothing.
+        if "exif" in image.info:
+            with contextlib.suppress(Exception):
+                rotated = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+        return Header(image.size, rotated)
+
+
+def read_image(path: str | os.PathLike, mode: str = "RGB") -> np.ndarray:
+    """Decode an image (8 or 16 bit, grey, palette, CMYK ...).
+
+    Args:
+        mode: "RGB", or "RGBA" with alpha 255 where the file has none.
+    Returns:
+        [h, w, 3] or [h, w, 4] uint8.
+    Raises:
+        UserError: as `read_header`, and for a file that is cut off or damaged.
+    """
+    if mode not in ("RGB", "RGBA"):
+        raise ValueError(f"mode is {mode!r}, expected 'RGB' or 'RGBA'")
+    with _opened(path) as image:
+        image.load()
+        if image.mode.startswith(("I", "F")):
+            image = Image.fromarray(_to_8bit(np.asarray(image)))
+        if image.mode in ("RGBa", "La") or (image.mode == "P" and "transparency" in image.info):
+            image = image.convert("RGBA")
+        return np.asarray(image.convert(mode))
+
+
+def load_item(
+    item: ImageItem, *, crop_rng: random.Random | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The pixels of an item, resized and cropped to its bucket.
+
+    Args:
+        crop_rng: turns on what the subset asks for among random crop, face crop and colour
+            augmentation. None crops the centre. A generator in the same state makes `load_mask`
+            cut the same rectangle.
+    Returns:
+        pixels [3, h, w] float32 in [-1, 1], and alpha [h, w] float32 0..1 when the subset has
+        `alpha_mask` (1 where the file has no alpha), else None.
+    Raises:
+        UserError: as `read_image`.
+    """
+    has_alpha = item.subset.alpha_mask
+    pixels = read_image(item.path, "RGBA" if has_alpha else "RGB")
+    cut = _plan_cut(item, crop_rng)
+    rgb = cut.apply(np.ascontiguousarray(pixels[..., :3]), item)
+    if crop_rng is not None and item.subset.color_aug:
+        rgb = augment_color(rgb, crop_rng)
+    alpha = None
+    if has_alpha:
+        alpha = cut.apply(np.ascontiguousarray(pixels[..., 3]), item) / np.float32(255)
+    return rgb.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - 1, alpha
+
+
+def load_mask(item: ImageItem, *, crop_rng: random.Random | None = None) -> np.ndarray | None:
+    """The red channel of the item's mask file, cut like its pixels: [h, w] float32 0..1.
+
+    None when the item has no mask file; errors as `read_image`.
+    """
+    if item.mask_path is None:
+        return None
+    red = np.ascontiguousarray(read_image(item.mask_path)[..., 0])
+    # A mask may be stored smaller than its image; a face box counts in the image's pixels.
+    red = resize(red, item.size, "bilinear")
+    return _plan_cut(item, crop_rng).apply(red, item) / np.float32(255)
+
+
+def augment_color(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Shift the hue by up to ±8 of 180 or apply a gamma of 0.95 to 1.05, in one third of the cases.
+
+    `pixels` is [h, w, 3] uint8, and so is the result.
+    """
+    if rng.random() >= 1 / 3:
+        return pixels
+    if rng.random() < 0.5:
+        hue, *rest = Image.fromarray(pixels).convert("HSV").split()
+        shift = np.uint8(round(rng.uniform(-_HUE_STEPS, _HUE_STEPS)) % 256)
+        shifted = Image.fromarray(np.asarray(hue) + shift)
+        return np.asarray(Image.merge("HSV", (shifted, *rest)).convert("RGB"))
+    table = 255 * (np.arange(256) / 255) ** rng.uniform(0.95, 1.05)
+    return np.rint(table).astype(np.uint8)[pixels]
+
+
+def face_box(stem: str) -> tuple[int, int, int, int] | None:
+    """Centre x, centre y, width, height of a face, from a stem that ends in `_cx_cy_w_h`."""
+    match = _FACE_BOX.search(stem)
+    box = tuple(int(group) for group in match.groups()) if match else None
+    return box if box and box[2] > 0 and box[3] > 0 else None
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Crop the source (when there is a box), resize to `resized`, cut the bucket at left, top."""
+
+    box: tuple[int, int, int, int] | None
+    resized: tuple[int, int]
+    left: int
+    top: int
+
+    def apply(self, pixels: np.ndarray, item: ImageItem) -> np.ndarray:
+        if self.box is not None:
+            left, top, right, bottom = self.box
+            pixels = np.ascontiguousarray(pixels[top:bottom, left:right])
+        pixels = resize(pixels, self.resized, item.subset.resize_interpolation)
+        width, height = item.bucket
+        return pixels[self.top : self.top + height, self.left : self.left + width]
+
+
+def _plan_cut(item: ImageItem, rng: random.Random | None) -> _Cut:
+    subset = item.subset
+    face = face_box(item.path.stem) if rng is not None and subset.face_crop_aug_range else None
+    if face is not None:
+        box = _face_crop(item.size, item.bucket, face, rng.uniform(*subset.face_crop_aug_range))
+        return _Cut(box, item.bucket, 0, 0)
+    spare_x, spare_y = (item.resized[i] - item.bucket[i] for i in (0, 1))
+    if rng is not None and subset.random_crop:
+        return _Cut(None, item.resized, rng.randint(0, spare_x), rng.randint(0, spare_y))
+    return _Cut(None, item.resized, spare_x // 2, spare_y // 2)
+
+
+def _face_crop(
+    size: tuple[int, int], bucket: tuple[int, int], face: tuple[int, int, int, int], factor: float
+) -> tuple[int, int, int, int]:
+    """The rectangle of the bucket's aspect whose shorter side is `factor` times the face.
+
+    It stays inside the image and is not smaller than the bucket where the image allows that.
+    """
+    largest = min(size[0] / bucket[0], size[1] / bucket[1])
+    wanted = factor * max(face[2:]) / min(bucket)
+    scale = min(max(wanted, 1.0), largest)
+    box = []
+    for i in (0, 1):
+        length = min(max(round(bucket[i] * scale), 1), size[i])
+        start = min(max(round(face[i] - length / 2), 0), size[i] - length)
+        box.append((start, start + length))
+    return box[0][0], box[1][0], box[0][1], box[1][1]
+
+
+def _to_8bit(values: np.ndarray) -> np.ndarray:
+    """Grey values of more than 8 bit to uint8: 16-bit integers, or floats of 0..1 or 0..255."""
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values)
+        values = values * 255 if values.max(initial=0) <= 1 else values
+    elif values.dtype != np.uint8 and values.max(initial=0) > 255:
+        values = values / 257
+    return np.rint(values).clip(0, 255).astype(np.uint8)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """An open image of a sane size; whatever fails inside becomes a `UserError` with the name."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width < 1 or height < 1:
+                raise UserError(f"{path}: the image is {width}x{height} pixels: remove the file")
+            if width * height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            yield image
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"image {path} does not exist: check the path") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        limit = MAX_PIXELS // 1_000_000
+        raise UserError(
+            f"image {path} has more than {limit} megapixels: scale it down or remove it"
+        ) from None
+    # Pillow's decoders raise errors of almost any type on damaged files.
+    except Exception as error:
+        raise UserError(
+            f"cannot read image {path} ({_reason(path, error)}): replace or remove the file"
+        ) from error
+
+
+def _reason(path: str | os.PathLike, error: Exception) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.getsize(path) == 0:
+            return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image, or its header is damaged"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,0 +1,265 @@
+"""The plan of a training run's data: which images, in which buckets, how often, in which batches.
+
+`build_plan` lists the images of every subset, reads their headers and captions, holds out the
+validation images, balances the regularisation images and places everything in buckets. No pixel is
+decoded. The batches of an epoch are a pure function of (epoch, seed), so a resumed run repeats
+them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from anima_fast.data import advice, images, layouts
+from anima_fast.data.buckets import BucketRule, Placement, Size
+from anima_fast.data.captions import Caption
+from anima_fast.data.dataset_config import (
+    Dataset,
+    Subset,
+    option,
+    resolve_datasets,
+)
+from anima_fast.data.seeding import seeded
+from anima_fast.errors import UserError
+
+# Reading headers waits for the disk, not for the processor.
+_HEADER_THREADS = 8
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """One image of one dataset. Sizes are (width, height) in pixels.
+
+    `index` is its place in `DatasetPlan.items` or `.validation_items`, `repeats` its number of uses
+    in an epoch, `loss_weight` the factor of its loss, `mask_path` the loss mask from a mask folder.
+    """
+
+    index: int
+    path: Path
+    caption: Caption
+    subset: Subset
+    dataset: Dataset
+    size: Size
+    resized: Size
+    bucket: Size
+    repeats: int
+    is_reg: bool
+    loss_weight: float
+    mask_path: Path | None
+    exif_rotated: bool
+
+
+@dataclass
+class DatasetPlan:
+    """All images of a run and how they form batches; see the module docstring."""
+
+    items: list[ImageItem]
+    validation_items: list[ImageItem]
+    datasets: list[Dataset]
+    notices: list[str] = field(default_factory=list)
+
+    def epoch_batches(self, epoch: int, seed: int) -> list[list[int]]:
+        """The batches of an epoch (counted from 1), as indices into `items`.
+
+        A batch has one dataset and one bucket. Each image enters its bucket `repeats` times; the
+        bucket is shuffled and cut, a short last batch is kept, and the batches of all datasets are
+        shuffled together.
+        """
+        if epoch < 1:
+            raise ValueError(f"epoch is {epoch}, expected 1 or more")
+        rng = seeded("batches", seed, epoch)
+        batches = []
+        for batch_size, uses in self._buckets:
+            shuffled = list(uses)
+            rng.shuffle(shuffled)
+            batches += _cut(shuffled, batch_size)
+        rng.shuffle(batches)
+        return batches
+
+    @cached_property
+    def batches_per_epoch(self) -> int:
+        """Σ over datasets and buckets of ⌈uses / batch size⌉."""
+        return sum(math.ceil(len(uses) / batch_size) for batch_size, uses in self._buckets)
+
+    def validation_batches(self) -> list[list[int]]:
+        """The validation images in fixed batches, as indices into `validation_items`."""
+        groups = _group(self.validation_items)
+        return [batch for size, uses in groups for batch in _cut(uses, size)]
+
+    def summary(self) -> dict:
+        """What the metadata of a trained file tells about the data; see `data/summary.py`."""
+        from anima_fast.data.summary import summarise
+
+        return summarise(self)
+
+    @cached_property
+    def _buckets(self) -> list[tuple[int, list[int]]]:
+        return _group(self.items)
+
+
+def build_plan(options: object) -> DatasetPlan:
+    """Plan the data that the options name.
+
+    Args:
+        options: attributes named as the options (`dataset_config` or `train_data_dir` /
+            `reg_data_dir` / `in_json`, and the defaults of dataset keys); absent or None means
+            not given.
+    Raises:
+        UserError: anything wrong with the configuration, a folder, an image or a caption.
+    """
+    datasets, notices = resolve_datasets(options)
+    uses_masks = bool(option(options, "masked_loss", False))
+    prior_weight = float(option(options, "prior_loss_weight", 1.0))
+    items: list[ImageItem] = []
+    held_out: list[ImageItem] = []
+    for dataset in datasets:
+        train, reg = [], []
+        for subset in dataset.subsets:
+            found = _read_subset(subset, dataset, uses_masks, prior_weight, notices)
+            if subset.is_reg:
+                reg += found
+                continue
+            kept, validation = _split(found, subset)
+            train += kept
+            held_out += [_for_validation(item) for item in validation]
+        items += train + _balance(reg, sum(item.repeats for item in train))
+    if not items:
+        raise UserError(
+            "no training images: every image is held out for validation or for regularisation; "
+            "lower validation_split or add a subset without is_reg"
+        )
+    items = [replace(item, index=i) for i, item in enumerate(items)]
+    held_out = [replace(item, index=i) for i, item in enumerate(held_out)]
+    everything = items + held_out
+    advice.check_exact_sizes(everything, options)
+    notices += advice.advise(everything, datasets, options)
+    if not held_out and any(s.validation_split > 0 for d in datasets for s in d.subsets):
+        notices.append("validation_split holds out no image: the subsets are too small for it")
+    return DatasetPlan(items, held_out, datasets, notices)
+
+
+def _read_subset(
+    subset: Subset, dataset: Dataset, uses_masks: bool, prior_weight: float, notices: list[str]
+) -> list[ImageItem]:
+    if subset.metadata_file is not None:
+        listing = layouts.read_metadata_file(subset.metadata_file, subset.image_dir, subset.where)
+    else:
+        listing = layouts.read_captioned_folder(
+            subset.image_dir,
+            extension=subset.caption_extension,
+            class_tokens=subset.class_tokens,
+            where=subset.where,
+        )
+    notices += listing.notices
+    paths = [path for path, _ in listing.entries]
+    masks: dict[Path, Path] = {}
+    if subset.conditioning_data_dir and uses_masks:
+        masks = layouts.mask_files(paths, subset.conditioning_data_dir, subset.where)
+    elif subset.conditioning_data_dir:
+        notices.append(f"{subset.where}: conditioning_data_dir is ignored without masked_loss")
+    rule = dataset.bucket_rule
+    found = []
+    for (path, caption), header in zip(listing.entries, _headers(paths), strict=True):
+        placement = _place(path, header.size, rule)
+        found.append(
+            ImageItem(
+                index=-1,
+                path=path,
+                caption=caption,
+                subset=subset,
+                dataset=dataset,
+                size=header.size,
+                resized=placement.resized,
+                bucket=placement.bucket,
+                repeats=subset.num_repeats,
+                is_reg=subset.is_reg,
+                loss_weight=prior_weight if subset.is_reg else 1.0,
+                mask_path=masks.get(path),
+                exif_rotated=header.exif_rotated,
+            )
+        )
+    return found
+
+
+def _place(path: Path, size: Size, rule: BucketRule) -> Placement:
+    try:
+        placement = rule.place(size)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if math.prod(placement.resized) > images.MAX_PIXELS:
+        raise UserError(
+            f"{path}: {size[0]}x{size[1]} is too narrow to fill the bucket "
+            f"{placement.bucket[0]}x{placement.bucket[1]}: crop it or remove it"
+        )
+    return placement
+
+
+def _headers(paths: list[Path]) -> list[images.Header]:
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        return list(pool.map(images.read_header, paths))
+
+
+def _split(found: list[ImageItem], subset: Subset) -> tuple[list[ImageItem], list[ImageItem]]:
+    """Training and validation images of a subset: disjoint, chosen by `validation_seed` alone."""
+    # 10·(1−0.7) is a little above 3 in binary; that must not round up to 4.
+    kept = math.ceil(len(found) * (1 - subset.validation_split) - 1e-9)
+    if kept >= len(found):
+        return found, []
+    order = list(range(len(found)))
+    seeded("validation", subset.validation_seed or 0).shuffle(order)
+    return [found[i] for i in sorted(order[:kept])], [found[i] for i in sorted(order[kept:])]
+
+
+def _for_validation(item: ImageItem) -> ImageItem:
+    """The item without repeats and everything random except wildcards, which need a choice."""
+    subset = replace(
+        item.subset,
+        num_repeats=1,
+        shuffle_caption=False,
+        caption_dropout_rate=0.0,
+        caption_dropout_every_n_epochs=0,
+        caption_tag_dropout_rate=0.0,
+        token_warmup_step=0.0,
+        flip_aug=False,
+        color_aug=False,
+        random_crop=False,
+        face_crop_aug_range=None,
+    )
+    return replace(item, subset=subset, repeats=1)
+
+
+def _balance(reg: list[ImageItem], wanted: int) -> list[ImageItem]:
+    """Repeat regularisation images in turn until they are as many as the training images.
+
+    The first round counts each with its own repeats, every later one adds a single use; images
+    that the first round does not reach stay unused.
+    """
+    uses, total = [], 0
+    for item in reg:
+        if total >= wanted:
+            break
+        uses.append(item.repeats)
+        total += item.repeats
+    if uses and total < wanted:
+        rounds, rest = divmod(wanted - total, len(uses))
+        uses = [use + rounds + (i < rest) for i, use in enumerate(uses)]
+    return [replace(item, repeats=use) for item, use in zip(reg, uses, strict=False)]
+
+
+def _group(items: list[ImageItem]) -> list[tuple[int, list[int]]]:
+    """(batch size, item indices with repeats) of each bucket, by dataset and bucket size."""
+    groups: dict[tuple[int, Size], list[int]] = defaultdict(list)
+    sizes = {}
+    for item in items:
+        groups[item.dataset.index, item.bucket] += [item.index] * item.repeats
+        sizes[item.dataset.index] = item.dataset.batch_size
+    return [(sizes[key[0]], groups[key]) for key in sorted(groups)]
+
+
+def _cut(uses: list[int], batch_size: int) -> list[list[int]]:
+    return [uses[i : i + batch_size] for i in range(0, len(uses), batch_size)]

@@ -1,0 +1,119 @@
+"""The data part of a LoRA's metadata: datasets, tag counts, folders, buckets, numbers of images.
+
+The shapes of these values are those of sd-scripts (`ss_datasets`, `ss_tag_frequency`, ...), which
+user interfaces read. Folders appear by their own name only, never with their path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from anima_fast.data.dataset_config import Dataset, Subset
+    from anima_fast.data.plan import DatasetPlan, ImageItem
+
+_NOT_SHOWN = {"index", "dataset_index", "conditioning_data_dir"}
+
+
+def summarise(plan: DatasetPlan) -> dict:
+    """Values that serialise to JSON.
+
+    Returns:
+        datasets: a list with settings, counts and subsets of each dataset.
+        tag_frequency: {folder: {tag: images}}, tags in lower case.
+        dataset_dirs, reg_dataset_dirs: {folder: {"n_repeats", "img_count"}}.
+        bucket_info: {"buckets": {"0": {"resolution", "count"}}, "mean_img_ar_error"}, or None.
+        num_train_images, num_reg_images (with repeats), num_validation_images.
+    """
+    train = [item for item in plan.items if not item.is_reg]
+    reg = [item for item in plan.items if item.is_reg]
+    return {
+        "datasets": [_dataset(dataset, plan) for dataset in plan.datasets],
+        "tag_frequency": _tag_frequency(plan.items),
+        "dataset_dirs": _folders(train),
+        "reg_dataset_dirs": _folders(reg),
+        "bucket_info": _bucket_info(plan.items),
+        "num_train_images": sum(item.repeats for item in train),
+        "num_reg_images": sum(item.repeats for item in reg),
+        "num_validation_images": len(plan.validation_items),
+    }
+
+
+def _dataset(dataset: Dataset, plan: DatasetPlan) -> dict:
+    mine = [item for item in plan.items if item.dataset.index == dataset.index]
+    held_out = [item for item in plan.validation_items if item.dataset.index == dataset.index]
+    return {
+        "is_dreambooth": all(subset.metadata_file is None for subset in dataset.subsets),
+        "batch_size_per_device": dataset.batch_size,
+        "num_train_images": sum(item.repeats for item in mine if not item.is_reg),
+        "num_reg_images": sum(item.repeats for item in mine if item.is_reg),
+        "num_validation_images": len(held_out),
+        "resolution": list(dataset.resolution),
+        "enable_bucket": dataset.enable_bucket,
+        "min_bucket_reso": dataset.min_bucket_reso,
+        "max_bucket_reso": dataset.max_bucket_reso,
+        "bucket_reso_steps": dataset.bucket_reso_steps,
+        "bucket_no_upscale": dataset.bucket_no_upscale,
+        "network_multiplier": dataset.network_multiplier,
+        "tag_frequency": _tag_frequency(mine),
+        "bucket_info": _bucket_info(mine),
+        "subsets": [_subset(subset, mine) for subset in dataset.subsets],
+    }
+
+
+def _subset(subset: Subset, items: list[ImageItem]) -> dict:
+    values = {name: value for name, value in asdict(subset).items() if name not in _NOT_SHOWN}
+    for name in ("image_dir", "metadata_file"):
+        if values[name] is not None:
+            values[name] = Path(os.path.abspath(values[name])).name
+    values["img_count"] = sum(item.subset.index == subset.index for item in items)
+    # A TOML table may hold dates, which JSON does not know.
+    return json.loads(json.dumps(values, default=str))
+
+
+def _tag_frequency(items: list[ImageItem]) -> dict[str, dict[str, int]]:
+    counts: dict[str, Counter] = {}
+    for item in _once(items):
+        folder = counts.setdefault(item.subset.name, Counter())
+        for line in item.caption.lines(item.subset):
+            tags = (tag.strip().lower() for tag in line.split(item.subset.caption_separator))
+            folder.update(tag for tag in tags if tag)
+    return {name: dict(counter) for name, counter in counts.items()}
+
+
+def _once(items: list[ImageItem]) -> list[ImageItem]:
+    """One item for each file: a folder may stand in several datasets."""
+    first: dict[Path, ImageItem] = {}
+    for item in items:
+        first.setdefault(item.path, item)
+    return list(first.values())
+
+
+def _folders(items: list[ImageItem]) -> dict[str, dict[str, int]]:
+    folders: dict[str, dict[str, int]] = {}
+    for item in _once(items):
+        entry = folders.setdefault(
+            item.subset.name, {"n_repeats": item.subset.num_repeats, "img_count": 0}
+        )
+        entry["img_count"] += 1
+    return folders
+
+
+def _bucket_info(items: list[ImageItem]) -> dict | None:
+    bucketed = [item for item in items if item.dataset.enable_bucket]
+    if not bucketed:
+        return None
+    counts: Counter = Counter()
+    for item in bucketed:
+        counts[item.bucket] += item.repeats
+    buckets = {
+        str(i): {"resolution": list(bucket), "count": counts[bucket]}
+        for i, bucket in enumerate(sorted(counts))
+    }
+    errors = [abs(i.bucket[0] / i.bucket[1] - i.size[0] / i.size[1]) for i in bucketed]
+    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors)}
