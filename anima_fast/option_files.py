@@ -1,0 +1,197 @@
+"""From command-line words and a TOML file to options, and from options back to TOML.
+
+A value on the command line beats the file, the file beats the default. Sections of the file are
+only for the reader: all keys are flattened. Names may be spelt with hyphens or underscores.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anima_fast.errors import UserError
+from anima_fast.files import write_text
+from anima_fast.option_groups.base import Spec, convert, nearest, specs
+from anima_fast.option_groups.tables import ALIASES, IGNORED, REFUSED
+from anima_fast.option_rules import check_required
+from anima_fast.options import TrainOptions
+
+try:
+    import tomllib
+except ModuleNotFoundError:
+    import tomli as tomllib
+
+# What the command line and the file may name beside the fields of `TrainOptions`.
+OTHER_NAMES = frozenset(itertools.chain(ALIASES, IGNORED, REFUSED))
+
+
+def resolve_train_options(
+    cli_values: Mapping[str, Any],
+    config_file: str | Path | None = None,
+    *,
+    complete: bool = True,
+) -> tuple[TrainOptions, list[str]]:
+    """The options of a run from both sources.
+
+    Args:
+        cli_values: option name -> text, list of texts, or a value of the right type. The names of
+            `option_groups.tables` are allowed too.
+        config_file: a TOML file; `.toml` is appended where the ending is missing.
+        complete: whether everything that a run needs must be there.
+    Returns:
+        the checked options and the notices to show.
+    Raises:
+        UserError: unknown, refused or missing options, wrong values, impossible combinations.
+    """
+    notices: list[str] = []
+    values: dict[str, Any] = {}
+    if config_file is not None:
+        path = config_path(config_file)
+        values = _accept(read_config(path), f"{path.name}: ", notices, text=False)
+    values |= _accept(cli_values, "--", notices, text=True)
+    options = TrainOptions(**values)
+    if complete:
+        check_required(options)
+    return options, [*notices, *options.notices]
+
+
+def config_path(path: str | Path) -> Path:
+    """The configuration file meant by `--config_file`, with `.toml` appended when missing."""
+    path = Path(path)
+    return path if path.suffix == ".toml" else path.with_name(path.name + ".toml")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys and values of a TOML file, sections flattened.
+
+    Raises:
+        UserError: a missing or unreadable file, invalid TOML, a key that stands in two sections.
+    """
+    try:
+        parsed = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"--config_file {path} does not exist: check the path") from None
+    except OSError as error:
+        raise UserError(f"cannot read --config_file {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        # Covers text that is not UTF-8 too.
+        raise UserError(f"--config_file {path} is not valid TOML: {error}") from error
+    flat: dict[str, Any] = {}
+    _flatten(parsed, flat, path.name)
+    return flat
+
+
+def _flatten(table: Mapping[str, Any], flat: dict[str, Any], where: str) -> None:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            _flatten(value, flat, where)
+            continue
+        name = key.replace("-", "_")
+        if name in flat:
+            raise UserError(f"{where}: {key} stands in two sections: keep one of them")
+        flat[name] = value
+
+
+def _accept(
+    given: Mapping[str, Any], place: str, notices: list[str], *, text: bool
+) -> dict[str, Any]:
+    """Options of one source in their types; the other known names become notices or errors."""
+    known = specs(TrainOptions)
+    values = {
+        name: convert(known[name], value, f"{place}{name}", text=text)
+        for name, value in given.items()
+        if name in known and value is not None
+    }
+    for name, value in given.items():
+        if name not in known and value is not None and not _is_off(value):
+            _other(name, value, place, values, notices)
+    return values
+
+
+def _other(name: str, value: Any, place: str, values: dict[str, Any], notices: list[str]) -> None:
+    known = specs(TrainOptions)
+    if name in REFUSED:
+        raise UserError(f"{place}{name}: {REFUSED[name]}")
+    if name in IGNORED:
+        notices.append(f"{name} is ignored: {IGNORED[name]}")
+    elif name in ALIASES:
+        alias = ALIASES[name]
+        meant = value if alias.value is None else alias.value
+        # The plain name beats the older spelling.
+        values.setdefault(
+            alias.target, convert(known[alias.target], meant, f"{place}{name}", text=True)
+        )
+    else:
+        raise UserError(f"{place}{name}: unknown option: {nearest(name, [*known, *OTHER_NAMES])}")
+
+
+def _is_off(value: Any) -> bool:
+    """A table's option that is given but turned off, as configuration files of others have it."""
+    if isinstance(value, str):
+        return value.lower() in ("", "false", "no", "none", "0")
+    return not value
+
+
+def to_toml(options: Any, *, only_changed: bool = False) -> str:
+    """Options as TOML, in a section for each help group; secrets are left out.
+
+    Args:
+        options: `TrainOptions` (or any class of options).
+        only_changed: leave out what equals its default.
+    """
+    import tomli_w
+
+    sections: dict[str, dict[str, Any]] = {}
+    for name, spec in specs(type(options)).items():
+        value = getattr(options, name)
+        if value is None or spec.secret or (only_changed and value == spec.default):
+            continue
+        plain = list(value) if isinstance(value, tuple) else value
+        sections.setdefault(_section(spec), {})[name] = plain
+    return tomli_w.dumps(sections)
+
+
+def _section(spec: Spec) -> str:
+    return "".join(c if c.isalnum() else "_" for c in spec.group.lower())
+
+
+def write_config(options: TrainOptions, config_file: str | Path | None) -> Path:
+    """Write the changed options to the `--config_file` path, for `--output_config`.
+
+    Raises:
+        UserError: without a path, or when the file exists.
+    """
+    if config_file is None:
+        raise UserError("--output_config needs --config_file FILE to know where to write")
+    path = config_path(config_file)
+    if path.exists():
+        raise UserError(f"{path} exists: delete it or give another --config_file")
+    write_text(path, to_toml(options, only_changed=True))
+    return path
+
+
+def option_table_markdown(cls: type = TrainOptions) -> str:
+    """The documentation's table of options, by group; for `TrainOptions` the other names too."""
+    lines: list[str] = []
+    for group, members in itertools.groupby(specs(cls).values(), key=lambda spec: spec.group):
+        lines += [f"### {group}", "", "| Option | Value | Default | Meaning |", "|---|---|---|---|"]
+        lines += [_row(spec) for spec in members]
+        lines.append("")
+    if cls is TrainOptions:
+        lines += _named("Other spellings", {n: f"`{a.target}`" for n, a in ALIASES.items()})
+        lines += _named("Accepted without effect", IGNORED)
+        lines += _named("Refused", REFUSED)
+    return "\n".join(lines)
+
+
+def _row(spec: Spec) -> str:
+    default = "" if spec.default in (None, (), "") else f"`{spec.default}`"
+    value = (spec.metavar or "flag").replace("|", "\\|")
+    return f"| `--{spec.name}` | {value} | {default} | {spec.help.replace('|', chr(92) + '|')} |"
+
+
+def _named(title: str, entries: Mapping[str, str]) -> list[str]:
+    rows = [f"| `--{name}` | {text} |" for name, text in entries.items()]
+    return [f"### {title}", "", "| Option | |", "|---|---|", *rows, ""]

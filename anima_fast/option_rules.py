@@ -1,0 +1,244 @@
+"""Rules between options: what implies what, and which combinations are refused.
+
+Each rule is one small function on a `Draft` of the values. A rule either sets another value (with
+a notice where the user may be surprised) or raises `UserError` with the remedy. The rules look at
+values only, never at the disk, and settled values pass them again unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anima_fast.errors import UserError
+from anima_fast.option_groups.tables import REFUSED_NETWORKS
+
+REQUIRED = ("pretrained_model_name_or_path", "qwen3", "vae", "output_dir")
+
+
+class Draft:
+    """Option values that rules read as attributes and change through `set`."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = dict(values)
+        self.notices: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__["values"][name]
+
+    def set(self, name: str, value: Any, notice: str | None = None) -> None:
+        """Change one value; `notice` tells the user why."""
+        self.values[name] = value
+        if notice:
+            self.notices.append(notice)
+
+
+def settle(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Apply every rule.
+
+    Args:
+        values: all options of a training run by name, each of the right type and range.
+    Returns:
+        the settled values and the notices for the user.
+    Raises:
+        UserError: for a combination that cannot work.
+    """
+    draft = Draft(values)
+    for rule in RULES:
+        rule(draft)
+    return draft.values, tuple(draft.notices)
+
+
+def check_required(options: Any) -> None:
+    """Raise `UserError` for the first option that a training run needs and does not have."""
+    for name in REQUIRED:
+        if not getattr(options, name):
+            raise UserError(f"--{name} is required: see `anima-fast train --help`")
+    if not (options.dataset_config or options.train_data_dir or options.in_json):
+        raise UserError(
+            "no data: give --dataset_config FILE, or --train_data_dir FOLDER with --resolution"
+        )
+    if not options.dataset_config and not options.resolution:
+        raise UserError("--resolution is required without --dataset_config, such as 1024")
+
+
+def _network(draft: Draft) -> None:
+    name = draft.network_module
+    if name in REFUSED_NETWORKS:
+        raise UserError(f"--network_module {name} is not supported yet: use networks.lora_anima")
+    if name != "networks.lora_anima":
+        raise UserError(
+            f"--network_module {name} is unknown: use --network_module networks.lora_anima"
+        )
+    if draft.dim_from_weights and not draft.network_weights:
+        raise UserError("--dim_from_weights needs --network_weights FILE to take the ranks from")
+    if len(draft.base_weights_multiplier) > len(draft.base_weights):
+        raise UserError(
+            f"--base_weights_multiplier has {len(draft.base_weights_multiplier)} values for "
+            f"{len(draft.base_weights)} --base_weights: give at most one each"
+        )
+    if not draft.network_alpha:
+        draft.set("network_alpha", float(draft.network_dim))
+
+
+def _trained_parts(draft: Draft) -> None:
+    if draft.network_train_unet_only and draft.network_train_text_encoder_only:
+        raise UserError(
+            "--network_train_unet_only and --network_train_text_encoder_only exclude each other: "
+            "drop both to train both"
+        )
+
+
+def _text_cache(draft: Draft) -> None:
+    if draft.cache_text_encoder_outputs_to_disk and not draft.cache_text_encoder_outputs:
+        draft.set("cache_text_encoder_outputs", True)
+    if not draft.cache_text_encoder_outputs:
+        return
+    if draft.network_train_text_encoder_only:
+        raise UserError(
+            "--network_train_text_encoder_only trains what --cache_text_encoder_outputs freezes: "
+            "drop one of them"
+        )
+    if draft.token_warmup_step:
+        raise UserError(
+            "--token_warmup_step changes captions with every step, so it cannot work with "
+            "--cache_text_encoder_outputs: drop one of them"
+        )
+    if not draft.network_train_unet_only:
+        draft.set(
+            "network_train_unet_only", True,
+            "cache_text_encoder_outputs: captions are encoded once, so only the DiT is trained "
+            "(network_train_unet_only)",
+        )  # fmt: skip
+    if draft.shuffle_caption or draft.caption_tag_dropout_rate or draft.enable_wildcard:
+        draft.notices.append(
+            f"captions that change are cached in {draft.caption_variants} renderings each "
+            "(caption_variants)"
+        )
+
+
+def _latent_cache(draft: Draft) -> None:
+    if draft.cache_latents_to_disk and not draft.cache_latents:
+        draft.set("cache_latents", True)
+    for name in ("color_aug", "random_crop"):
+        if draft.cache_latents and draft.values[name]:
+            raise UserError(
+                f"--{name} changes images with every epoch, so it cannot work with "
+                "--cache_latents: drop one of them"
+            )
+
+
+def _data(draft: Draft) -> None:
+    if draft.bucket_reso_steps % 16:
+        raise UserError(
+            f"--bucket_reso_steps {draft.bucket_reso_steps} does not suit this model: use a "
+            "multiple of 16, such as 64"
+        )
+    if draft.min_bucket_reso > draft.max_bucket_reso:
+        raise UserError(
+            f"--min_bucket_reso {draft.min_bucket_reso} is above --max_bucket_reso "
+            f"{draft.max_bucket_reso}: exchange them"
+        )
+    beaten = [n for n in ("train_data_dir", "reg_data_dir", "in_json") if draft.values[n]]
+    if draft.dataset_config and beaten:
+        for name in beaten:
+            draft.set(name, None)
+        draft.notices.append(f"dataset_config is given: {', '.join(beaten)} ignored")
+
+
+def _vae(draft: Draft) -> None:
+    rows = draft.vae_chunk_size
+    if rows and rows % 2:
+        draft.set("vae_chunk_size", rows + 1, f"vae_chunk_size must be even: {rows} -> {rows + 1}")
+    for name in ("vae_disable_cache", "qwen_image_vae_2d"):
+        if draft.values[name]:
+            draft.notices.append(f"{name}: always so here, with the same result")
+
+
+def _precision(draft: Draft) -> None:
+    if draft.full_bf16 and draft.full_fp16:
+        raise UserError("--full_bf16 and --full_fp16 exclude each other: choose one")
+    for flag, precision in (("full_bf16", "bf16"), ("full_fp16", "fp16")):
+        if draft.values[flag] and draft.mixed_precision != precision:
+            draft.set("mixed_precision", precision, f"{flag}: mixed_precision set to {precision}")
+
+
+def _memory(draft: Draft) -> None:
+    if not draft.blocks_to_swap:
+        draft.set("blocks_to_swap", None)
+    cpu, unsloth = draft.cpu_offload_checkpointing, draft.unsloth_offload_checkpointing
+    if cpu and unsloth:
+        raise UserError(
+            "--cpu_offload_checkpointing and --unsloth_offload_checkpointing exclude each other: "
+            "the second is the faster one"
+        )
+    if draft.blocks_to_swap and (cpu or unsloth):
+        name = "cpu_offload_checkpointing" if cpu else "unsloth_offload_checkpointing"
+        raise UserError(f"--blocks_to_swap and --{name} exclude each other: drop one of them")
+    if (cpu or unsloth) and not draft.gradient_checkpointing:
+        name = "cpu_offload_checkpointing" if cpu else "unsloth_offload_checkpointing"
+        draft.set("gradient_checkpointing", True, f"{name}: gradient_checkpointing turned on")
+
+
+def _attention(draft: Draft) -> None:
+    if draft.attn_mode == "sdpa":
+        draft.set("attn_mode", "torch")
+    if draft.attn_mode == "sageattn":
+        raise UserError(
+            "--attn_mode sageattn has no backward pass, so it cannot train: use torch or flash "
+            "(`anima-fast sample` takes sageattn)"
+        )
+    if draft.attn_mode == "xformers" and not draft.split_attn:
+        draft.set("split_attn", True, "attn_mode xformers: split_attn turned on")
+    if draft.compile_fullgraph and draft.split_attn:
+        raise UserError("--compile_fullgraph and --split_attn exclude each other: drop one of them")
+
+
+def _schedule(draft: Draft) -> None:
+    if draft.lr_scheduler == "constant" and draft.lr_warmup_steps and not draft.lr_scheduler_type:
+        raise UserError(
+            "--lr_scheduler constant has no warm-up: use --lr_scheduler constant_with_warmup, or "
+            "drop --lr_warmup_steps"
+        )
+    if not draft.optimizer_type:
+        draft.set("optimizer_type", "AdamW")
+
+
+def _flow(draft: Draft) -> None:
+    if draft.loss_type in ("huber", "smooth_l1") and draft.huber_schedule == "snr":
+        draft.set(
+            "huber_schedule", "constant",
+            "huber_schedule snr does not exist for flow models: constant is used",
+        )  # fmt: skip
+    low = 0 if draft.min_timestep is None else draft.min_timestep
+    high = 1000 if draft.max_timestep is None else draft.max_timestep
+    if low >= high:
+        raise UserError(f"--min_timestep {low} must be below --max_timestep {high}")
+
+
+def _saving(draft: Draft) -> None:
+    if draft.save_model_as in ("ckpt", "pt"):
+        raise UserError(
+            f"--save_model_as {draft.save_model_as} is a pickle file, which can run code when it "
+            "is opened: use safetensors"
+        )
+    if draft.save_model_as != "safetensors":
+        raise UserError(f"--save_model_as {draft.save_model_as} is unknown: use safetensors")
+    name = draft.output_name or ""
+    if any(mark in name for mark in '/\\:*?"<>|') or name in (".", ".."):
+        raise UserError(
+            f"--output_name {name} is no file name: put folders into --output_dir and use none of "
+            '/ \\ : * ? " < > |'
+        )
+
+
+def _logging(draft: Draft) -> None:
+    if draft.logging_dir and not draft.log_with:
+        draft.set("log_with", "tensorboard")
+    if draft.log_with and not draft.logging_dir and draft.output_dir:
+        draft.set("logging_dir", f"{draft.output_dir.rstrip('/')}/logs")
+
+
+RULES = (
+    _network, _trained_parts, _text_cache, _latent_cache, _data, _vae, _precision, _memory,
+    _attention, _schedule, _flow, _saving, _logging,
+)  # fmt: skip

@@ -1,0 +1,182 @@
+"""Every option once: `TrainOptions` for a training run, `SampleOptions` for rendering an image.
+
+The groups in `option_groups/` declare name, type, default, help sentence and limits; flags, TOML
+keys and the documentation's table are made from them. `option_rules.py` says what implies and what
+excludes what, `option_files.py` reads and writes TOML. None means off or "decided by the program".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from anima_fast.errors import UserError
+from anima_fast.option_groups.base import convert, option, specs
+from anima_fast.option_groups.data import (
+    CacheOptions,
+    CaptionOptions,
+    DatasetOptions,
+    ImageOptions,
+    MaskOptions,
+    ModelOptions,
+)
+from anima_fast.option_groups.output import (
+    LengthOptions,
+    LogOptions,
+    MetadataOptions,
+    SaveOptions,
+    ValidationOptions,
+)
+from anima_fast.option_groups.training import (
+    FlowOptions,
+    MemoryOptions,
+    NetworkOptions,
+    OptimizerOptions,
+    SchedulerOptions,
+)
+from anima_fast.option_groups.words import NetworkArgs, parse_arguments, parse_network_args
+from anima_fast.option_rules import settle
+
+PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Checks type, range and choice of every option when an instance is made."""
+
+    def __post_init__(self) -> None:
+        for name, spec in specs(type(self)).items():
+            self._put(name, convert(spec, getattr(self, name), f"--{name}"))
+
+    def _put(self, name: str, value: Any) -> None:
+        # The instance is frozen for everybody else.
+        object.__setattr__(self, name, value)
+
+
+# The bases come in reverse: dataclass fields follow the order from the last base to the first.
+@dataclass(frozen=True)
+class TrainOptions(
+    MetadataOptions, ValidationOptions, LogOptions, SaveOptions, MaskOptions, MemoryOptions,
+    FlowOptions, SchedulerOptions, OptimizerOptions, NetworkOptions, LengthOptions, CacheOptions,
+    ImageOptions, CaptionOptions, DatasetOptions, ModelOptions, _Checked,
+):  # fmt: skip
+    """All options of a training run, flat, named as in sd-scripts.
+
+    Making an instance checks types and ranges and applies the rules of `option_rules.py`; it
+    never touches the disk. `notices` tells what the rules changed.
+
+    Raises:
+        UserError: for a wrong value or a combination that cannot work.
+    """
+
+    notices: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        values, notices = settle({name: getattr(self, name) for name in specs(type(self))})
+        for name, value in values.items():
+            self._put(name, value)
+        self._put("notices", notices)
+        # A mistake in these lists shall stop the program now, not after the caches are filled.
+        _ = self.network_arguments, self.optimizer_kwargs, self.scheduler_kwargs
+
+    @property
+    def network_arguments(self) -> NetworkArgs:
+        """`network_args`, parsed and checked."""
+        return parse_network_args(self.network_args)
+
+    @property
+    def network_kwargs(self) -> dict[str, Any]:
+        """`network_args` as keyword arguments of `adapters.lora.add_lora`."""
+        return self.network_arguments.kwargs
+
+    @property
+    def optimizer_kwargs(self) -> dict[str, Any]:
+        """`optimizer_args` as Python values."""
+        return parse_arguments(self.optimizer_args, "--optimizer_args")
+
+    @property
+    def scheduler_kwargs(self) -> dict[str, Any]:
+        """`lr_scheduler_args` as Python values."""
+        return parse_arguments(self.lr_scheduler_args, "--lr_scheduler_args")
+
+    @property
+    def trains_llm_adapter(self) -> bool:
+        """The LLM adapter gets LoRA modules (`network_args train_llm_adapter=True`)."""
+        return self.network_arguments.train_llm_adapter
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """The text encoder gets LoRA modules and runs in every step."""
+        frozen = bool(self.text_encoder_lr) and not any(self.text_encoder_lr)
+        return not self.network_train_unet_only and not frozen
+
+    @property
+    def compute_dtype(self) -> str:
+        """The name of the torch dtype of weights and arithmetic: float32, float16 or bfloat16."""
+        return PRECISIONS[self.mixed_precision]
+
+    @property
+    def output_stem(self) -> str:
+        """The name of the final LoRA file without its ending."""
+        return self.output_name or "last"
+
+
+_sample = partial(option, "Image")
+_sample_model = partial(option, "Model files")
+_sample_speed = partial(option, "Memory and speed")
+
+
+@dataclass(frozen=True)
+class SampleOptions(_Checked):
+    """All options of `anima-fast sample`."""
+
+    dit: str | None = _sample_model(None, "Anima DiT, one .safetensors file (required).")
+    qwen3: str | None = _sample_model(None, "Qwen3 text encoder: folder or file (required).")
+    vae: str | None = _sample_model(None, "Qwen-Image VAE (required).")
+    llm_adapter_path: str | None = _sample_model(None, "Separate LLM adapter file.")
+    qwen3_tokenizer_path: str | None = _sample_model(None, "Folder with the Qwen3 tokenizer.")
+    t5_tokenizer_path: str | None = _sample_model(None, "Folder with the T5 tokenizer.")
+    models_dir: str | None = _sample_model(None, "Models folder that `anima-fast download` fills.")
+    lora: tuple[str, ...] = _sample_model((), "LoRA files, each as path or path:weight.")
+    lora_weight: float = _sample_model(1.0, "Weight of LoRA files given without one.")
+    prompt: str = _sample("", "What to show.")
+    negative_prompt: str = _sample("", "What to avoid; used when cfg is above 1.")
+    seed: int | None = _sample(None, "Seed of the noise (default: drawn).", low=0, high=2**63 - 1)
+    steps: int = _sample(30, "Euler steps.", low=1)
+    cfg: float = _sample(4.0, "Guidance scale; 1 = off.", low=0)
+    shift: float = _sample(3.0, "Shift of the schedule.", low=1e-6)
+    width: int = _sample(1024, "Width in pixels, a multiple of 16.", low=16, high=16384)
+    height: int = _sample(1024, "Height in pixels, a multiple of 16.", low=16, high=16384)
+    output: str = _sample("sample.png", "Image file to write.")
+    device: str | None = _sample_speed(None, "cuda or cpu (default: cuda where there is one).")
+    dtype: str = _sample_speed(
+        "bf16", "Type of weights and arithmetic.", choices=("bf16", "fp16", "fp32")
+    )
+    attn_mode: str = _sample_speed(
+        "torch", "Attention backend.", choices=("torch", "xformers", "flash", "sageattn")
+    )
+    vae_chunk_size: int | None = _sample_speed(
+        None, "Rows of pixels that the VAE works on at a time; None = all.", low=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("width", "height"):
+            if getattr(self, name) % 16:
+                raise UserError(f"--{name} {getattr(self, name)}: use a multiple of 16")
+        if self.vae_chunk_size and self.vae_chunk_size % 2:
+            self._put("vae_chunk_size", self.vae_chunk_size + 1)
+
+    @property
+    def loras(self) -> tuple[tuple[str, float], ...]:
+        """(path, weight) of each LoRA file. A drive letter's colon is no weight."""
+        found = []
+        for text in self.lora:
+            path, colon, weight = text.rpartition(":")
+            try:
+                found.append((path, float(weight)) if colon and path else (text, self.lora_weight))
+            except ValueError:
+                found.append((text, self.lora_weight))
+        return tuple(found)
