@@ -1,0 +1,1 @@
+"""The networks and the readers of their published files."""

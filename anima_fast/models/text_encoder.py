@@ -1,0 +1,238 @@
+"""The Qwen3 text encoder: transformers' `Qwen3Model`, built and filled without `from_pretrained`.
+
+The architecture is read from tensor shapes, so a single file needs no config and a directory's
+`config.json` is only asked for what shapes do not show (RoPE base, norm epsilon) and compared with
+the rest. The module is built on the meta device and takes the file's tensors as they are, so the
+weights are in memory once. Loading is strict: a wrong file is named, never half accepted.
+
+Captions are padded on the right and the encoder is causal, so real tokens never see padding and no
+attention mask is needed; rows of padding are set to exact zeros afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from anima_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from anima_fast.models.checkpoint import Checkpoint
+
+EXPECTED = "expected the Qwen3-0.6B text encoder (file or Hugging Face directory) for --qwen3"
+KINDS = {
+    "dit": "an Anima DiT checkpoint (pass it as --pretrained_model_name_or_path)",
+    "llm_adapter": "an LLM adapter (pass it as --llm_adapter_path)",
+    "vae": "a VAE (pass it as --vae)",
+    "lora": "a LoRA file (pass it as --network_weights)",
+    "latent_cache": "a latent cache",
+    "text_cache": "a text cache",
+}
+
+
+@dataclass(frozen=True)
+class Qwen3Shape:
+    """Sizes of a Qwen3 encoder, under the names of Hugging Face configs."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+class TextEncoder(nn.Module):
+    """`model` is transformers' Qwen3Model; the call returns its states with padding zeroed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the states."""
+        return self.model.config.hidden_size
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """States after the final norm.
+
+        ids, mask: [B, N] integers (mask also bool) on the encoder's device, padding on the right.
+        Returns [B, N, C] in the encoder's dtype, exactly zero where mask is 0. Gradients flow when
+        they are enabled and something in the encoder (a LoRA) asks for them.
+        """
+        if ids.shape != mask.shape or ids.ndim != 2:
+            raise ValueError(
+                f"ids are {tuple(ids.shape)} and mask is {tuple(mask.shape)}, expected [B, N] both"
+            )
+        states = self.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, N, C]
+        return states.masked_fill(~mask.bool()[..., None], 0)
+
+
+def load_text_encoder(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> TextEncoder:
+    """The text encoder of a Hugging Face directory or of a single weights file.
+
+    Frozen, in eval mode. A directory needs config.json and model*.safetensors (sharded or not); in
+    a single file names may start with `model.`; a tied `lm_head.weight` is ignored in both.
+    Raises `UserError` for another kind of model, and for missing or unexpected tensors.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: {EXPECTED}")
+    config = _read_config(path) if path.is_dir() else {}
+    tensors = _stored_tensors(path)
+    shapes = {name: tuple(checkpoint.shape(key)) for name, (checkpoint, key) in tensors.items()}
+    shape = _infer(shapes, path)
+    _check_config(config, shape, path)
+    model = _empty_model(shape, config, device)
+    _compare({k: tuple(v.shape) for k, v in model.state_dict().items()}, shapes, path)
+    state = {
+        name: checkpoint.get(key).to(device=device, dtype=dtype)
+        for name, (checkpoint, key) in tensors.items()
+    }
+    model.load_state_dict(state, strict=True, assign=True)
+    return TextEncoder(model).requires_grad_(False).eval()
+
+
+def _empty_model(shape: Qwen3Shape, config: Mapping, device: str | torch.device) -> nn.Module:
+    """Qwen3Model without weights; its rotary table, which no file holds, on the target device."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    rope = config.get("rope_parameters") or {}
+    arguments = asdict(shape) | {
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rope_theta": float(config.get("rope_theta") or rope.get("rope_theta") or 1e6),
+        "max_position_embeddings": config.get("max_position_embeddings", 32768),
+        "use_cache": False,
+    }
+    qwen3 = Qwen3Config(**arguments)
+    qwen3._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = Qwen3Model(qwen3)
+    with torch.device(device):
+        model.rotary_emb = type(model.rotary_emb)(config=qwen3)
+    return model
+
+
+def _read_config(folder: Path) -> dict:
+    """config.json of a directory, checked to be a plain Qwen3 configuration."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no config.json: {EXPECTED}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; download it again") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "qwen3":
+        raise UserError(f"{path} describes the model type {kind!r}, not 'qwen3': {EXPECTED}")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    if scaled or config.get("use_sliding_window") or config.get("hidden_act", "silu") != "silu":
+        raise UserError(
+            f"{path} asks for scaled RoPE, a sliding window or another activation, which the text "
+            f"encoder of Anima does not have: {EXPECTED}"
+        )
+    return config
+
+
+def _stored_tensors(path: Path) -> dict[str, tuple[Checkpoint, str]]:
+    """Name without prefix to (checkpoint, key); refuses files of another kind."""
+    from anima_fast.models.checkpoint import Checkpoint, detect_kind
+
+    stored: dict[str, tuple[Checkpoint, str]] = {}
+    for file in _weight_files(path) if path.is_dir() else [path]:
+        checkpoint = Checkpoint.open(file)
+        stored |= {key: (checkpoint, key) for key in checkpoint.keys()}  # noqa: SIM118
+    ends = [key for key in stored if key.endswith("embed_tokens.weight")]
+    if not ends:
+        reason = KINDS.get(detect_kind(next(iter(stored.values()))[0])) if stored else "empty"
+        if any(key.startswith("encoder.block.") for key in stored):
+            reason = "a T5 encoder (Anima needs none, only its tokenizer)"
+        raise UserError(f"{path} is {reason or 'not a Qwen3 text encoder'}: {EXPECTED}")
+    prefix = min(ends, key=len).removesuffix("embed_tokens.weight")
+    ignored = re.compile(r"(.*\.)?(lm_head\.weight|rotary_emb\.inv_freq)$")
+    return {k.removeprefix(prefix): v for k, v in stored.items() if not ignored.fullmatch(k)}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a directory, those of the index when there is one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+        if len(files) != 1:
+            raise UserError(
+                f"{folder} holds {len(files)} safetensors files and no {index.name}, expected one "
+                f"model.safetensors: {EXPECTED}"
+            )
+        return files
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {index}: {error}; download it again") from error
+    absent = sorted(name for name in names if not (folder / name).exists())
+    if absent:
+        raise UserError(f"{folder} lacks {', '.join(absent)}, named by {index.name}: download it")
+    return [folder / name for name in sorted(names)]
+
+
+def _infer(shapes: Mapping[str, tuple[int, ...]], path: Path) -> Qwen3Shape:
+    """Sizes from tensor shapes; raises `UserError` for a decoder that is not a Qwen3."""
+    first = "layers.0.self_attn."
+    if f"{first}q_proj.bias" in shapes or f"{first}q_norm.weight" not in shapes:
+        raise UserError(
+            f"{path} is a language model of another architecture (no q_norm, or biased attention: "
+            f"Qwen2, Llama or the like): {EXPECTED}"
+        )
+    needed = [f"{first}q_proj.weight", f"{first}k_proj.weight", "layers.0.mlp.gate_proj.weight"]
+    missing = [name for name in needed if len(shapes.get(name, ())) != 2]
+    if missing or len(shapes["embed_tokens.weight"]) != 2:
+        raise UserError(
+            f"{path} lacks a matrix {', '.join(missing) or 'embed_tokens.weight'}: {EXPECTED}"
+        )
+    q, k, gate = (shapes[name][0] for name in needed)
+    head_dim = shapes[f"{first}q_norm.weight"][0]
+    layers = {int(m[1]) for name in shapes if (m := re.match(r"layers\.(\d+)\.", name))}
+    vocab, hidden = shapes["embed_tokens.weight"]
+    return Qwen3Shape(
+        vocab, hidden, gate, max(layers) + 1, max(1, q // head_dim), max(1, k // head_dim), head_dim
+    )
+
+
+def _check_config(config: Mapping, shape: Qwen3Shape, path: Path) -> None:
+    for name, found in asdict(shape).items():
+        if config and config.get(name, found) != found:
+            raise UserError(
+                f"{path}: config.json says {name} = {config[name]}, the weights have {found}; the "
+                "files do not belong together or a shard is missing: download the directory again"
+            )
+
+
+def _compare(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    shapes = [
+        f"{name} {list(found[name])} instead of {list(size)}"
+        for name, size in expected.items()
+        if name in found and found[name] != size
+    ]
+    groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    problems = [
+        f"{len(names)} tensors {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in groups
+        if names
+    ]
+    if problems:
+        raise UserError(f"{path} is not a whole Qwen3: {'; '.join(problems)}; {EXPECTED}")

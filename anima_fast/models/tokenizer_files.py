@@ -1,0 +1,138 @@
+"""Where tokenizer files are looked for, and how they are fetched when they are nowhere.
+
+Order: the Qwen3 directory itself, the explicit option, a folder beside the text encoder, the models
+folder that `anima-fast download` fills, the Hugging Face hub cache, and at last (unless offline)
+the hub itself, from which only the tokenizer files are taken. An explicit path that is wrong is an
+error; it never falls through to the next place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from anima_fast.errors import UserError
+from anima_fast.files import cache_home
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tokenizer: its names for users and the sets of files that define it, best first."""
+
+    title: str
+    option: str
+    folder: str
+    repository: str
+    layouts: tuple[tuple[str, ...], ...]
+
+
+QWEN3 = Source(
+    "Qwen3 tokenizer",
+    "--qwen3_tokenizer_path",
+    "qwen3_tokenizer",
+    "Qwen/Qwen3-0.6B-Base",
+    (("tokenizer.json",), ("vocab.json", "merges.txt", "tokenizer_config.json")),
+)
+T5 = Source(
+    "T5 tokenizer",
+    "--t5_tokenizer_path",
+    "t5_tokenizer",
+    "google/t5-v1_1-xxl",
+    (("tokenizer.json",), ("spiece.model",)),
+)
+
+
+def find_files(
+    source: Source,
+    qwen3_path: str | Path | None,
+    explicit: str | Path | None,
+    models_dir: str | Path | None,
+) -> list[Path]:
+    """The files of a tokenizer, in the order of their layout.
+
+    Raises `UserError` when the explicit path holds none, or when they are nowhere and cannot be
+    fetched.
+    """
+    named = _explicit_files(source, Path(explicit)) if explicit is not None else None
+    folder = Path(qwen3_path) if qwen3_path is not None else None
+    if source is QWEN3 and folder is not None and (files := _files_in(source, folder)):
+        return files
+    if named:
+        return named
+    for place in _places(source, folder, models_dir):
+        if files := _files_in(source, place):
+            return files
+    return _from_hub_cache(source) or _download(source, models_dir)
+
+
+def _explicit_files(source: Source, path: Path) -> list[Path]:
+    files = _files_in(source, path)
+    if files is None and path.is_file() and (path.name,) in source.layouts:
+        files = [path]
+    if files is None:
+        wanted = " or ".join(" + ".join(layout) for layout in source.layouts)
+        found = "holds none of them" if path.is_dir() else "is not a folder"
+        raise UserError(f"{source.option} needs a folder with {wanted}, but {path} {found}")
+    return files
+
+
+def _files_in(source: Source, folder: Path) -> list[Path] | None:
+    for layout in source.layouts:
+        if all((folder / name).is_file() for name in layout):
+            return [folder / name for name in layout]
+    return None
+
+
+def _places(
+    source: Source, qwen3_path: Path | None, models_dir: str | Path | None
+) -> Iterator[Path]:
+    if qwen3_path is not None:
+        yield qwen3_path / source.folder
+        yield qwen3_path.parent / source.folder
+    yield models_folder(models_dir) / source.folder
+
+
+def models_folder(models_dir: str | Path | None) -> Path:
+    """The folder that `anima-fast download` fills when no other is named."""
+    return Path(models_dir) if models_dir is not None else cache_home() / "models"
+
+
+def _from_hub_cache(source: Source) -> list[Path] | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for layout in source.layouts:
+        paths = [try_to_load_from_cache(source.repository, name) for name in layout]
+        # Besides a path the hub library returns None or a marker for "known to be absent".
+        if all(isinstance(path, str) and Path(path).is_file() for path in paths):
+            return [Path(path) for path in paths]
+    return None
+
+
+def _download(source: Source, models_dir: str | Path | None) -> list[Path]:
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        raise _missing(source, models_dir, "the hub is switched off (HF_HUB_OFFLINE)")
+    for layout in source.layouts:
+        try:
+            return [Path(hf_hub_download(source.repository, name)) for name in layout]
+        except EntryNotFoundError as error:
+            # The repository lacks this layout: try the next. No connection looks the same.
+            reason = error
+        # The network library below the hub client raises types of its own.
+        except Exception as error:
+            raise _missing(source, models_dir, f"fetching it failed: {error}") from error
+    raise _missing(source, models_dir, f"fetching it failed: {reason}")
+
+
+def _missing(source: Source, models_dir: str | Path | None, reason: str) -> UserError:
+    wanted = " or ".join(" + ".join(layout) for layout in source.layouts)
+    place = models_folder(models_dir) / source.folder
+    brief = " ".join(str(reason).split())[:200]
+    return UserError(
+        f"no {source.title} found, and {brief}: run `anima-fast download`, or put {wanted} of "
+        f"https://huggingface.co/{source.repository} into {place}, or name a folder with "
+        f"{source.option}"
+    )

@@ -1,0 +1,181 @@
+"""The Qwen-Image VAE for still images, as the 2-D network that it is for one frame.
+
+The published VAE is a causal video network. For one frame its 3x3x3 convolutions see zeros in all
+but the last temporal slot, its temporal resampling never runs and its frame cache stays empty, so
+keeping the last temporal slice of every weight gives the same result with a third of the
+arithmetic. `vae_checkpoint` slices the weights while loading; this file is the network.
+
+    encode: image [B, 3, H, W] in [-1, 1] -> (posterior mean − mu) / s  [B, 16, H/8, W/8]
+    decode: latents -> image, clamped to [-1, 1]
+
+With `chunk_rows` the levels above 1/8 resolution run on strips of that many image rows (see
+`vae_layers.run_stages`): the result is the same, the memory no longer grows with full-resolution
+maps. Only maps at 1/8 resolution, where attention looks at everything, are ever whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from anima_fast.models.vae_layers import (
+    Conv3x3,
+    Downsample,
+    Head,
+    Level,
+    Middle,
+    Stage,
+    Upsample,
+    run_stages,
+)
+
+# Per-channel mean and standard deviation of the latents, as published with the model.
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+# Pixels per latent position, on each side.
+SCALE = 8
+MULTIPLIERS = (1, 2, 4, 4)
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """What differs between VAE files: `width` channels at full resolution, `latent` channels."""
+
+    width: int = 96
+    latent: int = 16
+
+
+class Encoder(nn.Module):
+    """Image to the 2·latent channels of the posterior (mean, then log variance)."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths = [config.width * m for m in MULTIPLIERS]
+        self.conv_in = Conv3x3(3, widths[0])
+        self.levels = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], width, 2, Downsample(width) if i < 3 else None)
+            for i, width in enumerate(widths)
+        )
+        self.middle = Middle(widths[-1])
+        self.head = Head(widths[-1], 2 * config.latent)
+
+    def forward(self, image: Tensor, chunk_rows: int | None = None) -> Tensor:
+        """[B, 3, H, W] to [B, 2Z, H/8, W/8]."""
+        stages = [Stage(self.conv_in, 1)]
+        for i, level in enumerate(self.levels[:3]):
+            stages += [Stage(layer, 2**i) for layer in level.stages()]
+        x = run_stages(stages, image, chunk_rows)
+        for block in self.levels[3].blocks:
+            x = block(x)
+        return self.head(self.middle(x))
+
+
+class Decoder(nn.Module):
+    """Latents to the image."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths = [config.width * m for m in reversed(MULTIPLIERS)]
+        # The upsampling before each level but the first has halved the channels.
+        inputs = [widths[0], *(width // 2 for width in widths[:3])]
+        self.conv_in = Conv3x3(config.latent, widths[0])
+        self.middle = Middle(widths[0])
+        self.levels = nn.ModuleList(
+            Level(inputs[i], width, 3, Upsample(width) if i < 3 else None)
+            for i, width in enumerate(widths)
+        )
+        self.head = Head(widths[-1], 3)
+
+    def forward(self, z: Tensor, chunk_rows: int | None = None) -> Tensor:
+        """[B, Z, h, w] to [B, 3, 8h, 8w]."""
+        stages = []
+        for i, level in enumerate(self.levels):
+            stages += [Stage(layer, SCALE // 2**i) for layer in level.stages()]
+        return run_stages([*stages, Stage(self.head, 1)], self.middle(self.conv_in(z)), chunk_rows)
+
+
+class VAE(nn.Module):
+    """Encoder and decoder with the normalisation of the latents."""
+
+    def __init__(self, config: VaeConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or VaeConfig()
+        latent = self.config.latent
+        self.encoder = Encoder(self.config)
+        self.to_moments = nn.Conv2d(2 * latent, 2 * latent, 1)
+        self.from_latents = nn.Conv2d(latent, latent, 1)
+        self.decoder = Decoder(self.config)
+
+    def encode(self, images: Tensor, chunk_rows: int | None = None) -> Tensor:
+        """Normalised posterior mean.
+
+        images: [B, 3, H, W] in [-1, 1], any float dtype and device, H and W multiples of 8.
+        chunk_rows: image rows per strip; None runs the whole image at once.
+        Returns [B, 16, H/8, W/8] float32 on the VAE's device. Raises ValueError on a wrong shape.
+        """
+        _check(images, 3, SCALE, chunk_rows, "images")
+        mean = self.moments(images, chunk_rows)[:, : self.config.latent].float()
+        return (mean - _channels(LATENT_MEAN, mean)) / _channels(LATENT_STD, mean)
+
+    def moments(self, images: Tensor, chunk_rows: int | None = None) -> Tensor:
+        """Mean and log variance [B, 2Z, H/8, W/8] before the normalisation, in the VAE's dtype."""
+        weight = self.to_moments.weight
+        # Three channels: the one full-resolution copy that may be whole.
+        return self.to_moments(self.encoder(images.to(weight.device, weight.dtype), chunk_rows))
+
+    def decode(self, latents: Tensor, chunk_rows: int | None = None) -> Tensor:
+        """Image of normalised latents.
+
+        latents: [B, 16, h, w]. chunk_rows: image rows per strip; None runs the whole image at once.
+        Returns [B, 3, 8h, 8w] float32 in [-1, 1]. Raises ValueError on a wrong shape.
+        """
+        _check(latents, self.config.latent, 1, chunk_rows, "latents")
+        weight = self.from_latents.weight
+        z = latents.to(weight.device, torch.float32)
+        z = z * _channels(LATENT_STD, z) + _channels(LATENT_MEAN, z)
+        image = self.decoder(self.from_latents(z.to(weight.dtype)), chunk_rows)
+        return image.float().clamp(-1.0, 1.0)
+
+
+def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+
+def _check(x: Tensor, channels: int, multiple: int, chunk_rows: int | None, name: str) -> None:
+    if x.ndim != 4 or x.shape[1] != channels or any(n % multiple or not n for n in x.shape[2:]):
+        raise ValueError(
+            f"{name} are {tuple(x.shape)}, expected [B, {channels}, H, W] with H and W multiples "
+            f"of {multiple}"
+        )
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}, expected a positive number of image rows")
+
+
+def load_vae(
+    path_or_state_dict: str | Path | Mapping[str, Tensor],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VAE:
+    """The VAE of a file (.safetensors, .pth) or state dict, under Wan or diffusers names.
+
+    Base width and latent channels are read from the tensors. Frozen, in eval mode.
+    Raises `UserError` when the file is another kind of model, or lacks or exceeds tensors.
+    """
+    from anima_fast.models.vae_checkpoint import read_vae
+
+    config, tensors = read_vae(path_or_state_dict, device=device, dtype=dtype)
+    with torch.device("meta"):
+        vae = VAE(config)
+    vae.load_state_dict(tensors, strict=True, assign=True)
+    return vae.requires_grad_(False).eval()
