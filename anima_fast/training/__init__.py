@@ -1,0 +1,1 @@
+"""Training: flow mathematics, optimizers, schedules, the loop, resume states, logs."""

@@ -1,0 +1,154 @@
+"""Names, saving and clean-up of the LoRA files and resume states of one run.
+
+NAME-000004.safetensors after epoch 4, NAME-step00000500.safetensors after step 500,
+NAME.safetensors at the end; states carry the same stem plus `-state`. A rolling state
+`NAME-autosave-state` is kept besides, so that a killed run can go on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from anima_fast.training.optimizers import averaged_weights
+from anima_fast.training.state import save_state
+
+if TYPE_CHECKING:
+    from anima_fast.options import TrainOptions
+    from anima_fast.training.position import Position
+    from anima_fast.training.setup import Run
+
+SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Checkpoints:
+    """Saves what is due and removes what is outdated."""
+
+    run: Run
+    last_autosave: float = field(default_factory=time.monotonic)
+
+    @property
+    def options(self) -> TrainOptions:
+        """The run's options."""
+        return self.run.options
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.options.output_dir)
+
+    def after_step(self, position: Position) -> None:
+        """Step checkpoints, their clean-up, and the timed autosave."""
+        step, every = position.step, self.options.save_every_n_steps
+        if every and step % every == 0 and step < self.run.length.steps:
+            self._save(f"{self._name('at')}-step{step:08d}", position)
+            self._drop_old_steps(step, every)
+        minutes = self.options.autosave_minutes
+        if minutes and time.monotonic() - self.last_autosave >= 60 * minutes:
+            self.autosave(position)
+
+    def after_epoch(self, position: Position, *, finished_epoch: int) -> None:
+        """Epoch checkpoints; the last epoch is saved under the final name only."""
+        every = self._epoch_interval()
+        if every and finished_epoch % every == 0 and position.step < self.run.length.steps:
+            self._save(f"{self._name('epoch')}-{finished_epoch:06d}", position)
+            self._drop_old_epochs(finished_epoch, every)
+
+    def final(self, position: Position) -> Path:
+        """The finished LoRA, its state when asked for, and no autosave any more."""
+        stem = self._name("last")
+        path = self.save_lora(stem, position)
+        if self.options.save_state or self.options.save_state_on_train_end:
+            self.save_state(f"{stem}-state", position)
+        for name in (self.autosave_name, f"{self.autosave_name}.prev"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        return path
+
+    def interrupted(self, position: Position) -> Path:
+        """On Ctrl-C or SIGTERM: the LoRA as it is and the state to go on from."""
+        path = self.save_lora(f"{self._name('at')}-step{position.step:08d}", position)
+        self.autosave(position)
+        return path
+
+    @property
+    def autosave_name(self) -> str:
+        """Folder name of the rolling state."""
+        return f"{self._name('last')}-autosave-state"
+
+    def autosave(self, position: Position) -> None:
+        """Write the rolling state; the one before it stays beside it."""
+        self.save_state(self.autosave_name, position, keep_previous=True)
+        self.last_autosave = time.monotonic()
+
+    def save_lora(self, stem: str, position: Position) -> Path:
+        """Write the LoRA in the format and precision asked for."""
+        path = self.folder / f"{stem}.safetensors"
+        with averaged_weights(self.run.optimizer):
+            self.run.network.save(
+                path,
+                dialect=self.options.lora_format,
+                dtype=SAVE_DTYPES[self.options.save_precision],
+                metadata=self._metadata(position),
+                fold_alpha=self.options.fold_alpha,
+            )
+        return path
+
+    def save_state(self, name: str, position: Position, *, keep_previous: bool = False) -> None:
+        """Write a resume state folder."""
+        run = self.run
+        save_state(
+            self.folder / name,
+            network=run.network,
+            optimizer=run.optimizer,
+            scheduler=run.scheduler,
+            scaler=run.scaler,
+            position=position.as_dict(),
+            seed=run.seed,
+            fingerprint=run.fingerprint,
+            keep_previous=keep_previous,
+        )
+
+    def _save(self, stem: str, position: Position) -> None:
+        self.save_lora(stem, position)
+        if self.options.save_state:
+            self.save_state(f"{stem}-state", position)
+        if self.options.autosave_minutes:
+            self.autosave(position)
+
+    def _name(self, default: str) -> str:
+        return self.options.output_name or default
+
+    def _epoch_interval(self) -> int | None:
+        if self.options.save_n_epoch_ratio:
+            return max(1, self.run.length.epochs // self.options.save_n_epoch_ratio)
+        return self.options.save_every_n_epochs
+
+    def _drop_old_epochs(self, epoch: int, every: int) -> None:
+        options = self.options
+        keep_state = options.save_last_n_epochs_state or options.save_last_n_epochs
+        if options.save_last_n_epochs:
+            self._drop_file(f"{self._name('epoch')}-{epoch - every * options.save_last_n_epochs:06d}")
+        if keep_state:
+            self._drop_state(f"{self._name('epoch')}-{epoch - every * keep_state:06d}")
+
+    def _drop_old_steps(self, step: int, every: int) -> None:
+        options = self.options
+        keep_state = options.save_last_n_steps_state or options.save_last_n_steps
+        if options.save_last_n_steps:
+            old = (step - options.save_last_n_steps - 1) // every * every
+            self._drop_file(f"{self._name('at')}-step{old:08d}")
+        if keep_state:
+            old = (step - keep_state - 1) // every * every
+            self._drop_state(f"{self._name('at')}-step{old:08d}")
+
+    def _drop_file(self, stem: str) -> None:
+        (self.folder / f"{stem}.safetensors").unlink(missing_ok=True)
+
+    def _drop_state(self, stem: str) -> None:
+        shutil.rmtree(self.folder / f"{stem}-state", ignore_errors=True)

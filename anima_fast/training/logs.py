@@ -1,0 +1,260 @@
+"""What a run writes about itself: `log.jsonl` always, TensorBoard and wandb when asked for.
+
+Each line of `log.jsonl` is one JSON object with `kind` (step, epoch, validation) and `step`; a
+number that is not finite is null. The file never holds the same step twice: when a run resumes,
+the lines after the resumed step are dropped first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from anima_fast.errors import UserError
+from anima_fast.files import disk_error, write_text
+
+if TYPE_CHECKING:
+    from anima_fast.options import TrainOptions
+
+LOG_FILE = "log.jsonl"
+PROJECT = "network_train"
+
+
+class Tracker(Protocol):
+    """A place for scalars by name."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Record the values of a step."""
+
+    def close(self) -> None:
+        """Finish and flush."""
+
+
+class RunLog:
+    """The log of one run, a context manager.
+
+    Args:
+        options: `output_dir` and the logging options.
+        first_step: steps already made; 0 for a fresh run, which moves an older log aside to
+            `log.previous.jsonl`.
+
+    Raises:
+        UserError: a tracker's package is missing, or the folder cannot be written.
+    """
+
+    def __init__(self, options: TrainOptions, first_step: int = 0) -> None:
+        self.options = options
+        self.path = Path(options.output_dir) / LOG_FILE
+        self._written: set[tuple[str, int]] = set()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if first_step:
+                self._keep_until(first_step)
+            elif self.path.exists():
+                os.replace(self.path, self.path.with_name("log.previous.jsonl"))
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        try:
+            self.trackers = open_trackers(options)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Log an optimizer step.
+
+        Args:
+            record: `step`, `epoch`, `loss`, `loss_avg`, `lr` (a rate per group name) and anything
+                else that JSON holds; `d_lr` (effective rates of adaptive optimizers) and `max_norm`
+                (keys_scaled, average_key_norm, max_key_norm) go to the trackers too.
+        """
+        scalars = {"loss/current": record.get("loss"), "loss/average": record.get("loss_avg")}
+        scalars |= {f"lr/{name}": rate for name, rate in record.get("lr", {}).items()}
+        scalars |= {f"lr/d*lr/{name}": rate for name, rate in record.get("d_lr", {}).items()}
+        scalars |= {f"max_norm/{name}": v for name, v in record.get("max_norm", {}).items()}
+        self._write("step", record["step"], record, scalars)
+
+    def epoch(self, step: int, epoch: int, loss_average: float | None) -> None:
+        """Log the end of an epoch (counted from 1) after `step` steps."""
+        record = {"epoch": epoch, "loss_avg": loss_average}
+        self._write("epoch", step, record, {"loss/epoch_average": loss_average})
+
+    def validation(
+        self, step: int, epoch: int, loss: float, loss_average: float | None = None
+    ) -> None:
+        """Log a validation loss; its divergence is the distance from the training average."""
+        divergence = None if loss_average is None else loss - loss_average
+        per = "step" if self.options.validate_every_n_steps else "epoch"
+        record = {"epoch": epoch, "loss": loss, "divergence": divergence}
+        scalars = {
+            f"loss/validation/{per}_average": loss,
+            f"loss/validation/{per}_divergence": divergence,
+        }
+        self._write("validation", step, record, scalars)
+
+    def close(self) -> None:
+        """Close the file and the trackers."""
+        self._file.close()
+        for tracker in self.trackers:
+            tracker.close()
+        self.trackers = []
+
+    def _write(
+        self, kind: str, step: int, record: Mapping, scalars: Mapping[str, float | None]
+    ) -> None:
+        # The end of an epoch is repeated when a run resumes from a state saved just there.
+        if (kind, step) in self._written:
+            return
+        self._written.add((kind, step))
+        line = json.dumps(_finite({"kind": kind, "step": step, **record}), allow_nan=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        known = {name: value for name, value in scalars.items() if value is not None}
+        for tracker in self.trackers:
+            tracker.scalars(known, step)
+
+    def _keep_until(self, last_step: int) -> None:
+        """Drop lines after `last_step` and a line that a kill cut off."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                kind, step = record["kind"], record["step"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if step <= last_step and (kind, step) not in self._written:
+                self._written.add((kind, step))
+                kept.append(line)
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+
+def _finite(value: Any) -> Any:
+    """The value with every number that is not finite as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def open_trackers(options: TrainOptions) -> list[Tracker]:
+    """The trackers of `--log_with`; TensorBoard when only `--logging_dir` is given."""
+    chosen = options.log_with or ("tensorboard" if options.logging_dir else None)
+    if chosen is None:
+        return []
+    base = Path(options.logging_dir or Path(options.output_dir) / "logs")
+    stamp = datetime.datetime.now().strftime("%Y%m%d%H%M%S")
+    folder = base / f"{options.log_prefix or ''}{stamp}"
+    extra = _tracker_arguments(options)
+    trackers: list[Tracker] = []
+    if chosen in ("tensorboard", "all"):
+        trackers.append(TensorBoard(options, folder, extra.get("tensorboard", {})))
+    if chosen in ("wandb", "all"):
+        trackers.append(Wandb(options, folder, extra.get("wandb", {})))
+    return trackers
+
+
+class TensorBoard:
+    """Event files in `LOGGING_DIR/PREFIXyyyymmddHHMMSS/PROJECT`."""
+
+    def __init__(self, options: TrainOptions, folder: Path, arguments: Mapping[str, Any]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                '--log_with tensorboard needs the package: pip install "anima-fast[tensorboard]"'
+            ) from error
+        folder = folder / (options.log_tracker_name or PROJECT)
+        try:
+            self.writer = SummaryWriter(str(folder), **arguments)
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        if options.log_config:
+            text = json.dumps(public_options(options), indent=1, default=str)
+            self.writer.add_text("options", f"```\n{text}\n```")
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Record the values of a step."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Finish and flush."""
+        self.writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases."""
+
+    def __init__(self, options: TrainOptions, folder: Path, arguments: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                '--log_with wandb needs the package: pip install "anima-fast[wandb]"'
+            ) from error
+        if options.wandb_api_key:
+            wandb.login(key=options.wandb_api_key)
+        folder.mkdir(parents=True, exist_ok=True)
+        defaults = {
+            "project": options.log_tracker_name or PROJECT,
+            "name": options.wandb_run_name,
+            "dir": str(folder),
+            "config": public_options(options) if options.log_config else None,
+        }
+        self.run = wandb.init(**{**defaults, **arguments})
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Record the values of a step."""
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Finish and flush."""
+        self.run.finish()
+
+
+def public_options(options: TrainOptions) -> dict[str, Any]:
+    """The options by name, without secrets."""
+    return {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if not field.metadata.get("secret")
+    }
+
+
+def _tracker_arguments(options: TrainOptions) -> dict[str, dict]:
+    """`--log_tracker_config`: a TOML file with a table per tracker."""
+    if not options.log_tracker_config:
+        return {}
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        import tomli as tomllib
+    path = Path(options.log_tracker_config)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--log_tracker_config {path} is no readable TOML file ({' '.join(str(error).split())})"
+            ": give tables named tensorboard or wandb"
+        ) from error

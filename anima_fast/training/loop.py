@@ -1,0 +1,183 @@
+"""The training loop: one function that reads from the first step to the last.
+
+    anima-fast train --pretrained_model_name_or_path=DIT --qwen3=DIR --vae=VAE \\
+        --dataset_config=data.toml --output_dir=OUT --network_module=networks.lora_anima
+
+Rectified flow: x = (1−σ)·x0 + σ·noise, target noise − x0, loss w(σ)·(v − target)². Every random
+number of a micro-step (noise, σ, dropout masks) follows from (seed, step, micro-step) alone, and the
+order of the batches from (seed, epoch), so a resumed run computes exactly what an uninterrupted one
+would have.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from anima_fast.training.checkpoints import Checkpoints
+from anima_fast.training.flow import FlowSettings
+from anima_fast.training.health import BadBatchTracker
+from anima_fast.training.logs import RunLog
+from anima_fast.training.memory import peak_memory_mib
+from anima_fast.training.optimizers import clip_flat_grad, train_mode
+from anima_fast.training.position import Position
+from anima_fast.training.progress import Progress
+from anima_fast.training.setup import Run, choose_seed, prepare, resume_run, write_run_file
+from anima_fast.training.signals import StopSignal
+from anima_fast.training.state import resolve_resume, state_seed
+from anima_fast.training.step import micro_step
+from anima_fast.training.validation import validate
+
+if TYPE_CHECKING:
+    from anima_fast.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind."""
+
+    output: Path
+    log: Path
+    steps: int
+    loss: float | None
+    interrupted_by: int | None = None
+
+
+def train(options: TrainOptions) -> TrainResult:
+    """Train a LoRA and save it.
+
+    Args:
+        options: the resolved options; `anima-fast train --help` lists them all.
+
+    Returns:
+        `TrainResult`: the LoRA file, `log.jsonl`, the number of optimizer steps made, the smoothed
+        loss, and the signal number when Ctrl-C or SIGTERM ended the run early.
+
+    Raises:
+        UserError: for bad options, files or data, a full disk, or a run that stopped being finite.
+    """
+    state = resolve_resume(options.resume, options.output_dir, options.output_stem)
+    saved_seed = state_seed(state) if state else None
+    seed = choose_seed(options) if saved_seed is None else saved_seed
+    with Progress(options) as progress, StopSignal() as stop:
+        run = prepare(options, seed=seed, say=progress.say)
+        position = resume_run(run, state, say=progress.say) if state else Position()
+        write_run_file(options)
+        with RunLog(options, first_step=position.step) as log:
+            return run_steps(run, position, log=log, progress=progress, stop=stop)
+
+
+def run_steps(
+    run: Run, position: Position, *, log: RunLog, progress: Progress, stop: StopSignal
+) -> TrainResult:
+    """Every step from `position` to the end of the run: the loop itself."""
+    options, length, network = run.options, run.length, run.network
+    settings = FlowSettings.from_options(options)
+    bad_batches = BadBatchTracker(options)
+    checkpoints = Checkpoints(run)
+    network.train()
+    train_mode(run.optimizer)
+    progress.start(position.step, length.steps)
+
+    while position.step < length.steps:
+        order = run.plan.epoch_batches(position.epoch, run.seed)
+        batches = run.batches.iterate(
+            order[position.batch :], epoch=position.epoch, first_step=position.batch
+        )
+        group, images, started = [], 0, time.perf_counter()
+        for batch in batches:
+            # Forward and backward of one micro-batch; gradients add up in the flat buffer.
+            losses = micro_step(run, batch, settings, step=position.step, micro=len(group))
+            run.scaler.scale(losses.mean() / length.accumulation).backward()
+            group.append((batch, losses.detach()))
+            images += len(batch.items)
+            position.batch += 1
+            if len(group) < length.accumulation and position.batch < len(order):
+                continue
+
+            # Clip, step, schedule, zero. Reading the norm is the step's one wait for the device.
+            run.scaler.unscale_(run.optimizer)
+            norm = clip_flat_grad(network, options.max_grad_norm).item()
+            loss = torch.stack([losses.mean() for _, losses in group]).mean().item()
+            if bad_batches.accepts(group, loss, norm, run.scaler, say=progress.say):
+                run.scaler.step(run.optimizer)
+                if options.scale_weight_norms:
+                    network.scale_weight_norms(options.scale_weight_norms)
+                position.record_loss(loss, slots=length.updates_per_epoch)
+            run.scaler.update()
+            run.scheduler.step()
+            network.zero_grad_flat()
+            position.step += 1
+
+            # Log, save, validate, stop.
+            step_s = time.perf_counter() - started
+            record = {
+                "step": position.step,
+                "epoch": position.epoch,
+                "loss": loss,
+                "loss_avg": position.loss_average,
+                "lr": learning_rates(run),
+                "grad_norm": norm,
+                "step_s": step_s,
+                "images_per_s": images / step_s,
+                "memory_mib": peak_memory_mib(run.device),
+            }
+            log.step(record)
+            progress.step(record)
+            checkpoints.after_step(position)
+            if is_due(position.step, options.validate_every_n_steps):
+                log_validation(run, settings, position, log, progress)
+            if stop.received or position.step >= length.steps:
+                break
+            group, images, started = [], 0, time.perf_counter()
+        batches.close()
+
+        if stop.received and position.step < length.steps:
+            path = checkpoints.interrupted(position)
+            progress.say(f"stopped by signal {stop.received}; saved {path.name} and a resume state")
+            progress.say("go on with the same command and --resume auto")
+            return result(run, position, path, log, interrupted_by=stop.received)
+        if position.batch >= len(order):
+            if options.validate_every_n_steps is None and is_due(
+                position.epoch, options.validate_every_n_epochs or 1
+            ):
+                log_validation(run, settings, position, log, progress)
+            log.epoch(position.step, position.epoch, position.loss_average)
+            # A state saved here goes on with the next epoch.
+            position.next_epoch()
+            checkpoints.after_epoch(position, finished_epoch=position.epoch - 1)
+
+    path = checkpoints.final(position)
+    progress.say(f"saved {path}")
+    return result(run, position, path, log)
+
+
+def learning_rates(run: Run) -> dict[str, float]:
+    """The current rate of each parameter group by name."""
+    return {group.get("name", str(i)): group["lr"] for i, group in enumerate(run.optimizer.param_groups)}
+
+
+def is_due(count: int, every: int | None) -> bool:
+    """Whether something done every `every` steps or epochs is due after `count` of them."""
+    return bool(every) and count % every == 0
+
+
+def log_validation(
+    run: Run, settings: FlowSettings, position: Position, log: RunLog, progress: Progress
+) -> None:
+    """Compute, log and print the validation loss, if anything is held out."""
+    loss = validate(run, settings)
+    if loss is not None:
+        log.validation(position.step, position.epoch, loss, position.loss_average)
+        progress.say(f"step {position.step}: validation loss {loss:.4f}")
+
+
+def result(
+    run: Run, position: Position, path: Path, log: RunLog, interrupted_by: int | None = None
+) -> TrainResult:
+    """The `TrainResult` of this run."""
+    return TrainResult(path, log.path, position.step, position.loss_average, interrupted_by)

@@ -1,0 +1,42 @@
+"""Where a run stands: the few numbers that a resume state must hold."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass
+class Position:
+    """Counters of a run.
+
+    `step` counts optimizer steps made, `epoch` counts from 1, `batch` counts the batches of this
+    epoch already used, `losses` holds the last loss of each step slot of an epoch (their mean is
+    the smoothed loss that is shown).
+    """
+
+    step: int = 0
+    epoch: int = 1
+    batch: int = 0
+    losses: list[float] = field(default_factory=list)
+    slot: int = 0
+
+    @property
+    def loss_average(self) -> float | None:
+        """Moving average of the loss over one epoch."""
+        return sum(self.losses) / len(self.losses) if self.losses else None
+
+    def record_loss(self, loss: float, slots: int) -> None:
+        """Put the loss of a step into its slot of the epoch (`slots` steps an epoch)."""
+        if len(self.losses) < slots:
+            self.losses.append(loss)
+        else:
+            self.losses[self.slot % slots] = loss
+        self.slot = (self.slot + 1) % slots
+
+    def next_epoch(self) -> None:
+        """The next batch is the first of the next epoch."""
+        self.epoch, self.batch = self.epoch + 1, 0
+
+    def as_dict(self) -> dict:
+        """For the resume state; `Position(**d)` is the way back."""
+        return asdict(self)

@@ -1,0 +1,305 @@
+"""Everything that stands before the first step: options in, a `Run` out.
+
+The order is the one that keeps the peak memory low: the VAE and the text encoder are loaded, used
+and freed while the caches are filled, and only then is the DiT loaded. (Without caching the user has
+asked for one or both of them to stay.)
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from anima_fast.adapters.formats import merge_lora, read_lora
+from anima_fast.adapters.lora import LoRANetwork, add_lora
+from anima_fast.data.batches import Batches
+from anima_fast.data.encode import encode_dataset
+from anima_fast.data.plan import DatasetPlan, build_plan
+from anima_fast.errors import UserError
+from anima_fast.files import atomic_write, write_text
+from anima_fast.memory.offload import compile_blocks, install_block_runner
+from anima_fast.models.attention import check_attn_mode, check_torch_version
+from anima_fast.models.dit import AnimaDiT, load_dit
+from anima_fast.option_files import to_toml
+from anima_fast.training.conditioning import Conditioning, load_conditioning
+from anima_fast.training.optimizers import build_optimizer
+from anima_fast.training.position import Position
+from anima_fast.training.schedules import build_scheduler
+from anima_fast.training.state import dataset_fingerprint, load_state
+
+if TYPE_CHECKING:
+    from anima_fast.models.vae import VAE
+    from anima_fast.options import TrainOptions
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long the run is (spec: steps count optimizer updates)."""
+
+    batches_per_epoch: int
+    accumulation: int
+    epochs: int
+    steps: int
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """⌈batches / accumulation⌉: an incomplete accumulation group at the end is stepped."""
+        return math.ceil(self.batches_per_epoch / self.accumulation)
+
+
+@dataclass
+class Run:
+    """All that the loop works with, on the device and ready for the first step."""
+
+    options: TrainOptions
+    device: torch.device
+    seed: int
+    plan: DatasetPlan
+    batches: Batches
+    length: Length
+    dit: AnimaDiT
+    vae: VAE | None
+    conditioning: Conditioning
+    network: LoRANetwork
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+
+    @property
+    def fingerprint(self) -> dict:
+        """What a run that resumes must share with the one that was saved."""
+        return dataset_fingerprint(self.plan, self.length.accumulation)
+
+
+def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> Run:
+    """Check, plan, encode, load: the whole start of a run, in the order of events that users see.
+
+    Raises `UserError` for anything wrong with the options, the dataset or the model files, as early
+    as it can be known.
+    """
+    device = choose_device(options)
+    check_start(options, device)
+    seed_everything(seed)
+
+    say("reading the dataset")
+    plan = build_plan(options)
+    for notice in plan.notices:
+        say(notice)
+    length = run_length(options, plan.batches_per_epoch)
+    describe_plan(plan, length, say)
+
+    encoded = encode_dataset(
+        plan,
+        options,
+        device=device,
+        vae_dtype=torch.float32 if options.no_half_vae else DTYPES[options.mixed_precision],
+        text_dtype=DTYPES[options.mixed_precision],
+        say=say,
+    )
+    batches = Batches(plan, encoded, options, seed)
+
+    say("loading the DiT")
+    dit = load_dit(
+        options.pretrained_model_name_or_path,
+        device=device,
+        dtype=DTYPES[options.mixed_precision],
+        attn_mode=options.attn_mode,
+    )
+    dit.split_attn = options.split_attn
+    conditioning = load_conditioning(options, encoded.text_mode, device=device, dtype=dit.dtype)
+    vae = load_live_vae(options, device) if encoded.image_mode == "live" else None
+    network = build_network(options, dit, conditioning, seed=seed, say=say).to(device)
+    install_memory_savers(options, dit)
+
+    optimizer, notices = build_optimizer(options, network)
+    scheduler = build_scheduler(options, optimizer, length.steps)
+    for notice in notices:
+        say(notice)
+    scaler = torch.amp.GradScaler(device.type, enabled=options.mixed_precision == "fp16")
+    return Run(
+        options, device, seed, plan, batches, length, dit, vae, conditioning, network, optimizer,
+        scheduler, scaler,
+    )  # fmt: skip
+
+
+def choose_device(options: TrainOptions) -> torch.device:
+    """The device asked for, else CUDA where there is a card, else the CPU."""
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda needs a CUDA card and a CUDA build of PyTorch; this PyTorch sees none "
+            "(`anima-fast doctor` says what is missing), or use --device cpu"
+        )
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device that PyTorch knows: cuda, cpu") from None
+
+
+def check_start(options: TrainOptions, device: torch.device) -> None:
+    """What can be refused before any file is read, and backend switches."""
+    check_torch_version()
+    check_attn_mode(options.attn_mode, training=True, device=device)
+    for name in ("pretrained_model_name_or_path", "qwen3", "vae"):
+        value = getattr(options, name)
+        if not value:
+            raise UserError(f"--{name} is required: give the path of that model file")
+        if not Path(value).exists():
+            raise UserError(f"--{name}: {value} does not exist; `anima-fast download` fetches it")
+    if options.mixed_precision == "bf16" and device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise UserError(
+                "this card has no bfloat16 units: use --mixed_precision fp16 (the residual stream "
+                "stays in fp32) or no"
+            )
+    check_output_folder(options)
+    torch.backends.cuda.matmul.allow_tf32 = options.cuda_allow_tf32
+    torch.backends.cudnn.allow_tf32 = options.cuda_allow_tf32
+    torch.backends.cudnn.benchmark = options.cuda_cudnn_benchmark
+
+
+def check_output_folder(options: TrainOptions) -> None:
+    """Prove now, not after an hour, that the output folder can be written."""
+    if not options.output_dir:
+        raise UserError("--output_dir is required: the folder for the LoRA, its log and its states")
+    probe = Path(options.output_dir) / ".write_test"
+    with atomic_write(probe) as file:
+        file.write(b"ok")
+    probe.unlink()
+
+
+def choose_seed(options: TrainOptions) -> int:
+    """The seed asked for, else a random one, which the log and the resume state keep."""
+    return options.seed if options.seed is not None else secrets.randbelow(2**31)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def run_length(options: TrainOptions, batches_per_epoch: int) -> Length:
+    """Epochs and steps from whichever of the two was given; epochs win."""
+    accumulation = options.gradient_accumulation_steps
+    updates = math.ceil(batches_per_epoch / accumulation)
+    if options.max_train_epochs:
+        epochs, steps = options.max_train_epochs, options.max_train_epochs * updates
+    else:
+        steps = options.max_train_steps
+        epochs = math.ceil(steps / updates)
+    return Length(batches_per_epoch, accumulation, epochs, steps)
+
+
+def describe_plan(plan: DatasetPlan, length: Length, say: Callable[[str], None]) -> None:
+    """Print images per bucket and the length of the run."""
+    buckets: dict[tuple[int, int], int] = {}
+    for item in plan.items:
+        buckets[item.bucket] = buckets.get(item.bucket, 0) + item.repeats
+    for (width, height), count in sorted(buckets.items()):
+        say(f"  bucket {width}x{height}: {count} images (with repeats)")
+    say(
+        f"{len(plan.items)} images, {length.batches_per_epoch} batches per epoch, "
+        f"{length.epochs} epochs, {length.steps} steps"
+    )
+
+
+def load_live_vae(options: TrainOptions, device: torch.device) -> VAE:
+    """The VAE that stays in memory because latents are not cached."""
+    from anima_fast.models.vae import load_vae
+
+    dtype = torch.float32 if options.no_half_vae else DTYPES[options.mixed_precision]
+    return load_vae(options.vae, device=device, dtype=dtype)
+
+
+def build_network(
+    options: TrainOptions,
+    dit: AnimaDiT,
+    conditioning: Conditioning,
+    *,
+    seed: int,
+    say: Callable[[str], None],
+) -> LoRANetwork:
+    """Merge `base_weights`, attach the LoRA, load `network_weights`."""
+    multipliers = [*options.base_weights_multiplier, *[1.0] * len(options.base_weights)]
+    for path, multiplier in zip(options.base_weights, multipliers, strict=False):
+        merge_lora(dit, path, multiplier)
+        say(f"merged {path} into the DiT at {multiplier:g}")
+    given = options.network_weights
+    network = add_lora(
+        dit,
+        rank=options.network_dim,
+        alpha=options.network_alpha,
+        dropout=options.network_dropout,
+        llm_adapter=conditioning.adapter if options.trains_llm_adapter else None,
+        text_encoder=conditioning.text_encoder if options.trains_text_encoder else None,
+        train_dit=not options.network_train_text_encoder_only,
+        unet_lr=options.learning_rate if options.unet_lr is None else options.unet_lr,
+        text_encoder_lr=options.text_encoder_lr[0]
+        if options.text_encoder_lr
+        else options.learning_rate,
+        dtype=DTYPES[options.mixed_precision]
+        if options.full_bf16 or options.full_fp16
+        else torch.float32,
+        seed=seed,
+        modules_from=read_lora(given)[0] if given and options.dim_from_weights else None,
+        **options.network_kwargs,
+    )
+    if given:
+        ignored = network.load(given)
+        say(f"started from {given}" + (f"; {len(ignored)} keys ignored" if ignored else ""))
+    say(f"{len(network.modules_by_name)} LoRA modules, {network.flat.numel():,} parameters")
+    return network
+
+
+def install_memory_savers(options: TrainOptions, dit: AnimaDiT) -> None:
+    """Gradient checkpointing, offloading, block swap and per-block compilation."""
+    install_block_runner(
+        dit,
+        gradient_checkpointing=options.gradient_checkpointing,
+        cpu_offload=options.cpu_offload_checkpointing,
+        unsloth_offload=options.unsloth_offload_checkpointing,
+        blocks_to_swap=options.blocks_to_swap or 0,
+    )
+    if options.compile:
+        compile_blocks(
+            dit,
+            backend=options.compile_backend,
+            mode=options.compile_mode,
+            dynamic=options.compile_dynamic,
+            fullgraph=options.compile_fullgraph,
+            cache_size_limit=options.compile_cache_size_limit,
+        )
+
+
+def resume_run(run: Run, folder: Path, *, say: Callable[[str], None]) -> Position:
+    """Bring a freshly prepared run to where a resume state stands."""
+    position = load_state(
+        folder,
+        network=run.network,
+        optimizer=run.optimizer,
+        scheduler=run.scheduler,
+        scaler=run.scaler,
+        fingerprint=run.fingerprint,
+        say=say,
+    )
+    restored = Position(**position)
+    say(f"resumed from {folder.name} at step {restored.step}")
+    return restored
+
+
+def write_run_file(options: TrainOptions) -> None:
+    """The resolved options as TOML, so that `--config_file NAME.toml` repeats the run."""
+    write_text(Path(options.output_dir) / f"{options.output_stem}.toml", to_toml(options))

@@ -1,0 +1,45 @@
+"""Validation loss: held-out images at four fixed noise levels.
+
+σ = 0.2, 0.4, 0.6, 0.8 with noise that depends only on the seed and the batch, the network in eval
+mode (no dropout) and no caption dropout, so that two numbers differ only because the LoRA does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from anima_fast.data.seeding import seeded
+from anima_fast.training.flow import FlowSettings
+from anima_fast.training.optimizers import averaged_weights
+from anima_fast.training.step import batch_latents, batch_loss
+
+if TYPE_CHECKING:
+    from anima_fast.training.setup import Run
+
+SIGMAS = (0.2, 0.4, 0.6, 0.8)
+
+
+@torch.no_grad()
+def validate(run: Run, settings: FlowSettings) -> float | None:
+    """Mean loss over the validation batches and the four σ; None when nothing is held out."""
+    indices = run.plan.validation_batches()[: run.options.max_validation_steps]
+    if not indices:
+        return None
+    seed = run.options.validation_seed
+    seed = run.seed if seed is None else seed
+    run.network.eval()
+    losses = []
+    with averaged_weights(run.optimizer):
+        for position, batch_indices in enumerate(indices):
+            batch = run.batches.load(batch_indices, epoch=1, step=position, validation=True)
+            latents = batch_latents(run, batch)
+            for sigma in SIGMAS:
+                draw = seeded("validation", seed, position, sigma).getrandbits(63)
+                generator = torch.Generator().manual_seed(draw)
+                noise = torch.randn(latents.shape, generator=generator).to(latents)
+                sigmas = torch.full((len(latents),), sigma, device=latents.device)
+                losses.append(batch_loss(run, batch, latents, noise, sigmas, settings).mean())
+    run.network.train()
+    return torch.stack(losses).mean().item()
