@@ -1,0 +1,248 @@
+"""LoRA files in the three dialects: reading, writing, converting, merging.
+
+| dialect | module | down, up | scale |
+|---|---|---|---|
+| kohya | `lora_unet_blocks_0_self_attn_q_proj` | `lora_down`, `lora_up` | `.alpha` |
+| comfyui | `diffusion_model.blocks.0.self_attn.q_proj` | `lora_A`, `lora_B` | `.alpha` |
+| diffusers | `transformer.transformer_blocks.0.attn1.to_q` | `lora_A`, `lora_B` | none |
+
+A file without `.alpha` means alpha = rank. Folding multiplies alpha / rank into the up matrix (the
+down matrix stays as it is) and records the alphas in the metadata, so that unfolding restores the
+file: bit for bit when alpha / rank is a power of two, else to the rounding of one multiplication.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from anima_fast.adapters import names
+from anima_fast.adapters.hashes import with_hashes
+from anima_fast.errors import UserError
+from anima_fast.files import save_safetensors
+from anima_fast.models.checkpoint import Checkpoint
+
+FOLDED = "anima_fast.folded_alphas"
+SUFFIXES = {
+    "kohya": {"down": "lora_down.weight", "up": "lora_up.weight"},
+    "comfyui": {"down": "lora_A.weight", "up": "lora_B.weight"},
+    "diffusers": {"down": "lora_A.weight", "up": "lora_B.weight"},
+}
+# Tensors of other networks keep their suffix in every dialect.
+OTHER_SUFFIXES = ("hada_", "lokr_", "dora_scale")
+
+
+@dataclass(frozen=True)
+class LoRAPart:
+    """The adapter of one module: down [R, in], up [out, R], alpha (None means the rank)."""
+
+    down: Tensor
+    up: Tensor
+    alpha: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha.item() / self.rank
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, dict[str, Tensor]], str, dict]:
+    """A network file as {dotted module name: {suffix: tensor}}, its dialect and its metadata.
+
+    Suffixes are `down`, `up`, `alpha`, or those of other networks unchanged. Raises `UserError` for
+    a file that is no LoRA of this model, or has keys of modules that do not exist.
+    """
+    checkpoint = Checkpoint.open(path)
+    dialect = names.detect_dialect(checkpoint.keys())
+    if dialect is None:
+        raise UserError(f"{path} is no Anima LoRA: none of its keys has a known prefix")
+    ours = {theirs: name for name, theirs in SUFFIXES[dialect].items()}
+    # Some tools keep lora_down/lora_up in dotted names; both spellings mean the same.
+    ours |= {theirs: name for name, theirs in SUFFIXES["kohya"].items()}
+    modules: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key in checkpoint.shapes:
+        module, suffix = _split(key)
+        name = names.from_dialect(module, dialect) if module else None
+        if name is None:
+            unknown.append(key)
+            continue
+        modules.setdefault(name, {})[ours.get(suffix, suffix)] = checkpoint.get(key)
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} keys belong to no module of Anima ({', '.join(unknown[:3])}): "
+            "it is a LoRA of another model, or damaged"
+        )
+    return modules, dialect, checkpoint.metadata
+
+
+def _split(key: str) -> tuple[str, str]:
+    """(module, suffix) of a key; ("", key) when the suffix is unknown."""
+    for mark in (".lora_", ".alpha", *(f".{suffix}" for suffix in OTHER_SUFFIXES)):
+        position = key.rfind(mark)
+        if position > 0:
+            return key[:position], key[position + 1 :]
+    return "", key
+
+
+def read_lora(path: str | os.PathLike) -> tuple[dict[str, LoRAPart], str, dict[str, str]]:
+    """A LoRA file as {dotted module name: part}, its dialect and its metadata.
+
+    Raises `UserError` as `read_tensors` does, and for LoHa, LoKr or incomplete modules.
+    """
+    modules, dialect, metadata = read_tensors(path)
+    parts = {}
+    for name, tensors in modules.items():
+        extra = tensors.keys() - {"down", "up", "alpha"}
+        if extra:
+            raise UserError(
+                f"{path}: {name} has {sorted(extra)[0]}: only plain LoRA files can be used here"
+            )
+        if (
+            not {"down", "up"} <= tensors.keys()
+            or tensors["down"].shape[0] != tensors["up"].shape[1]
+        ):
+            raise UserError(f"{path}: {name} lacks one of its two matrices, or they do not fit")
+        parts[name] = LoRAPart(tensors["down"], tensors["up"], tensors.get("alpha"))
+    return parts, dialect, metadata
+
+
+def named_tensors(
+    parts: Mapping[str, LoRAPart], dialect: str, *, fold_alpha: bool = False
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The tensors of a file in a dialect, and the alphas that were folded, by dotted name."""
+    if dialect not in names.DIALECTS:
+        raise ValueError(f"dialect {dialect!r}, expected one of {', '.join(names.DIALECTS)}")
+    fold = fold_alpha or dialect == "diffusers"
+    tensors, folded = {}, {}
+    for name, part in parts.items():
+        theirs = names.to_dialect(name, dialect)
+        if theirs is None:
+            raise UserError(f"{name} has no name in the {dialect} dialect: use comfyui or kohya")
+        up = part.up
+        if fold:
+            folded[name] = part.scale * part.rank
+            up = up if part.scale == 1 else (up.double() * part.scale).to(up.dtype)
+        elif part.alpha is not None:
+            tensors[f"{theirs}.alpha"] = part.alpha
+        tensors[f"{theirs}.{SUFFIXES[dialect]['down']}"] = part.down
+        tensors[f"{theirs}.{SUFFIXES[dialect]['up']}"] = up
+    return dict(sorted(tensors.items())), folded
+
+
+def write_lora(
+    path: str | os.PathLike,
+    parts: Mapping[str, LoRAPart],
+    dialect: str,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    fold_alpha: bool = False,
+) -> None:
+    """Write a LoRA file atomically; see the module docstring for dialects and folding.
+
+    Raises `UserError` for values that are not finite, or when the disk refuses.
+    """
+    tensors, folded = named_tensors(parts, dialect, fold_alpha=fold_alpha)
+    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(f"{path} is not written: {bad[0]} holds numbers that are not finite")
+    metadata = {k: v for k, v in (metadata or {}).items() if k != FOLDED}
+    if folded:
+        metadata[FOLDED] = json.dumps(folded)
+    save_safetensors(tensors, path, with_hashes(tensors, metadata))
+
+
+def unfold(parts: Mapping[str, LoRAPart], metadata: Mapping[str, str]) -> dict[str, LoRAPart]:
+    """Give a folded file its alphas back, from its metadata; other parts stay as they are."""
+    alphas = json.loads(metadata.get(FOLDED, "{}"))
+    restored = {}
+    for name, part in parts.items():
+        alpha = alphas.get(name)
+        if part.alpha is None and alpha:
+            up = (part.up.double() / (alpha / part.rank)).to(part.up.dtype)
+            part = LoRAPart(part.down, up, torch.tensor(float(alpha)))
+        restored[name] = part
+    return restored
+
+
+def convert_file(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    to: str | None = None,
+    reverse: bool = False,
+    fold_alpha: bool = False,
+) -> str:
+    """Write a LoRA file in another dialect.
+
+    Args:
+        src, dst: files; `dst` is replaced atomically.
+        to: kohya, comfyui or diffusers; None means comfyui for a kohya file and kohya for others.
+        reverse: kohya, as the `--reverse` of sd-scripts' converter.
+        fold_alpha: fold alpha / rank into the weights (always so for diffusers).
+
+    Returns:
+        The dialect written.
+
+    Raises:
+        UserError: no LoRA of this model, the same file twice, or a module without such a name.
+    """
+    if Path(src).resolve() == Path(dst).resolve():
+        raise UserError(f"{dst} is the input itself: give another --output")
+    modules, dialect, metadata = read_tensors(src)
+    target = "kohya" if reverse else to or ("comfyui" if dialect == "kohya" else "kohya")
+    if any(tensors.keys() - {"down", "up", "alpha"} for tensors in modules.values()):
+        _rename_only(modules, target, dst, metadata, fold_alpha)
+        return target
+    parts = unfold(read_lora(src)[0], metadata)
+    write_lora(dst, parts, target, metadata=metadata, fold_alpha=fold_alpha)
+    return target
+
+
+def _rename_only(
+    modules: Mapping[str, Mapping[str, Tensor]],
+    dialect: str,
+    dst: str | os.PathLike,
+    metadata: Mapping[str, str],
+    fold_alpha: bool,
+) -> None:
+    """LoHa and LoKr: new module names, the same tensors."""
+    if fold_alpha or dialect == "diffusers":
+        raise UserError("only plain LoRA files can be folded or written for diffusers")
+    tensors = {}
+    for name, own in modules.items():
+        theirs = names.to_dialect(name, dialect)
+        for suffix, tensor in own.items():
+            tensors[f"{theirs}.{SUFFIXES[dialect].get(suffix, suffix)}"] = tensor
+    save_safetensors(tensors, dst, with_hashes(tensors, metadata))
+
+
+@torch.no_grad()
+def merge_lora(dit: nn.Module, path: str | os.PathLike, multiplier: float = 1.0) -> None:
+    """W ← W + multiplier · (alpha / rank) · up down, in float32, back to W's dtype.
+
+    Raises `UserError` when the file does not fit the DiT; nothing is changed then.
+    """
+    parts, _, _ = read_lora(path)
+    modules = dict(dit.named_modules())
+    parts = {
+        n: p for n, p in parts.items() if not n.startswith((names.TEXT_ENCODER, names.ADAPTER))
+    }
+    for name, part in parts.items():
+        module = modules.get(name)
+        if module is None or module.weight.shape != (part.up.shape[0], part.down.shape[1]):
+            raise UserError(f"{path}: {name} does not fit this DiT: it is made for another size")
+    for name, part in parts.items():
+        weight = modules[name].weight
+        up, down = part.up.to(weight.device).float(), part.down.to(weight.device).float()
+        weight.copy_(weight.float() + multiplier * part.scale * (up @ down))

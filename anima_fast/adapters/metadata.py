@@ -1,0 +1,150 @@
+"""What a LoRA file says about itself: the `ss_` keys that user interfaces read, and `modelspec.`.
+
+All values are strings. With `no_metadata` only the keys that loaders need are written. Reading the
+base files for their hashes takes seconds, so the SHA-256 is remembered (files.cached_sha256).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anima_fast import __version__
+from anima_fast.adapters.hashes import legacy_file_hash
+from anima_fast.files import cached_sha256
+
+if TYPE_CHECKING:
+    from anima_fast.options import TrainOptions
+
+IMPLEMENTATION = "https://huggingface.co/circlestone-labs/Anima"
+# Options that are written as they are, under their own name.
+PLAIN_OPTIONS = (
+    "learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps",
+    "max_grad_norm", "gradient_checkpointing", "gradient_accumulation_steps", "mixed_precision",
+    "full_fp16", "full_bf16", "cache_latents", "prior_loss_weight", "scale_weight_norms",
+    "ip_noise_gamma", "ip_noise_gamma_random_strength", "loss_type", "huber_schedule", "huber_c",
+    "huber_scale", "caption_dropout_rate", "caption_dropout_every_n_epochs",
+    "caption_tag_dropout_rate", "face_crop_aug_range", "resize_interpolation", "validation_seed",
+    "validation_split", "max_validation_steps", "validate_every_n_epochs",
+    "validate_every_n_steps", "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
+    "timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "training_comment",
+    "network_dropout", "output_name",
+)  # fmt: skip
+# Options that sd-scripts writes and that have one fixed meaning here.
+FIXED = {
+    "fp8_base": "False", "fp8_base_unet": "False", "lowram": "False", "min_snr_gamma": "None",
+    "noise_offset": "None", "multires_noise_iterations": "None", "multires_noise_discount": "None",
+    "adaptive_noise_scale": "None", "zero_terminal_snr": "False", "debiased_estimation": "False",
+    "clip_skip": "None", "max_token_length": "None",
+}  # fmt: skip
+MODELSPEC_OPTIONS = (
+    "author", "description", "license", "tags", "usage_hint", "thumbnail", "merged_from",
+    "trigger_phrase", "preprocessor",
+)  # fmt: skip
+
+
+def training_metadata(
+    options: TrainOptions, summary: Mapping[str, Any], run: Mapping[str, Any]
+) -> dict[str, str]:
+    """The header metadata of a LoRA file.
+
+    Args:
+        options: of the run.
+        summary: `DatasetPlan.summary()`.
+        run: facts of the moment: `steps`, `epoch`, `num_epochs`, `max_train_steps`,
+            `num_batches_per_epoch`, `seed`, `session_id`, `started_at`, `finished_at`,
+            `optimizer`.
+
+    Returns:
+        strings by key; the two `sshs_` hashes are added when the file is written.
+    """
+    minimal = {
+        "ss_v2": "False",
+        "ss_base_model_version": "anima",
+        "ss_network_module": options.network_module,
+        "ss_network_dim": str(options.network_dim),
+        "ss_network_alpha": f"{options.network_alpha:g}",
+        "ss_network_args": json.dumps(_network_args(options)),
+    }
+    if options.no_metadata:
+        return minimal
+    metadata = {
+        **minimal,
+        **{f"ss_{name}": _text(getattr(options, name)) for name in PLAIN_OPTIONS},
+        **{f"ss_{name}": value for name, value in FIXED.items()},
+        **{f"ss_{name}": _text(value) for name, value in summary.items()},
+        **{f"ss_{name}": _text(value) for name, value in _run_facts(run).items()},
+        **model_hashes(options),
+        **modelspec(options),
+    }
+    metadata["ss_output_name"] = options.output_stem
+    return metadata
+
+
+def _run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    facts = dict(run)
+    facts["training_started_at"] = facts.pop("started_at")
+    facts["training_finished_at"] = facts.pop("finished_at")
+    facts["sd_scripts_commit_hash"] = f"anima_fast-{__version__}"
+    return facts
+
+
+def _network_args(options: TrainOptions) -> dict[str, str]:
+    return dict(word.partition("=")[::2] for word in options.network_args)
+
+
+def model_hashes(options: TrainOptions) -> dict[str, str]:
+    """Names and hashes of the DiT and VAE files."""
+    found = {}
+    for option, name, prefix in (
+        ("pretrained_model_name_or_path", "sd_model", "sd_model"),
+        ("vae", "vae", "vae"),
+    ):
+        path = Path(getattr(options, option))
+        if path.is_file():
+            found[f"ss_{name}_name"] = path.name
+            found[f"ss_{prefix}_hash"] = legacy_file_hash(path)
+            found[f"ss_new_{prefix}_hash"] = cached_sha256(path)
+    return found
+
+
+def modelspec(options: TrainOptions) -> dict[str, str]:
+    """The `modelspec.` keys (Stability AI's model specification, as sd-scripts fills it in)."""
+    now = datetime.datetime.now().replace(microsecond=0)
+    spec = {
+        "sai_model_spec": "1.0.1",
+        "architecture": "anima-preview/lora",
+        "implementation": IMPLEMENTATION,
+        "implementation_version": f"anima_fast/{__version__}",
+        "title": options.metadata_title or options.output_stem,
+        "date": now.isoformat(),
+        "resolution": _resolution(options.resolution),
+        # Not the truth for a flow model, but what every other Anima LoRA says.
+        "prediction_type": "epsilon",
+    }
+    for name in MODELSPEC_OPTIONS:
+        value = getattr(options, f"metadata_{name}")
+        if value:
+            spec[name] = value
+    if options.min_timestep is not None or options.max_timestep is not None:
+        high = 1000 if options.max_timestep is None else options.max_timestep
+        spec["timestep_range"] = f"{options.min_timestep or 0},{high}"
+    return {f"modelspec.{name}": value for name, value in spec.items()}
+
+
+def _resolution(resolution: str | None) -> str:
+    if not resolution:
+        return "1024x1024"
+    sides = resolution.split(",")
+    return f"{sides[0]}x{sides[-1]}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, tuple):
+        return str(value[0]) if len(value) == 1 else (json.dumps(value) if value else "None")
+    return str(value)
