@@ -60,7 +60,7 @@ def find_targets(
         found += [t for t in layers if chosen(t.name)]
     if text_encoder is not None:
         found += [
-            Target("text_encoder", name, module)
+            Target("text_encoder", f"text_encoder.{name}", module)
             for name, module in text_encoder.model.named_modules()
             if isinstance(module, nn.Linear) and TEXT_ENCODER_LAYERS.fullmatch(name)
         ]

@@ -7,6 +7,7 @@ NAME.safetensors at the end; states carry the same stem plus `-state`. A rolling
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from anima_fast.adapters.metadata import training_metadata
 from anima_fast.training.optimizers import averaged_weights
 from anima_fast.training.state import save_state
 
@@ -32,6 +34,8 @@ class Checkpoints:
 
     run: Run
     last_autosave: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.time)
+    session_id: int = field(default_factory=lambda: secrets.randbits(32))
 
     @property
     def options(self) -> TrainOptions:
@@ -114,6 +118,22 @@ class Checkpoints:
             keep_previous=keep_previous,
         )
 
+    def _metadata(self, position: Position) -> dict[str, str]:
+        length, now = self.run.length, time.time()
+        facts = {
+            "session_id": self.session_id,
+            "started_at": self.started_at,
+            "finished_at": now,
+            "seed": self.run.seed,
+            "steps": position.step,
+            "epoch": position.epoch,
+            "num_epochs": length.epochs,
+            "max_train_steps": length.steps,
+            "num_batches_per_epoch": length.batches_per_epoch,
+            "optimizer": describe_optimizer(self.run.optimizer, self.options),
+        }
+        return training_metadata(self.options, self.run.plan.summary(), facts)
+
     def _save(self, stem: str, position: Position) -> None:
         self.save_lora(stem, position)
         if self.options.save_state:
@@ -133,7 +153,9 @@ class Checkpoints:
         options = self.options
         keep_state = options.save_last_n_epochs_state or options.save_last_n_epochs
         if options.save_last_n_epochs:
-            self._drop_file(f"{self._name('epoch')}-{epoch - every * options.save_last_n_epochs:06d}")
+            self._drop_file(
+                f"{self._name('epoch')}-{epoch - every * options.save_last_n_epochs:06d}"
+            )
         if keep_state:
             self._drop_state(f"{self._name('epoch')}-{epoch - every * keep_state:06d}")
 
@@ -152,3 +174,11 @@ class Checkpoints:
 
     def _drop_state(self, stem: str) -> None:
         shutil.rmtree(self.folder / f"{stem}-state", ignore_errors=True)
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer, options: TrainOptions) -> str:
+    """Class and arguments in one text: `torch.optim.adamw.AdamW(weight_decay=0.1)`."""
+    cls = type(optimizer)
+    arguments = ",".join(f"{k}={v}" for k, v in options.optimizer_kwargs.items())
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    return f"{name}({arguments})" if arguments else name

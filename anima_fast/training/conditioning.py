@@ -3,7 +3,7 @@
 Three ways, by what is trained and cached:
 
 * `context`: the cache holds the LLM adapter's output; nothing but a copy to the device is left.
-* `states`: the adapter is trained, so the cache holds Qwen3 states and T5 ids and it runs each step.
+* `states`: the adapter is trained: the cache holds Qwen3 states and T5 ids, and it runs each step.
 * `live`: captions are not cached (or Qwen3 is trained), so the whole text path runs each step.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anima_fast.data.batches import TextInputs
+from anima_fast.data.batches import PADDED_ROWS, TextInputs
 from anima_fast.models.llm_adapter import load_llm_adapter
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from anima_fast.models.text_encoder import TextEncoder
     from anima_fast.models.tokenizers import Tokenizers
     from anima_fast.options import TrainOptions
-
-# The DiT attends to at least this many text rows: a shorter prompt is padded with rows of zeros.
-PADDED_ROWS = 512
 
 
 @dataclass

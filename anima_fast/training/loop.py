@@ -4,9 +4,9 @@
         --dataset_config=data.toml --output_dir=OUT --network_module=networks.lora_anima
 
 Rectified flow: x = (1−σ)·x0 + σ·noise, target noise − x0, loss w(σ)·(v − target)². Every random
-number of a micro-step (noise, σ, dropout masks) follows from (seed, step, micro-step) alone, and the
-order of the batches from (seed, epoch), so a resumed run computes exactly what an uninterrupted one
-would have.
+number of a micro-step (noise, σ, dropout masks) follows from (seed, step, micro-step) alone, and
+the order of the batches from (seed, epoch), so a resumed run computes exactly what an uninterrupted
+one would have.
 """
 
 from __future__ import annotations
@@ -63,11 +63,12 @@ def train(options: TrainOptions) -> TrainResult:
     state = resolve_resume(options.resume, options.output_dir, options.output_stem)
     saved_seed = state_seed(state) if state else None
     seed = choose_seed(options) if saved_seed is None else saved_seed
-    with Progress(options) as progress, StopSignal() as stop:
+    with Progress(options) as progress:
+        # Ctrl-C while encoding ends the program at once: every finished cache file stays.
         run = prepare(options, seed=seed, say=progress.say)
         position = resume_run(run, state, say=progress.say) if state else Position()
         write_run_file(options)
-        with RunLog(options, first_step=position.step) as log:
+        with RunLog(options, first_step=position.step) as log, StopSignal() as stop:
             return run_steps(run, position, log=log, progress=progress, stop=stop)
 
 
@@ -158,7 +159,9 @@ def run_steps(
 
 def learning_rates(run: Run) -> dict[str, float]:
     """The current rate of each parameter group by name."""
-    return {group.get("name", str(i)): group["lr"] for i, group in enumerate(run.optimizer.param_groups)}
+    return {
+        group.get("name", str(i)): group["lr"] for i, group in enumerate(run.optimizer.param_groups)
+    }
 
 
 def is_due(count: int, every: int | None) -> bool:

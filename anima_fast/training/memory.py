@@ -8,7 +8,7 @@ import torch
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Peak memory of the run so far in MiB: the CUDA allocator's, else the process's; None if unknown."""
+    """Peak memory so far in MiB: the CUDA allocator's, else the process's; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

@@ -1,8 +1,8 @@
 """Everything that stands before the first step: options in, a `Run` out.
 
 The order is the one that keeps the peak memory low: the VAE and the text encoder are loaded, used
-and freed while the caches are filled, and only then is the DiT loaded. (Without caching the user has
-asked for one or both of them to stay.)
+and freed while the caches are filled, and only then is the DiT loaded. (Without caching the user
+has asked for one or both of them to stay.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from anima_fast.errors import UserError
 from anima_fast.files import atomic_write, write_text
 from anima_fast.memory.offload import compile_blocks, install_block_runner
 from anima_fast.models.attention import check_attn_mode, check_torch_version
-from anima_fast.models.dit import AnimaDiT, load_dit
+from anima_fast.models.checkpoint import Checkpoint
+from anima_fast.models.dit import AnimaDiT, dit_tensors, load_dit
 from anima_fast.option_files import to_toml
 from anima_fast.training.conditioning import Conditioning, load_conditioning
 from anima_fast.training.optimizers import build_optimizer
@@ -156,6 +157,8 @@ def check_start(options: TrainOptions, device: torch.device) -> None:
             raise UserError(f"--{name} is required: give the path of that model file")
         if not Path(value).exists():
             raise UserError(f"--{name}: {value} does not exist; `anima-fast download` fetches it")
+    # Only the header is read: a file of another kind is refused before anything is encoded.
+    dit_tensors(Checkpoint.open(options.pretrained_model_name_or_path))
     if options.mixed_precision == "bf16" and device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         if major < 8:

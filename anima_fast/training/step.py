@@ -40,8 +40,10 @@ def batch_latents(run: Run, batch: Batch) -> Tensor:
     if batch.latents is not None:
         return batch.latents.to(run.device, non_blocking=True)
     with torch.no_grad():
-        pixels = batch.pixels.to(run.device, run.vae.dtype)
-        return run.vae.encode(pixels, chunk_rows=run.options.vae_chunk_size).float()
+        pixels = batch.pixels.to(run.device)
+        latents = run.vae.encode(pixels, chunk_rows=run.options.vae_chunk_size).float()
+        # Noise is drawn in memory order, so the layout must be the one of cached latents.
+        return latents.contiguous()
 
 
 def batch_loss(

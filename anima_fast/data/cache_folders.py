@@ -1,0 +1,166 @@
+"""Where cache files lie, and the index of image hashes beside them.
+
+`cache_dir` when it is given, else `.anima_cache` in the image's folder. An image folder that cannot
+be written is served by `OUTPUT_DIR/cache`; what its own `.anima_cache` already holds is still used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from anima_fast import files
+from anima_fast.errors import UserError
+
+FOLDER = ".anima_cache"
+INDEX = "index.json"
+# Long stems are cut (UTF-8 bytes): file systems allow 255 for a name.
+_STEM_BYTES = 120
+
+
+class CacheFolders:
+    """Finds and places the cache files of a run."""
+
+    def __init__(
+        self, cache_dir: str | None, output_dir: str | None, say: Callable[[str], None]
+    ) -> None:
+        self._cache_dir = Path(cache_dir) if cache_dir else None
+        self._fallback = Path(output_dir) / "cache" if output_dir else None
+        self._say = say
+        self._own: dict[Path, Path] = {}
+        self._writable: dict[Path, Path] = {}
+
+    def register(self, images: Iterable[Path]) -> None:
+        """Tell which images belong to the run, so that `find` looks beside all of them."""
+        for image in images:
+            self._folder(image)
+
+    def find(self, name: str, image: Path, *, anywhere: bool = False) -> Path | None:
+        """The existing file of that name for an image; `anywhere` looks beside all images."""
+        folders = [self._folder(image)]
+        if anywhere:
+            folders += self._own.values()
+        if self._fallback is not None and self._cache_dir is None:
+            folders.append(self._fallback)
+        found = (folder / name for folder in dict.fromkeys(folders))
+        return next((path for path in found if path.is_file()), None)
+
+    def place(self, name: str, image: Path) -> Path:
+        """Where to write the file of that name for an image.
+
+        Raises `UserError` when neither the image's folder nor the output folder can be written.
+        """
+        folder = self._folder(image)
+        if folder not in self._writable:
+            self._writable[folder] = self._choose_writable(folder)
+        return self._writable[folder] / name
+
+    def _folder(self, image: Path) -> Path:
+        parent = image.parent
+        if parent not in self._own:
+            self._own[parent] = self._cache_dir or parent / FOLDER
+        return self._own[parent]
+
+    def _choose_writable(self, folder: Path) -> Path:
+        probe = folder / ".write_test"
+        try:
+            with files.atomic_write(probe) as file:
+                file.write(b"ok")
+            probe.unlink()
+            return folder
+        except UserError:
+            if self._fallback is None or self._cache_dir is not None:
+                raise
+        self._say(f"{folder} cannot be written: caches go to {self._fallback}")
+        return self._fallback
+
+
+class FileHashes:
+    """SHA-256 of files, remembered by (path, size, mtime) in an index in the cache folder."""
+
+    def __init__(self, folders: CacheFolders) -> None:
+        self._folders = folders
+        self._known: dict[str, list] = {}
+        self._read: set[Path] = set()
+
+    def many(self, paths: Iterable[Path], threads: int) -> dict[Path, str]:
+        """Hashes of all files; only new and changed ones are read.
+
+        Raises `UserError` naming a file that cannot be read.
+        """
+        wanted = list(dict.fromkeys(paths))
+        stamps = {path: _stamp(path) for path in wanted}
+        for path in wanted:
+            self._use_index(self._folders.find(INDEX, path))
+        new = [path for path in wanted if self._known.get(_name(path), [])[:2] != stamps[path]]
+        with ThreadPoolExecutor(max(threads, 1)) as pool:
+            for path, sha256 in zip(new, pool.map(_sha256, new), strict=True):
+                self._known[_name(path)] = [*stamps[path], sha256]
+        self._write_indexes(new)
+        return {path: self._known[_name(path)][2] for path in wanted}
+
+    def _use_index(self, index: Path | None) -> None:
+        if index is not None and index not in self._read:
+            self._read.add(index)
+            self._known = {**_read_index(index), **self._known}
+
+    def _write_indexes(self, new: list[Path]) -> None:
+        changed: dict[Path, list[str]] = {}
+        for path in new:
+            changed.setdefault(self._folders.place(INDEX, path), []).append(_name(path))
+        for index, names in changed.items():
+            old = {name: e for name, e in _read_index(index).items() if os.path.exists(name)}
+            files.write_json(index, old | {name: self._known[name] for name in names})
+
+
+def latent_name(stem: str, key: str) -> str:
+    """File name of an image's latents."""
+    short = printable(stem).encode("utf-8")[:_STEM_BYTES].decode("utf-8", "ignore")
+    return f"{short}-{key[:16]}.latents.safetensors"
+
+
+def text_name(key: str) -> str:
+    """File name of a caption's encoding."""
+    return f"{key}.text.safetensors"
+
+
+def printable(name: str) -> str:
+    """A file name as valid Unicode: bytes that are none (Linux allows them) become `_`."""
+    return "".join("_" if "\ud800" <= c <= "\udfff" else c for c in name)
+
+
+def _name(path: Path) -> str:
+    return printable(os.path.abspath(path))
+
+
+def _read_index(index: Path) -> dict[str, list]:
+    """The entries of an index; nothing for a missing or damaged one, which only costs time."""
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(entries, dict):
+        return {}
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], str)
+    }
+
+
+def _stamp(path: Path) -> list[int]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; check the file") from error
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return files.sha256_file(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; check the file") from error

@@ -1,0 +1,130 @@
+"""Encode once: images to latents, captions to text context, before the DiT is loaded.
+
+`encode_dataset` runs two phases one after the other, each with its own models, so that the VAE and
+the text encoder are never in memory together and neither is there when training starts. Both phases
+leave a cache on the disk (see `cache.py`), whichever flag turned them on; the `_to_disk` flags say
+only that entries are read from it for every batch instead of staying in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from anima_fast.data.cache import LatentEntry, Stored, TextEntry
+from anima_fast.data.cache_folders import CacheFolders
+from anima_fast.data.dataset_config import caches_latents
+from anima_fast.data.encode_latents import LatentPhase
+from anima_fast.data.encode_text import TextPhase
+from anima_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from anima_fast.data.plan import DatasetPlan, ImageItem
+    from anima_fast.options import TrainOptions
+
+Texts = list[tuple[Stored[TextEntry], ...]]
+
+
+@dataclass
+class EncodedDataset:
+    """Cache entries of a run by item index.
+
+    `image_mode` is "cached" or "live" (batches carry pixels), `text_mode` "context", "states"
+    (the LLM adapter is trained) or "live" (batches carry captions). In a live mode the entries
+    are empty. `texts` holds the renderings of each caption, `empty_text` the encoding of "".
+    """
+
+    image_mode: str
+    text_mode: str
+    device: torch.device
+    latents: list[Stored[LatentEntry]] = field(default_factory=list)
+    validation_latents: list[Stored[LatentEntry]] = field(default_factory=list)
+    texts: Texts = field(default_factory=list)
+    validation_texts: Texts = field(default_factory=list)
+    empty_text: Stored[TextEntry] | None = None
+    notices: list[str] = field(default_factory=list)
+
+
+def encode_dataset(
+    plan: DatasetPlan,
+    options: TrainOptions,
+    *,
+    device: str | torch.device = "cpu",
+    vae_dtype: torch.dtype = torch.float32,
+    text_dtype: torch.dtype = torch.bfloat16,
+    say: Callable[[str], None] | None = None,
+) -> EncodedDataset:
+    """Fill the caches that the options ask for and open them.
+
+    Args:
+        plan: the images and captions, training and validation.
+        options: model paths, cache flags, batch sizes.
+        device: where the VAE, then the text encoder and the LLM adapter run.
+        vae_dtype: of the VAE; latents are stored in fp32 whatever it is.
+        text_dtype: of encoder and adapter, and of the stored encodings.
+        say: gets each notice and the progress where no bar can be drawn.
+    Returns:
+        `EncodedDataset`; no model is referenced any more.
+    Raises:
+        UserError: unreadable images or models, encodings that are not finite (with the image or
+            caption and the stage), options that exclude caching, no space or permission to write.
+    """
+    device = torch.device(device)
+    encoded = EncodedDataset(choose_image_mode(options), choose_text_mode(options), device)
+
+    def report(text: str) -> None:
+        encoded.notices.append(text)
+        if say is not None:
+            say(text)
+
+    items = [*plan.items, *plan.validation_items]
+    count = len(plan.items)
+    folders = CacheFolders(options.cache_dir, options.output_dir, report)
+    folders.register(item.path for item in items)
+    if encoded.image_mode == "cached":
+        check_images_cacheable(items)
+        latents = LatentPhase(options, folders, device, vae_dtype, report).run(items)
+        encoded.latents, encoded.validation_latents = latents[:count], latents[count:]
+    if encoded.text_mode != "live":
+        check_texts_cacheable(items)
+        phase = TextPhase(options, folders, device, text_dtype, encoded.text_mode, report)
+        texts, encoded.empty_text = phase.run(items)
+        encoded.texts, encoded.validation_texts = texts[:count], texts[count:]
+    return encoded
+
+
+def choose_image_mode(options: TrainOptions) -> str:
+    """ "cached" with either latent cache flag, else "live"."""
+    return "cached" if caches_latents(options) else "live"
+
+
+def choose_text_mode(options: TrainOptions) -> str:
+    """ "live" without a text cache, else "states" when the LLM adapter is trained, or "context"."""
+    cached = options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
+    if not cached:
+        return "live"
+    return "states" if options.trains_llm_adapter else "context"
+
+
+def check_images_cacheable(items: list[ImageItem]) -> None:
+    """`UserError` when a subset wants other pixels at every access."""
+    for item in items:
+        for name in ("color_aug", "random_crop"):
+            if getattr(item.subset, name):
+                raise UserError(
+                    f"{item.subset.where}: {name} changes images at every access, so it cannot "
+                    "work with cached latents: remove it or cache_latents"
+                )
+
+
+def check_texts_cacheable(items: list[ImageItem]) -> None:
+    """`UserError` when captions depend on the step."""
+    for item in items:
+        if item.subset.token_warmup_step > 0:
+            raise UserError(
+                f"{item.subset.where}: token_warmup_step changes captions with every step, so it "
+                "cannot work with cached text outputs: remove it or cache_text_encoder_outputs"
+            )

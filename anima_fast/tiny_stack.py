@@ -1,0 +1,226 @@
+"""A tiny model stack with random weights in the published file formats, for the demo and the tests.
+
+DiT with bundled LLM adapter (prefix `net.`), Qwen3 folder with a tokenizer, VAE under its original
+(Wan) names with three-dimensional kernels, T5 tokenizer. The tokenizers are trained on the spot on
+a few captions. Weights are scaled by fan-in, so activations stay of order one.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anima_fast.files import save_safetensors, write_json
+from anima_fast.models.dit import AnimaDiT, DitConfig
+from anima_fast.models.llm_adapter import AdapterConfig, LLMAdapter
+from anima_fast.models.vae import VAE, VaeConfig
+from anima_fast.models.vae_checkpoint import published_names
+
+CORPUS = (
+    "a photograph of a cat, looking at the viewer, green eyes, close up",
+    "a portrait of an astronaut in an orange suit, flag, smile",
+    "a cup of coffee on a wooden table, spoon, saucer, steam",
+    "a rocket on the launch pad at night, smoke, lights",
+    "picture, red tree, blue sky, number, image, best quality, highly detailed",
+    "0 1 2 3 4 5 6 7 8 9 the of and to in is was for on with as by at from",
+)
+T5_VOCABULARY = 300
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Paths of the files of a stack."""
+
+    dit: Path
+    qwen3: Path
+    vae: Path
+    t5_tokenizer: Path
+
+
+def build_stack(
+    folder: Path,
+    *,
+    seed: int = 0,
+    blocks: int = 2,
+    width: int = 128,
+    head_dim: int = 64,
+    context_dim: int = 64,
+    adapter_layers: int = 2,
+    vae_width: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    captions: Iterable[str] = (),
+) -> Stack:
+    """Write a stack into `folder`; the same arguments give the same files.
+
+    Args:
+        folder: made when missing; files in it are replaced.
+        seed: of the weights.
+        blocks, width, head_dim: depth, D and K of the DiT.
+        context_dim: width of the text rows, of the adapter and of Qwen3.
+        adapter_layers: depth of the adapter.
+        vae_width: base width of the VAE.
+        dtype: of the stored weights.
+        captions: further text for the tokenizers.
+    """
+    folder = Path(folder)
+    corpus = [*CORPUS, *captions]
+    stack = Stack(
+        folder / "dit.safetensors", folder / "qwen3", folder / "vae.safetensors", folder / "t5"
+    )
+    vocabulary = _train_tokenizers(stack, corpus)
+    config = DitConfig(width, blocks, width // head_dim, head_dim, context_dim, 32, 4 * width)
+    adapter = AdapterConfig(
+        context_dim, context_dim, adapter_layers, 32, 4 * context_dim, T5_VOCABULARY, context_dim
+    )
+    with torch.device("meta"):
+        shapes = {f"net.{k}": v.shape for k, v in AnimaDiT(config).state_dict().items()}
+        own = LLMAdapter(adapter).state_dict()
+    shapes |= {f"net.llm_adapter.{k}": v.shape for k, v in own.items()}
+    save_safetensors(random_weights(shapes, seed, dtype), stack.dit)
+    _write_qwen3(stack.qwen3, vocabulary, context_dim, seed, dtype)
+    weights = random_weights(vae_shapes(VaeConfig(width=vae_width)), seed, dtype)
+    save_safetensors(weights, stack.vae)
+    return stack
+
+
+def random_weights(
+    shapes: Mapping[str, Iterable[int]], seed: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Random tensors by name: norms near 1, small biases, matrices scaled by 1/√fan-in.
+
+    A tensor depends on its own name and the seed only. A temporal kernel extent is not counted in
+    the fan-in, because images use one temporal slice.
+    """
+    tensors = {}
+    for name, shape in shapes.items():
+        shape = tuple(shape)
+        rng = np.random.RandomState((zlib.crc32(name.encode()) ^ seed) & 0xFFFFFFFF)
+        a = torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+        if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
+            a = 1 + 0.1 * a
+        elif name.endswith("bias"):
+            a = 0.05 * a
+        else:
+            fan_in = int(np.prod(shape[1:])) // (shape[2] if len(shape) == 5 else 1)
+            a = a / max(1, fan_in) ** 0.5
+        tensors[name] = a.to(dtype)
+    return tensors
+
+
+def vae_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
+    """The published (Wan) names and shapes of a VAE file, temporal kernels included."""
+    with torch.device("meta"):
+        ours = {name: tuple(p.shape) for name, p in VAE(config).state_dict().items()}
+    shapes = {}
+    for name, published in published_names(config, "wan").items():
+        shape = ours[name]
+        flat = "resample.1" in published or "middle.1" in published
+        if published.endswith("gamma"):
+            shape = (*shape, 1, 1) if "middle.1" in published else (*shape, 1, 1, 1)
+        elif published.endswith("weight") and not flat:
+            shape = (*shape[:2], 3 if shape[-1] == 3 else 1, *shape[2:])
+        shapes[published] = shape
+    w = config.width
+    for part, index, out, into in (
+        ("encoder.downsamples", 5, 2 * w, 2 * w),
+        ("encoder.downsamples", 8, 4 * w, 4 * w),
+        ("decoder.upsamples", 3, 8 * w, 4 * w),
+        ("decoder.upsamples", 7, 8 * w, 4 * w),
+    ):
+        shapes[f"{part}.{index}.time_conv.weight"] = (out, into, 3, 1, 1)
+        shapes[f"{part}.{index}.time_conv.bias"] = (out,)
+    return shapes
+
+
+def _train_tokenizers(stack: Stack, corpus: list[str]) -> int:
+    """Byte-level BPE for Qwen3 and a unigram model for T5; returns the size of the first."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer, UnigramTrainer
+
+    qwen = Tokenizer(models.BPE())
+    qwen.normalizer = normalizers.NFC()
+    qwen.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    qwen.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=alphabet,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    qwen.train_from_iterator(corpus, trainer)
+    stack.qwen3.mkdir(parents=True, exist_ok=True)
+    _save_tokenizer(qwen, stack.qwen3 / "tokenizer.json")
+
+    t5 = Tokenizer(models.Unigram())
+    t5.normalizer = normalizers.NFKC()
+    t5.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    t5.train_from_iterator(
+        corpus,
+        UnigramTrainer(
+            vocab_size=T5_VOCABULARY,
+            special_tokens=special,
+            unk_token="<unk>",
+            show_progress=False,
+        ),
+    )
+    t5.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    stack.t5_tokenizer.mkdir(parents=True, exist_ok=True)
+    _save_tokenizer(t5, stack.t5_tokenizer / "tokenizer.json")
+    return qwen.get_vocab_size()
+
+
+def _save_tokenizer(tokenizer: object, path: Path) -> None:
+    write_json(path, json.loads(tokenizer.to_str()))
+
+
+def _write_qwen3(folder: Path, vocabulary: int, width: int, seed: int, dtype: torch.dtype) -> None:
+    """A two-layer Qwen3 in Hugging Face's folder layout."""
+    head_dim, hidden, layers = 32, 2 * width, 2
+    heads, kv_heads = max(2, width // head_dim), 1
+    config = {
+        "architectures": ["Qwen3Model"],
+        "model_type": "qwen3",
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+    }
+    write_json(folder / "config.json", config)
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (vocabulary, width)}
+    for i in range(layers):
+        layer = {
+            "self_attn.q_proj.weight": (heads * head_dim, width),
+            "self_attn.k_proj.weight": (kv_heads * head_dim, width),
+            "self_attn.v_proj.weight": (kv_heads * head_dim, width),
+            "self_attn.o_proj.weight": (width, heads * head_dim),
+            "self_attn.q_norm.weight": (head_dim,),
+            "self_attn.k_norm.weight": (head_dim,),
+            "mlp.gate_proj.weight": (hidden, width),
+            "mlp.up_proj.weight": (hidden, width),
+            "mlp.down_proj.weight": (width, hidden),
+            "input_layernorm.weight": (width,),
+            "post_attention_layernorm.weight": (width,),
+        }
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    shapes["norm.weight"] = (width,)
+    save_safetensors(random_weights(shapes, seed, dtype), folder / "model.safetensors")

@@ -1,0 +1,82 @@
+"""A tiny random-weight stack, a small captioned dataset and the options to train on them."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from anima_fast.options import TrainOptions
+from anima_fast.tiny_stack import build_stack
+
+SIZES = ((64, 64), (64, 64), (96, 48), (48, 96), (64, 64))
+
+
+def make_images(folder: Path, count: int = 5, seed: int = 0) -> Path:
+    """Smooth random pictures of a few aspect ratios with a .txt caption each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize(SIZES[index % len(SIZES)], Image.Resampling.BICUBIC)
+        image.save(folder / f"image{index}.png")
+        text = f"picture {index}, red tree, blue sky, number {index}"
+        (folder / f"image{index}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def make_config(path: Path, image_dir: Path, *, batch_size: int = 2, subset: str = "") -> Path:
+    """A dataset TOML for one folder; `subset` is extra TOML for the subset."""
+    path.write_text(
+        f"""
+[general]
+resolution = 64
+batch_size = {batch_size}
+enable_bucket = true
+min_bucket_reso = 32
+max_bucket_reso = 128
+bucket_reso_steps = 16
+caption_extension = ".txt"
+
+[[datasets]]
+[[datasets.subsets]]
+image_dir = {str(image_dir)!r}
+{subset}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def make_world(folder: Path, **config: object) -> dict:
+    """Build stack, images and config under `folder`; returns the options that name them."""
+    stack = build_stack(folder / "models", blocks=2, width=64, head_dim=32, context_dim=32)
+    data = make_config(folder / "data.toml", make_images(folder / "images"), **config)
+    return {
+        "pretrained_model_name_or_path": str(stack.dit),
+        "qwen3": str(stack.qwen3),
+        "vae": str(stack.vae),
+        "t5_tokenizer_path": str(stack.t5_tokenizer),
+        "dataset_config": str(data),
+    }
+
+
+def train_options(world: dict, output: Path, **changes: object) -> TrainOptions:
+    """Options of a short exact CPU run; `changes` win."""
+    values = {
+        **world,
+        "output_dir": str(output),
+        "output_name": "lora",
+        "network_module": "networks.lora_anima",
+        "network_dim": 4,
+        "network_alpha": 4.0,
+        "learning_rate": 1e-3,
+        "optimizer_type": "AdamW",
+        "mixed_precision": "no",
+        "cache_latents": True,
+        "cache_text_encoder_outputs": True,
+        "max_train_epochs": 2,
+        "seed": 7,
+        "device": "cpu",
+        **changes,
+    }
+    return TrainOptions(**values)

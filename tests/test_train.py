@@ -1,0 +1,341 @@
+"""The whole run on a tiny stack: learning, saving, exact resuming, surviving bad data."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stack import make_config, make_images, make_world, train_options
+
+from anima_fast.errors import UserError
+from anima_fast.training import loop, step
+from anima_fast.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def log_lines(result):
+    return [json.loads(line) for line in result.log.read_text(encoding="utf-8").splitlines()]
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    left, right = load_file(a), load_file(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_a_run_writes_the_lora_the_log_and_the_resolved_options(world, tmp_path):
+    result = train(train_options(world, tmp_path))
+    assert result.output == tmp_path / "lora.safetensors"
+    tensors = load_file(result.output)
+    # Two blocks with ten targets each, three tensors a target.
+    assert len(tensors) == 2 * 10 * 3
+    assert any(t.abs().max() > 0 for k, t in tensors.items() if "lora_up" in k)
+    steps = [line for line in log_lines(result) if "step_s" in line]
+    assert [line["step"] for line in steps] == list(range(1, result.steps + 1))
+    assert (tmp_path / "lora.toml").exists()
+    assert not list(tmp_path.glob("*autosave*"))
+
+
+def test_the_loss_falls_on_one_image(tmp_path):
+    world = make_world(tmp_path / "world", subset="num_repeats = 10")
+    result = train(
+        train_options(
+            world, tmp_path / "out", max_train_epochs=8, learning_rate=2e-2, network_dim=16
+        )
+    )
+    losses = [line["loss"] for line in log_lines(result) if "step_s" in line]
+    early, late = sum(losses[:20]) / 20, sum(losses[-20:]) / 20
+    assert late < 0.97 * early
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        {"cpu_offload_checkpointing": True, "gradient_checkpointing": True},
+        {"unsloth_offload_checkpointing": True},
+        {"split_attn": True},
+        {"cache_latents": False, "cache_latents_to_disk": True},
+        {"cache_text_encoder_outputs": False, "cache_text_encoder_outputs_to_disk": True},
+        {"cache_text_encoder_outputs": False, "network_train_unet_only": True},
+        {"cache_latents": False},
+    ],
+    ids=lambda changes: "+".join(changes),
+)
+def test_memory_options_do_not_change_the_result(world, tmp_path, changes):
+    plain = train(train_options(world, tmp_path / "plain"))
+    other = train(train_options(world, tmp_path / "other", **changes))
+    left, right = load_file(plain.output), load_file(other.output)
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], atol=2e-5, rtol=1e-3)
+
+
+def test_gradient_accumulation_counts_and_steps(world, tmp_path):
+    result = train(train_options(world, tmp_path, gradient_accumulation_steps=3))
+    batches = log_lines(result)
+    # Five images in three buckets (3, 1, 1) at batch size 2: four batches, two updates an epoch.
+    assert result.steps == 2 * 2
+    assert [line["step"] for line in batches if "step_s" in line] == [1, 2, 3, 4]
+
+
+def test_epoch_and_step_checkpoints_have_the_known_names(world, tmp_path):
+    train(
+        train_options(
+            world, tmp_path, max_train_epochs=3, save_every_n_epochs=1, save_every_n_steps=5
+        )
+    )
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert names == [
+        "lora-000001.safetensors",
+        "lora-000002.safetensors",
+        "lora-step00000005.safetensors",
+        "lora-step00000010.safetensors",
+        "lora.safetensors",
+    ]
+
+
+def test_old_checkpoints_are_removed(world, tmp_path):
+    train(
+        train_options(
+            world,
+            tmp_path,
+            max_train_epochs=5,
+            save_every_n_epochs=1,
+            save_last_n_epochs=2,
+            save_state=True,
+        )
+    )
+    names = sorted(path.name for path in tmp_path.glob("lora-0*"))
+    assert names == [
+        "lora-000003-state",
+        "lora-000003.safetensors",
+        "lora-000004-state",
+        "lora-000004.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit"])
+def test_resuming_from_any_state_gives_the_same_file(world, tmp_path, optimizer):
+    options = train_options(
+        world,
+        tmp_path / "whole",
+        max_train_epochs=3,
+        save_every_n_steps=1,
+        save_state=True,
+        optimizer_type=optimizer,
+        network_dropout=0.1,
+        gradient_accumulation_steps=2,
+    )
+    whole = train(options)
+    states = sorted((tmp_path / "whole").glob("lora-step*-state"))
+    assert len(states) == whole.steps - 1
+    for state in (states[0], states[2], states[-1]):
+        again = dataclasses.replace(
+            options, output_dir=str(tmp_path / state.name), resume=str(state)
+        )
+        assert same_tensors(train(again).output, whole.output)
+
+
+RUNNER = """
+import json, sys
+from anima_fast.options import TrainOptions
+from anima_fast.training.loop import train
+train(TrainOptions(**json.loads(sys.argv[1])))
+"""
+
+
+def spawn(options: dict) -> subprocess.Popen:
+    root = Path(__file__).parent.parent
+    return subprocess.Popen(
+        [sys.executable, "-c", RUNNER, json.dumps(options)],
+        cwd=root,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for_steps(log: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if log.exists() and log.read_text(encoding="utf-8").count("step_s") >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{log} never reached {count} steps")
+
+
+def as_dict(options) -> dict:
+    fields = (f for f in dataclasses.fields(options) if f.init)
+    return {
+        f.name: getattr(options, f.name) for f in fields if getattr(options, f.name) != f.default
+    }
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_goes_on_to_the_same_file(world, tmp_path, number):
+    changes = {"max_train_epochs": 8, "save_every_n_epochs": 1}
+    whole = train(train_options(world, tmp_path / "whole", **changes))
+    options = train_options(world, tmp_path / "cut", **changes)
+    process = spawn(as_dict(options))
+    wait_for_steps(tmp_path / "cut" / "log.jsonl", 9)
+    process.send_signal(number)
+    process.wait(timeout=60)
+    process.stderr.close()
+    assert not (tmp_path / "cut" / "lora.safetensors").exists()
+    assert list((tmp_path / "cut").glob("lora-autosave-state*"))
+    result = train(dataclasses.replace(options, resume="auto"))
+    assert same_tensors(result.output, whole.output)
+    steps = [line["step"] for line in log_lines(result) if "step_s" in line]
+    assert steps == list(range(1, whole.steps + 1))
+
+
+def test_resume_auto_without_a_state_starts_at_the_beginning(world, tmp_path):
+    result = train(train_options(world, tmp_path, resume="auto"))
+    assert result.output.exists()
+
+
+def test_a_corrupt_state_offers_the_one_before(world, tmp_path):
+    options = train_options(
+        world, tmp_path, save_every_n_epochs=1, save_state=True, max_train_epochs=4
+    )
+    train(options)
+    newest, older = tmp_path / "lora-000003-state", tmp_path / "lora-000002-state"
+    tensors = newest / "network.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-5])
+    with pytest.raises(UserError, match=older.name):
+        train(dataclasses.replace(options, resume=str(newest)))
+
+
+def test_resuming_with_another_rank_is_refused_with_the_reason(world, tmp_path):
+    options = train_options(world, tmp_path, save_state=True)
+    train(options)
+    with pytest.raises(UserError, match=r"rank|network"):
+        train(dataclasses.replace(options, network_dim=8, resume=str(tmp_path / "lora-state")))
+
+
+def test_a_bad_batch_is_skipped_and_many_stop_the_run(world, tmp_path, monkeypatch):
+    def poisoned(run, batch, *args, **kwargs):
+        losses = step.micro_step(run, batch, *args, **kwargs)
+        bad = any(item.path.stem == "image2" for item in batch.items)
+        return losses * float("nan") if bad else losses
+
+    monkeypatch.setattr(loop, "micro_step", poisoned)
+    result = train(train_options(world, tmp_path / "few"))
+    assert all(t.isfinite().all() for t in load_file(result.output).values())
+    losses = [line["loss"] for line in log_lines(result) if line["kind"] == "step"]
+    assert losses.count(None) == 2
+    options = train_options(world, tmp_path / "many", max_train_epochs=20, max_bad_batches=3)
+    with pytest.raises(UserError, match="image2"):
+        train(options)
+    assert not (tmp_path / "many" / "lora.safetensors").exists()
+
+
+def test_validation_is_logged_and_does_not_change_training(tmp_path):
+    world = make_world(tmp_path / "world", subset="validation_split = 0.4")
+    plain = train(train_options(world, tmp_path / "a", validate_every_n_epochs=100))
+    often = train(train_options(world, tmp_path / "b", validate_every_n_steps=1))
+    assert same_tensors(plain.output, often.output)
+    values = [line["loss"] for line in log_lines(often) if line["kind"] == "validation"]
+    assert len(values) == often.steps and all(value > 0 for value in values)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"network_args": ("train_llm_adapter=True",)},
+        {"cache_text_encoder_outputs": False},
+        {"optimizer_type": "AdaFactor"},
+        {"full_bf16": True, "mixed_precision": "bf16"},
+        {"mixed_precision": "bf16", "optimizer_type": "AdamW8bit"},
+        {"scale_weight_norms": 0.5},
+        {"ip_noise_gamma": 0.1, "loss_type": "huber", "weighting_scheme": "cosmap"},
+        {"lr_scheduler": "cosine", "lr_warmup_steps": 0.2},
+        {"save_precision": "bf16", "lora_format": "comfyui", "fold_alpha": True},
+    ],
+    ids=lambda changes: "+".join(changes),
+)
+def test_other_ways_to_train_end_with_a_finite_file(world, tmp_path, changes):
+    result = train(train_options(world, tmp_path, **changes))
+    tensors = load_file(result.output)
+    assert tensors and all(t.isfinite().all() for t in tensors.values())
+
+
+def test_text_encoder_and_adapter_get_their_own_modules(world, tmp_path):
+    result = train(
+        train_options(
+            world,
+            tmp_path,
+            cache_text_encoder_outputs=False,
+            network_args=("train_llm_adapter=True",),
+        )
+    )
+    keys = load_file(result.output)
+    assert any(k.startswith("lora_te_") for k in keys)
+    assert any(k.startswith("lora_unet_llm_adapter_") for k in keys)
+    moved = [k for k, t in keys.items() if "lora_up" in k and t.abs().max() > 0]
+    assert any(k.startswith("lora_te_") for k in moved)
+    assert any("llm_adapter" in k for k in moved)
+
+
+def test_an_unwritable_output_folder_is_refused_before_anything_is_loaded(world, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot write"):
+        train(train_options(world, blocked / "out"))
+
+
+def test_a_model_of_the_wrong_kind_is_named(world, tmp_path):
+    with pytest.raises(UserError, match="VAE"):
+        train(train_options({**world, "pretrained_model_name_or_path": world["vae"]}, tmp_path))
+
+
+def test_block_swap_needs_enough_blocks(world, tmp_path):
+    with pytest.raises(UserError, match="blocks_to_swap"):
+        train(train_options(world, tmp_path, blocks_to_swap=5))
+
+
+def test_masks_reach_the_loss(tmp_path):
+    world = make_world(tmp_path / "world")
+    images = tmp_path / "world" / "images"
+    from PIL import Image
+
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in images.glob("*.png"):
+        with Image.open(path) as image:
+            Image.new("RGB", image.size, (0, 0, 0)).save(masks / path.name)
+    make_config(tmp_path / "m.toml", images, subset=f"conditioning_data_dir = {str(masks)!r}")
+    masked = {**world, "dataset_config": str(tmp_path / "m.toml")}
+    result = train(train_options(masked, tmp_path / "out", masked_loss=True))
+    losses = [line["loss"] for line in log_lines(result) if "step_s" in line]
+    assert losses and all(loss == 0 for loss in losses)
+
+
+def test_folder_layout_trains_without_a_dataset_file(world, tmp_path):
+    make_images(tmp_path / "data" / "2_cat", count=2)
+    plain = {k: v for k, v in world.items() if k != "dataset_config"}
+    result = train(
+        train_options(
+            plain,
+            tmp_path / "out",
+            train_data_dir=str(tmp_path / "data"),
+            resolution="64",
+            caption_extension=".txt",
+        )
+    )
+    # Two images, two repeats, batch size 1, two epochs.
+    assert result.steps == 8
+
+
+if os.name == "nt":
+    # Windows has no SIGKILL, and terminates without asking.
+    del test_a_stopped_run_goes_on_to_the_same_file
