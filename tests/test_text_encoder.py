@@ -65,7 +65,7 @@ def test_matches_transformers_with_its_mask(folder, encoder):
     from transformers import Qwen3Model
 
     ids, mask = tokens(7, 3, 5)
-    theirs = Qwen3Model.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = Qwen3Model.from_pretrained(folder).float().eval()
     expected = theirs(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
     torch.testing.assert_close(encoder(ids, mask), expected, atol=1e-5, rtol=1e-4)
 
@@ -170,14 +170,15 @@ def edit(state, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"norm__weight": None}, "missing (norm.weight)"),
+        ({"norm__weight": None}, "missing norm.weight"),
         ({"layers__0__mlp__up_proj__weight": None}, "layers.0.mlp.up_proj.weight"),
         ({"layers__0__mlp__gate_proj__weight": None}, "layers.0.mlp.gate_proj.weight"),
-        ({"visual__weight": torch.zeros(2)}, "unexpected (visual.weight)"),
-        ({"layers__1__self_attn__q_norm__weight": torch.ones(3)}, "[3] instead of [16]"),
+        ({"visual__weight": torch.zeros(2)}, "unexpected visual.weight"),
+        ({"layers__1__self_attn__q_norm__weight": torch.ones(3)}, "[3], expected [16]"),
+        ({"embed_tokens__weight": None}, "lacks embed_tokens.weight"),
         ({"layers__0__self_attn__q_norm__weight": None}, "another architecture"),
         ({"layers__0__self_attn__q_proj__bias": torch.ones(64)}, "another architecture"),
-        ({"layers__3__mlp__up_proj__weight": torch.zeros(48, 32)}, "missing (layers.2."),
+        ({"layers__3__mlp__up_proj__weight": torch.zeros(48, 32)}, "missing layers.2."),
     ],
 )
 def test_refuses_incomplete_or_other_decoders(state, tmp_path, changes, words):
@@ -192,7 +193,7 @@ def test_refuses_incomplete_or_other_decoders(state, tmp_path, changes, words):
     [
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5"),
         ("net.blocks.0.self_attn.q_proj.weight", "--qwen3"),
-        ("something.weight", "not a Qwen3 text encoder"),
+        ("something.weight", "no model that this program knows"),
     ],
 )
 def test_refuses_other_models(tmp_path, key, words):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,20 +19,29 @@ from anima_fast.errors import UserError
 from anima_fast.files import read_safetensors_header
 
 DIT_PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "model.", "")
-PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+# A file with two of these under one prefix is meant to be an Anima DiT, even when it is damaged.
+DIT_MARKERS = (
+    "x_embedder.proj.1.weight",
+    "t_embedding_norm.weight",
+    "final_layer.linear.weight",
+    "blocks.0.adaln_modulation_self_attn.1.weight",
+)
 # Buffers that other trainers and merge tools write and no model reads.
 LEFTOVERS = re.compile(
-    r"pos_embedder\..*|.*rotary_emb\.inv_freq|accum_.*|(.*\.)?_extra_state|model_sampling\..*"
+    r"pos_embedder\..*|(.*\.)?rotary_emb\.inv_freq|accum_.*|(.*\.)?_extra_state|model_sampling\..*"
 )
+# Other models of an all-in-one file.
+FOREIGN = re.compile(r"(first_stage_model|cond_stage_model|conditioner|text_encoders?|vae)\..*")
+PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 KIND_NAMES = {
-    "dit": "an Anima DiT: give it to --pretrained_model_name_or_path",
-    "llm_adapter": "an LLM adapter: give it to --llm_adapter_path",
-    "qwen3": "a Qwen3 text encoder: give it to --qwen3",
-    "vae": "a Qwen-Image VAE: give it to --vae",
-    "lora": "a LoRA: give it to --network_weights or --base_weights",
-    "latent_cache": "a latent cache of this program",
-    "text_cache": "a text cache of this program",
-    "unknown": "no model that this program knows",
+    "dit": "this is an Anima DiT; give it to --pretrained_model_name_or_path",
+    "llm_adapter": "this is an LLM adapter; give it to --llm_adapter_path",
+    "qwen3": "this is a Qwen3 text encoder; give it to --qwen3",
+    "vae": "this is a Qwen-Image VAE; give it to --vae",
+    "lora": "this is a LoRA; give it to --network_weights or --base_weights",
+    "latent_cache": "this is a latent cache of this program, no model",
+    "text_cache": "this is a text cache of this program, no model",
+    "unknown": "this is no model that this program knows",
 }
 
 
@@ -62,6 +72,8 @@ class Checkpoint:
             raise UserError(f"{path} is a folder, expected one model file")
         if not path.exists():
             raise UserError(f"{path} does not exist: check the path, or see `anima-fast download`")
+        if path.suffix.lower() == ".npz":
+            raise UserError(f"{path} is a cache of encoded images or captions, no model file")
         if path.suffix.lower() in PICKLES:
             return cls._open_pickle(path)
         from safetensors import SafetensorError, safe_open
@@ -70,15 +82,17 @@ class Checkpoint:
         metadata = header.pop("__metadata__", {})
         try:
             file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error}): download it again") from error
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         return cls(shapes, file.get_tensor, metadata=metadata, path=path)
 
     @classmethod
     def _open_pickle(cls, path: Path) -> Checkpoint:
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            # Only the zip form of the last years can be mapped.
+            mapped = zipfile.is_zipfile(path)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:
             raise UserError(
                 f"{path} is no PyTorch file of plain tensors, or is cut off: download it again, "
@@ -118,7 +132,7 @@ class Checkpoint:
         return self.get(key).dtype
 
     def get(self, key: str) -> Tensor:
-        """One tensor on the CPU."""
+        """One tensor, on the CPU unless a state dict has it elsewhere."""
         return self._get(key)
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
@@ -136,36 +150,46 @@ def open_checkpoint(source: str | os.PathLike | Mapping[str, Tensor]) -> Checkpo
     return Checkpoint.open(source)
 
 
-def strip_prefix(keys: Iterable[str], marker: str, prefixes: Iterable[str]) -> str | None:
-    """The prefix under which `marker` stands among the keys; None when it stands nowhere."""
+def strip_prefix(
+    keys: Iterable[str],
+    prefixes: Sequence[str] = DIT_PREFIXES,
+    markers: Sequence[str] = DIT_MARKERS,
+    *,
+    at_least: int = 2,
+) -> str | None:
+    """The first prefix under which `at_least` of the markers stand; None when there is none."""
     names = set(keys)
-    return next((prefix for prefix in prefixes if prefix + marker in names), None)
+    for prefix in prefixes:
+        if sum(prefix + marker in names for marker in markers) >= at_least:
+            return prefix
+    return None
 
 
 def detect_kind(checkpoint: Checkpoint) -> str:
-    """What a file holds: a key of `KIND_NAMES`, told from names alone."""
-    keys = checkpoint.keys()
-    if checkpoint.metadata.get("format") in ("anima_fast.latents", "anima_fast.text"):
-        return "latent_cache" if checkpoint.metadata["format"].endswith("latents") else "text_cache"
-    if any(".lora_" in key or ".hada_" in key or ".lokr_" in key for key in keys):
+    """What a file holds: a key of `KIND_NAMES`, told from tensor names and the file's metadata."""
+    keys = set(checkpoint.keys())
+    caches = {"anima_fast.latents": "latent_cache", "anima_fast.text": "text_cache"}
+    if checkpoint.metadata.get("format") in caches:
+        return caches[checkpoint.metadata["format"]]
+    if any(mark in key for key in keys for mark in (".lora_", ".hada_", ".lokr_")):
         return "lora"
-    if strip_prefix(keys, "x_embedder.proj.1.weight", DIT_PREFIXES) is not None:
+    if strip_prefix(keys) is not None:
         return "dit"
-    if any(key.endswith("self_attn.q_norm.weight") and "layers." in key for key in keys):
+    if any(re.search(r"layers\.\d+\.self_attn\.q_norm\.weight$", key) for key in keys):
         return "qwen3"
-    if {"conv1.bias", "encoder.conv1.weight"} <= set(keys) or "quant_conv.weight" in keys:
+    ends = ("encoder.conv1.weight", "encoder.conv_in.weight", "decoder.middle.0.residual.0.gamma")
+    if any(key.endswith(ends) for key in keys):
         return "vae"
-    if any(key.endswith("out_proj.weight") for key in keys) and any(
-        "embed.weight" in k for k in keys
-    ):
+    adapter = re.compile(r"(.*llm_adapter\.)?(out_proj|blocks\.0\.norm_cross_attn)\.weight")
+    if any(adapter.fullmatch(key) for key in keys):
         return "llm_adapter"
     return "unknown"
 
 
 def wrong_kind(checkpoint: Checkpoint, expected: str) -> UserError:
     """The error for a file of another kind."""
-    kind = detect_kind(checkpoint)
-    return UserError(f"{checkpoint.name} is not {expected}: it is {KIND_NAMES[kind]}")
+    kind = KIND_NAMES[detect_kind(checkpoint)]
+    return UserError(f"{checkpoint.name} is not {expected}: {kind}")
 
 
 def load_into(
@@ -173,41 +197,57 @@ def load_into(
     checkpoint: Checkpoint,
     *,
     what: str,
-    device: torch.device | str,
+    device: torch.device | str = "cpu",
     dtype_of: Callable[[str], torch.dtype],
 ) -> None:
-    """Fill a module built on the meta device, strictly.
+    """Fill a module built on the meta device, strictly and one tensor at a time.
 
     Args:
         module: parameters on `meta`.
-        checkpoint: tensors under the module's own names.
+        checkpoint: tensors under the module's own names; those that already have the right dtype
+            and device are shared, not copied.
         what: how messages call the model.
         device: where the parameters go.
         dtype_of: the dtype of each parameter by name.
 
     Raises:
-        UserError: missing or unexpected tensors, or one of the wrong shape.
+        UserError: missing or unexpected tensors, or some of a wrong shape or of integers.
     """
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
-    missing = sorted(expected.keys() - checkpoint.shapes.keys())
-    unexpected = sorted(checkpoint.shapes.keys() - expected.keys())
-    if missing or unexpected:
-        raise UserError(
-            f"{checkpoint.name} does not fit as {what}: "
-            + "; ".join(
-                _listed(t, n) for t, n in (("missing", missing), ("unexpected", unexpected)) if n
-            )
-        )
-    for name, shape in expected.items():
-        if checkpoint.shape(name) != shape:
+    check_shapes(expected, checkpoint, what)
+    tensors = {}
+    for name in expected:
+        tensor = checkpoint.get(name)
+        if not tensor.is_floating_point():
             raise UserError(
-                f"{checkpoint.name}: {name} is {list(checkpoint.shape(name))}, "
-                f"expected {list(shape)}"
+                f"{checkpoint.name}: {name} is {tensor.dtype}, expected floating point; give the "
+                "unquantised file"
             )
-    tensors = {n: checkpoint.get(n).to(device, dtype_of(n)) for n in expected}
+        tensors[name] = tensor.detach().to(device, dtype_of(name))
     module.load_state_dict(tensors, strict=True, assign=True)
 
 
-def _listed(title: str, names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{title} {', '.join(names[:4])}{more}"
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, what: str
+) -> None:
+    """Raise one `UserError` that names the first tensors that do not fit, and how many."""
+    found = checkpoint.shapes
+    groups = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {list(found[name])} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ],
+    }
+    problems = [
+        f"{len(names)} tensors {how} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for how, names in groups.items()
+        if names
+    ]
+    if problems:
+        raise UserError(
+            f"{checkpoint.name} does not fit {what}: {'; '.join(problems)}; download it again, or "
+            "give the file of a plain Anima model"
+        )

@@ -23,14 +23,18 @@ from anima_fast.models.checkpoint import (
     DIT_PREFIXES,
     LEFTOVERS,
     Checkpoint,
+    detect_kind,
     load_into,
     open_checkpoint,
+    strip_prefix,
     wrong_kind,
 )
 from anima_fast.models.rope import apply_rope, sequence_angles
 
 EPS = 1e-6
-THETA = 10000.0
+PREFIXES = tuple(prefix + "llm_adapter." for prefix in DIT_PREFIXES)
+# A bundled adapter is told by the first of these, a file of its own needs both.
+MARKERS = ("out_proj.weight", "embed.weight")
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,42 @@ class AdapterConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> AdapterConfig:
-        """Read every size from the shapes of a state dict without prefix; KeyError if one lacks."""
+        """Read every size from the shapes of a state dict without prefix.
+
+        Raises `UserError` when a tensor that tells a size is missing or impossible.
+        """
         layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+        vocabulary, width = _size(shapes, "embed.weight")
+        head_dim = _size(shapes, "blocks.0.self_attn.q_norm.weight")[0]
+        if head_dim % 2 or width % head_dim:
+            raise UserError(f"width {width} does not divide into heads of {head_dim}")
         return cls(
-            width=shapes["embed.weight"][1],
-            source_width=shapes["blocks.0.cross_attn.k_proj.weight"][1],
+            width=width,
+            source_width=_size(shapes, "blocks.0.cross_attn.k_proj.weight")[1],
             layers=len(layers),
-            head_dim=shapes["blocks.0.self_attn.q_norm.weight"][0],
-            hidden=shapes["blocks.0.mlp.0.weight"][0],
-            vocabulary=shapes["embed.weight"][0],
-            context_dim=shapes["out_proj.weight"][0],
+            head_dim=head_dim,
+            hidden=_size(shapes, "blocks.0.mlp.0.weight")[0],
+            vocabulary=vocabulary,
+            context_dim=_size(shapes, "out_proj.weight")[0],
         )
+
+
+def _size(shapes: Mapping[str, Sequence[int]], name: str) -> Sequence[int]:
+    shape = shapes.get(name)
+    if shape is None:
+        raise UserError(f"the tensor {name} is missing")
+    if len(shape) != (1 if name.endswith("norm.weight") else 2) or min(shape) < 1:
+        raise UserError(f"the tensor {name} has the impossible shape {list(shape)}")
+    return shape
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What an attention reads besides its tokens: the key mask and the rotations."""
+
+    mask: Tensor  # [B, S], true where a key counts
+    q_angles: Tensor  # [N, K]
+    k_angles: Tensor  # [S, K]
 
 
 class AdapterNorm(nn.Module):
@@ -88,25 +117,25 @@ class AdapterAttention(nn.Module):
         self.k_norm = AdapterNorm(config.head_dim)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, source: Tensor, key_mask: Tensor) -> Tensor:
-        """x [B, N, D] reads source [B, S, C] where key_mask [B, S] is true."""
+    def forward(self, x: Tensor, source: Tensor, keys: Keys) -> Tensor:
+        """x [B, N, D] reads source [B, S, C] where the mask is true; without any key it gets 0."""
         heads = (-1, self.head_dim)
-        q = self._rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)))  # [B, N, H, K]
-        k = self._rotate(self.k_norm(self.k_proj(source).unflatten(-1, heads)))  # [B, S, H, K]
-        v = self.v_proj(source).unflatten(-1, heads)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=key_mask[:, None, None, :],
-        ).transpose(1, 2)
-        # A sample without any key gets zero, whatever the backend makes of an empty softmax.
-        out = torch.where(key_mask.any(-1)[:, None, None, None], out, 0.0)
+        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), keys.q_angles)  # [B, N, H, K]
+        k = rotate(self.k_norm(self.k_proj(source).unflatten(-1, heads)), keys.k_angles)
+        v = self.v_proj(source).unflatten(-1, heads)  # [B, S, H, K]
+        q, k, v = (h.transpose(1, 2) for h in (q, k, v))
+        # An empty softmax is NaN in some backends, forward or backward: a sample without keys
+        # attends to all of them and its result is dropped.
+        empty = ~keys.mask.any(-1)  # [B]
+        mask = (keys.mask | empty[:, None])[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        out = out.masked_fill(empty[:, None, None, None], 0.0)
         return self.o_proj(out.flatten(2))
 
-    def _rotate(self, x: Tensor) -> Tensor:
-        angles = sequence_angles(self.head_dim, x.shape[1], THETA, x.device)
-        return apply_rope(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """RoPE of x [B, L, H, K] by angles [L, K], whose cosines are rounded to x's dtype."""
+    return apply_rope(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
 
 class AdapterBlock(nn.Module):
@@ -119,17 +148,14 @@ class AdapterBlock(nn.Module):
         self.norm_cross_attn = AdapterNorm(config.width)
         self.cross_attn = AdapterAttention(config, config.source_width)
         self.norm_mlp = AdapterNorm(config.width)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.width, config.hidden),
-            nn.GELU(),
-            nn.Linear(config.hidden, config.width),
-        )
+        up = nn.Linear(config.width, config.hidden)
+        self.mlp = nn.Sequential(up, nn.GELU(), nn.Linear(config.hidden, config.width))
 
-    def forward(self, x: Tensor, t5_mask: Tensor, states: Tensor, source_mask: Tensor) -> Tensor:
-        """[B, N, D] → [B, N, D]; masks are boolean."""
+    def forward(self, x: Tensor, states: Tensor, t5: Keys, source: Keys) -> Tensor:
+        """x [B, N, D] → [B, N, D]; states [B, S, C]."""
         h = self.norm_self_attn(x)
-        x = x + self.self_attn(h, h, t5_mask)
-        x = x + self.cross_attn(self.norm_cross_attn(x), states, source_mask)
+        x = x + self.self_attn(h, h, t5)
+        x = x + self.cross_attn(self.norm_cross_attn(x), states, source)
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -156,30 +182,47 @@ class LLMAdapter(nn.Module):
 
         Returns:
             [B, N, context width] in the adapter's dtype, rows of masked T5 tokens exactly 0.
+
+        Raises:
+            ValueError: states of another width, or masks that do not fit.
         """
-        t5_mask, source_mask = t5_mask.bool(), source_mask.bool()
+        self._check(t5_ids, t5_mask, source_states, source_mask)
         x = self.embed(t5_ids)
         states = source_states.to(x.dtype)
+        head_dim, device = self.config.head_dim, x.device
+        t5_angles = sequence_angles(head_dim, x.shape[1], device)
+        source_angles = sequence_angles(head_dim, states.shape[1], device)
+        t5 = Keys(t5_mask.bool(), t5_angles, t5_angles)
+        source = Keys(source_mask.bool(), t5_angles, source_angles)
         for block in self.blocks:
-            x = block(x, t5_mask, states, source_mask)
+            x = block(x, states, t5, source)
         context = self.norm(self.out_proj(x))
-        return torch.where(t5_mask[..., None], context, 0.0)
+        return context.masked_fill(~t5.mask[..., None], 0.0)
 
-
-PREFIXES = (*(prefix + "llm_adapter." for prefix in DIT_PREFIXES), "")
-MARKER = "out_proj.weight"
+    def _check(self, ids: Tensor, mask: Tensor, states: Tensor, source_mask: Tensor) -> None:
+        width = self.config.source_width
+        if states.ndim != 3 or states.shape[2] != width or len(states) != len(ids):
+            raise ValueError(
+                f"source_states are {tuple(states.shape)}, expected [B, S, C] = "
+                f"({len(ids)}, S, {width})"
+            )
+        if mask.shape != ids.shape or source_mask.shape != states.shape[:2]:
+            raise ValueError(
+                f"masks are {tuple(mask.shape)} and {tuple(source_mask.shape)}, expected "
+                f"{tuple(ids.shape)} and {tuple(states.shape[:2])}"
+            )
 
 
 def adapter_tensors(checkpoint: Checkpoint) -> Checkpoint | None:
-    """The adapter's tensors of a DiT file or a file of its own; None if it has none."""
+    """The adapter's tensors, without prefix, of a DiT file or its own file; None if it has none."""
     keys = checkpoint.keys()
-    for prefix in PREFIXES:
-        if prefix + MARKER in keys and prefix + "embed.weight" in keys:
-            names = {key[len(prefix) :]: key for key in keys if key.startswith(prefix)}
-            return checkpoint.renamed(
-                {n: k for n, k in names.items() if not LEFTOVERS.fullmatch(n)}
-            )
-    return None
+    prefix = strip_prefix(keys, PREFIXES, MARKERS, at_least=1)
+    if prefix is None:
+        prefix = strip_prefix(keys, ("",), MARKERS, at_least=2)
+    if prefix is None:
+        return None
+    names = {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
+    return checkpoint.renamed({n: k for n, k in names.items() if not LEFTOVERS.fullmatch(n)})
 
 
 def has_llm_adapter(path_or_state_dict: str | os.PathLike | Mapping[str, Tensor]) -> bool:
@@ -207,16 +250,20 @@ def load_llm_adapter(
     """
     source = open_checkpoint(path_or_state_dict)
     checkpoint = adapter_tensors(source)
-    if checkpoint is None:
+    if checkpoint is None and detect_kind(source) in ("dit", "llm_adapter"):
         raise UserError(
             f"{source.name} holds no LLM adapter (no llm_adapter.out_proj.weight): give its file "
             "with --llm_adapter_path"
         )
+    if checkpoint is None:
+        raise wrong_kind(source, "a file with an LLM adapter")
     try:
         config = AdapterConfig.from_shapes(checkpoint.shapes)
-        with torch.device("meta"):
-            adapter = LLMAdapter(config)
-    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
-        raise wrong_kind(source, "a whole LLM adapter") from error
-    load_into(adapter, checkpoint, what="an LLM adapter", device=device, dtype_of=lambda _: dtype)
+    except UserError as error:
+        raise UserError(
+            f"{source.name} holds no whole LLM adapter: {error}; download it again"
+        ) from error
+    with torch.device("meta"):
+        adapter = LLMAdapter(config)
+    load_into(adapter, checkpoint, what="the LLM adapter", device=device, dtype_of=lambda _: dtype)
     return adapter.requires_grad_(False).eval()

@@ -16,25 +16,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from anima_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from anima_fast.models.checkpoint import Checkpoint
+from anima_fast.models.checkpoint import Checkpoint, detect_kind, load_into, wrong_kind
 
 EXPECTED = "expected the Qwen3-0.6B text encoder (file or Hugging Face directory) for --qwen3"
-KINDS = {
-    "dit": "an Anima DiT checkpoint (pass it as --pretrained_model_name_or_path)",
-    "llm_adapter": "an LLM adapter (pass it as --llm_adapter_path)",
-    "vae": "a VAE (pass it as --vae)",
-    "lora": "a LoRA file (pass it as --network_weights)",
-    "latent_cache": "a latent cache",
-    "text_cache": "a text cache",
-}
 
 
 @dataclass(frozen=True)
@@ -90,17 +79,11 @@ def load_text_encoder(
     if not path.exists():
         raise UserError(f"{path} does not exist: {EXPECTED}")
     config = _read_config(path) if path.is_dir() else {}
-    tensors = _stored_tensors(path)
-    shapes = {name: tuple(checkpoint.shape(key)) for name, (checkpoint, key) in tensors.items()}
-    shape = _infer(shapes, path)
+    checkpoint = _open(path)
+    shape = _infer(checkpoint.shapes, path)
     _check_config(config, shape, path)
     model = _empty_model(shape, config, device)
-    _compare({k: tuple(v.shape) for k, v in model.state_dict().items()}, shapes, path)
-    state = {
-        name: checkpoint.get(key).to(device=device, dtype=dtype)
-        for name, (checkpoint, key) in tensors.items()
-    }
-    model.load_state_dict(state, strict=True, assign=True)
+    load_into(model, checkpoint, what="Qwen3", device=device, dtype_of=lambda name: dtype)
     return TextEncoder(model).requires_grad_(False).eval()
 
 
@@ -146,23 +129,30 @@ def _read_config(folder: Path) -> dict:
     return config
 
 
-def _stored_tensors(path: Path) -> dict[str, tuple[Checkpoint, str]]:
-    """Name without prefix to (checkpoint, key); refuses files of another kind."""
-    from anima_fast.models.checkpoint import Checkpoint, detect_kind
-
-    stored: dict[str, tuple[Checkpoint, str]] = {}
+def _open(path: Path) -> Checkpoint:
+    """All weights of a file or directory, without name prefix; refuses files of another kind."""
+    stored: dict[str, Checkpoint] = {}
     for file in _weight_files(path) if path.is_dir() else [path]:
         checkpoint = Checkpoint.open(file)
-        stored |= {key: (checkpoint, key) for key in checkpoint.keys()}  # noqa: SIM118
-    ends = [key for key in stored if key.endswith("embed_tokens.weight")]
+        stored |= dict.fromkeys(checkpoint.shapes, checkpoint)
+    shapes = {key: checkpoint.shape(key) for key, checkpoint in stored.items()}
+    whole = Checkpoint(shapes, lambda key: stored[key].get(key), path=path)
+    ends = [key for key in shapes if key.endswith("embed_tokens.weight")]
     if not ends:
-        reason = KINDS.get(detect_kind(next(iter(stored.values()))[0])) if stored else "empty"
-        if any(key.startswith("encoder.block.") for key in stored):
-            reason = "a T5 encoder (Anima needs none, only its tokenizer)"
-        raise UserError(f"{path} is {reason or 'not a Qwen3 text encoder'}: {EXPECTED}")
+        raise _refusal(whole)
     prefix = min(ends, key=len).removesuffix("embed_tokens.weight")
-    ignored = re.compile(r"(.*\.)?(lm_head\.weight|rotary_emb\.inv_freq)$")
-    return {k.removeprefix(prefix): v for k, v in stored.items() if not ignored.fullmatch(k)}
+    ignored = re.compile(r"(.*\.)?(lm_head\.weight|rotary_emb\.inv_freq)")
+    return whole.renamed({k.removeprefix(prefix): k for k in shapes if not ignored.fullmatch(k)})
+
+
+def _refusal(checkpoint: Checkpoint) -> UserError:
+    if any(key.startswith("encoder.block.") for key in checkpoint.shapes):
+        return UserError(
+            f"{checkpoint.name} is a T5 encoder; Anima needs only the tokenizer of T5: {EXPECTED}"
+        )
+    if detect_kind(checkpoint) == "qwen3":
+        return UserError(f"{checkpoint.name} lacks embed_tokens.weight: {EXPECTED}")
+    return wrong_kind(checkpoint, "the Qwen3 text encoder that --qwen3 needs")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -216,23 +206,3 @@ def _check_config(config: Mapping, shape: Qwen3Shape, path: Path) -> None:
                 f"{path}: config.json says {name} = {config[name]}, the weights have {found}; the "
                 "files do not belong together or a shard is missing: download the directory again"
             )
-
-
-def _compare(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], path: Path
-) -> None:
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{name} {list(found[name])} instead of {list(size)}"
-        for name, size in expected.items()
-        if name in found and found[name] != size
-    ]
-    groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    problems = [
-        f"{len(names)} tensors {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in groups
-        if names
-    ]
-    if problems:
-        raise UserError(f"{path} is not a whole Qwen3: {'; '.join(problems)}; {EXPECTED}")

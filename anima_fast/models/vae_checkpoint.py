@@ -16,23 +16,15 @@ import torch
 from torch import Tensor
 
 from anima_fast.errors import UserError
+from anima_fast.models.checkpoint import Checkpoint, detect_kind, open_checkpoint, wrong_kind
 
 if TYPE_CHECKING:
-    from anima_fast.models.checkpoint import Checkpoint
     from anima_fast.models.vae import VaeConfig
 
 PREFIXES = ("first_stage_model.", "vae.")
 EXPECTED = "expected the Qwen-Image VAE (qwen_image_vae.safetensors) for --vae"
 # Names of the image VAEs of SD, SDXL and FLUX: original and diffusers style.
 FOREIGN = ("encoder.down.0.block.0.", "encoder.down_blocks.0.resnets.")
-KINDS = {
-    "dit": "an Anima DiT checkpoint (pass it as --pretrained_model_name_or_path)",
-    "llm_adapter": "an LLM adapter (pass it as --llm_adapter_path)",
-    "qwen3": "a Qwen3 text encoder (pass it as --qwen3)",
-    "lora": "a LoRA file (pass it as --network_weights)",
-    "latent_cache": "a latent cache",
-    "text_cache": "a text cache",
-}
 
 
 class Names(NamedTuple):
@@ -126,12 +118,10 @@ def read_vae(
     source: str | Path | Mapping[str, Tensor], *, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[VaeConfig, dict[str, Tensor]]:
     """Configuration and 2-D tensors under our names; raises `UserError` (see `load_vae`)."""
-    from anima_fast.models.checkpoint import Checkpoint
     from anima_fast.models.vae import VAE
 
-    given = isinstance(source, Mapping)
-    checkpoint = Checkpoint.from_state_dict(dict(source)) if given else Checkpoint.open(source)
-    label = "the state dict" if given else str(source)
+    checkpoint = open_checkpoint(source)
+    label = checkpoint.name
     stored = _stored_names(checkpoint, label)
     naming = "wan" if "conv1.bias" in stored else "diffusers"
     config = _read_config(checkpoint, stored, naming, label)
@@ -149,8 +139,6 @@ def read_vae(
 
 def _stored_names(checkpoint: Checkpoint, label: str) -> dict[str, str]:
     """Published name to the key in the file; raises `UserError` when the file is no VAE."""
-    from anima_fast.models.checkpoint import detect_kind
-
     keys = checkpoint.keys()
     for prefix in PREFIXES:
         inside = {k.removeprefix(prefix): k for k in keys if k.startswith(prefix + "encoder.")}
@@ -159,9 +147,9 @@ def _stored_names(checkpoint: Checkpoint, label: str) -> dict[str, str]:
             break
     else:
         stored = {key: key for key in keys}
-    if not {"encoder.conv1.weight", "encoder.conv_in.weight"} & stored.keys():
-        kind = KINDS.get(detect_kind(checkpoint), "not a VAE that this program knows")
-        raise UserError(f"{label} is {kind}: {EXPECTED}")
+    entry = {"encoder.conv1.weight", "encoder.conv_in.weight"} & stored.keys()
+    if not entry and detect_kind(checkpoint) != "vae":
+        raise wrong_kind(checkpoint, "the Qwen-Image VAE that --vae needs")
     if any(key.startswith(FOREIGN) for key in stored):
         raise UserError(f"{label} is the VAE of another model (SD, SDXL or FLUX): {EXPECTED}")
     return {k: full for k, full in stored.items() if ".time_conv." not in k}

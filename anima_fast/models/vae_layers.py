@@ -78,7 +78,7 @@ class Conv3x3(nn.Conv2d):
 
 
 class ChannelNorm(nn.Module):
-    """x / max(‖x‖₂ over channels, 1e-12) · sqrt(C) · gamma, the norm taken in float32."""
+    """x / max(‖x‖₂ over channels, 1e-12) · sqrt(C) · gamma, the norm taken in at least float32."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -86,7 +86,8 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor, *, silu: bool = False, overwrite: bool = False) -> Tensor:
         """Norm, then SiLU if asked; `overwrite` permits reuse of x when no gradient is recorded."""
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
         scale = math.sqrt(x.shape[1]) / length.clamp_min(1e-12)
         # A zero pixel gives 0 · scale: scale must stay finite in half precision.
         scale = scale.clamp_max(torch.finfo(x.dtype).max).to(x.dtype)  # [B, 1, H, W]

@@ -1,0 +1,1 @@
+"""Trading time for memory: checkpointing, offloading, block swap, compilation by block."""

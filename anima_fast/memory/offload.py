@@ -1,0 +1,269 @@
+"""Less device memory for the DiT's blocks: recomputation, host copies, block swap; and compilation.
+
+Each is a way to run one block, installed as `dit.block_runner`:
+
+- gradient checkpointing keeps a block's input and recomputes the block in backward, with the same
+  random numbers (dropout);
+- with offloading that input waits in host memory: plainly, or pinned and copied asynchronously;
+- block swap keeps the frozen weights of some blocks in pinned host memory. They are copied to the
+  device one swapped block ahead, on a stream of their own, used through `functional_call`, and
+  dropped. Backward fetches them again, so a swapped block is always recomputed. Weights that are
+  trained (requires_grad) stay on the device, and nothing is ever written back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from anima_fast.errors import UserError
+from anima_fast.models.dit import AnimaDiT, Block
+from anima_fast.models.dit_layers import Shared
+
+Run = Callable[[Tensor, Shared], Tensor]
+
+
+def install_block_runner(
+    dit: AnimaDiT,
+    *,
+    gradient_checkpointing: bool = False,
+    cpu_offload: bool = False,
+    unsloth_offload: bool = False,
+    blocks_to_swap: int = 0,
+) -> None:
+    """Choose how `dit` runs its blocks; without any option they run plainly again.
+
+    Call it when the DiT is on its device and its adapters are attached: swapped weights leave the
+    device at once (`requires_grad` decides which), and a later `dit.to(device)` would bring them
+    back. Results are the same in every mode.
+
+    Args:
+        dit: the model.
+        gradient_checkpointing: recompute every block in backward.
+        cpu_offload: checkpointing whose block inputs wait in host memory.
+        unsloth_offload: the same in pinned memory with asynchronous copies.
+        blocks_to_swap: how many blocks keep their frozen weights in host memory, at most two less
+            than there are; spread evenly, so that copies overlap the computation between them.
+
+    Raises:
+        UserError: options that exclude each other, too many blocks, or none that is frozen.
+    """
+    if sum((bool(cpu_offload), bool(unsloth_offload), bool(blocks_to_swap))) > 1:
+        raise UserError(
+            "--cpu_offload_checkpointing, --unsloth_offload_checkpointing and --blocks_to_swap "
+            "exclude each other: keep one of them"
+        )
+    if isinstance(dit.block_runner, BlockRunner) and dit.block_runner.swap:
+        dit.block_runner.swap.restore()
+    swap = BlockSwap(dit.blocks, blocks_to_swap) if blocks_to_swap else None
+    recompute = gradient_checkpointing or cpu_offload or unsloth_offload
+    if not (recompute or swap):
+        dit.block_runner = None
+        return
+    offload = "pinned" if unsloth_offload else "plain" if cpu_offload else None
+    dit.block_runner = BlockRunner(recompute=recompute, offload=offload, swap=swap)
+
+
+class BlockRunner:
+    """Runs a block of the DiT: `runner(index, block, x, shared) -> x`."""
+
+    def __init__(
+        self, *, recompute: bool, offload: str | None = None, swap: BlockSwap | None = None
+    ) -> None:
+        self.recompute = recompute
+        self.offload = offload
+        self.swap = swap
+
+    def __call__(self, index: int, block: Block, x: Tensor, shared: Shared) -> Tensor:
+        """[B, L, D] → [B, L, D]."""
+        swapped = self.swap is not None and index in self.swap
+        run = self.swap.runner(index, block) if swapped else block
+        if not torch.is_grad_enabled() or not (self.recompute or swapped):
+            return run(x, shared)
+        if self.offload is None:
+            return recomputed(run, x, shared)
+        # The hooks see one tensor only, the input that checkpoint keeps: inside the block its own
+        # hooks are in force.
+        pack = to_pinned if self.offload == "pinned" else to_host
+        with saved_tensors_hooks(pack, to_device):
+            return recomputed(run, x, shared)
+
+
+def recomputed(run: Run, x: Tensor, shared: Shared) -> Tensor:
+    """run(x, shared) that keeps x and recomputes the rest in backward, random numbers replayed."""
+    return checkpoint(run, x, shared, use_reentrant=False, preserve_rng_state=True)
+
+
+Packed = tuple[torch.device, Tensor]
+
+
+def to_host(x: Tensor) -> Packed:
+    """A copy in host memory, made before the call returns."""
+    return x.device, x.to("cpu", copy=True)
+
+
+def to_pinned(x: Tensor) -> Packed:
+    """A copy in pinned host memory, made in stream order without waiting for it."""
+    host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+    return x.device, host.copy_(x, non_blocking=True)
+
+
+def to_device(packed: Packed) -> Tensor:
+    """The tensor back on its device, in stream order."""
+    device, host = packed
+    return host.to(device, non_blocking=True)
+
+
+def swapped_indices(blocks: int, count: int) -> list[int]:
+    """Which blocks are swapped: the middles of `count` equal parts.
+
+    Raises `UserError` for a count above blocks − 2 or below 0.
+    """
+    if not 0 <= count <= blocks - 2:
+        raise UserError(
+            f"--blocks_to_swap {count} does not fit a DiT of {blocks} blocks: give 0 to "
+            f"{max(blocks - 2, 0)}"
+        )
+    return [(2 * i + 1) * blocks // (2 * count) for i in range(count)]
+
+
+class BlockSwap:
+    """Frozen weights of some blocks in host memory, fetched one swapped block ahead.
+
+    At most two blocks' weights are on the device at a time: the one in use and the next one.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], count: int) -> None:
+        self.order = swapped_indices(len(blocks), count)
+        self.device = next(blocks[0].parameters()).device
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.parameters = {i: frozen_parameters(blocks[i]) for i in self.order}
+        if not all(self.parameters.values()):
+            raise UserError("--blocks_to_swap needs frozen DiT weights: it works for LoRA training")
+        self.fetched: dict[int, tuple[dict[str, Tensor], torch.cuda.Event | None]] = {}
+        for parameters in self.parameters.values():
+            for parameter in parameters.values():
+                parameter.data = self._host_copy(parameter.data)
+
+    def __contains__(self, index: int) -> bool:
+        return index in self.parameters
+
+    def restore(self) -> None:
+        """Bring all weights back to the device for good."""
+        self.fetched.clear()
+        for parameters in self.parameters.values():
+            for parameter in parameters.values():
+                parameter.data = parameter.data.to(self.device)
+
+    def runner(self, index: int, block: nn.Module) -> Run:
+        """A function that runs the block on fetched weights; its second call is the recompute."""
+        forward = True
+
+        def run(x: Tensor, shared: Shared) -> Tensor:
+            nonlocal forward
+            weights = self.fetch(index, forward=forward)
+            forward = False
+            return functional_call(block, weights, (x, shared))
+
+        return run
+
+    def fetch(self, index: int, *, forward: bool) -> dict[str, Tensor]:
+        """Weights of a block on the device; the next ones in that direction are started."""
+        place = self.order.index(index)
+        ahead = self.order[place + 1 :][:1] if forward else self.order[:place][-1:]
+        self._start(index)
+        weights, ready = self.fetched.pop(index)
+        for stale in self.fetched.keys() - set(ahead):
+            self._drop(stale)
+        for nearby in ahead:
+            self._start(nearby)
+        if ready is not None:
+            torch.cuda.current_stream(self.device).wait_event(ready)
+        return weights
+
+    def _start(self, index: int) -> None:
+        """Begin to copy a block's weights unless that has begun."""
+        if index in self.fetched:
+            return
+        # Allocated in the order of the computing stream, which the copying stream waits for: the
+        # memory may have been in use until now.
+        weights = {
+            name: torch.empty_like(host, device=self.device)
+            for name, host in self.parameters[index].items()
+        }
+        if self.stream is None:
+            self._copy(index, weights)
+            self.fetched[index] = weights, None
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            self._copy(index, weights)
+            self.fetched[index] = weights, self.stream.record_event()
+
+    def _copy(self, index: int, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, host in self.parameters[index].items():
+                weights[name].copy_(host, non_blocking=True)
+
+    def _drop(self, index: int) -> None:
+        """Forget weights that were fetched in vain, once their copy is over."""
+        _, ready = self.fetched.pop(index)
+        if ready is not None:
+            torch.cuda.current_stream(self.device).wait_event(ready)
+
+    def _host_copy(self, tensor: Tensor) -> Tensor:
+        pinned = self.device.type == "cuda"
+        host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+        return host.copy_(tensor)
+
+
+def frozen_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → parameter of those that are not trained."""
+    return {name: p for name, p in block.named_parameters() if not p.requires_grad}
+
+
+def compile_blocks(
+    dit: AnimaDiT,
+    backend: str = "inductor",
+    mode: str | None = None,
+    dynamic: bool | str | None = None,
+    fullgraph: bool = False,
+    cache_size_limit: int | None = None,
+) -> None:
+    """torch.compile each block in place; swapped blocks stay as they are.
+
+    Args:
+        dit: the model, after `install_block_runner`.
+        backend: a dynamo backend.
+        mode: inductor's mode; None or "default" for its default.
+        dynamic: true, false or auto (also None): whether shapes are compiled as unknowns.
+        fullgraph: refuse graph breaks.
+        cache_size_limit: how many variants (image sizes, caption lengths) are kept.
+
+    Raises:
+        UserError: an unknown backend or value of `dynamic`.
+    """
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise UserError(f"--compile_backend {backend} is unknown: use one of {', '.join(known)}")
+    choices = {"true": True, "false": False, "auto": None, "none": None}
+    if str(dynamic).lower() not in choices:
+        raise UserError(f"--compile_dynamic {dynamic} is unknown: use true, false or auto")
+    if cache_size_limit is not None:
+        torch._dynamo.config.cache_size_limit = cache_size_limit
+    options = {"mode": mode} if mode not in (None, "default") else {}
+    runner = dit.block_runner
+    swap = runner.swap if isinstance(runner, BlockRunner) else None
+    for index, block in enumerate(dit.blocks):
+        if swap is None or index not in swap:
+            block.compile(
+                backend=backend,
+                dynamic=choices[str(dynamic).lower()],
+                fullgraph=fullgraph,
+                **options,
+            )

@@ -1,0 +1,187 @@
+"""The layers of the DiT: norms, modulation, embeddings, attention, MLP.
+
+Dtypes: linear layers in the dtype of their weights; norm statistics and modulation in at least
+float32, rounded once to the activation dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anima_fast.models.attention import ZeroRows, attention
+from anima_fast.models.rope import apply_rope
+
+EPS = 1e-6
+PATCH = 2
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """The AdaLN vectors of one branch, each [B, 1, D]; the final layer has no gate."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all blocks of one forward read besides the tokens."""
+
+    embedding: Tensor  # [B, 1, D]
+    shared_modulation: Tensor  # [B, 1, 3 D]
+    context: Tensor  # [B, S, C]
+    cos: Tensor  # [L, K]
+    sin: Tensor  # [L, K]
+    zero_rows: ZeroRows | None
+    # Of the linear layers of attention and MLP.
+    dtype: torch.dtype
+    attn_mode: str = "torch"
+    split_attn: bool = False
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 when it already is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def layernorm_modulate(x: Tensor, modulation: Modulation, dtype: torch.dtype) -> Tensor:
+    """LN(x)·(1 + scale) + shift, computed wide and rounded once to `dtype`."""
+    normed = F.layer_norm(wide(x), x.shape[-1:], eps=EPS)
+    return (normed * (1 + wide(modulation.scale)) + wide(modulation.shift)).to(dtype)
+
+
+def timestep_features(sigma: Tensor, channels: int) -> Tensor:
+    """[cos(σ f), sin(σ f)], f_j = 10000^(−j/half): [B] → [B, channels] in at least float32."""
+    half = channels // 2
+    sigma = wide(sigma)
+    exponents = torch.arange(half, device=sigma.device, dtype=sigma.dtype) / half
+    angles = sigma[:, None] * torch.exp(-math.log(10000.0) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + ε) · weight over the last dimension, rounded once to x's dtype."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] → the same shape and dtype."""
+        x_wide = wide(x)
+        rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + EPS)
+        return (x_wide * rstd * self.weight).to(x.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """2x2 patches of latents and mask → tokens, features in (channel, row, column) order."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        features = (in_channels + 1) * PATCH**2
+        self.proj = nn.Sequential(nn.Identity(), nn.Linear(features, channels, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C + 1, H, W] → [B, (H/2)(W/2), D]."""
+        patches = F.pixel_unshuffle(x, PATCH)  # [B, (C + 1)·4, H/2, W/2]
+        return self.proj(patches.flatten(2).transpose(1, 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """W2 silu(W1 s): the vector that every AdaLN of the model adds."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, channels, bias=False)
+        self.linear_2 = nn.Linear(channels, 3 * channels, bias=False)
+
+    def forward(self, s: Tensor) -> Tensor:
+        """[B, D] → [B, 3 D]."""
+        return self.linear_2(F.silu(self.linear_1(s)))
+
+
+class AdaLN(nn.Sequential):
+    """B A silu(e): the low-rank part of one branch's modulation."""
+
+    def __init__(self, channels: int, rank: int, outputs: int) -> None:
+        down, up = nn.Linear(channels, rank, bias=False), nn.Linear(rank, outputs, bias=False)
+        super().__init__(nn.SiLU(), down, up)
+
+
+class Attention(nn.Module):
+    """Projections of multi-head attention with normed queries and keys."""
+
+    def __init__(self, channels: int, context_dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(channels, channels, bias=False)
+        self.k_proj = nn.Linear(context_dim, channels, bias=False)
+        self.v_proj = nn.Linear(context_dim, channels, bias=False)
+        self.q_norm = RMSNorm(head_dim)
+        self.k_norm = RMSNorm(head_dim)
+        self.output_proj = nn.Linear(channels, channels, bias=False)
+
+    def heads(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q of x [B, L, D], k and v of context [B, S, C], each as heads [B, ., H, K]."""
+        split = (-1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, split))  # [B, L, H, K]
+        k = self.k_norm(self.k_proj(context).unflatten(-1, split))  # [B, S, H, K]
+        v = self.v_proj(context).unflatten(-1, split)  # [B, S, H, K]
+        return q, k, v
+
+
+class SelfAttention(Attention):
+    """Image tokens attend to each other, with RoPE."""
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        """[B, L, D] → [B, L, D]."""
+        q, k, v = self.heads(x, x)
+        q, k = apply_rope(q, shared.cos, shared.sin), apply_rope(k, shared.cos, shared.sin)
+        out = attention(q, k, v, mode=shared.attn_mode, split=shared.split_attn)
+        return self.output_proj(out.flatten(2))
+
+
+class CrossAttention(Attention):
+    """Image tokens attend to the text rows and their zero rows, without RoPE or mask."""
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        """[B, L, D] → [B, L, D]."""
+        q, k, v = self.heads(x, shared.context)
+        rows, mode = shared.zero_rows, shared.attn_mode
+        out = attention(q, k, v, zero_keys=rows, mode=mode, split=shared.split_attn)
+        return self.output_proj(out.flatten(2))
+
+
+class Mlp(nn.Module):
+    """layer2(gelu(layer1(x))), exact GELU."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.layer1 = nn.Linear(channels, hidden, bias=False)
+        self.layer2 = nn.Linear(hidden, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] → [B, L, D]."""
+        return self.layer2(F.gelu(self.layer1(x)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and the projection to patches."""
+
+    def __init__(self, channels: int, rank: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, out_channels * PATCH**2, bias=False)
+        self.adaln_modulation = AdaLN(channels, rank, 2 * channels)
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        """[B, L, D] → [B, L, 4 C], features in (row, column, channel) order."""
+        vectors = self.adaln_modulation(shared.embedding)  # [B, 1, 2 D]
+        vectors = vectors + shared.shared_modulation[..., : vectors.shape[-1]]
+        modulation = Modulation(*vectors.chunk(2, -1))
+        return self.linear(layernorm_modulate(x, modulation, self.linear.weight.dtype))
