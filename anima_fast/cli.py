@@ -142,7 +142,7 @@ def _train(values: dict[str, Any]) -> None:
     from anima_fast.training.loop import train
 
     result = train(options)
-    if result.interrupted_by is not None:
+    if result is not None and result.interrupted_by is not None:
         raise typer.Exit(128 + result.interrupted_by)
 
 

@@ -264,7 +264,8 @@ def test_float16_holds_a_large_residual_stream():
     """Values beyond 65504 must pass from block to block."""
     dit = make_dit(dtype=torch.float16)
     for block in dit.blocks:
-        block.adaln_modulation_mlp[2].weight.data *= 3e5
+        # Rows of the gate only: what goes into the MLP stays small.
+        block.adaln_modulation_mlp[2].weight.data[128:] *= 3e5
     seen = []
     dit.blocks[0].register_forward_hook(lambda module, args, output: seen.append(output))
     out = dit(*make_inputs())

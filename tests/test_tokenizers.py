@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from anima_fast.errors import UserError
 from anima_fast.models.spiece import read_spiece
+from anima_fast.models import tokenizer_files
 from anima_fast.models.tokenizers import load_tokenizers
 
 TEXT = ["1girl, solo, long hair, blue eyes", "a cat on a red mat, smile", "castle at night"] * 3
@@ -245,6 +246,7 @@ def test_downloads_only_the_small_files(tmp_path, t5, monkeypatch):
         return str(hub / name)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(tokenizer_files, "_reachable", lambda endpoint: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     model = tmp_path / "somewhere" / "qwen.safetensors"
     assert load_tokenizers(model, t5_tokenizer_path=t5).qwen.token_to_id("<1>") == 1
@@ -255,6 +257,9 @@ def test_downloads_only_the_small_files(tmp_path, t5, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(UserError, match="no network"):
+        load_tokenizers(model, t5_tokenizer_path=t5)
+    monkeypatch.setattr(tokenizer_files, "_reachable", lambda endpoint: False)
+    with pytest.raises(UserError, match="cannot be reached"):
         load_tokenizers(model, t5_tokenizer_path=t5)
 
 

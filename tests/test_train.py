@@ -180,14 +180,15 @@ def as_dict(options) -> dict:
     }
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_goes_on_to_the_same_file(world, tmp_path, number):
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL and terminates unasked")
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_a_stopped_run_goes_on_to_the_same_file(world, tmp_path, name):
     changes = {"max_train_epochs": 8, "save_every_n_epochs": 1}
     whole = train(train_options(world, tmp_path / "whole", **changes))
     options = train_options(world, tmp_path / "cut", **changes)
     process = spawn(as_dict(options))
     wait_for_steps(tmp_path / "cut" / "log.jsonl", 9)
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     process.wait(timeout=60)
     process.stderr.close()
     assert not (tmp_path / "cut" / "lora.safetensors").exists()
@@ -336,6 +337,9 @@ def test_folder_layout_trains_without_a_dataset_file(world, tmp_path):
     assert result.steps == 8
 
 
-if os.name == "nt":
-    # Windows has no SIGKILL, and terminates without asking.
-    del test_a_stopped_run_goes_on_to_the_same_file
+def test_debug_dataset_lists_the_first_epoch_and_trains_nothing(world, tmp_path, capsys):
+    assert train(train_options(world, tmp_path, debug_dataset=True)) is None
+    shown = capsys.readouterr().err
+    assert "batch 4" in shown
+    assert all(f"image{i}.png: 'picture {i}, red tree" in shown for i in range(5))
+    assert not list(tmp_path.iterdir())

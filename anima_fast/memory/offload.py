@@ -246,7 +246,7 @@ def compile_blocks(
         cache_size_limit: how many variants (image sizes, caption lengths) are kept.
 
     Raises:
-        UserError: an unknown backend or value of `dynamic`.
+        UserError: an unknown backend or value of `dynamic`, or a mode that the backend lacks.
     """
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
@@ -257,6 +257,8 @@ def compile_blocks(
     if cache_size_limit is not None:
         torch._dynamo.config.cache_size_limit = cache_size_limit
     options = {"mode": mode} if mode not in (None, "default") else {}
+    if options and backend != "inductor":
+        raise UserError(f"--compile_mode {mode} needs --compile_backend inductor")
     runner = dit.block_runner
     swap = runner.swap if isinstance(runner, BlockRunner) else None
     for index, block in enumerate(dit.blocks):

@@ -8,6 +8,8 @@ error; it never falls through to the next place.
 
 from __future__ import annotations
 
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ class Source:
     title: str
     option: str
     folder: str
-    repository: str
+    repositories: tuple[str, ...]
     layouts: tuple[tuple[str, ...], ...]
 
 
@@ -31,14 +33,14 @@ QWEN3 = Source(
     "Qwen3 tokenizer",
     "--qwen3_tokenizer_path",
     "qwen3_tokenizer",
-    "Qwen/Qwen3-0.6B-Base",
+    ("Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B"),
     (("tokenizer.json",), ("vocab.json", "merges.txt", "tokenizer_config.json")),
 )
 T5 = Source(
     "T5 tokenizer",
     "--t5_tokenizer_path",
     "t5_tokenizer",
-    "google/t5-v1_1-xxl",
+    ("google-t5/t5-base", "google/t5-v1_1-xxl"),
     (("tokenizer.json",), ("spiece.model",)),
 )
 
@@ -88,8 +90,9 @@ def _places(
     source: Source, qwen3_path: Path | None, models_dir: str | Path | None
 ) -> Iterator[Path]:
     if qwen3_path is not None:
-        yield qwen3_path / source.folder
-        yield qwen3_path.parent / source.folder
+        yield from (qwen3_path / source.folder, qwen3_path.parent / source.folder)
+        if source is T5:
+            yield from (qwen3_path / "t5", qwen3_path.parent / "t5")
     yield models_folder(models_dir) / source.folder
 
 
@@ -101,11 +104,12 @@ def models_folder(models_dir: str | Path | None) -> Path:
 def _from_hub_cache(source: Source) -> list[Path] | None:
     from huggingface_hub import try_to_load_from_cache
 
-    for layout in source.layouts:
-        paths = [try_to_load_from_cache(source.repository, name) for name in layout]
-        # Besides a path the hub library returns None or a marker for "known to be absent".
-        if all(isinstance(path, str) and Path(path).is_file() for path in paths):
-            return [Path(path) for path in paths]
+    for repository in source.repositories:
+        for layout in source.layouts:
+            paths = [try_to_load_from_cache(repository, name) for name in layout]
+            # Besides a path the hub library returns None or a marker for "known to be absent".
+            if all(isinstance(path, str) and Path(path).is_file() for path in paths):
+                return [Path(path) for path in paths]
     return None
 
 
@@ -115,9 +119,11 @@ def _download(source: Source, models_dir: str | Path | None) -> list[Path]:
 
     if constants.HF_HUB_OFFLINE:
         raise _missing(source, models_dir, "the hub is switched off (HF_HUB_OFFLINE)")
+    if not _reachable(constants.ENDPOINT):
+        raise _missing(source, models_dir, f"{constants.ENDPOINT} cannot be reached")
     for layout in source.layouts:
         try:
-            return [Path(hf_hub_download(source.repository, name)) for name in layout]
+            return [Path(hf_hub_download(source.repositories[0], name)) for name in layout]
         except EntryNotFoundError as error:
             # The repository lacks this layout: try the next. No connection looks the same.
             reason = error
@@ -127,12 +133,23 @@ def _download(source: Source, models_dir: str | Path | None) -> list[Path]:
     raise _missing(source, models_dir, f"fetching it failed: {reason}")
 
 
+def _reachable(endpoint: str) -> bool:
+    """Whether the hub answers at all: its client would retry for most of a minute."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
 def _missing(source: Source, models_dir: str | Path | None, reason: str) -> UserError:
     wanted = " or ".join(" + ".join(layout) for layout in source.layouts)
     place = models_folder(models_dir) / source.folder
     brief = " ".join(str(reason).split())[:200]
     return UserError(
         f"no {source.title} found, and {brief}: run `anima-fast download`, or put {wanted} of "
-        f"https://huggingface.co/{source.repository} into {place}, or name a folder with "
+        f"https://huggingface.co/{source.repositories[0]} into {place}, or name a folder with "
         f"{source.option}"
     )

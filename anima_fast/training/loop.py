@@ -26,7 +26,14 @@ from anima_fast.training.memory import peak_memory_mib
 from anima_fast.training.optimizers import clip_flat_grad, train_mode
 from anima_fast.training.position import Position
 from anima_fast.training.progress import Progress
-from anima_fast.training.setup import Run, choose_seed, prepare, resume_run, write_run_file
+from anima_fast.training.setup import (
+    Run,
+    choose_seed,
+    prepare,
+    resume_run,
+    show_dataset,
+    write_run_file,
+)
 from anima_fast.training.signals import StopSignal
 from anima_fast.training.state import resolve_resume, state_seed
 from anima_fast.training.step import micro_step
@@ -47,7 +54,7 @@ class TrainResult:
     interrupted_by: int | None = None
 
 
-def train(options: TrainOptions) -> TrainResult:
+def train(options: TrainOptions) -> TrainResult | None:
     """Train a LoRA and save it.
 
     Args:
@@ -55,7 +62,8 @@ def train(options: TrainOptions) -> TrainResult:
 
     Returns:
         `TrainResult`: the LoRA file, `log.jsonl`, the number of optimizer steps made, the smoothed
-        loss, and the signal number when Ctrl-C or SIGTERM ended the run early.
+        loss, and the signal number when Ctrl-C or SIGTERM ended the run early. None with
+        `debug_dataset`, which lists the first epoch and trains nothing.
 
     Raises:
         UserError: for bad options, files or data, a full disk, or a run that stopped being finite.
@@ -64,6 +72,9 @@ def train(options: TrainOptions) -> TrainResult:
     saved_seed = state_seed(state) if state else None
     seed = choose_seed(options) if saved_seed is None else saved_seed
     with Progress(options) as progress:
+        if options.debug_dataset:
+            show_dataset(options, seed, say=progress.say)
+            return None
         # Ctrl-C while encoding ends the program at once: every finished cache file stays.
         run = prepare(options, seed=seed, say=progress.say)
         position = resume_run(run, state, say=progress.say) if state else Position()

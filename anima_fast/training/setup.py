@@ -22,6 +22,7 @@ from anima_fast.adapters.formats import merge_lora, read_lora
 from anima_fast.adapters.lora import LoRANetwork, add_lora
 from anima_fast.data.batches import Batches
 from anima_fast.data.encode import encode_dataset
+from anima_fast.data.listing import list_epoch
 from anima_fast.data.plan import DatasetPlan, build_plan
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write, write_text
@@ -217,6 +218,16 @@ def describe_plan(plan: DatasetPlan, length: Length, say: Callable[[str], None])
         f"{len(plan.items)} images, {length.batches_per_epoch} batches per epoch, "
         f"{length.epochs} epochs, {length.steps} steps"
     )
+
+
+def show_dataset(options: TrainOptions, seed: int, *, say: Callable[[str], None]) -> None:
+    """Say what the first epoch would hold, without loading any model."""
+    plan = build_plan(options)
+    for notice in plan.notices:
+        say(notice)
+    describe_plan(plan, run_length(options, plan.batches_per_epoch), say)
+    for line in list_epoch(plan, seed):
+        say(line)
 
 
 def load_live_vae(options: TrainOptions, device: torch.device) -> VAE:
