@@ -40,7 +40,7 @@ def lora(stack, tmp_path_factory):
     return path
 
 
-def options(stack, output: Path, **changes) -> SampleOptions:
+def options(stack, path: Path, **changes) -> SampleOptions:
     values = {
         "dit": str(stack.dit),
         "qwen3": str(stack.qwen3),
@@ -54,7 +54,7 @@ def options(stack, output: Path, **changes) -> SampleOptions:
         "height": 32,
         "dtype": "fp32",
         "device": "cpu",
-        "output": str(output),
+        "output": str(path),
         **changes,
     }
     return SampleOptions(**values)

@@ -257,6 +257,8 @@ def test_validation_is_logged_and_does_not_change_training(tmp_path):
         {"optimizer_type": "AdaFactor"},
         {"full_bf16": True, "mixed_precision": "bf16"},
         {"mixed_precision": "bf16", "optimizer_type": "AdamW8bit"},
+        {"mixed_precision": "fp16"},
+        {"full_fp16": True, "mixed_precision": "fp16"},
         {"scale_weight_norms": 0.5},
         {"ip_noise_gamma": 0.1, "loss_type": "huber", "weighting_scheme": "cosmap"},
         {"lr_scheduler": "cosine", "lr_warmup_steps": 0.2},

@@ -73,7 +73,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, dict[str, Tensor]],
     modules: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key in checkpoint.shapes:
-        module, suffix = _split(key)
+        module, suffix = split_key(key)
         name = names.from_dialect(module, dialect) if module else None
         if name is None:
             unknown.append(key)
@@ -87,7 +87,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, dict[str, Tensor]],
     return modules, dialect, checkpoint.metadata
 
 
-def _split(key: str) -> tuple[str, str]:
+def split_key(key: str) -> tuple[str, str]:
     """(module, suffix) of a key; ("", key) when the suffix is unknown."""
     for mark in (".lora_", ".alpha", *(f".{suffix}" for suffix in OTHER_SUFFIXES)):
         position = key.rfind(mark)

@@ -32,6 +32,9 @@ TOP_MODULES = (
     "final_layer.linear",
     "final_layer.adaln_modulation.1",
     "final_layer.adaln_modulation.2",
+    # Never adapted by default, but files of other trainers may have them.
+    f"{ADAPTER}in_proj",
+    f"{ADAPTER}out_proj",
 )
 ADAPTER_MODULES = (
     *(f"{a}.{p}_proj" for a in ("self_attn", "cross_attn") for p in "qkvo"),
@@ -157,5 +160,8 @@ def detect_dialect(keys: Iterable[str]) -> str | None:
 
 
 def from_dialect(name: str, dialect: str) -> str | None:
-    """The dotted name of a module of a dialect; None when there is no such module."""
-    return {"kohya": from_flat, "comfyui": from_comfyui, "diffusers": from_diffusers}[dialect](name)
+    """The dotted name of a module of a dialect; None when Anima has no such module."""
+    reverse = {"kohya": from_flat, "comfyui": from_comfyui, "diffusers": from_diffusers}[dialect]
+    dotted = reverse(name)
+    # Other models use the same prefixes: only a name that the table of modules has is taken.
+    return dotted if dotted and from_flat(flat_name(dotted)) == dotted else None

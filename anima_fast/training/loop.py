@@ -12,18 +12,26 @@ one would have.
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from anima_fast.training.checkpoints import Checkpoints
 from anima_fast.training.flow import FlowSettings
 from anima_fast.training.health import BadBatchTracker
 from anima_fast.training.logs import RunLog
 from anima_fast.training.memory import peak_memory_mib
-from anima_fast.training.optimizers import clip_flat_grad, train_mode
+from anima_fast.training.optimizers import (
+    clip_flat_grad,
+    effective_rates,
+    learning_rates,
+    train_mode,
+)
 from anima_fast.training.position import Position
 from anima_fast.training.progress import Progress
 from anima_fast.training.setup import (
@@ -40,6 +48,7 @@ from anima_fast.training.step import micro_step
 from anima_fast.training.validation import validate
 
 if TYPE_CHECKING:
+    from anima_fast.data.batches import Batch
     from anima_fast.options import TrainOptions
 
 
@@ -100,44 +109,21 @@ def run_steps(
         batches = run.batches.iterate(
             order[position.batch :], epoch=position.epoch, first_step=position.batch
         )
-        group, images, started = [], 0, time.perf_counter()
+        group, started = [], time.perf_counter()
         for batch in batches:
             # Forward and backward of one micro-batch; gradients add up in the flat buffer.
             losses = micro_step(run, batch, settings, step=position.step, micro=len(group))
             run.scaler.scale(losses.mean() / length.accumulation).backward()
             group.append((batch, losses.detach()))
-            images += len(batch.items)
             position.batch += 1
             if len(group) < length.accumulation and position.batch < len(order):
                 continue
 
-            # Clip, step, schedule, zero. Reading the norm is the step's one wait for the device.
-            run.scaler.unscale_(run.optimizer)
-            norm = clip_flat_grad(network, options.max_grad_norm).item()
-            loss = torch.stack([losses.mean() for _, losses in group]).mean().item()
-            if bad_batches.accepts(group, loss, norm, run.scaler, say=progress.say):
-                run.scaler.step(run.optimizer)
-                if options.scale_weight_norms:
-                    network.scale_weight_norms(options.scale_weight_norms)
-                position.record_loss(loss, slots=length.updates_per_epoch)
-            run.scaler.update()
-            run.scheduler.step()
-            network.zero_grad_flat()
+            # Clip, step, schedule, zero; then log, save, validate, and stop when asked to.
+            loss, norm = optimizer_step(run, group, bad_batches, say=progress.say)
             position.step += 1
-
-            # Log, save, validate, stop.
-            step_s = time.perf_counter() - started
-            record = {
-                "step": position.step,
-                "epoch": position.epoch,
-                "loss": loss,
-                "loss_avg": position.loss_average,
-                "lr": learning_rates(run),
-                "grad_norm": norm,
-                "step_s": step_s,
-                "images_per_s": images / step_s,
-                "memory_mib": peak_memory_mib(run.device),
-            }
+            position.record_loss(loss, slots=length.updates_per_epoch)
+            record = step_record(run, position, group, loss, norm, time.perf_counter() - started)
             log.step(record)
             progress.step(record)
             checkpoints.after_step(position)
@@ -145,14 +131,14 @@ def run_steps(
                 log_validation(run, settings, position, log, progress)
             if stop.received or position.step >= length.steps:
                 break
-            group, images, started = [], 0, time.perf_counter()
+            group, started = [], time.perf_counter()
         batches.close()
 
         if stop.received and position.step < length.steps:
             path = checkpoints.interrupted(position)
             progress.say(f"stopped by signal {stop.received}; saved {path.name} and a resume state")
             progress.say("go on with the same command and --resume auto")
-            return result(run, position, path, log, interrupted_by=stop.received)
+            return result(position, path, log, interrupted_by=stop.received)
         if position.batch >= len(order):
             if options.validate_every_n_steps is None and is_due(
                 position.epoch, options.validate_every_n_epochs or 1
@@ -165,13 +151,62 @@ def run_steps(
 
     path = checkpoints.final(position)
     progress.say(f"saved {path}")
-    return result(run, position, path, log)
+    return result(position, path, log)
 
 
-def learning_rates(run: Run) -> dict[str, float]:
-    """The current rate of each parameter group by name."""
+def optimizer_step(
+    run: Run,
+    group: list[tuple[Batch, Tensor]],
+    bad_batches: BadBatchTracker,
+    *,
+    say: Callable[[str], None],
+) -> tuple[float, float]:
+    """Clip, step unless something is not finite, schedule, zero.
+
+    Args:
+        group: the micro-batches whose gradients stand in the buffer, with their losses [B].
+
+    Returns:
+        The mean loss and the gradient norm before clipping.
+    """
+    run.scaler.unscale_(run.optimizer)
+    norm = clip_flat_grad(run.network, run.options.max_grad_norm)
+    loss = torch.stack([losses.mean() for _, losses in group]).mean()
+    # The one wait for the device in a step: both numbers come back together.
+    loss, norm = torch.stack([loss, norm]).tolist()
+    if bad_batches.accepts(group, loss, norm, run.scaler, say=say):
+        run.scaler.step(run.optimizer)
+        if run.options.scale_weight_norms:
+            run.network.scale_weight_norms(run.options.scale_weight_norms)
+    run.scaler.update()
+    with warnings.catch_warnings():
+        # A skipped batch moves the schedule without a step of the optimizer, on purpose.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        run.scheduler.step()
+    run.network.zero_grad_flat()
+    return loss, norm
+
+
+def step_record(
+    run: Run,
+    position: Position,
+    group: list[tuple[Batch, Tensor]],
+    loss: float,
+    norm: float,
+    seconds: float,
+) -> dict:
+    """What is logged and shown about one optimizer step."""
     return {
-        group.get("name", str(i)): group["lr"] for i, group in enumerate(run.optimizer.param_groups)
+        "step": position.step,
+        "epoch": position.epoch,
+        "loss": loss,
+        "loss_avg": position.loss_average,
+        "lr": learning_rates(run.optimizer),
+        "d_lr": effective_rates(run.optimizer),
+        "grad_norm": norm,
+        "step_s": seconds,
+        "images_per_s": sum(len(batch.items) for batch, _ in group) / seconds,
+        "memory_mib": peak_memory_mib(run.device),
     }
 
 
@@ -191,7 +226,7 @@ def log_validation(
 
 
 def result(
-    run: Run, position: Position, path: Path, log: RunLog, interrupted_by: int | None = None
+    position: Position, path: Path, log: RunLog, interrupted_by: int | None = None
 ) -> TrainResult:
     """The `TrainResult` of this run."""
     return TrainResult(path, log.path, position.step, position.loss_average, interrupted_by)

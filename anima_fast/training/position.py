@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 
 
@@ -26,7 +27,12 @@ class Position:
         return sum(self.losses) / len(self.losses) if self.losses else None
 
     def record_loss(self, loss: float, slots: int) -> None:
-        """Put the loss of a step into its slot of the epoch (`slots` steps an epoch)."""
+        """Put the loss of a step into its slot of the epoch (`slots` steps an epoch).
+
+        A loss that is not finite (a skipped batch) leaves the average alone.
+        """
+        if not math.isfinite(loss):
+            return
         if len(self.losses) < slots:
             self.losses.append(loss)
         else:

@@ -44,6 +44,13 @@ if TYPE_CHECKING:
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+class LossScaler(torch.amp.GradScaler):
+    """PyTorch's loss scaling, for parameters that are float16 themselves too (`full_fp16`)."""
+
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
+
+
 @dataclass(frozen=True)
 class Length:
     """How long the run is (spec: steps count optimizer updates)."""
@@ -127,7 +134,7 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     scheduler = build_scheduler(options, optimizer, length.steps)
     for notice in notices:
         say(notice)
-    scaler = torch.amp.GradScaler(device.type, enabled=options.mixed_precision == "fp16")
+    scaler = LossScaler(device.type, enabled=options.mixed_precision == "fp16")
     return Run(
         options, device, seed, plan, batches, length, dit, vae, conditioning, network, optimizer,
         scheduler, scaler,
