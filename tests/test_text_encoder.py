@@ -170,15 +170,15 @@ def edit(state, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"norm__weight": None}, "missing norm.weight"),
+        ({"norm__weight": None}, "1 tensors missing (norm.weight)"),
         ({"layers__0__mlp__up_proj__weight": None}, "layers.0.mlp.up_proj.weight"),
         ({"layers__0__mlp__gate_proj__weight": None}, "layers.0.mlp.gate_proj.weight"),
-        ({"visual__weight": torch.zeros(2)}, "unexpected visual.weight"),
-        ({"layers__1__self_attn__q_norm__weight": torch.ones(3)}, "[3], expected [16]"),
+        ({"visual__weight": torch.zeros(2)}, "1 tensors unexpected (visual.weight)"),
+        ({"layers__1__self_attn__q_norm__weight": torch.ones(3)}, "[3] instead of [16]"),
         ({"embed_tokens__weight": None}, "lacks embed_tokens.weight"),
         ({"layers__0__self_attn__q_norm__weight": None}, "another architecture"),
         ({"layers__0__self_attn__q_proj__bias": torch.ones(64)}, "another architecture"),
-        ({"layers__3__mlp__up_proj__weight": torch.zeros(48, 32)}, "missing layers.2."),
+        ({"layers__3__mlp__up_proj__weight": torch.zeros(48, 32)}, "missing (layers.2."),
     ],
 )
 def test_refuses_incomplete_or_other_decoders(state, tmp_path, changes, words):

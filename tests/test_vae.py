@@ -238,7 +238,7 @@ def test_refuses_incomplete_or_foreign_weights(change, words):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        (["net.blocks.0.self_attn.q_proj.weight", "net.x_embedder.proj.1.weight"], "DiT"),
+        (["net.t_embedding_norm.weight", "net.x_embedder.proj.1.weight"], "DiT"),
         (["lora_unet_blocks_0_mlp_layer1.lora_down.weight"], "LoRA"),
     ],
 )

@@ -231,7 +231,8 @@ def _rename_only(
 def merge_lora(dit: nn.Module, path: str | os.PathLike, multiplier: float = 1.0) -> None:
     """W ← W + multiplier · (alpha / rank) · up down, in float32, back to W's dtype.
 
-    Raises `UserError` when the file does not fit the DiT; nothing is changed then.
+    Weights are replaced, not written over: those of a mapped file or of a caller's state dict stay
+    as they are. Raises `UserError` when the file does not fit the DiT; nothing is changed then.
     """
     parts, _, _ = read_lora(path)
     modules = dict(dit.named_modules())
@@ -245,4 +246,4 @@ def merge_lora(dit: nn.Module, path: str | os.PathLike, multiplier: float = 1.0)
     for name, part in parts.items():
         weight = modules[name].weight
         up, down = part.up.to(weight.device).float(), part.down.to(weight.device).float()
-        weight.copy_(weight.float() + multiplier * part.scale * (up @ down))
+        weight.data = torch.addmm(weight.float(), up, down, alpha=multiplier * part.scale).to(weight)

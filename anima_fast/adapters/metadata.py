@@ -40,9 +40,15 @@ FIXED = {
     "adaptive_noise_scale": "None", "zero_terminal_snr": "False", "debiased_estimation": "False",
     "clip_skip": "None", "max_token_length": "None",
 }  # fmt: skip
+# Options that describe the one dataset of a run without a dataset file, under their own name.
+DATASET_OPTIONS = (
+    "resolution", "enable_bucket", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso",
+    "bucket_reso_steps", "color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens",
+)  # fmt: skip
 MODELSPEC_OPTIONS = (
-    "author", "description", "license", "tags", "usage_hint", "thumbnail", "merged_from",
-    "trigger_phrase", "preprocessor",
+    "metadata_author", "metadata_description", "metadata_license", "metadata_tags",
+    "metadata_usage_hint", "metadata_thumbnail", "metadata_merged_from",
+    "metadata_trigger_phrase", "metadata_preprocessor",
 )  # fmt: skip
 
 
@@ -76,12 +82,24 @@ def training_metadata(
         **{f"ss_{name}": _text(getattr(options, name)) for name in PLAIN_OPTIONS},
         **{f"ss_{name}": value for name, value in FIXED.items()},
         **{f"ss_{name}": _text(value) for name, value in summary.items()},
+        **_single_dataset(options),
         **{f"ss_{name}": _text(value) for name, value in _run_facts(run).items()},
         **model_hashes(options),
         **modelspec(options),
     }
     metadata["ss_output_name"] = options.output_stem
     return metadata
+
+
+def _single_dataset(options: TrainOptions) -> dict[str, str]:
+    if options.dataset_config:
+        return {}
+    size = options.train_batch_size
+    return {
+        "ss_batch_size_per_device": str(size),
+        "ss_total_batch_size": str(size * options.gradient_accumulation_steps),
+        **{f"ss_{name}": _text(getattr(options, name)) for name in DATASET_OPTIONS},
+    }
 
 
 def _run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,9 +144,8 @@ def modelspec(options: TrainOptions) -> dict[str, str]:
         "prediction_type": "epsilon",
     }
     for name in MODELSPEC_OPTIONS:
-        value = getattr(options, f"metadata_{name}")
-        if value:
-            spec[name] = value
+        if value := getattr(options, name):
+            spec[name.removeprefix("metadata_")] = value
     if options.min_timestep is not None or options.max_timestep is not None:
         high = 1000 if options.max_timestep is None else options.max_timestep
         spec["timestep_range"] = f"{options.min_timestep or 0},{high}"

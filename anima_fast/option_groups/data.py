@@ -76,7 +76,7 @@ class DatasetOptions:
         8, "Threads that read and decode images; 0 = none beside the main one.", low=0
     )
     cache_info: bool = _data(
-        False, "Keep captions and sizes of a folder in metadata_cache.json for a faster start."
+        False, "Accepted; has no effect, since captions and sizes are read in a moment."
     )
     debug_dataset: bool = _data(False, "Print what would be trained on, then stop.")
 

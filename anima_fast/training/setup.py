@@ -158,7 +158,8 @@ def choose_device(options: TrainOptions) -> torch.device:
 def check_start(options: TrainOptions, device: torch.device) -> None:
     """What can be refused before any file is read, and backend switches."""
     check_torch_version()
-    check_attn_mode(options.attn_mode, training=True, device=device)
+    dtype = DTYPES[options.mixed_precision]
+    check_attn_mode(options.attn_mode, training=True, device=device, dtype=dtype)
     for name in ("pretrained_model_name_or_path", "qwen3", "vae"):
         value = getattr(options, name)
         if not value:
