@@ -224,3 +224,18 @@ def _write_qwen3(folder: Path, vocabulary: int, width: int, seed: int, dtype: to
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     shapes["norm.weight"] = (width,)
     save_safetensors(random_weights(shapes, seed, dtype), folder / "model.safetensors")
+
+
+def save_vae(vae: VAE, path: Path) -> None:
+    """Write a VAE under its published (Wan) names and shapes.
+
+    Each 3x3 kernel becomes the last temporal slice of a 3x3x3 one, the slice that a still image
+    meets; the other slices and the temporal resampling are zero.
+    """
+    ours = vae.state_dict()
+    tensors = {name: torch.zeros(shape) for name, shape in vae_shapes(vae.config).items()}
+    for name, published in published_names(vae.config, "wan").items():
+        target = tensors[published]
+        place = target[:, :, -1] if target.ndim == 5 else target
+        place.copy_(ours[name].detach().reshape(place.shape))
+    save_safetensors(tensors, path)

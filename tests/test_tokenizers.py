@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from anima_fast.errors import UserError
-from anima_fast.models.spiece import read_spiece
 from anima_fast.models import tokenizer_files
+from anima_fast.models.spiece import read_spiece
 from anima_fast.models.tokenizers import load_tokenizers
 
 TEXT = ["1girl, solo, long hair, blue eyes", "a cat on a red mat, smile", "castle at night"] * 3

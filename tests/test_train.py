@@ -43,6 +43,7 @@ def test_a_run_writes_the_lora_the_log_and_the_resolved_options(world, tmp_path)
     steps = [line for line in log_lines(result) if "step_s" in line]
     assert [line["step"] for line in steps] == list(range(1, result.steps + 1))
     assert (tmp_path / "lora.toml").exists()
+    assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not list(tmp_path.glob("*autosave*"))
 
 

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from anima_fast.errors import UserError
+from anima_fast.report import report_run
 from anima_fast.training.checkpoints import Checkpoints
 from anima_fast.training.flow import FlowSettings
 from anima_fast.training.health import BadBatchTracker
@@ -89,7 +91,13 @@ def train(options: TrainOptions) -> TrainResult | None:
         position = resume_run(run, state, say=progress.say) if state else Position()
         write_run_file(options)
         with RunLog(options, first_step=position.step) as log, StopSignal() as stop:
-            return run_steps(run, position, log=log, progress=progress, stop=stop)
+            outcome = run_steps(run, position, log=log, progress=progress, stop=stop)
+        try:
+            report_run(options, outcome)
+        except UserError as error:
+            # The LoRA is saved: a page that cannot be written is no failed run.
+            progress.say(f"no report: {error}")
+        return outcome
 
 
 def run_steps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +114,8 @@ def _plain_recipe(module: str, name: str) -> Recipe:
 def import_class(module: str, name: str, option: str) -> type:
     """Import `module.name`; a missing package or name becomes a `UserError` with the remedy."""
     package = module.split(".")[0]
+    # bitsandbytes warns that an optional kernel for 4-bit matrices is absent; no optimizer uses it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         value = getattr(importlib.import_module(module), name, None)
     except ImportError as error:

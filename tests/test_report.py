@@ -1,0 +1,109 @@
+"""The report page: curves, facts and pictures in one file that needs nothing else."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from anima_fast.plot import MOST_POINTS, Series, chart, ticks
+from anima_fast.report import Picture, read_log, write_report
+
+
+def log_file(path, count=30):
+    lines = [
+        {
+            "kind": "step", "step": step, "epoch": 1, "loss": 1 / step, "loss_avg": 1 / step,
+            "lr": {"unet": 1e-4 * step, "text_encoder": 1e-5}, "step_s": 0.5, "memory_mib": 100.0,
+        }
+        for step in range(1, count + 1)
+    ]  # fmt: skip
+    lines[3]["loss"] = None
+    lines.append({"kind": "validation", "step": count, "epoch": 1, "loss": 0.2})
+    text = "\n".join(json.dumps(line) for line in lines) + '\n{"kind": "step", "st'
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def page(tmp_path, **changes):
+    values = {"title": "a < b", "facts": {"LoRA": "x & y"}, "log": log_file(tmp_path / "log.jsonl")}
+    path = write_report(tmp_path / "report.html", **{**values, **changes})
+    return path.read_text(encoding="utf-8")
+
+
+def svgs(text):
+    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.S)]
+
+
+def test_one_chart_for_loss_rate_speed_and_memory(tmp_path):
+    charts = svgs(page(tmp_path))
+    titles = [chart.attrib["aria-label"] for chart in charts]
+    assert titles == ["Loss", "Learning rate", "Seconds per step", "Peak memory in MiB"]
+    loss, rate, seconds, _ = charts
+    assert len(loss.findall("polyline")) == 2 and len(loss.findall("circle")) == 1
+    words = [text.text for text in rate.findall("text")]
+    assert {"unet", "text_encoder"} <= set(words)
+    # One loss is not known, and the first step's time is left out.
+    assert len(loss.find("polyline").attrib["points"].split()) == 29
+    assert len(seconds.find("polyline").attrib["points"].split()) == 29
+
+
+def test_the_page_needs_nothing_else(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg")
+    pictures = [Picture('"quoted" <b>', tmp_path / "a.png"), Picture("b", tmp_path / "b.jpg")]
+    text = page(tmp_path, galleries={"Before": pictures})
+    found = []
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            assert tag not in ("script", "link", "iframe")
+            found.extend(v for k, v in attributes if k in ("src", "href"))
+
+    Links().feed(text)
+    assert [link.split(";")[0] for link in found] == ["data:image/png", "data:image/jpeg"]
+    assert "url(" not in text and "@import" not in text
+
+
+def test_text_is_escaped(tmp_path):
+    text = page(tmp_path, lead="<script>")
+    assert "a &lt; b" in text and "x &amp; y" in text and "<script>" not in text
+
+
+def test_a_cut_off_line_is_left_out(tmp_path):
+    assert len(read_log(log_file(tmp_path / "log.jsonl"))) == 31
+    assert read_log(tmp_path / "absent.jsonl") == []
+    assert "No step was logged" in page(tmp_path, log=tmp_path / "absent.jsonl")
+
+
+def test_many_points_are_averaged():
+    series = Series("a", [(x, float(x % 2)) for x in range(100_000)])
+    known = series.known()
+    assert len(known) <= MOST_POINTS
+    assert all(y == pytest.approx(0.5, abs=0.01) for _, y in known)
+
+
+def test_unknown_numbers_are_left_out():
+    assert Series("a", [(1, None), (2, math.nan), (3, math.inf), (4, 1.0)]).known() == [(4, 1.0)]
+    assert "not known" in chart("Loss", [Series("a", [(1, None)])])
+
+
+def test_larger_values_stand_higher_and_later_ones_further_right():
+    svg = ElementTree.fromstring(chart("t", [Series("a", [(1, 1.0), (2, 3.0), (9, 2.0)])]))
+    points = [tuple(map(float, p.split(","))) for p in svg.find("polyline").get("points").split()]
+    (x1, y1), (x2, y2), (x3, y3) = points
+    assert x1 < x2 < x3 and y2 < y3 < y1
+    assert (x2 - x1) * 7 == pytest.approx(x3 - x2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (-3, 17), (1e-4, 1.0001e-4), (5, 5), (0, 0), (0.97, 1234)]
+)
+def test_ticks_are_round_and_enclose_the_values(low, high):
+    found = ticks(low, high, 5)
+    assert found[0] <= low + 1e-12 and found[-1] >= high - 1e-12 and 2 <= len(found) <= 8
+    step = found[1] - found[0]
+    assert float(f"{step:.6e}".split("e")[0]) in (1, 2, 5)
