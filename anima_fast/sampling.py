@@ -30,9 +30,9 @@ from anima_fast.data.batches import PADDED_ROWS
 from anima_fast.data.encode_models import free_memory
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write
-from anima_fast.models.checkpoint import Checkpoint
-from anima_fast.models.dit import AnimaDiT, dit_tensors, load_dit
+from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
+from anima_fast.models.model_files import check_model_files
 from anima_fast.models.vae import SCALE, load_vae
 from anima_fast.training.flow import inference_sigmas
 from anima_fast.training.progress import Progress
@@ -228,11 +228,7 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
 
 def _check_files(options: SampleOptions) -> Path:
     """Refuse missing model files and a useless output path now, not after the last step."""
-    for name in ("dit", "qwen3", "vae"):
-        path = getattr(options, name)
-        if not path or not Path(path).exists():
-            raise UserError(f"--{name}: {path} does not exist; `anima-fast download` fetches it")
-    dit_tensors(Checkpoint.open(options.dit))
+    check_model_files(options)
     output = Path(options.output)
     if output.suffix.lower() != ".png" or output.is_dir():
         raise UserError(f"--output {output}: give the name of a .png file")

@@ -286,3 +286,28 @@ def test_wrong_compile_options():
         compile_blocks(dit, backend="turbo")
     with pytest.raises(UserError, match="--compile_dynamic maybe"):
         compile_blocks(dit, backend="eager", dynamic="maybe")
+
+
+def test_swapped_weights_never_visit_the_device(monkeypatch):
+    """A DiT that was loaded on the CPU moves to its device without them."""
+    left = []
+    monkeypatch.setattr(offload, "move_to", lambda dit, device, leave: left.append((device, leave)))
+    dit = make_dit(CONFIG)
+    install_block_runner(dit, blocks_to_swap=2, device="cpu")
+    ((_, leave),) = left
+    swapped = [p for index in (1, 4) for p in dit.blocks[index].parameters()]
+    assert {id(p) for p in leave} == {id(p) for p in swapped}
+
+
+@pytest.mark.gpu
+def test_swapped_weights_stay_off_a_card():
+    dit = make_dit(CONFIG)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    install_block_runner(dit, blocks_to_swap=4, device="cuda")
+    sizes = [p.numel() * p.element_size() for p in dit.parameters() if p.is_cuda]
+    assert all(p.is_cuda for p in dit.blocks[1].parameters()) is False
+    assert torch.cuda.max_memory_allocated() - before < 1.2 * sum(sizes) + 2**20
+    latents, sigma, context = (x.cuda() for x in make_inputs(CONFIG))
+    expected = make_dit(CONFIG).cuda()(latents, sigma, context)
+    torch.testing.assert_close(dit(latents, sigma, context), expected)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from stack import make_config, make_images, make_world, train_options
 
 from anima_fast.errors import UserError
+from anima_fast.tiny_stack import build_stack
 from anima_fast.training import loop, step
 from anima_fast.training.loop import train
 
@@ -346,3 +347,31 @@ def test_debug_dataset_lists_the_first_epoch_and_trains_nothing(world, tmp_path,
     assert "batch 4" in shown
     assert all(f"image{i}.png: 'picture {i}, red tree" in shown for i in range(5))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "source", "words"),
+    [
+        ("pretrained_model_name_or_path", "vae", "give it to --vae"),
+        ("vae", "pretrained_model_name_or_path", "this is an Anima DiT"),
+        ("qwen3", "vae", "this is a Qwen-Image VAE"),
+        ("vae", "dataset_config", "data.toml"),
+    ],
+)
+def test_a_wrong_model_file_is_refused_before_anything_is_written(
+    world, tmp_path, option, source, words
+):
+    options = train_options(world, tmp_path / "out", **{option: world[source]})
+    with pytest.raises(UserError, match=words):
+        train(options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_different_widths_are_refused(world, tmp_path):
+    other = build_stack(
+        tmp_path / "other", blocks=1, width=64, head_dim=32, context_dim=64, adapter_layers=1
+    )
+    with pytest.raises(UserError, match="states of width 64, the LLM adapter expects 32"):
+        train(train_options(world, tmp_path / "out", qwen3=str(other.qwen3)))
+    with pytest.raises(UserError, match="gives 64 numbers per token, the DiT expects 32"):
+        train(train_options(world, tmp_path / "out", llm_adapter_path=str(other.dit)))

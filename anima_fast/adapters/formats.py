@@ -246,4 +246,6 @@ def merge_lora(dit: nn.Module, path: str | os.PathLike, multiplier: float = 1.0)
     for name, part in parts.items():
         weight = modules[name].weight
         up, down = part.up.to(weight.device).float(), part.down.to(weight.device).float()
-        weight.data = torch.addmm(weight.float(), up, down, alpha=multiplier * part.scale).to(weight)
+        weight.data = torch.addmm(weight.float(), up, down, alpha=multiplier * part.scale).to(
+            weight
+        )

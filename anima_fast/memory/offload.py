@@ -13,7 +13,7 @@ Each is a way to run one block, installed as `dit.block_runner`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +35,18 @@ def install_block_runner(
     cpu_offload: bool = False,
     unsloth_offload: bool = False,
     blocks_to_swap: int = 0,
+    device: torch.device | str | None = None,
 ) -> None:
     """Choose how `dit` runs its blocks; without any option they run plainly again.
 
-    Call it when the DiT is on its device and its adapters are attached: swapped weights leave the
-    device at once (`requires_grad` decides which), and a later `dit.to(device)` would bring them
-    back. Results are the same in every mode.
+    Call it when the DiT's adapters are attached (`requires_grad` decides which weights are
+    swapped). A DiT that is loaded on the CPU goes to the device here, all but its swapped weights,
+    so that a card that is too small for the whole DiT is never asked to hold it. A later
+    `dit.to(device)` would bring them there. Results are the same in every mode.
 
     Args:
         dit: the model.
+        device: where the DiT computes; None means where it is.
         gradient_checkpointing: recompute every block in backward.
         cpu_offload: checkpointing whose block inputs wait in host memory.
         unsloth_offload: the same in pinned memory with asynchronous copies.
@@ -60,7 +63,9 @@ def install_block_runner(
         )
     if isinstance(dit.block_runner, BlockRunner) and dit.block_runner.swap:
         dit.block_runner.swap.restore()
-    swap = BlockSwap(dit.blocks, blocks_to_swap) if blocks_to_swap else None
+    device = torch.device(device) if device is not None else next(dit.parameters()).device
+    swap = BlockSwap(dit.blocks, blocks_to_swap, device) if blocks_to_swap else None
+    move_to(dit, device, leave=swap.weights if swap else ())
     recompute = gradient_checkpointing or cpu_offload or unsloth_offload
     if not (recompute or swap):
         dit.block_runner = None
@@ -138,17 +143,21 @@ class BlockSwap:
     At most two blocks' weights are on the device at a time: the one in use and the next one.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], count: int) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], count: int, device: torch.device) -> None:
         self.order = swapped_indices(len(blocks), count)
-        self.device = next(blocks[0].parameters()).device
+        self.device = device
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.parameters = {i: frozen_parameters(blocks[i]) for i in self.order}
         if not all(self.parameters.values()):
             raise UserError("--blocks_to_swap needs frozen DiT weights: it works for LoRA training")
         self.fetched: dict[int, tuple[dict[str, Tensor], torch.cuda.Event | None]] = {}
-        for parameters in self.parameters.values():
-            for parameter in parameters.values():
-                parameter.data = self._host_copy(parameter.data)
+        for parameter in self.weights:
+            parameter.data = self._host_copy(parameter.data)
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """All weights that are swapped."""
+        return [p for parameters in self.parameters.values() for p in parameters.values()]
 
     def __contains__(self, index: int) -> bool:
         return index in self.parameters
@@ -156,9 +165,8 @@ class BlockSwap:
     def restore(self) -> None:
         """Bring all weights back to the device for good."""
         self.fetched.clear()
-        for parameters in self.parameters.values():
-            for parameter in parameters.values():
-                parameter.data = parameter.data.to(self.device)
+        for parameter in self.weights:
+            parameter.data = parameter.data.to(self.device)
 
     def runner(self, index: int, block: nn.Module) -> Run:
         """A function that runs the block on fetched weights; its second call is the recompute."""
@@ -220,6 +228,14 @@ class BlockSwap:
         pinned = self.device.type == "cuda"
         host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
         return host.copy_(tensor)
+
+
+def move_to(module: nn.Module, device: torch.device, *, leave: Iterable[Tensor]) -> None:
+    """Move all parameters and buffers but those in `leave` to a device."""
+    left = {id(tensor) for tensor in leave}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if id(tensor) not in left:
+            tensor.data = tensor.data.to(device)
 
 
 def frozen_parameters(block: nn.Module) -> dict[str, nn.Parameter]:

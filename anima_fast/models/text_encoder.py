@@ -76,15 +76,25 @@ def load_text_encoder(
     Raises `UserError` for another kind of model, and for missing or unexpected tensors.
     """
     path = Path(path)
+    config, checkpoint, shape = _open_checked(path)
+    model = _empty_model(shape, config, device)
+    load_into(model, checkpoint, what="Qwen3", device=device, dtype_of=lambda name: dtype)
+    return TextEncoder(model).requires_grad_(False).eval()
+
+
+def read_sizes(path: str | Path) -> Qwen3Shape:
+    """Sizes of a text encoder, from headers only; raises `UserError` as `load_text_encoder`."""
+    return _open_checked(Path(path))[2]
+
+
+def _open_checked(path: Path) -> tuple[dict, Checkpoint, Qwen3Shape]:
     if not path.exists():
         raise UserError(f"{path} does not exist: {EXPECTED}")
     config = _read_config(path) if path.is_dir() else {}
     checkpoint = _open(path)
     shape = _infer(checkpoint.shapes, path)
     _check_config(config, shape, path)
-    model = _empty_model(shape, config, device)
-    load_into(model, checkpoint, what="Qwen3", device=device, dtype_of=lambda name: dtype)
-    return TextEncoder(model).requires_grad_(False).eval()
+    return config, checkpoint, shape
 
 
 def _empty_model(shape: Qwen3Shape, config: Mapping, device: str | torch.device) -> nn.Module:

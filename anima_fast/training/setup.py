@@ -28,8 +28,8 @@ from anima_fast.errors import UserError
 from anima_fast.files import atomic_write, write_text
 from anima_fast.memory.offload import compile_blocks, install_block_runner
 from anima_fast.models.attention import check_attn_mode, check_torch_version
-from anima_fast.models.checkpoint import Checkpoint
-from anima_fast.models.dit import AnimaDiT, dit_tensors, load_dit
+from anima_fast.models.dit import AnimaDiT, load_dit
+from anima_fast.models.model_files import check_model_files
 from anima_fast.option_files import to_toml
 from anima_fast.training.conditioning import Conditioning, load_conditioning
 from anima_fast.training.optimizers import build_optimizer
@@ -120,7 +120,8 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     say("loading the DiT")
     dit = load_dit(
         options.pretrained_model_name_or_path,
-        device=device,
+        # Swapped blocks never visit the device: install_memory_savers moves the others there.
+        device="cpu" if options.blocks_to_swap else device,
         dtype=DTYPES[options.mixed_precision],
         attn_mode=options.attn_mode,
     )
@@ -128,7 +129,7 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     conditioning = load_conditioning(options, encoded.text_mode, device=device, dtype=dit.dtype)
     vae = load_live_vae(options, device) if encoded.image_mode == "live" else None
     network = build_network(options, dit, conditioning, seed=seed, say=say).to(device)
-    install_memory_savers(options, dit)
+    install_memory_savers(options, dit, device)
 
     optimizer, notices = build_optimizer(options, network)
     scheduler = build_scheduler(options, optimizer, length.steps)
@@ -156,18 +157,11 @@ def choose_device(options: TrainOptions) -> torch.device:
 
 
 def check_start(options: TrainOptions, device: torch.device) -> None:
-    """What can be refused before any file is read, and backend switches."""
+    """What can be refused before anything is encoded, and backend switches."""
     check_torch_version()
     dtype = DTYPES[options.mixed_precision]
     check_attn_mode(options.attn_mode, training=True, device=device, dtype=dtype)
-    for name in ("pretrained_model_name_or_path", "qwen3", "vae"):
-        value = getattr(options, name)
-        if not value:
-            raise UserError(f"--{name} is required: give the path of that model file")
-        if not Path(value).exists():
-            raise UserError(f"--{name}: {value} does not exist; `anima-fast download` fetches it")
-    # Only the header is read: a file of another kind is refused before anything is encoded.
-    dit_tensors(Checkpoint.open(options.pretrained_model_name_or_path))
+    check_model_files(options)
     if options.mixed_precision == "bf16" and device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         if major < 8:
@@ -286,10 +280,11 @@ def build_network(
     return network
 
 
-def install_memory_savers(options: TrainOptions, dit: AnimaDiT) -> None:
+def install_memory_savers(options: TrainOptions, dit: AnimaDiT, device: torch.device) -> None:
     """Gradient checkpointing, offloading, block swap and per-block compilation."""
     install_block_runner(
         dit,
+        device=device,
         gradient_checkpointing=options.gradient_checkpointing,
         cpu_offload=options.cpu_offload_checkpointing,
         unsloth_offload=options.unsloth_offload_checkpointing,
