@@ -20,3 +20,14 @@ hypothesis.settings.load_profile("shared")
 def private_home(tmp_path_factory, monkeypatch):
     """Hash indexes and downloads of a test never land in the developer's home."""
     monkeypatch.setenv("ANIMA_FAST_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that need a card are skipped, by name, where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA card"))

@@ -8,7 +8,8 @@
 
 A file without `.alpha` means alpha = rank. Folding multiplies alpha / rank into the up matrix (the
 down matrix stays as it is) and records the alphas in the metadata, so that unfolding restores the
-file: bit for bit when alpha / rank is a power of two, else to the rounding of one multiplication.
+file: bit for bit when alpha / rank is a power of two (and no number leaves the range of its dtype),
+else to the rounding of one multiplication.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from anima_fast.files import save_safetensors
 from anima_fast.models.checkpoint import Checkpoint
 
 FOLDED = "anima_fast.folded_alphas"
+FOLDED_DTYPE = "anima_fast.folded_alphas_dtype"
 SUFFIXES = {
     "kohya": {"down": "lora_down.weight", "up": "lora_up.weight"},
     "comfyui": {"down": "lora_A.weight", "up": "lora_B.weight"},
@@ -36,6 +38,16 @@ SUFFIXES = {
 }
 # Tensors of other networks keep their suffix in every dialect.
 OTHER_SUFFIXES = ("hada_", "lokr_", "dora_scale")
+# What a module must hold to be complete, one of these.
+COMPLETE = (
+    {"down", "up"},
+    {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    *(
+        {*first, *second}
+        for first in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+        for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -57,11 +69,14 @@ class LoRAPart:
         return 1.0 if self.alpha is None else self.alpha.item() / self.rank
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, dict[str, Tensor]], str, dict]:
+def read_tensors(
+    path: str | os.PathLike, ignored: list[str] | None = None
+) -> tuple[dict[str, dict[str, Tensor]], str, dict[str, str]]:
     """A network file as {dotted module name: {suffix: tensor}}, its dialect and its metadata.
 
     Suffixes are `down`, `up`, `alpha`, or those of other networks unchanged. Raises `UserError` for
-    a file that is no LoRA of this model, or has keys of modules that do not exist.
+    a file that is no LoRA of this model, is incomplete, or has keys of modules that no Anima model
+    has; with a list `ignored`, such keys are put there instead.
     """
     checkpoint = Checkpoint.open(path)
     dialect = names.detect_dialect(checkpoint.keys())
@@ -79,11 +94,18 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, dict[str, Tensor]],
             unknown.append(key)
             continue
         modules.setdefault(name, {})[ours.get(suffix, suffix)] = checkpoint.get(key)
-    if unknown:
+    if ignored is not None:
+        ignored += unknown
+    elif unknown:
         raise UserError(
             f"{path}: {len(unknown)} keys belong to no module of Anima ({', '.join(unknown[:3])}): "
             "it is a LoRA of another model, or damaged"
         )
+    for name, tensors in modules.items():
+        if not any(parts <= tensors.keys() for parts in COMPLETE):
+            raise UserError(f"{path}: {name} is incomplete, it has only {', '.join(tensors)}")
+        if "alpha" in tensors and tensors["alpha"].numel() != 1:
+            raise UserError(f"{path}: the alpha of {name} is not one number: the file is damaged")
     return modules, dialect, checkpoint.metadata
 
 
@@ -96,12 +118,14 @@ def split_key(key: str) -> tuple[str, str]:
     return "", key
 
 
-def read_lora(path: str | os.PathLike) -> tuple[dict[str, LoRAPart], str, dict[str, str]]:
+def read_lora(
+    path: str | os.PathLike, ignored: list[str] | None = None
+) -> tuple[dict[str, LoRAPart], str, dict[str, str]]:
     """A LoRA file as {dotted module name: part}, its dialect and its metadata.
 
-    Raises `UserError` as `read_tensors` does, and for LoHa, LoKr or incomplete modules.
+    Raises `UserError` as `read_tensors` does, and for LoHa, LoKr, or matrices that do not fit.
     """
-    modules, dialect, metadata = read_tensors(path)
+    modules, dialect, metadata = read_tensors(path, ignored)
     parts = {}
     for name, tensors in modules.items():
         extra = tensors.keys() - {"down", "up", "alpha"}
@@ -109,12 +133,13 @@ def read_lora(path: str | os.PathLike) -> tuple[dict[str, LoRAPart], str, dict[s
             raise UserError(
                 f"{path}: {name} has {sorted(extra)[0]}: only plain LoRA files can be used here"
             )
-        if (
-            not {"down", "up"} <= tensors.keys()
-            or tensors["down"].shape[0] != tensors["up"].shape[1]
-        ):
-            raise UserError(f"{path}: {name} lacks one of its two matrices, or they do not fit")
-        parts[name] = LoRAPart(tensors["down"], tensors["up"], tensors.get("alpha"))
+        down, up = tensors["down"], tensors["up"]
+        if down.ndim != 2 or up.ndim != 2 or not 0 < down.shape[0] == up.shape[1]:
+            raise UserError(
+                f"{path}: the matrices of {name} are {list(down.shape)} and {list(up.shape)}, "
+                "expected [rank, in] and [out, rank]: it is a LoRA of another kind, or damaged"
+            )
+        parts[name] = LoRAPart(down, up, tensors.get("alpha"))
     return parts, dialect, metadata
 
 
@@ -132,7 +157,8 @@ def named_tensors(
             raise UserError(f"{name} has no name in the {dialect} dialect: use comfyui or kohya")
         up = part.up
         if fold:
-            folded[name] = part.scale * part.rank
+            if part.alpha is not None:
+                folded[name] = part.alpha.item()
             up = up if part.scale == 1 else (up.double() * part.scale).to(up.dtype)
         elif part.alpha is not None:
             tensors[f"{theirs}.alpha"] = part.alpha
@@ -158,20 +184,32 @@ def write_lora(
     if bad:
         raise UserError(f"{path} is not written: {bad[0]} holds numbers that are not finite")
     metadata = {k: v for k, v in (metadata or {}).items() if k != FOLDED}
+    metadata.pop(FOLDED_DTYPE, None)
     if folded:
         metadata[FOLDED] = json.dumps(folded)
+        dtype = next(part.alpha.dtype for part in parts.values() if part.alpha is not None)
+        if dtype != torch.float32:
+            metadata[FOLDED_DTYPE] = str(dtype).removeprefix("torch.")
     save_safetensors(tensors, path, with_hashes(tensors, metadata))
 
 
 def unfold(parts: Mapping[str, LoRAPart], metadata: Mapping[str, str]) -> dict[str, LoRAPart]:
-    """Give a folded file its alphas back, from its metadata; other parts stay as they are."""
-    alphas = json.loads(metadata.get(FOLDED, "{}"))
+    """Give a folded file its alphas back, from its metadata; other parts stay as they are.
+
+    Raises `UserError` when that metadata is damaged.
+    """
+    try:
+        alphas = {n: float(a) for n, a in json.loads(metadata.get(FOLDED, "{}")).items()}
+        dtype = getattr(torch, metadata.get(FOLDED_DTYPE, "float32"))
+        torch.tensor(1.0, dtype=dtype)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the metadata {FOLDED} of the LoRA is damaged ({error})") from None
     restored = {}
     for name, part in parts.items():
         alpha = alphas.get(name)
         if part.alpha is None and alpha:
             up = (part.up.double() / (alpha / part.rank)).to(part.up.dtype)
-            part = LoRAPart(part.down, up, torch.tensor(float(alpha)))
+            part = LoRAPart(part.down, up, torch.tensor(alpha, dtype=dtype))
         restored[name] = part
     return restored
 
@@ -201,6 +239,8 @@ def convert_file(
         raise UserError(f"{dst} is the input itself: give another --output")
     modules, dialect, metadata = read_tensors(src)
     target = "kohya" if reverse else to or ("comfyui" if dialect == "kohya" else "kohya")
+    if target not in names.DIALECTS:
+        raise UserError(f"the dialect {target} is unknown: use {', '.join(names.DIALECTS)}")
     if any(tensors.keys() - {"down", "up", "alpha"} for tensors in modules.values()):
         _rename_only(modules, target, dst, metadata, fold_alpha)
         return target

@@ -59,20 +59,33 @@ class LoRALinear(nn.Module):
         # In a list, so that the layer does not become a submodule of its own adapter.
         self._linear = [linear]
         self._plain_forward: Callable[[Tensor], Tensor] = linear.forward
-        linear.forward = self.forward
+        self._removed = False
 
     @property
     def scale(self) -> float:
         """alpha / rank."""
         return self.alpha / self.rank
 
+    def attach(self) -> None:
+        """Let the layer compute with this adapter, on top of those that it has."""
+        linear = self._linear[0]
+        self._plain_forward, linear.forward = linear.forward, self.forward
+
     def remove(self) -> None:
-        """Give the layer its own forward back."""
-        del self._linear[0].forward
+        """Let the layer compute without this adapter; others on the layer stay."""
+        linear = self._linear[0]
+        # One that others stand on stays in the chain and passes through.
+        self._removed = True
+        if linear.__dict__.get("forward") == self.forward:
+            del linear.forward
+            if linear.forward != self._plain_forward:
+                linear.forward = self._plain_forward
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out] in x's dtype."""
         y = self._plain_forward(x)
+        if self._removed:
+            return y
         # The draw is made on the CPU generator, which never waits for the device.
         if self.training and self.module_dropout and torch.rand(()).item() < self.module_dropout:
             return y
@@ -210,7 +223,8 @@ class LoRANetwork(nn.Module):
         Raises:
             UserError: no LoRA, none of its modules fits, or a rank differs.
         """
-        parts, _, metadata = read_lora(path)
+        ignored: list[str] = []
+        parts, _, metadata = read_lora(path, ignored)
         parts = unfold(parts, metadata)
         known = parts.keys() & self.modules_by_name.keys()
         if not known:
@@ -229,7 +243,7 @@ class LoRANetwork(nn.Module):
             # The file's scale may differ from this network's: the product stays that of the file.
             factor = part.scale / own.scale
             own.up.copy_(part.up if factor == 1 else part.up.float() * factor)
-        return sorted(parts.keys() - known)
+        return sorted({*ignored, *(parts.keys() - known)})
 
     @torch.no_grad()
     def scale_weight_norms(self, max_norm: float) -> tuple[int, float, float]:
@@ -349,7 +363,11 @@ def add_lora(
         },
         reg_lrs=reg_lrs or {},
     )
-    return LoRANetwork(adapters, groups, dtype).train()
+    network = LoRANetwork(adapters, groups, dtype).train()
+    # Last, so that a model is as it was when something above is refused.
+    for adapter in network.adapters:
+        adapter.attach()
+    return network
 
 
 def _generator(seed: int | None, name: str) -> torch.Generator:

@@ -111,7 +111,9 @@ def from_comfyui(name: str) -> str | None:
     """ComfyUI's name → dotted; None when it has none of its prefixes."""
     for ours, theirs in COMFYUI_PREFIXES:
         if name.startswith(theirs):
-            return ours + name[len(theirs) :]
+            dotted = ours + name[len(theirs) :]
+            # ComfyUI has the text encoder under its own prefix only.
+            return None if dotted.startswith(TEXT_ENCODER) and not ours else dotted
     return None
 
 

@@ -128,10 +128,10 @@ def run_steps(
                 continue
 
             # Clip, step, schedule, zero; then log, save, validate, and stop when asked to.
-            loss, norm = optimizer_step(run, group, bad_batches, say=progress.say)
+            facts = optimizer_step(run, group, bad_batches, say=progress.say)
             position.step += 1
-            position.record_loss(loss, slots=length.updates_per_epoch)
-            record = step_record(run, position, group, loss, norm, time.perf_counter() - started)
+            position.record_loss(facts["loss"], slots=length.updates_per_epoch)
+            record = step_record(run, position, group, facts, time.perf_counter() - started)
             log.step(record)
             progress.step(record)
             checkpoints.after_step(position)
@@ -168,50 +168,52 @@ def optimizer_step(
     bad_batches: BadBatchTracker,
     *,
     say: Callable[[str], None],
-) -> tuple[float, float]:
+) -> dict:
     """Clip, step unless something is not finite, schedule, zero.
 
     Args:
         group: the micro-batches whose gradients stand in the buffer, with their losses [B].
 
     Returns:
-        The mean loss and the gradient norm before clipping.
+        `loss` (mean), `grad_norm` (before clipping), and `max_norm` with `scale_weight_norms`.
     """
     run.scaler.unscale_(run.optimizer)
     norm = clip_flat_grad(run.network, run.options.max_grad_norm)
     loss = torch.stack([losses.mean() for _, losses in group]).mean()
     # The one wait for the device in a step: both numbers come back together.
     loss, norm = torch.stack([loss, norm]).tolist()
+    facts: dict = {"loss": loss, "grad_norm": norm}
     if bad_batches.accepts(group, loss, norm, run.scaler, say=say):
         run.scaler.step(run.optimizer)
         if run.options.scale_weight_norms:
-            run.network.scale_weight_norms(run.options.scale_weight_norms)
+            scaled, mean, largest = run.network.scale_weight_norms(run.options.scale_weight_norms)
+            facts["max_norm"] = {
+                "keys_scaled": scaled, "average_key_norm": mean, "max_key_norm": largest
+            }  # fmt: skip
     run.scaler.update()
     with warnings.catch_warnings():
         # A skipped batch moves the schedule without a step of the optimizer, on purpose.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         run.scheduler.step()
     run.network.zero_grad_flat()
-    return loss, norm
+    return facts
 
 
 def step_record(
     run: Run,
     position: Position,
     group: list[tuple[Batch, Tensor]],
-    loss: float,
-    norm: float,
+    facts: dict,
     seconds: float,
 ) -> dict:
     """What is logged and shown about one optimizer step."""
     return {
         "step": position.step,
         "epoch": position.epoch,
-        "loss": loss,
+        **facts,
         "loss_avg": position.loss_average,
         "lr": learning_rates(run.optimizer),
         "d_lr": effective_rates(run.optimizer),
-        "grad_norm": norm,
         "step_s": seconds,
         "images_per_s": sum(len(batch.items) for batch, _ in group) / seconds,
         "memory_mib": peak_memory_mib(run.device),
