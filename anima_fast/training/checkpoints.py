@@ -126,7 +126,7 @@ class Checkpoints:
             "finished_at": now,
             "seed": self.run.seed,
             "steps": position.step,
-            "epoch": position.epoch,
+            "epoch": position.last_epoch,
             "num_epochs": length.epochs,
             "max_train_steps": length.steps,
             "num_batches_per_epoch": length.batches_per_epoch,

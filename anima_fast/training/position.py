@@ -26,6 +26,11 @@ class Position:
         """Moving average of the loss over one epoch."""
         return sum(self.losses) / len(self.losses) if self.losses else None
 
+    @property
+    def last_epoch(self) -> int:
+        """The epoch of the last step, 0 before the first."""
+        return self.epoch if self.batch else self.epoch - 1
+
     def record_loss(self, loss: float, slots: int) -> None:
         """Put the loss of a step into its slot of the epoch (`slots` steps an epoch).
 
