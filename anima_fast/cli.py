@@ -203,7 +203,7 @@ def _inspect(
     """Tell what a model, LoRA or cache file holds and which programs load it."""
     from json import dumps
 
-    from anima_fast.inspect_file import describe, render
+    from anima_fast.inspection.file import describe, render
 
     found = describe(file)
     typer.echo(dumps(found, indent=1, ensure_ascii=False, default=str) if json else render(found))

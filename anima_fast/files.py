@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import operator
 import os
 import shutil
 import struct
@@ -137,17 +138,15 @@ def read_safetensors_header(path: str | os.PathLike) -> dict:
                     f"{path} is not a safetensors file, or is cut off: copy or download it again"
                 )
             header = json.loads(file.read(length))
-        end = max(
-            (t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"),
-            default=0,
-        )
+        tensors = (entry for name, entry in header.items() if name != "__metadata__")
+        end = max((operator.index(entry["data_offsets"][1]) for entry in tensors), default=0)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the path") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} has no readable safetensors header: copy or download it again"
         ) from error

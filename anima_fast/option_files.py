@@ -7,6 +7,7 @@ only for the reader: all keys are flattened. Names may be spelt with hyphens or 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from anima_fast.files import write_text
 from anima_fast.option_groups.base import Spec, convert, nearest, specs
 from anima_fast.option_groups.tables import ALIASES, IGNORED, REFUSED
 from anima_fast.option_rules import check_required
-from anima_fast.options import TrainOptions
+from anima_fast.options import SampleOptions, TrainOptions
 
 try:
     import tomllib
@@ -186,6 +187,20 @@ def option_table_markdown(cls: type = TrainOptions) -> str:
     return "\n".join(lines)
 
 
+def option_page() -> str:
+    """`docs/options.md`: both tables with a heading and a sentence each."""
+    return (
+        "# Options\n\n"
+        "Made from the code by `python -m anima_fast.option_files`; a test compares the two.\n\n"
+        "## `anima-fast train`\n\n"
+        "Underscores and hyphens mean the same, and every option is a key of the TOML file of "
+        "`--config_file`.\n\n"
+        f"{option_table_markdown()}\n"
+        "## `anima-fast sample`\n\n"
+        f"{option_table_markdown(SampleOptions)}"
+    )
+
+
 def _row(spec: Spec) -> str:
     default = "" if spec.default in (None, (), "") else f"`{spec.default}`"
     value = (spec.metavar or "flag").replace("|", "\\|")
@@ -195,3 +210,7 @@ def _row(spec: Spec) -> str:
 def _named(title: str, entries: Mapping[str, str]) -> list[str]:
     rows = [f"| `--{name}` | {text} |" for name, text in entries.items()]
     return [f"### {title}", "", "| Option | |", "|---|---|", *rows, ""]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(option_page())

@@ -12,7 +12,9 @@ posterior mean in float32 on the CPU. Needs diffusers.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -160,7 +162,23 @@ def report(arguments: argparse.Namespace, times: dict[str, dict], memory: dict[s
         from anima_fast.files import write_json
 
         setting = {n: getattr(arguments, n) for n in ("size", "width", "threads", "repeats")}
-        write_json(arguments.out, {**setting, "torch": torch.__version__, "results": rows})
+        write_json(arguments.out, {**setting, **environment(), "results": rows})
+
+
+def environment() -> dict[str, str]:
+    """Where and when the figures were taken."""
+    import diffusers
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": models[0] if models else platform.processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
 
 
 if __name__ == "__main__":

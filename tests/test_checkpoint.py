@@ -199,6 +199,23 @@ def test_quantised_weights_are_refused():
         load_dit(weights)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4.0]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+        '{"a": ' * 5000 + "0" + "}" * 5000,
+        '["a"]',
+    ],
+    ids=["float", "one", "deep", "list"],
+)
+def test_damaged_headers(tmp_path, header):
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(16))
+    with pytest.raises(UserError, match="no readable safetensors header"):
+        load_dit(path)
+
+
 def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_dit(tmp_path / "absent.safetensors")

@@ -10,6 +10,7 @@ from anima_fast.errors import UserError
 from anima_fast.option_files import (
     OTHER_NAMES,
     config_path,
+    option_page,
     option_table_markdown,
     resolve_train_options,
     to_toml,
@@ -91,7 +92,7 @@ def test_every_attribute_that_code_reads_exists():
         text = path.read_text(encoding="utf-8")
         if "TrainOptions" not in text:
             continue
-        read = set(re.findall(r"\boptions\.([a-z_0-9]+)\b", text)) - {"py"}
+        read = set(re.findall(r"\boptions\.([a-z_0-9]+)\b", text)) - {"py", "md"}
         assert read <= known, (path.name, read - known)
 
 
@@ -415,6 +416,13 @@ def test_the_table_names_everything_once():
     for name in [*specs(TrainOptions), *OTHER_NAMES]:
         assert table.count(f"| `--{name}` |") == 1, name
     assert "`--prompt`" in option_table_markdown(SampleOptions)
+
+
+def test_the_page_in_the_documentation_is_up_to_date():
+    path = PACKAGE.parent / "docs" / "options.md"
+    assert path.read_text(encoding="utf-8") == option_page(), (
+        "run: python -m anima_fast.option_files > docs/options.md"
+    )
 
 
 def test_sample_options():

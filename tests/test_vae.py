@@ -145,6 +145,13 @@ def test_key_table_and_namings():
 
 
 @torch.inference_mode()
+def test_a_norm_may_be_stored_with_five_dimensions(vae):
+    state = published()
+    state["encoder.norm_out.gamma"] = state["encoder.norm_out.gamma"].reshape(-1, 1, 1, 1, 1)
+    x = image(16, 16)
+    assert torch.equal(load_vae(state).encode(x), load_vae(published()).encode(x))
+
+
 def test_files_of_both_namings_agree(vae, tmp_path):
     wan = published(naming="wan")
     save_file(wan, tmp_path / "wan.safetensors")

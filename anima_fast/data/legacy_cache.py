@@ -12,6 +12,7 @@ Neither file says which image, caption or model it was made from.
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -26,8 +27,12 @@ from anima_fast.data.cache import LATENT_CHANNELS, LATENT_SCALE, CacheError, Lat
 if TYPE_CHECKING:
     from anima_fast.data.plan import ImageItem
 
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-_TEXT_NAMES = ("prompt_embeds", "attn_mask", "t5_input_ids", "t5_attn_mask", "caption_dropout_rate")
+# What numpy raises for changed bytes: its header is Python source in a zip file.
+_DAMAGE = (
+    OSError, ValueError, KeyError, EOFError, SyntaxError, MemoryError, RuntimeError,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+_TEXT_NAMES = ("prompt_embeds", "attn_mask", "t5_input_ids", "t5_attn_mask")
 
 
 def latents_path(item: ImageItem) -> Path:
@@ -69,7 +74,7 @@ def read_text(path: Path) -> tuple[TextEntry, int]:
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            states, mask, ids, t5_mask, _ = (np.asarray(archive[name]) for name in _TEXT_NAMES)
+            states, mask, ids, t5_mask = (np.asarray(archive[name]) for name in _TEXT_NAMES)
             if states.ndim != 2 or len(states) != mask.size or ids.shape != t5_mask.shape:
                 raise ValueError(f"prompt_embeds of shape {states.shape}")
             count = int(mask.astype(bool).sum())

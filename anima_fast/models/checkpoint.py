@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -92,7 +93,10 @@ class Checkpoint:
         try:
             # Only the zip form of the last years can be mapped.
             mapped = zipfile.is_zipfile(path)
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            with warnings.catch_warnings():
+                # About pickle protocols: what matters becomes the error below.
+                warnings.simplefilter("ignore")
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:
             raise UserError(
                 f"{path} is no PyTorch file of plain tensors, or is cut off: download it again, "
@@ -231,7 +235,17 @@ def check_shapes(
     expected: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, what: str
 ) -> None:
     """Raise one `UserError` that names the first tensors that do not fit, and how many."""
-    found = checkpoint.shapes
+    if problems := shape_problems(expected, checkpoint.shapes):
+        raise UserError(
+            f"{checkpoint.name} does not fit {what}: {problems}; download it again, or give the "
+            "file of a plain Anima model"
+        )
+
+
+def shape_problems(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> str:
+    """How many tensors are missing, unexpected or of another shape, and the first of them."""
     groups = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
@@ -241,13 +255,8 @@ def check_shapes(
             if name in found and found[name] != shape
         ],
     }
-    problems = [
+    return "; ".join(
         f"{len(names)} tensors {how} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for how, names in groups.items()
         if names
-    ]
-    if problems:
-        raise UserError(
-            f"{checkpoint.name} does not fit {what}: {'; '.join(problems)}; download it again, or "
-            "give the file of a plain Anima model"
-        )
+    )

@@ -165,7 +165,9 @@ class LLMAdapter(nn.Module):
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocabulary, config.width)
+        # Without values: drawing normal numbers on the meta device imports dynamo, which takes 2 s.
+        table = torch.empty(config.vocabulary, config.width)
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.blocks = nn.ModuleList(AdapterBlock(config) for _ in range(config.layers))
         self.out_proj = nn.Linear(config.width, config.context_dim)
         self.norm = AdapterNorm(config.context_dim)

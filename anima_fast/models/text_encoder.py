@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -201,9 +202,11 @@ def _infer(shapes: Mapping[str, tuple[int, ...]], path: Path) -> Qwen3Shape:
             f"{path} lacks a matrix {', '.join(missing) or 'embed_tokens.weight'}: {EXPECTED}"
         )
     q, k, gate = (shapes[name][0] for name in needed)
-    head_dim = shapes[f"{first}q_norm.weight"][0]
+    head_dim = prod(shapes[f"{first}q_norm.weight"])
     layers = {int(m[1]) for name in shapes if (m := re.match(r"layers\.(\d+)\.", name))}
     vocab, hidden = shapes["embed_tokens.weight"]
+    if not (head_dim and layers and vocab and hidden):
+        raise UserError(f"{path} holds empty tensors: {EXPECTED}")
     return Qwen3Shape(
         vocab, hidden, gate, max(layers) + 1, max(1, q // head_dim), max(1, k // head_dim), head_dim
     )

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from anima_fast.errors import UserError
-from anima_fast.models.checkpoint import Checkpoint, detect_kind, open_checkpoint, wrong_kind
+from anima_fast.models.checkpoint import (
+    Checkpoint,
+    detect_kind,
+    open_checkpoint,
+    shape_problems,
+    wrong_kind,
+)
 
 if TYPE_CHECKING:
     from anima_fast.models.vae import VaeConfig
@@ -184,28 +190,16 @@ def image_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
 def _compare(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], label: str
 ) -> None:
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    problems = [
-        f"{len(names)} tensors {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in groups
-        if names
-    ]
-    if problems:
-        raise UserError(f"{label} does not fit the VAE: {'; '.join(problems)}; {EXPECTED}")
+    if problems := shape_problems(expected, found):
+        raise UserError(f"{label} does not fit the VAE: {problems}; {EXPECTED}")
 
 
 def _place(
     tensor: Tensor, shape: tuple[int, ...], device: str | torch.device, dtype: torch.dtype
 ) -> Tensor:
     """A fresh copy of what the 2-D network uses; convolution weights channels-last."""
-    source = tensor[:, :, -1] if tensor.ndim == 5 else tensor.reshape(shape)
+    kernel = tensor.ndim == 5 and len(shape) == 4
+    source = tensor[:, :, -1] if kernel else tensor.reshape(shape)
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     target = torch.empty(shape, device=device, dtype=dtype, memory_format=layout)
     return target.copy_(source)

@@ -1,0 +1,165 @@
+"""What a cache file holds: own latents and text encodings, and those of sd-scripts (.npz)."""
+
+from __future__ import annotations
+
+import re
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from anima_fast.data.cache import CACHE_VERSION, LATENT_SCALE
+from anima_fast.errors import UserError
+from anima_fast.models.checkpoint import Checkpoint
+
+KEYED_BY = {
+    "latent_cache": "image bytes, bucket, resizing and crop, VAE file, dtype, flip_aug, alpha_mask",
+    "text_cache": "caption, Qwen3, LLM adapter and tokenizer files, token limits, dtype",
+}
+TITLES = {
+    "latent_cache": "latents of one image, cached by this program",
+    "text_cache": "encoding of one caption, cached by this program",
+}
+FORMS = {
+    "context": "context: what the DiT reads, after the LLM adapter",
+    "states": "Qwen3 states and T5 ids: what the LLM adapter reads",
+}
+# What the metadata of a cache file tells about its origin.
+ORIGINS = ("image", "image_size", "bucket", "vae", "caption", "encoder", "dtype")
+NEEDED = {"latent_cache": [{"latents"}], "text_cache": [{"context"}, {"source_states", "t5_ids"}]}
+# RuntimeError: an encrypted member or an unknown compression, which a flipped bit asks for.
+_DAMAGE = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
+    tokenize.TokenError,
+)  # fmt: skip
+_TEXT_NAMES = ("prompt_embeds", "attn_mask", "t5_input_ids", "t5_attn_mask")
+
+
+def describe_cache(checkpoint: Checkpoint, kind: str) -> dict:
+    """Origin, key and shapes of a cache file of this program.
+
+    Raises `UserError` when it lacks what a file of its kind holds.
+    """
+    metadata, shapes = checkpoint.metadata, checkpoint.shapes
+    if not any(names <= shapes.keys() for names in NEEDED[kind]):
+        raise UserError(
+            f"{checkpoint.name} is a cache file without its tensors: delete it, the next run "
+            "encodes again"
+        )
+    facts = {name: metadata[name] for name in ORIGINS if metadata.get(name) is not None}
+    if "dtype" in facts:
+        facts["computed_in"] = facts.pop("dtype").removeprefix("torch.")
+    if form := FORMS.get(metadata.get("form", "")):
+        facts["form"] = form
+    facts |= {
+        "tensors": {name: _shape(shapes[name]) for name in sorted(shapes)},
+        "key": metadata.get("key", "none"),
+        "keyed_by": KEYED_BY[kind],
+    }
+    notes = []
+    if metadata.get("version") != str(CACHE_VERSION):
+        notes.append(
+            f"made by cache version {metadata.get('version')}, this program uses {CACHE_VERSION}: "
+            "the next run encodes again"
+        )
+    programs = {"anima-fast": "no: see the note" if notes else "yes, found by its key"}
+    return {"title": TITLES[kind], "facts": facts, "programs": programs, "notes": notes}
+
+
+def describe_npz(path: Path) -> dict:
+    """What sd-scripts has cached in an .npz file: kind, title, facts, programs and notes.
+
+    Headers are read, and of a text cache the two masks. Raises `UserError` when the file is
+    damaged, holds Python objects (which could run code) or is no such cache.
+    """
+    try:
+        # Anything else goes to readers of single arrays and pickles.
+        if not zipfile.is_zipfile(path):
+            raise ValueError("cut off, or no .npz file")
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: _array_header(archive, name) for name in archive.files}
+            if any(dtype.hasobject for _, dtype in arrays.values()):
+                raise ValueError("it holds Python objects")
+            shapes = {name: shape for name, (shape, _) in arrays.items()}
+            if set(_TEXT_NAMES) <= shapes.keys():
+                found = _npz_text(path, archive, shapes)
+            elif any(name.startswith("latents_") for name in shapes):
+                found = _npz_latents(path, shapes)
+            else:
+                found = None
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(
+            f"{path} is no readable cache ({reason}): delete it, the next run encodes again"
+        ) from error
+    if found is None:
+        raise UserError(
+            f"{path} is no cache of images or captions (it holds {', '.join(sorted(arrays)[:3])}): "
+            "expected *_anima.npz or *_anima_te.npz of sd-scripts"
+        )
+    dtypes = {str(dtype) for _, dtype in arrays.values()}
+    found["facts"] |= {
+        "tensors": {name: _shape(shapes[name]) for name in sorted(shapes)},
+        "dtype": ", ".join(sorted(dtypes)),
+        "keyed_by": "its file name only: the file does not say which contents it was made from",
+    }
+    return {"notes": [], **found}
+
+
+def _npz_latents(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict:
+    matches = (re.fullmatch(r"latents_(\d+)x(\d+)", name) for name in shapes)
+    buckets = [f"{LATENT_SCALE * int(m[2])}x{LATENT_SCALE * int(m[1])}" for m in matches if m]
+    if not buckets:
+        raise ValueError("its names tell no latent size")
+    facts = {"bucket": ", ".join(buckets)}
+    if named := re.fullmatch(r".+_0*(\d+)x0*(\d+)_anima", path.stem):
+        facts = {"image_size": f"{named[1]}x{named[2]}", **facts}
+    for part, prefix in (("flipped", "latents_flipped_"), ("alpha_mask", "alpha_mask_")):
+        facts[part] = "yes" if any(name.startswith(prefix) for name in shapes) else "no"
+    state = "yes" if named else "no: its name must be STEM_WWWWxHHHH_anima.npz"
+    return {
+        "kind": "sd_scripts_latent_cache",
+        "title": "latents of one image, cached by sd-scripts",
+        "facts": facts,
+        "programs": {"anima-fast": state, "sd-scripts": state},
+    }
+
+
+def _npz_text(
+    path: Path, archive: np.lib.npyio.NpzFile, shapes: Mapping[str, tuple[int, ...]]
+) -> dict:
+    # A few hundred numbers each.
+    qwen, t5 = (int(np.count_nonzero(archive[name])) for name in ("attn_mask", "t5_attn_mask"))
+    state = "yes"
+    if not path.stem.endswith("_anima_te"):
+        state = "no: its name must be STEM_anima_te.npz"
+    elif "caption_dropout_rate" not in shapes:
+        state = "no: it lacks caption_dropout_rate"
+    return {
+        "kind": "sd_scripts_text_cache",
+        "title": "encoding of one caption, cached by sd-scripts",
+        "facts": {
+            "tokens": f"{qwen} of Qwen3, {t5} of T5",
+            "width": shapes["prompt_embeds"][-1],
+        },
+        "programs": {"anima-fast": state, "sd-scripts": state},
+    }
+
+
+def _array_header(archive: np.lib.npyio.NpzFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of an array, without its data."""
+    with archive.zip.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
