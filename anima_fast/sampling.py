@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -275,7 +276,7 @@ def _sample_latents(
             guidance=options.cfg,
             zero_keys=zero_keys[0],
             negative_zero_keys=zero_keys[-1],
-            on_step=None if quiet else lambda done: progress.step({"step": done}),
+            on_step=None if quiet else _stepper(progress),
         )
     if not torch.isfinite(latents).all():
         raise UserError(
@@ -285,6 +286,19 @@ def _sample_latents(
     del dit
     free_memory(device, keep_cached=False)
     return latents.squeeze(2)
+
+
+def _stepper(progress: Progress) -> Callable[[int], None]:
+    """Shows each finished step with the seconds that it took."""
+    last = time.perf_counter()
+
+    def step(done: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        progress.step({"step": done, "step_s": now - last})
+        last = now
+
+    return step
 
 
 @contextmanager

@@ -439,6 +439,11 @@ def test_truncated_files_are_refused(tmp_path, kept):
     refuse(tmp_path / "in.safetensors", tmp_path, "cut off|safetensors")
 
 
+def test_another_kind_of_file_is_named(tmp_path):
+    save_file(dit_weights(), tmp_path / "in.safetensors")
+    refuse(tmp_path / "in.safetensors", tmp_path, "this is an Anima DiT")
+
+
 def test_missing_folders_and_empty_files_are_refused(tmp_path):
     refuse(tmp_path / "absent.safetensors", tmp_path, "does not exist")
     refuse(tmp_path, tmp_path, "is a folder")

@@ -356,6 +356,7 @@ def test_debug_dataset_lists_the_first_epoch_and_trains_nothing(world, tmp_path,
         ("vae", "pretrained_model_name_or_path", "this is an Anima DiT"),
         ("qwen3", "vae", "this is a Qwen-Image VAE"),
         ("vae", "dataset_config", "data.toml"),
+        ("network_weights", "vae", "not a LoRA: this is a Qwen-Image VAE"),
     ],
 )
 def test_a_wrong_model_file_is_refused_before_anything_is_written(
@@ -364,6 +365,12 @@ def test_a_wrong_model_file_is_refused_before_anything_is_written(
     options = train_options(world, tmp_path / "out", **{option: world[source]})
     with pytest.raises(UserError, match=words):
         train(options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_many_swapped_blocks_are_refused_before_anything_is_written(world, tmp_path):
+    with pytest.raises(UserError, match="does not fit a DiT of 2 blocks"):
+        train(train_options(world, tmp_path / "out", blocks_to_swap=1))
     assert not (tmp_path / "out").exists()
 
 

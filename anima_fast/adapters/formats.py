@@ -27,7 +27,7 @@ from anima_fast.adapters import names
 from anima_fast.adapters.hashes import with_hashes
 from anima_fast.errors import UserError
 from anima_fast.files import save_safetensors
-from anima_fast.models.checkpoint import Checkpoint
+from anima_fast.models.checkpoint import Checkpoint, detect_kind, wrong_kind
 
 FOLDED = "anima_fast.folded_alphas"
 FOLDED_DTYPE = "anima_fast.folded_alphas_dtype"
@@ -80,6 +80,8 @@ def read_tensors(
     """
     checkpoint = Checkpoint.open(path)
     dialect = names.detect_dialect(checkpoint.keys())
+    if dialect is None and detect_kind(checkpoint) not in ("lora", "unknown"):
+        raise wrong_kind(checkpoint, "an Anima LoRA")
     if dialect is None:
         raise UserError(f"{path} is no Anima LoRA: none of its keys has a known prefix")
     ours = {theirs: name for name, theirs in SUFFIXES[dialect].items()}

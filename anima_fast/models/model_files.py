@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from anima_fast.options import SampleOptions, TrainOptions
 
 
-def check_model_files(options: TrainOptions | SampleOptions) -> None:
+def check_model_files(options: TrainOptions | SampleOptions) -> DitConfig:
     """Refuse missing, wrong or mismatched files of the DiT, the LLM adapter, Qwen3 and the VAE.
 
-    Raises `UserError` that names the option.
+    Returns the sizes of the DiT. Raises `UserError` that names the option.
     """
     dit_option = "dit" if hasattr(options, "dit") else "pretrained_model_name_or_path"
     for name in (dit_option, "qwen3", "vae", "llm_adapter_path"):
@@ -38,6 +38,15 @@ def check_model_files(options: TrainOptions | SampleOptions) -> None:
     # An unknown kind may be a VAE of another naming: loading it says what is missing.
     if detect_kind(vae) not in ("vae", "unknown"):
         raise wrong_kind(vae, "the Qwen-Image VAE that --vae needs")
+    return sizes
+
+
+def check_lora_files(options: TrainOptions) -> None:
+    """Refuse `network_weights` and `base_weights` that are missing or of another kind."""
+    for path in filter(None, (options.network_weights, *options.base_weights)):
+        checkpoint = Checkpoint.open(path)
+        if detect_kind(checkpoint) != "lora":
+            raise wrong_kind(checkpoint, "a LoRA")
 
 
 def _check_text_path(

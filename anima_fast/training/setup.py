@@ -26,10 +26,10 @@ from anima_fast.data.listing import list_epoch
 from anima_fast.data.plan import DatasetPlan, build_plan
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write, write_text
-from anima_fast.memory.offload import compile_blocks, install_block_runner
+from anima_fast.memory.offload import compile_blocks, install_block_runner, swapped_indices
 from anima_fast.models.attention import check_attn_mode, check_torch_version
 from anima_fast.models.dit import AnimaDiT, load_dit
-from anima_fast.models.model_files import check_model_files
+from anima_fast.models.model_files import check_lora_files, check_model_files
 from anima_fast.option_files import to_toml
 from anima_fast.training.conditioning import Conditioning, load_conditioning
 from anima_fast.training.optimizers import build_optimizer
@@ -161,7 +161,9 @@ def check_start(options: TrainOptions, device: torch.device) -> None:
     check_torch_version()
     dtype = DTYPES[options.mixed_precision]
     check_attn_mode(options.attn_mode, training=True, device=device, dtype=dtype)
-    check_model_files(options)
+    dit = check_model_files(options)
+    check_lora_files(options)
+    swapped_indices(dit.num_blocks, options.blocks_to_swap or 0)
     if options.mixed_precision == "bf16" and device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         if major < 8:
