@@ -19,6 +19,7 @@ from anima_fast.models.dit import AnimaDiT, DitConfig, load_dit
 from anima_fast.models.dit_layers import RMSNorm, timestep_features
 from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.models.rope import apply_rope, rope_angles
+from anima_fast.training.flow import FlowSettings, flow_loss, noisy_latents, velocity_target
 
 FULL = ["dit_hd64", "dit_hd128", "dit_hd64_padmask"]
 
@@ -121,13 +122,12 @@ def test_golden_train_step():
         tensors["target_ids"], tensors["target_mask"], tensors["source"], tensors["source_mask"]
     )
     sigma = tensors["sigma"]
-    s = sigma[:, None, None, None]
-    noisy = (1 - s) * tensors["latents"] + s * tensors["noise"]
+    noisy = noisy_latents(tensors["latents"], tensors["noise"], sigma)
     torch.testing.assert_close(noisy, tensors["noisy"])
     pred = dit(noisy, sigma, context)
     torch.testing.assert_close(pred, tensors["pred"], atol=5e-5, rtol=0)
-    target = tensors["noise"] - tensors["latents"]
-    loss = (pred - target).square().mean((1, 2, 3))
+    target = velocity_target(tensors["latents"], tensors["noise"])
+    loss = flow_loss(pred, target, sigma, FlowSettings())
     torch.testing.assert_close(loss, tensors["loss_per_sample"], rtol=1e-5, atol=0)
     loss.mean().backward()
     parameters = dict(dit.named_parameters())
