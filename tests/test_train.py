@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stack import make_config, make_images, make_world, train_options
 
 from anima_fast.errors import UserError
+from anima_fast.models.vae import VaeConfig
+from anima_fast.models.vae_checkpoint import published_names
 from anima_fast.tiny_stack import build_stack
 from anima_fast.training import loop, step
 from anima_fast.training.loop import train
@@ -382,3 +384,29 @@ def test_models_of_different_widths_are_refused(world, tmp_path):
         train(train_options(world, tmp_path / "out", qwen3=str(other.qwen3)))
     with pytest.raises(UserError, match="gives 64 numbers per token, the DiT expects 32"):
         train(train_options(world, tmp_path / "out", llm_adapter_path=str(other.dit)))
+
+
+def test_other_forms_of_the_same_files_train_the_same_lora(world, tmp_path):
+    """Another prefix, one file for Qwen3, a .pth VAE under diffusers names."""
+    dit = load_file(world["pretrained_model_name_or_path"])
+    renamed = {k.replace("net.", "model.diffusion_model.", 1): v for k, v in dit.items()}
+    save_file(renamed, tmp_path / "dit.safetensors")
+    qwen3 = load_file(Path(world["qwen3"]) / "model.safetensors")
+    save_file({f"model.{k}": v for k, v in qwen3.items()}, tmp_path / "qwen3.safetensors")
+    vae = load_file(world["vae"])
+    config = VaeConfig(width=16)
+    wan, diffusers = (published_names(config, naming) for naming in ("wan", "diffusers"))
+    torch.save({diffusers[k]: vae[wan[k]] for k in wan}, tmp_path / "vae.pth")
+    other = world | {
+        "pretrained_model_name_or_path": str(tmp_path / "dit.safetensors"),
+        "qwen3": str(tmp_path / "qwen3.safetensors"),
+        "qwen3_tokenizer_path": world["qwen3"],
+        "vae": str(tmp_path / "vae.pth"),
+    }
+    first = train(train_options(world, tmp_path / "first", max_train_epochs=1))
+    second = train(
+        train_options(
+            other, tmp_path / "second", max_train_epochs=1, cache_dir=str(tmp_path / "cache")
+        )
+    )
+    assert same_tensors(first.output, second.output)
