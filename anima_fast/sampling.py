@@ -11,7 +11,6 @@ being merged, so that a half-precision model does not round them away.
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
 from anima_fast.adapters import names
@@ -35,16 +33,16 @@ from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.models.model_files import check_model_files
 from anima_fast.models.vae import SCALE, load_vae
+from anima_fast.pictures import describe, save_png, to_image, unescape
+from anima_fast.training.checks import choose_device
 from anima_fast.training.flow import inference_sigmas
 from anima_fast.training.progress import Progress
-from anima_fast.training.setup import choose_device
 
 if TYPE_CHECKING:
     from anima_fast.options import SampleOptions
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LATENT_CHANNELS = 16
-ESCAPES = re.compile(r"\\n|\\t|(?:\\u[0-9a-fA-F]{4})+")
 
 
 @dataclass(frozen=True)
@@ -307,53 +305,3 @@ def _enough_memory(remedy: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory: {remedy}") from error
-
-
-def unescape(prompt: str) -> str:
-    r"""Replace \n, \t and \uXXXX by what they stand for; all other text stays as it is."""
-
-    def replace(match: re.Match) -> str:
-        word = match[0]
-        if word in (r"\n", r"\t"):
-            return "\n" if word == r"\n" else "\t"
-        units = bytes.fromhex(word.replace(r"\u", ""))
-        try:
-            # Pairs of surrogates make one character; a lone one is no text.
-            return units.decode("utf-16-be")
-        except UnicodeDecodeError:
-            return word
-
-    return ESCAPES.sub(replace, prompt)
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """[3, H, W] in [-1, 1] as a picture, rounded to the nearest of 256 levels."""
-    levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
-
-
-def describe(options: SampleOptions, seed: int) -> str:
-    """How a picture was made, in the three-part text that image programs read."""
-    facts = {
-        "Steps": options.steps,
-        "Sampler": "Euler",
-        "CFG scale": f"{options.cfg:g}",
-        "Seed": seed,
-        "Size": f"{options.width}x{options.height}",
-        "Shift": f"{options.shift:g}",
-        "Model": Path(options.dit).stem,
-    }
-    if options.loras:
-        facts["LoRA"] = "; ".join(f"{Path(path).stem}:{weight:g}" for path, weight in options.loras)
-    lines = [unescape(options.prompt)]
-    if options.cfg != 1:
-        lines.append(f"Negative prompt: {unescape(options.negative_prompt)}")
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items())])
-
-
-def save_png(path: Path, image: Image.Image, parameters: str) -> None:
-    """Write a PNG with a text chunk `parameters`, atomically."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", parameters)
-    with atomic_write(path) as file:
-        image.save(file, "PNG", pnginfo=info)

@@ -7,7 +7,7 @@ import torch
 from golden import load, weights
 from PIL import Image
 
-from anima_fast import sampling
+from anima_fast import pictures, sampling
 from anima_fast.adapters.formats import convert_file
 from anima_fast.adapters.lora import add_lora
 from anima_fast.errors import UserError
@@ -259,11 +259,11 @@ def test_long_prompts_are_cut_off_with_a_notice(stack, tmp_path):
     ],
 )
 def test_unescape(prompt, expected):
-    assert sampling.unescape(prompt) == expected
+    assert pictures.unescape(prompt) == expected
 
 
 def test_pixels_are_rounded():
     levels = torch.tensor([-1.0, -0.9999, 0.0, 0.4999 / 127.5, 1.0, 1.2])
     pixels = levels.repeat(3, 1, 1)
-    found = list(sampling.to_image(pixels).getdata(0))
+    found = list(pictures.to_image(pixels).getdata(0))
     assert found == [0, 0, 128, 128, 255, 255]

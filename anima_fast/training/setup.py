@@ -24,13 +24,11 @@ from anima_fast.data.batches import Batches
 from anima_fast.data.encode import encode_dataset
 from anima_fast.data.listing import list_epoch
 from anima_fast.data.plan import DatasetPlan, build_plan
-from anima_fast.errors import UserError
-from anima_fast.files import atomic_write, write_text
-from anima_fast.memory.offload import compile_blocks, install_block_runner, swapped_indices
-from anima_fast.models.attention import check_attn_mode, check_torch_version
+from anima_fast.files import write_text
+from anima_fast.memory.offload import compile_blocks, install_block_runner
 from anima_fast.models.dit import AnimaDiT, load_dit
-from anima_fast.models.model_files import check_lora_files, check_model_files
 from anima_fast.option_files import to_toml
+from anima_fast.training.checks import DTYPES, check_start, choose_device
 from anima_fast.training.conditioning import Conditioning, load_conditioning
 from anima_fast.training.optimizers import build_optimizer
 from anima_fast.training.position import Position
@@ -40,8 +38,6 @@ from anima_fast.training.state import dataset_fingerprint, load_state
 if TYPE_CHECKING:
     from anima_fast.models.vae import VAE
     from anima_fast.options import TrainOptions
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class LossScaler(torch.amp.GradScaler):
@@ -140,51 +136,6 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
         options, device, seed, plan, batches, length, dit, vae, conditioning, network, optimizer,
         scheduler, scaler,
     )  # fmt: skip
-
-
-def choose_device(options: TrainOptions) -> torch.device:
-    """The device asked for, else CUDA where there is a card, else the CPU."""
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda needs a CUDA card and a CUDA build of PyTorch; this PyTorch sees none "
-            "(`anima-fast doctor` says what is missing), or use --device cpu"
-        )
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is no device that PyTorch knows: cuda, cpu") from None
-
-
-def check_start(options: TrainOptions, device: torch.device) -> None:
-    """What can be refused before anything is encoded, and backend switches."""
-    check_torch_version()
-    dtype = DTYPES[options.mixed_precision]
-    check_attn_mode(options.attn_mode, training=True, device=device, dtype=dtype)
-    dit = check_model_files(options)
-    check_lora_files(options)
-    swapped_indices(dit.num_blocks, options.blocks_to_swap or 0)
-    if options.mixed_precision == "bf16" and device.type == "cuda":
-        major, _ = torch.cuda.get_device_capability(device)
-        if major < 8:
-            raise UserError(
-                "this card has no bfloat16 units: use --mixed_precision fp16 (the residual stream "
-                "stays in fp32) or no"
-            )
-    check_output_folder(options)
-    torch.backends.cuda.matmul.allow_tf32 = options.cuda_allow_tf32
-    torch.backends.cudnn.allow_tf32 = options.cuda_allow_tf32
-    torch.backends.cudnn.benchmark = options.cuda_cudnn_benchmark
-
-
-def check_output_folder(options: TrainOptions) -> None:
-    """Prove now, not after an hour, that the output folder can be written."""
-    if not options.output_dir:
-        raise UserError("--output_dir is required: the folder for the LoRA, its log and its states")
-    probe = Path(options.output_dir) / ".write_test"
-    with atomic_write(probe) as file:
-        file.write(b"ok")
-    probe.unlink()
 
 
 def choose_seed(options: TrainOptions) -> int:

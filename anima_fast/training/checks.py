@@ -1,0 +1,64 @@
+"""What can be refused before a run starts: device, attention backend, files, output folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from anima_fast.errors import UserError
+from anima_fast.files import atomic_write
+from anima_fast.memory.offload import swapped_indices
+from anima_fast.models.attention import check_attn_mode, check_torch_version
+from anima_fast.models.model_files import check_lora_files, check_model_files
+
+if TYPE_CHECKING:
+    from anima_fast.options import SampleOptions, TrainOptions
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_device(options: TrainOptions | SampleOptions) -> torch.device:
+    """The device asked for, else CUDA where there is a card, else the CPU."""
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda needs a CUDA card and a CUDA build of PyTorch; this PyTorch sees none "
+            "(`anima-fast doctor` says what is missing), or use --device cpu"
+        )
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device that PyTorch knows: cuda, cpu") from None
+
+
+def check_start(options: TrainOptions, device: torch.device) -> None:
+    """What can be refused before anything is encoded, and backend switches."""
+    check_torch_version()
+    dtype = DTYPES[options.mixed_precision]
+    check_attn_mode(options.attn_mode, training=True, device=device, dtype=dtype)
+    dit = check_model_files(options)
+    check_lora_files(options)
+    swapped_indices(dit.num_blocks, options.blocks_to_swap or 0)
+    if options.mixed_precision == "bf16" and device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise UserError(
+                "this card has no bfloat16 units: use --mixed_precision fp16 (the residual stream "
+                "stays in fp32) or no"
+            )
+    check_output_folder(options)
+    torch.backends.cuda.matmul.allow_tf32 = options.cuda_allow_tf32
+    torch.backends.cudnn.allow_tf32 = options.cuda_allow_tf32
+    torch.backends.cudnn.benchmark = options.cuda_cudnn_benchmark
+
+
+def check_output_folder(options: TrainOptions) -> None:
+    """Prove now, not after an hour, that the output folder can be written."""
+    if not options.output_dir:
+        raise UserError("--output_dir is required: the folder for the LoRA, its log and its states")
+    probe = Path(options.output_dir) / ".write_test"
+    with atomic_write(probe) as file:
+        file.write(b"ok")
+    probe.unlink()
