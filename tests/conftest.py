@@ -10,6 +10,13 @@ os.environ["WANDB_MODE"] = "offline"
 
 import hypothesis
 import pytest
+import torch
+
+# Before anything imports triton: without a card its kernels run interpreted, on the CPU.
+if not torch.cuda.is_available():
+    from anima_fast import interpreter
+
+    interpreter.start()
 
 # Machines that run tests are shared: a slow example is no defect.
 hypothesis.settings.register_profile("shared", deadline=None)
@@ -24,8 +31,6 @@ def private_home(tmp_path_factory, monkeypatch):
 
 def pytest_collection_modifyitems(items):
     """Tests that need a card are skipped, by name, where there is none."""
-    import torch
-
     if torch.cuda.is_available():
         return
     for item in items:

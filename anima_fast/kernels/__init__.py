@@ -1,0 +1,19 @@
+"""Fused operators: one per file, each with its definition in plain torch.
+
+`OPS` is the only list of them: parity tests, compile checks, benchmarks and predictions are made
+from it. This package imports nothing else of anima_fast.
+"""
+
+from anima_fast.kernels import (
+    gate_residual_layernorm_modulate,
+    layernorm_modulate,
+)
+from anima_fast.kernels.op import Op
+
+OPS: dict[str, Op] = {
+    module.OP.name: module.OP
+    for module in (
+        layernorm_modulate,
+        gate_residual_layernorm_modulate,
+    )
+}

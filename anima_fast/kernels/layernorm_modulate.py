@@ -1,0 +1,296 @@
+"""h = LN(x)·(1 + scale) + shift, the modulated norm in front of every sublayer.
+
+    forward    x̂ = (x − μ)·r,  r = 1/√(var + ε)          h = x̂·(1 + scale) + shift
+    backward   g = dh·(1 + scale)
+               dx = r·(g − mean(g) − x̂·mean(g·x̂)) + dres
+               dscale = Σ_L dh·x̂     dshift = Σ_L dh
+
+One read of x and one write of h where eager torch makes six passes. Nothing but x is kept: the row
+statistics are computed again from the row that backward reads anyway. `dres`, the gradient that
+reaches x along the residual stream, is added in the same pass. Statistics, products and sums are
+float32; h is rounded once. Gradients of scale and shift are sums over tokens: programs own chunks
+of rows and write partial sums, which torch adds, so the result does not depend on timing.
+
+Bytes, in units of x: forward 2 (read x, write h), backward 3 (dh, x, dx), 4 with dres.
+Sources: Ba et al. 2016 (layer norm), Peebles & Xie 2022 (adaLN); the backward is the textbook one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from anima_fast.kernels import dispatch
+from anima_fast.kernels.dispatch import rows, wide
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+
+EPS = 1e-6
+MAX_WIDTH = 8192
+# Programs per sample that each sum their rows' share of dscale and dshift.
+CHUNKS = 64
+
+
+def layernorm_modulate_reference(
+    x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype | None = None, eps: float = EPS
+) -> Tensor:
+    """The definition; see `layernorm_modulate`."""
+    normed = torch.nn.functional.layer_norm(wide(x), x.shape[-1:], eps=eps)
+    return (normed * (1 + wide(scale)[:, None]) + wide(shift)[:, None]).to(dtype or x.dtype)
+
+
+@triton.jit
+def normalized(x, m_d, D: tl.constexpr, EPS: tl.constexpr):
+    """x̂ and r of one row held in registers; x̂ is 0 beyond D."""
+    mean = tl.sum(x, 0) / D
+    centred = tl.where(m_d, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPS)
+    return centred * rstd, rstd
+
+
+@triton.jit
+def layernorm_dx(g, x_hat, rstd, D: tl.constexpr):
+    """dx = r·(g − mean(g) − x̂·mean(g·x̂)); g is 0 beyond D."""
+    return rstd * (g - tl.sum(g, 0) / D - x_hat * (tl.sum(g * x_hat, 0) / D))
+
+
+@triton.jit
+def _layernorm_modulate_fwd(
+    X, SCALE, SHIFT, H, L, x_b, x_l, scale_b, shift_b,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, l = row // L, row % L
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    x = tl.load(X + b * x_b + l * x_l + o_d, mask=m_d, other=0.0).to(ACC)
+    scale = tl.load(SCALE + b * scale_b + o_d, mask=m_d, other=0.0).to(ACC)
+    shift = tl.load(SHIFT + b * shift_b + o_d, mask=m_d, other=0.0).to(ACC)
+    x_hat, _ = normalized(x, m_d, D, EPS)
+    tl.store(H + row * D + o_d, x_hat * (1.0 + scale) + shift, mask=m_d)
+
+
+@triton.jit
+def _layernorm_modulate_bwd(
+    DH, X, SCALE, DRES, DX, DSCALE, DSHIFT,
+    L, chunk, dh_b, dh_l, x_b, x_l, scale_b, dres_b, dres_l,
+    HAS_RES: tl.constexpr, NEEDS_MODULATION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    scale = tl.load(SCALE + b * scale_b + o_d, mask=m_d, other=0.0).to(ACC)
+    dscale = tl.zeros([BLOCK_D], dtype=ACC)
+    dshift = tl.zeros([BLOCK_D], dtype=ACC)
+    for l in range(part * chunk, tl.minimum(part * chunk + chunk, L)):
+        dh = tl.load(DH + b * dh_b + l * dh_l + o_d, mask=m_d, other=0.0).to(ACC)
+        x = tl.load(X + b * x_b + l * x_l + o_d, mask=m_d, other=0.0).to(ACC)
+        x_hat, rstd = normalized(x, m_d, D, EPS)
+        dx = layernorm_dx(dh * (1.0 + scale), x_hat, rstd, D)
+        if HAS_RES:
+            dx += tl.load(DRES + b * dres_b + l * dres_l + o_d, mask=m_d, other=0.0).to(ACC)
+        tl.store(DX + (b * L + l) * D + o_d, dx, mask=m_d)
+        if NEEDS_MODULATION:
+            dscale += dh * x_hat
+            dshift += dh
+    if NEEDS_MODULATION:
+        o_part = (b * tl.num_programs(1) + part) * D + o_d
+        tl.store(DSCALE + o_part, dscale, mask=m_d)
+        tl.store(DSHIFT + o_part, dshift, mask=m_d)
+
+
+def row_warps(block: int) -> int:
+    """Warps for a program that holds one row of `block` elements: 16 elements a thread."""
+    return max(1, min(16, block // 512))
+
+
+def row_chunks(length: int, needs_sums: bool) -> tuple[int, int]:
+    """Rows per program and programs per sample of a backward pass."""
+    chunk = -(-length // CHUNKS) if needs_sums else 1
+    return chunk, -(-length // chunk)
+
+
+def layernorm_modulate_forward(
+    x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, eps: float = EPS
+) -> Tensor:
+    """h [B, L, D] in `dtype`, without autograd."""
+    if not dispatch.runs_triton(x):
+        return layernorm_modulate_reference(x, scale, shift, dtype, eps)
+    x, scale, shift = rows(x), rows(scale), rows(shift)
+    batch, length, width = x.shape
+    h = dispatch.empty(batch, length, width, like=x, dtype=dtype)
+    block = triton.next_power_of_2(width)
+    _layernorm_modulate_fwd[(batch * length,)](
+        x, scale, shift, h, length, x.stride(0), x.stride(1), scale.stride(0), shift.stride(0),
+        D=width, BLOCK_D=block, EPS=eps, ACC=dispatch.accumulator(x),
+        num_warps=row_warps(block),
+    )  # fmt: skip
+    return h
+
+
+def layernorm_modulate_backward(
+    dh: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    *,
+    residual: Tensor | None = None,
+    needs_modulation: bool = True,
+    eps: float = EPS,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dx, dscale, dshift) of h; dx [B, L, D] in x's dtype, the others [B, D] wide or None.
+
+    Args:
+        dh: [B, L, D].
+        x, scale: as given to the forward.
+        residual: a gradient [B, L, D] of x to add.
+        needs_modulation: compute dscale and dshift.
+        eps: as given to the forward.
+    """
+    if not dispatch.runs_triton(x):
+        return _backward_reference(dh, x, scale, residual, needs_modulation, eps)
+    dh, x, scale = rows(dh), rows(x), rows(scale)
+    res = x if residual is None else rows(residual)
+    batch, length, width = x.shape
+    chunk, parts = row_chunks(length, needs_modulation)
+    dx = dispatch.empty(batch, length, width, like=x)
+    sums_dtype = dispatch.wide_dtype(x)
+    dscale = dshift = dx
+    if needs_modulation:
+        dscale = dispatch.empty(batch, parts, width, like=x, dtype=sums_dtype)
+        dshift = dispatch.empty(batch, parts, width, like=x, dtype=sums_dtype)
+    block = triton.next_power_of_2(width)
+    _layernorm_modulate_bwd[(batch, parts)](
+        dh, x, scale, res, dx, dscale, dshift, length, chunk,
+        dh.stride(0), dh.stride(1), x.stride(0), x.stride(1), scale.stride(0),
+        res.stride(0), res.stride(1),
+        HAS_RES=residual is not None, NEEDS_MODULATION=needs_modulation,
+        D=width, BLOCK_D=block, EPS=eps, ACC=dispatch.accumulator(x),
+        num_warps=row_warps(block),
+    )  # fmt: skip
+    return (dx, dscale.sum(1), dshift.sum(1)) if needs_modulation else (dx, None, None)
+
+
+def _backward_reference(
+    dh: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    residual: Tensor | None,
+    needs_modulation: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x_wide, dh_wide = wide(x), wide(dh)
+    var, mean = torch.var_mean(x_wide, -1, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + eps)
+    x_hat = (x_wide - mean) * rstd
+    g = dh_wide * (1 + wide(scale)[:, None])
+    dx = rstd * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
+    if residual is not None:
+        dx = dx + wide(residual)
+    dx = dx.to(x.dtype)
+    if not needs_modulation:
+        return dx, None, None
+    return dx, (dh_wide * x_hat).sum(1), dh_wide.sum(1)
+
+
+@torch.library.custom_op("anima_fast::layernorm_modulate", mutates_args=())
+def _op(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    return layernorm_modulate_forward(x, scale, shift, dtype, eps)
+
+
+@_op.register_fake
+def _(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@torch.library.custom_op("anima_fast::layernorm_modulate_backward", mutates_args=())
+def _op_backward(
+    dh: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dscale, dshift = layernorm_modulate_backward(dh, x, scale, eps=eps)
+    return dx, dscale.to(scale.dtype), dshift.to(shift.dtype)
+
+
+@_op_backward.register_fake
+def _(
+    dh: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, scale, shift))
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, scale, shift, _, ctx.eps = inputs
+    ctx.save_for_backward(x, scale, shift)
+
+
+def _backward(ctx, dh: Tensor) -> tuple[Tensor | None, ...]:
+    return *_op_backward(dh, *ctx.saved_tensors, ctx.eps), None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def layernorm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype | None = None, eps: float = EPS
+) -> Tensor:
+    """LN(x)·(1 + scale) + shift over the last dimension, without learned weights.
+
+    Args:
+        x: [B, L, D], D at most 8192, fp32, fp16 or bf16, any strides.
+        scale, shift: [B, D], any of these dtypes.
+        dtype: of the result; x's when None.
+        eps: added to the variance.
+
+    Returns:
+        [B, L, D].
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes that do not fit.
+    """
+    check_modulation(x, scale=scale, shift=shift)
+    return _op(x, scale, shift, dtype or x.dtype, eps)
+
+
+def check_modulation(x: Tensor, **vectors: Tensor) -> None:
+    """Refuse an x that is not [B, L, D], or modulation vectors that are not [B, D]."""
+    if x.ndim != 3 or not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"x is {tuple(x.shape)}, expected [B, L, D] with D from 1 to {MAX_WIDTH}")
+    for name, vector in vectors.items():
+        dispatch.check_shape(name, vector, "[B, D]", (x.shape[0], x.shape[2]))
+    dispatch.check_dtypes(x=x, **vectors)
+    dispatch.check_devices(x=x, **vectors)
+
+
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
+    b, l, d = sizes["B"], sizes["L"], sizes["D"]
+    return {
+        "x": randn(b, l, d, dtype=dtype, device=device) * 2 + 1,
+        "scale": randn(b, d, dtype=dtype, device=device) * 0.5,
+        "shift": randn(b, d, dtype=dtype, device=device),
+    }
+
+
+def _cost(sizes: Sizes, itemsize: int) -> Cost:
+    unit = sizes["B"] * sizes["L"] * sizes["D"] * itemsize
+    return Cost(forward_bytes=2 * unit, backward_bytes=3 * unit)
+
+
+ROW_SHAPES = (
+    {"B": 1, "L": 1, "D": 1},
+    {"B": 2, "L": 3, "D": 33},
+    {"B": 2, "L": 67, "D": 64},
+    {"B": 1, "L": 2, "D": 5120},
+)
+
+OP = Op(
+    name="layernorm_modulate",
+    function=layernorm_modulate,
+    reference=layernorm_modulate_reference,
+    make_inputs=_inputs,
+    grads=("x", "scale", "shift"),
+    shapes=ROW_SHAPES,
+    real_shapes=lambda tokens: {"": {"B": 1, "L": tokens, "D": 2048}},
+    cost=_cost,
+    cost_note="read x, write h; read dh and x, write dx",
+)

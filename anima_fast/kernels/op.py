@@ -1,0 +1,61 @@
+"""What the registry knows of an op: enough to test, benchmark and predict it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Sizes = Mapping[str, int]
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Memory traffic and arithmetic of one call, each value and gradient touched once.
+
+    `bytes` counts reads and writes of tensors in device memory, `flops` the products on tensor
+    cores (two per multiply-add); elementwise arithmetic hides behind the memory traffic.
+    """
+
+    forward_bytes: float
+    backward_bytes: float
+    forward_flops: float = 0.0
+    backward_flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator.
+
+    Attributes:
+        name: its key in `OPS`.
+        function: the public function, Triton or reference by device.
+        reference: the definition in plain torch: same arguments, differentiable.
+        make_inputs: (sizes, dtype, device) → keyword arguments, drawn from the global generator.
+        grads: the arguments that get a gradient.
+        shapes: sizes for parity: ones, odd, larger than a tile.
+        real_shapes: label → sizes at a number of image tokens in the 2B model, for benchmarks.
+        cost: (sizes, bytes per element) → `Cost`.
+        dtypes: those of the parity table.
+        cost_note: what the cost counts, for the reader of a table.
+    """
+
+    name: str
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]
+    make_inputs: Callable[[Sizes, torch.dtype, torch.device | str], Inputs]
+    grads: tuple[str, ...]
+    shapes: tuple[Sizes, ...]
+    real_shapes: Callable[[int], Mapping[str, Sizes]]
+    cost: Callable[[Sizes, int], Cost]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    cost_note: str = ""
+
+
+def randn(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal numbers, drawn on the CPU in float64 so that every dtype rounds the same."""
+    return torch.randn(*shape, dtype=torch.float64).to(dtype).to(device)

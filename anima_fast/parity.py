@@ -1,0 +1,238 @@
+"""Every kernel against its definition: outputs and gradients, on whatever device is there.
+
+For an op, a shape, a dtype and a memory layout three things run on the same rounded inputs: the
+kernel, the reference in that dtype and the reference in float64. The kernel's relative error may be
+twice the reference's plus a small floor; no other tolerance exists. Inputs and results lie between
+margins whose content must come back unchanged, and results start as NaN, so that what a kernel
+reads or writes out of bounds, or leaves out, shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anima_fast.errors import UserError
+from anima_fast.kernels import OPS, dispatch
+from anima_fast.kernels.op import Op, Sizes
+
+LAYOUTS = ("plain", "strided", "expanded")
+FLOORS = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 1e-3, torch.float64: 1e-9}
+# Elements before and behind each guarded tensor, and what stands there.
+MARGIN, CANARY = 64, 1234.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One tensor of one run: `error` of the kernel, `reference_error`, and what was allowed."""
+
+    op: str
+    shape: str
+    dtype: str
+    layout: str
+    tensor: str
+    error: float
+    reference_error: float
+    allowed: float
+    remark: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the kernel is right here."""
+        return not self.remark and self.error <= self.allowed
+
+
+class Guard:
+    """Allocates tensors between canaries, filled with NaN."""
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, int]] = []
+
+    def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """As `kernels.dispatch.empty`."""
+        dtype = dtype or like.dtype
+        count = int(torch.Size(shape).numel())
+        buffer = torch.full((count + 2 * MARGIN,), CANARY, device=like.device, dtype=dtype)
+        self.buffers.append((buffer, count))
+        inside = buffer[MARGIN : MARGIN + count]
+        inside.fill_(float("nan") if dtype.is_floating_point else -(2**15))
+        return inside.view(shape)
+
+    def copy(self, x: Tensor) -> Tensor:
+        """A guarded contiguous copy."""
+        return self.empty(*x.shape, like=x).copy_(x)
+
+    def intact(self) -> bool:
+        """Whether every margin is as it was."""
+        return all(
+            bool((buffer[:MARGIN] == CANARY).all() and (buffer[MARGIN + n :] == CANARY).all())
+            for buffer, n in self.buffers
+        )
+
+
+def lay_out(x: Tensor, layout: str, guard: Guard) -> Tensor:
+    """`x` (or, expanded, its first row for all) in a guarded buffer of that memory layout."""
+    if layout == "strided" and x.ndim >= 2:
+        # The gaps are NaN: reading one instead of the next row shows.
+        shape = (*x.shape[:-1], x.shape[-1] + 3)
+        return guard.empty(*shape, like=x)[..., : x.shape[-1]].copy_(x)
+    if layout == "expanded" and x.ndim >= 2:
+        return guard.copy(x[:1]).expand(x.shape)
+    return guard.copy(x)
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every float tensor in it changed; lists are gone into."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return change(value)
+    if isinstance(value, list):
+        return [map_tensors(item, change) for item in value]
+    return value
+
+
+def leaves(inputs: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors under `names`, those of lists as name[0], name[1], …"""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        value = inputs[name]
+        items = {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else {}
+        found.update(items or {name: value})
+    return found
+
+
+Values = dict[str, Tensor]
+
+
+def run(
+    function: Callable, inputs: dict[str, Any], names: Sequence[str], seed: int, layout: str
+) -> tuple[Values, Guard]:
+    """Outputs and gradients of one function on a guarded copy of `inputs`."""
+    guard = Guard()
+    inputs = {
+        key: map_tensors(v, lambda x: lay_out(x, layout, guard).detach())
+        for key, v in inputs.items()
+    }
+    wanted = leaves(inputs, names)
+    for leaf in wanted.values():
+        leaf.requires_grad_()
+    outputs = function(**inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    values = {f"out{i}" if len(outputs) > 1 else "out": o for i, o in enumerate(outputs)}
+    if wanted:
+        generator = torch.Generator().manual_seed(seed)
+        upstream = []
+        for out in outputs:
+            noise = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+            if layout == "expanded":
+                noise = torch.ones((), dtype=torch.float64).expand(out.shape)
+                upstream.append(torch.ones((), dtype=out.dtype).to(out.device).expand(out.shape))
+                continue
+            # Rounded to half precision: the same numbers for every dtype.
+            noise = noise.bfloat16().to(out.dtype).to(out.device)
+            upstream.append(lay_out(noise, layout, guard))
+        gradients = torch.autograd.grad(outputs, list(wanted.values()), upstream)
+        values |= {f"d{k}": g for k, g in zip(wanted, gradients, strict=True)}
+    return {k: v.detach() for k, v in values.items()}, guard
+
+
+@contextlib.contextmanager
+def guarded(guard_empty: Callable) -> Iterator[None]:
+    """Inside the block kernels get their memory from `guard_empty`."""
+    before, dispatch.empty = dispatch.empty, guard_empty
+    try:
+        yield
+    finally:
+        dispatch.empty = before
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """‖x − exact‖ / ‖exact‖ in float64; infinite where x is not finite."""
+    difference = (x.double() - exact.double()).norm().item()
+    scale = exact.double().norm().item()
+    if not difference < float("inf"):
+        return float("inf")
+    return difference / scale if scale else difference
+
+
+def check_op(
+    op: Op,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    *,
+    layout: str = "plain",
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> list[Check]:
+    """Compare an op with its definition at one shape; one `Check` per output and gradient."""
+    torch.manual_seed(seed)
+    inputs = op.make_inputs(sizes, dtype, device)
+    exact_inputs = {k: map_tensors(v, Tensor.double) for k, v in inputs.items()}
+    # Where an option names a dtype, the exact run must not round either.
+    exact_inputs |= {k: torch.float64 for k, v in inputs.items() if isinstance(v, torch.dtype)}
+    margin_guard = Guard()
+    with dispatch.use("triton"), guarded(margin_guard.empty), full_precision():
+        kernel, guard = run(op.function, inputs, op.grads, seed, layout)
+    with full_precision():
+        plain, _ = run(op.reference, inputs, op.grads, seed, layout)
+        exact, _ = run(op.reference, exact_inputs, op.grads, seed, layout)
+    remark = "" if guard.intact() and margin_guard.intact() else "wrote out of bounds"
+    checks = []
+    for name, value in exact.items():
+        own, reference = relative_error(kernel[name], value), relative_error(plain[name], value)
+        if kernel[name].dtype != plain[name].dtype or kernel[name].shape != plain[name].shape:
+            remark = f"is {kernel[name].dtype} {tuple(kernel[name].shape)}"
+        checks.append(
+            Check(
+                op=op.name,
+                shape=" ".join(f"{k}={v}" for k, v in sizes.items()),
+                dtype=str(dtype).removeprefix("torch."),
+                layout=layout,
+                tensor=name,
+                error=own,
+                reference_error=reference,
+                allowed=2 * reference + FLOORS[dtype],
+                remark=remark,
+            )
+        )
+    return checks
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside the block float32 products are not rounded to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def check_all(
+    names: Sequence[str] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    layouts: Sequence[str] = LAYOUTS,
+) -> Iterator[Check]:
+    """Check ops (all when `names` is None) at every shape, dtype and layout of the registry.
+
+    Raises `UserError` for a name that is no op.
+    """
+    for name in names or OPS:
+        if name not in OPS:
+            raise UserError(f"--op {name} is unknown: use one of {', '.join(OPS)}")
+        op = OPS[name]
+        for sizes in op.shapes:
+            for dtype in op.dtypes:
+                for layout in layouts:
+                    yield from check_op(op, sizes, dtype, layout=layout, device=device)
+
+
+def as_record(check: Check) -> dict[str, Any]:
+    """A check as a row for JSON."""
+    return {**asdict(check), "passed": check.passed}
