@@ -5,9 +5,10 @@
                dgate = Σ_L dr·y    dscale = Σ_L dh·x̂'    dshift = Σ_L dh
 
 One kernel ends a sublayer (gate and residual) and begins the next one (norm and modulation), so x'
-is written once and never read back. x' is rounded to x's dtype before it is normed, as it is stored:
-forward and backward norm the same numbers. Kept for backward: x', and y only where dgate is wanted
-(an adapter on the AdaLN layers). Arithmetic is float32; sums over tokens go through partial sums.
+is written once and never read back. x' is rounded to x's dtype, as it is stored, before it is
+normed: forward and backward norm the same numbers. Kept for backward: x', and y only where dgate is
+wanted (an adapter on the AdaLN layers). Arithmetic is float32; sums over tokens go through partial
+sums.
 
 Bytes, in units of x: forward 4 (x, y, x', h), backward 5 (dx', dh, x', dx, dy), 6 with dgate.
 Sources: as layernorm_modulate.py; the gate is adaLN-Zero's (Peebles & Xie 2022).
