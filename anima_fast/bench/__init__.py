@@ -1,0 +1,1 @@
+"""What the kernels cost: resources of compiled kernels, predicted times, cards."""
