@@ -100,7 +100,7 @@ CARDS: dict[str, Card] = {
 
 
 def find_card(name: str) -> Card:
-    """The card called `name`: as in `CARDS`, or with spaces, underscores, capitals, without "rtx".
+    """The card called `name`: as in `CARDS`, or with spaces, capitals, without "rtx" or "-sxm".
 
     Raises `UserError` with the nearest names.
     """
@@ -109,5 +109,7 @@ def find_card(name: str) -> Card:
         if spelling in CARDS:
             return CARDS[spelling]
     longer = [card for card in CARDS if card.startswith((f"{wanted}-", f"rtx-{wanted}-"))]
+    if len(longer) == 1:
+        return CARDS[longer[0]]
     near = longer or difflib.get_close_matches(wanted, CARDS, n=4, cutoff=0.5)
     raise UserError(f"--card {name} is unknown: use {', '.join(near or CARDS)}")
