@@ -1,0 +1,277 @@
+"""Registers, spills, shared memory and occupancy of every kernel, per card, without a card.
+
+Each op of the registry is launched dry (`dry.py`) at its real sizes, forward and backward, for each
+compute capability; every kernel variant that this compiles becomes one `Resources`. `check` says
+what is wrong with it: spilled registers cost memory traffic inside the inner loop, and a block that
+wants more shared memory than the card has fails at launch.
+
+Occupancy is the share of a multiprocessor's warps that resident blocks of the kernel can hold. It
+follows from registers, shared memory and warps alone; the rules and limits are those of the CUDA
+programming guide, "Compute Capabilities", tables of technical specifications, and of the occupancy
+calculator in Nsight Compute (register allocation in units of 256 a warp, warps in groups of four).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anima_fast.bench.dry import Launch, dry_launches, run_op
+from anima_fast.errors import UserError
+from anima_fast.kernels import OPS
+from anima_fast.kernels.dispatch import SHARED_KIB
+from anima_fast.kernels.op import Op
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+TOKENS = (1024, 2304, 4096, 9216)
+# Sizes change what is compiled in few ways (divisibility by 16, chosen tiles), capabilities in
+# fewer: all sizes for one card, two for the others, and float32, a test type, at one.
+FULL_ARCH, FEW_TOKENS, WIDE_TOKENS = 89, (1024, 4096), (4096,)
+
+REGISTERS_PER_SM, MAX_REGISTERS, REGISTER_UNIT, WARP_GROUP = 65536, 255, 256, 4
+# Shared memory is handed out in units of 128 bytes; the system keeps 1 KiB of it per block.
+SHARED_UNIT, SHARED_RESERVED = 128, 1024
+# Columns of tensor memory per multiprocessor, compute capability 10.0.
+TENSOR_COLUMNS = 512
+MAX_GRID_Y = 65535
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one multiprocessor holds at once: warps, blocks, shared memory in KiB."""
+
+    warps: int
+    blocks: int
+    shared_kib: int
+
+
+LIMITS = {
+    75: Limits(32, 16, 64),
+    80: Limits(64, 32, 164),
+    86: Limits(48, 16, 100),
+    87: Limits(48, 16, 164),
+    89: Limits(48, 24, 100),
+    90: Limits(64, 32, 228),
+    100: Limits(64, 32, 228),
+    103: Limits(64, 32, 228),
+    120: Limits(48, 24, 100),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One kernel variant on one card.
+
+    Attributes:
+        op, kernel: where it was launched, and its name; kernel is empty when an op did not compile.
+        arch: compute capability, 89 for 8.9.
+        dtype: of the op's inputs.
+        config: its constants, without floats and types.
+        registers: per thread.
+        spill_bytes: of local memory per thread.
+        shared_bytes: per block.
+        tensor_columns: of tensor memory, per block.
+        warps, stages: per block, of the software pipeline.
+        grid: the largest that was asked for.
+        occupancy: share of the warps of a multiprocessor, 0 to 1.
+        error: why it did not compile.
+    """
+
+    op: str
+    kernel: str
+    arch: int
+    dtype: str
+    config: str = ""
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    tensor_columns: int = 0
+    warps: int = 0
+    stages: int = 0
+    grid: tuple[int, ...] = ()
+    occupancy: float = 0.0
+    error: str = ""
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with it, in words; empty when nothing is."""
+        if self.error:
+            return [f"does not compile: {self.error}"]
+        found = []
+        if self.spill_bytes:
+            found.append(f"spills {self.spill_bytes} bytes a thread")
+        limit = SHARED_KIB[self.arch] * 1024
+        if self.shared_bytes > limit:
+            found.append(f"wants {self.shared_bytes} bytes of shared memory of {limit}")
+        if self.registers > MAX_REGISTERS:
+            found.append(f"wants {self.registers} registers of {MAX_REGISTERS}")
+        if self.tensor_columns > TENSOR_COLUMNS:
+            found.append(f"wants {self.tensor_columns} tensor columns of {TENSOR_COLUMNS}")
+        if max(self.grid[1:], default=0) > MAX_GRID_Y:
+            found.append(f"has a grid of {self.grid}: beyond {MAX_GRID_Y} in y or z")
+        if not found and not self.occupancy:
+            found.append("does not fit a multiprocessor")
+        return found
+
+
+def occupancy(
+    arch: int, *, registers: int, warps: int, shared_bytes: int, tensor_columns: int = 0
+) -> float:
+    """Share of a multiprocessor's warps that blocks of a kernel can fill, 0 to 1.
+
+    Args:
+        arch: a key of `LIMITS`.
+        registers: per thread.
+        warps: per block.
+        shared_bytes: per block, without what the system keeps.
+        tensor_columns: of tensor memory, per block.
+    """
+    limits = LIMITS[arch]
+    per_warp = math.ceil(max(registers, 1) * 32 / REGISTER_UNIT) * REGISTER_UNIT
+    warps_by_registers = REGISTERS_PER_SM // per_warp // WARP_GROUP * WARP_GROUP
+    shared = math.ceil(shared_bytes / SHARED_UNIT) * SHARED_UNIT
+    # Turing keeps none.
+    shared += SHARED_RESERVED if arch >= 80 else 0
+    blocks = min(limits.blocks, limits.warps // warps, warps_by_registers // warps)
+    if shared:
+        blocks = min(blocks, limits.shared_kib * 1024 // shared)
+    if tensor_columns:
+        blocks = min(blocks, TENSOR_COLUMNS // tensor_columns)
+    return blocks * warps / limits.warps
+
+
+def measure(
+    *,
+    ops: Mapping[str, Op] = OPS,
+    archs: Sequence[int] = ARCHS,
+    dtypes: Collection[torch.dtype] | None = None,
+) -> list[Resources]:
+    """Compile what `ops` launch on each of `archs`; one row per op, kernel variant and card.
+
+    Args:
+        ops: by name.
+        archs: compute capabilities, keys of `LIMITS`.
+        dtypes: the types to try of those that an op lists; all when None.
+    Raises:
+        UserError: kernels are interpreted, an unknown capability, or a tool of Triton is missing.
+    """
+    for arch in archs:
+        if arch not in LIMITS:
+            raise UserError(f"--arch {arch} is unknown: use {', '.join(map(str, LIMITS))}")
+    rows: list[Resources] = []
+    for arch in archs:
+        # Triton reports failures of its assembler on stdout, where JSON goes.
+        with contextlib.redirect_stdout(sys.stderr), dry_launches(arch) as launches:
+            for op in ops.values():
+                rows += _rows_of(op, arch, dtypes, launches)
+    return rows
+
+
+def _rows_of(
+    op: Op, arch: int, dtypes: Collection[torch.dtype] | None, launches: list[Launch]
+) -> Iterable[Resources]:
+    rows: dict[Any, Resources] = {}
+    for dtype in op.dtypes:
+        if dtypes is not None and dtype not in dtypes:
+            continue
+        name = str(dtype).removeprefix("torch.")
+        tokens = TOKENS if arch == FULL_ARCH else FEW_TOKENS
+        for count in WIDE_TOKENS if dtype == torch.float32 else tokens:
+            for label, sizes in op.real_shapes(count).items():
+                launches.clear()
+                try:
+                    run_op(op, sizes, dtype)
+                except Exception as error:
+                    what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+                    key = f"error {what}"
+                    where = f"{count} tokens {label}".strip()
+                    rows.setdefault(
+                        key, Resources(op.name, "", arch, name, config=where, error=what)
+                    )
+                for launch in launches:
+                    known = rows.get(id(launch.compiled))
+                    if known is None:
+                        known = describe(launch, op.name, arch, name)
+                    grid = max(known.grid, launch.grid, key=math.prod)
+                    rows[id(launch.compiled)] = replace(known, grid=grid)
+    return rows.values()
+
+
+def describe(launch: Launch, op: str, arch: int, dtype: str) -> Resources:
+    """The resources of a compiled kernel that `op` would have launched on `arch`."""
+    compiled, metadata = launch.compiled, launch.compiled.metadata
+    registers, spilled = _used(compiled.asm["cubin"])
+    columns = getattr(metadata, "tmem_size", 0) or 0
+    return Resources(
+        op=op,
+        kernel=metadata.name,
+        arch=arch,
+        dtype=dtype,
+        config=" ".join(_constants(compiled.src)),
+        registers=registers,
+        spill_bytes=spilled,
+        shared_bytes=metadata.shared,
+        tensor_columns=columns,
+        warps=metadata.num_warps,
+        stages=metadata.num_stages,
+        grid=launch.grid,
+        occupancy=occupancy(
+            arch,
+            registers=registers,
+            warps=metadata.num_warps,
+            shared_bytes=metadata.shared,
+            tensor_columns=columns,
+        ),
+    )
+
+
+def _constants(source: Any) -> Iterator[str]:
+    declared = {parameter.name for parameter in source.fn.params if parameter.is_constexpr}
+    for path, value in source.constants.items():
+        name = source.fn.arg_names[path[0]] if isinstance(path, tuple) else str(path)
+        if name in declared and isinstance(value, (bool, int, str)):
+            yield f"{name}={int(value) if isinstance(value, bool) else value}"
+
+
+def _used(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory per thread, from the assembled kernel."""
+    from triton import knobs
+
+    try:
+        tool = knobs.nvidia.cuobjdump.path
+    except RuntimeError as error:
+        raise UserError(f"Triton's cuobjdump is missing ({error}): reinstall triton") from error
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        done = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump said {done.stdout!r} {done.stderr!r}")
+    registers, stack, local = (int(number) for number in found.groups())
+    return registers, stack + local
+
+
+def check(rows: Iterable[Resources]) -> list[str]:
+    """One line per problem of any row; empty when all kernels may ship."""
+    return [
+        " ".join(filter(None, (f"{row.op} sm_{row.arch} {row.dtype}", row.kernel, row.config)))
+        + f": {problem}"
+        for row in rows
+        for problem in row.problems
+    ]
+
+
+def as_record(row: Resources) -> dict[str, Any]:
+    """A row for JSON."""
+    return {**asdict(row), "problems": row.problems}
