@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from anima_fast import __version__
+from anima_fast.bench.commands import bench
 from anima_fast.errors import UserError
 from anima_fast.option_groups.base import Spec, specs
 from anima_fast.option_groups.tables import BARE_FLAGS
@@ -45,6 +46,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+app.add_typer(bench)
 
 # Options of `train` that are no part of a run.
 _FILE_SPECS = {

@@ -34,8 +34,9 @@ from anima_fast.kernels.op import Op
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 TOKENS = (1024, 2304, 4096, 9216)
-# Sizes change what is compiled in few ways (divisibility by 16, chosen tiles), capabilities in
-# fewer: all sizes for one card, two for the others, and float32, a test type, at one.
+# Sizes change what is compiled in few ways: divisibility by 16 and the tiles an op chooses. All of
+# them are tried for one capability (this one when asked for), two for the others, and float32, a
+# test type, at one.
 FULL_ARCH, FEW_TOKENS, WIDE_TOKENS = 89, (1024, 4096), (4096,)
 
 REGISTERS_PER_SM, MAX_REGISTERS, REGISTER_UNIT, WARP_GROUP = 65536, 255, 256, 4
@@ -155,6 +156,7 @@ def measure(
     ops: Mapping[str, Op] = OPS,
     archs: Sequence[int] = ARCHS,
     dtypes: Collection[torch.dtype] | None = None,
+    quick: bool = False,
 ) -> list[Resources]:
     """Compile what `ops` launch on each of `archs`; one row per op, kernel variant and card.
 
@@ -162,31 +164,44 @@ def measure(
         ops: by name.
         archs: compute capabilities, keys of `LIMITS`.
         dtypes: the types to try of those that an op lists; all when None.
+        quick: try types other than bfloat16 for one capability only; the others differ little.
     Raises:
         UserError: kernels are interpreted, an unknown capability, or a tool of Triton is missing.
     """
     for arch in archs:
         if arch not in LIMITS:
             raise UserError(f"--arch {arch} is unknown: use {', '.join(map(str, LIMITS))}")
+    full = FULL_ARCH if FULL_ARCH in archs else archs[0]
     rows: list[Resources] = []
     for arch in archs:
         # Triton reports failures of its assembler on stdout, where JSON goes.
         with contextlib.redirect_stdout(sys.stderr), dry_launches(arch) as launches:
             for op in ops.values():
-                rows += _rows_of(op, arch, dtypes, launches)
+                wanted = [d for d in op.dtypes if dtypes is None or d in dtypes]
+                plan = {dtype: tokens_for(dtype, wanted, arch == full, quick) for dtype in wanted}
+                rows += _rows_of(op, arch, plan, launches)
     return rows
 
 
+def tokens_for(
+    dtype: torch.dtype, dtypes: Collection[torch.dtype], full: bool, quick: bool
+) -> tuple[int, ...]:
+    """Image sizes, in tokens, to try for one of an op's `dtypes`; `full` on one capability."""
+    main = torch.bfloat16 if torch.bfloat16 in dtypes else next(iter(dtypes))
+    if quick and dtype != main:
+        return WIDE_TOKENS if full else ()
+    if dtype == torch.float32:
+        return WIDE_TOKENS
+    return TOKENS if full else FEW_TOKENS
+
+
 def _rows_of(
-    op: Op, arch: int, dtypes: Collection[torch.dtype] | None, launches: list[Launch]
+    op: Op, arch: int, plan: Mapping[torch.dtype, tuple[int, ...]], launches: list[Launch]
 ) -> Iterable[Resources]:
     rows: dict[Any, Resources] = {}
-    for dtype in op.dtypes:
-        if dtypes is not None and dtype not in dtypes:
-            continue
+    for dtype, tokens in plan.items():
         name = str(dtype).removeprefix("torch.")
-        tokens = TOKENS if arch == FULL_ARCH else FEW_TOKENS
-        for count in WIDE_TOKENS if dtype == torch.float32 else tokens:
+        for count in tokens:
             for label, sizes in op.real_shapes(count).items():
                 launches.clear()
                 try:

@@ -1,0 +1,70 @@
+"""`anima-fast bench`: what kernels need and how fast they should be.
+
+Torch and Triton are imported when a command runs, not for `--help`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from anima_fast.errors import UserError
+
+bench = typer.Typer(
+    name="bench",
+    help="What the kernels need and how fast they should be.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@bench.command("resources")
+def _resources(
+    op: Annotated[
+        list[str] | None, typer.Option("--op", help="Only this op; may be repeated.")
+    ] = None,
+    arch: Annotated[
+        list[int] | None,
+        typer.Option("--arch", help="Compute capability, 89 for 8.9; may be repeated."),
+    ] = None,
+    card: Annotated[
+        list[str] | None, typer.Option("--card", help="A card, for its capability; repeatable.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Other types than bfloat16 for one capability only.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print every variant as JSON.")] = False,
+) -> None:
+    """Compile every kernel for cards that need not be there: registers, spills, shared memory.
+
+    Ends with status 1 when a kernel spills, does not fit or does not compile.
+    """
+    from json import dumps
+
+    from anima_fast.bench.cards import find_card
+    from anima_fast.kernels import OPS
+
+    unknown = [name for name in op or () if name not in OPS]
+    if unknown:
+        raise UserError(f"--op {unknown[0]} is unknown: use one of {', '.join(OPS)}")
+    archs = list(dict.fromkeys([*(arch or ()), *(find_card(name).arch for name in card or ())]))
+
+    import triton
+
+    from anima_fast.bench.resources import ARCHS, as_record, check, measure
+    from anima_fast.bench.tables import resources_table
+
+    ops = {name: OPS[name] for name in op or OPS}
+    rows = measure(ops=ops, archs=archs or ARCHS, quick=quick)
+    problems = check(rows)
+    if json:
+        found = {"triton": triton.__version__, "problems": problems}
+        typer.echo(dumps(found | {"kernels": [as_record(row) for row in rows]}, indent=1))
+    else:
+        typer.echo(resources_table(rows))
+        typer.echo("\nregisters a thread, KiB of shared memory a block, occupancy; worst variant")
+        for problem in problems:
+            typer.echo(f"problem: {problem}")
+        typer.echo(f"{len(rows)} kernels compiled with Triton {triton.__version__}")
+    raise typer.Exit(1 if problems else 0)
