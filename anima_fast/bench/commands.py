@@ -68,3 +68,43 @@ def _resources(
             typer.echo(f"problem: {problem}")
         typer.echo(f"{len(rows)} kernels compiled with Triton {triton.__version__}")
     raise typer.Exit(1 if problems else 0)
+
+
+@bench.command("model")
+def _model(
+    card: Annotated[
+        str | None,
+        typer.Option("--card", help="A card by name; without it the one here is measured."),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Image tokens: 4096 at 1024x1024.")
+    ] = 4096,
+    batch: Annotated[int, typer.Option("--batch", help="Images per step.")] = 1,
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the LoRA.")] = 32,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, times in seconds.")] = False,
+) -> None:
+    """Predict the time of every op and of a training step, and the memory it takes.
+
+    From data sheets and assumed shares of them: a yardstick for measurements, not one itself.
+    """
+    from json import dumps
+
+    from anima_fast.bench.cards import find_card
+
+    for name, value in (("tokens", tokens), ("batch", batch), ("rank", rank)):
+        if value < 1:
+            raise UserError(f"--{name} {value}: expected at least 1")
+    sheet = find_card(card) if card else None
+
+    from anima_fast.bench.model import Rates, prediction
+    from anima_fast.bench.tables import prediction_text
+
+    if sheet:
+        found = prediction(sheet, Rates.of(sheet), tokens=tokens, batch=batch, rank=rank)
+        found["source"] = "assumed shares of the data sheet"
+    else:
+        from anima_fast.bench.measured import measured_card
+
+        found = prediction(*measured_card(), tokens=tokens, batch=batch, rank=rank)
+        found["source"] = "measured here"
+    typer.echo(dumps(found, indent=1) if json else prediction_text(found))
