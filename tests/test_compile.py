@@ -190,3 +190,17 @@ def test_command_refuses(words, message):
     done = CliRunner().invoke(app, ["bench", "resources", *words])
     assert done.exit_code == 2, done.output
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_help_imports_nothing_heavy():
+    check = (
+        "import sys, anima_fast.cli as cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert not {'torch', 'triton', 'numpy'} & set(sys.modules)\n"
+    )
+    for words in (["bench", "--help"], ["bench", "resources", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", check, *words], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,246 @@
+"""Predicted times and memory against numbers worked out by hand, and the cards they start from."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from anima_fast.adapters.targets import find_targets
+from anima_fast.bench import step as dit_step
+from anima_fast.bench.cards import CARDS, find_card
+from anima_fast.bench.model import Rates, op_times, sized
+from anima_fast.bench.resources import LIMITS
+from anima_fast.bench.step import POLICIES, Use, lora_parameters, memory, step_time
+from anima_fast.cli import app
+from anima_fast.errors import UserError
+from anima_fast.kernels import OPS
+from anima_fast.kernels.op import Cost, Op
+from anima_fast.models.dit import AnimaDiT
+from anima_fast.models.dit_config import DitConfig
+
+# 1 TB/s, 100 TFLOP/s, 4 us.
+RATES = Rates(1e12, 1e14, 4e-6)
+
+
+def fake_op(name, cost, labels=("",)):
+    return Op(
+        name=name,
+        function=torch.relu,
+        reference=torch.relu,
+        make_inputs=lambda sizes, dtype, device: {},
+        grads=(),
+        shapes=(),
+        real_shapes=lambda tokens: {
+            label: {"B": 1, "L": tokens, "R": 16, "D": 100} for label in labels
+        },
+        cost=cost,
+    )
+
+
+# B·L·D elements read and written: 2 · 2 bytes each; backward twice as much.
+COPY = fake_op(
+    "copy",
+    lambda s, size: Cost(2 * s["B"] * s["L"] * s["D"] * size, 4 * s["B"] * s["L"] * s["D"] * size),
+)
+# 1000 operations for every element and rank.
+PRODUCT = fake_op(
+    "product",
+    lambda s, size: Cost(
+        size, size, 1000.0 * s["B"] * s["L"] * s["D"] * s["R"], 500.0 * s["B"] * s["L"] * s["D"]
+    ),
+    labels=("a", "b"),
+)
+FAKES = {"copy": COPY, "product": PRODUCT}
+
+
+def test_seconds():
+    # 1 MB at 1 TB/s is 1 us; 1 GFLOP at 100 TFLOP/s is 10 us.
+    assert RATES.seconds(1e6, 0) == pytest.approx(5e-6)
+    assert RATES.seconds(1e6, 1e9) == pytest.approx(14e-6)
+    assert RATES.seconds(2e7, 1e9) == pytest.approx(24e-6)
+    assert RATES.seconds(0, 0) == 0
+    assert RATES.bound(1e6, 0) == "launch"
+    assert RATES.bound(2e7, 1e9) == "memory"
+    assert RATES.bound(1e6, 1e9) == "compute"
+
+
+def test_assumed_rates():
+    rates = Rates.of(find_card("rtx-4090"))
+    assert rates.bandwidth == pytest.approx(0.85 * 1008e9)
+    assert rates.tensor == pytest.approx(0.75 * 165.15e12, rel=1e-3)
+    assert rates.launch_s == 4e-6
+
+
+def test_op_times():
+    copy, a, b = op_times(RATES, tokens=1000, batch=2, rank=4, ops=FAKES)
+    # 2 · 1000 · 100 elements, 4 bytes: 0.8 us forward, 1.6 backward.
+    assert (copy.op, copy.label) == ("copy", "")
+    assert copy.forward_s == pytest.approx(4.8e-6) and copy.backward_s == pytest.approx(5.6e-6)
+    assert copy.bound == "launch"
+    # 1000 · 200 000 · 4 operations: 8 us; backward 500 · 200 000: 1 us.
+    assert (a.label, b.label, a.bound) == ("a", "b", "compute")
+    assert a.forward_s == pytest.approx(12e-6) and a.backward_s == pytest.approx(5e-6)
+    assert a.sizes == {"B": 2, "L": 1000, "R": 4, "D": 100}
+
+
+def test_sizes_that_a_run_chooses():
+    assert sized({"B": 2, "D": 3}, batch=4, rank=8) == {"B": 8, "D": 3}
+    assert sized({"D": 3, "R": 16}, batch=4, rank=8) == {"D": 3, "R": 8}
+
+
+@pytest.mark.parametrize(
+    ("policy", "again"),
+    # Forward calls that backward repeats per block, in us: copy 4.8, product a 12, b 12.
+    [("none", 4.8), ("mlp", 4.8 + 12), ("block", 4.8 + 2 * 4.8 + 12)],
+)
+def test_step(policy, again):
+    times = op_times(RATES, tokens=1000, batch=2, rank=4, ops=FAKES)
+    found = step_time(
+        times,
+        policy,
+        block=(Use("copy", "", 2, again=1), Use("product", "a", 1, mlp_again=1), Use("gone", "")),
+        step=(Use("product", "b", 1),),
+        blocks=10,
+    )
+    assert found.forward_s == pytest.approx(10 * (2 * 4.8e-6 + 12e-6))
+    assert found.backward_s == pytest.approx(10 * (2 * 5.6e-6 + 5e-6))
+    assert found.recompute_s == pytest.approx(10 * again * 1e-6)
+    assert found.other_s == pytest.approx(17e-6)
+    assert found.missing == ("gone",)
+    # Of product a alone: 8e8 and 1e8 operations a block; recomputed ones do not count.
+    assert found.flops == pytest.approx(10 * 9e8)
+    total = 216e-6 + 162e-6 + 10 * again * 1e-6 + 17e-6
+    assert found.seconds == pytest.approx(total)
+    assert found.mfu(1e14) == pytest.approx(9e9 / (total * 1e14))
+
+
+def test_step_names_shapes_that_exist():
+    for use in (*dit_step.BLOCK, *dit_step.STEP):
+        if use.op in OPS:
+            assert use.label in OPS[use.op].real_shapes(4096), use
+
+
+def test_memory():
+    # A unit is 4096 · 2048 · 2 bytes = 1/64 GiB.
+    none, mlp, block = (memory(policy, tokens=4096) for policy in POLICIES)
+    assert none.saved == pytest.approx(28 * 13.35 / 64)
+    assert mlp.saved == pytest.approx(28 * 9.35 / 64)
+    assert block.saved == pytest.approx(28 * 1.05 / 64)
+    assert none.workspace == pytest.approx(14 / 64)
+    assert mlp.workspace == pytest.approx(18 / 64)
+    assert block.workspace == pytest.approx(26.3 / 64)
+    assert none.weights == pytest.approx(3.644, abs=1e-3)
+    # 51 200 parameters per rank and block, 16 bytes each.
+    assert none.adapters == pytest.approx(28 * 32 * 51200 * 16 / 2**30)
+    assert none.total == pytest.approx(11.19, abs=0.01)
+    assert none.fits(12) and not none.fits(11.5)
+    assert memory("none", tokens=1024, batch=8).saved == pytest.approx(2 * none.saved)
+    assert memory("none", tokens=4096, rank=64).adapters == pytest.approx(2 * none.adapters)
+
+
+def test_sizes_are_those_of_the_model():
+    with torch.device("meta"):
+        dit = AnimaDiT(DitConfig(2048, 28, 16, 128, 1024, 256, 8192))
+    assert sum(p.numel() for p in dit.parameters()) == dit_step.PARAMETERS
+    layers = [target.linear for target in find_targets(dit, None, None)]
+    assert len(layers) == 280
+    wanted = sum(layer.in_features + layer.out_features for layer in layers)
+    assert lora_parameters(1) == wanted
+    assert lora_parameters(32) == 32 * wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "fp32", "bf16"),
+    # As the white papers print them.
+    [("rtx-3090", 35.6, 71), ("rtx-4090", 82.6, 165.2), ("rtx-5090", 104.8, 209.5)],
+)
+def test_geforce_figures(name, fp32, bf16):
+    card = CARDS[name]
+    assert card.fp32_tflops == pytest.approx(fp32, abs=0.1)
+    assert card.bf16_tflops == pytest.approx(bf16, abs=0.3)
+
+
+def test_cards_are_plausible():
+    for name, card in CARDS.items():
+        assert name == card.name and card.arch in LIMITS
+        # Wide enough for every family, narrow enough for a slipped digit or column.
+        assert 0.5 < card.bf16_tflops / card.sms < 16, name
+        assert 5 < card.bandwidth_gb_s / card.sms < 60, name
+        assert 1.5 < card.bf16_tflops / card.fp32_tflops < 31, name
+        assert 8 <= card.memory_gib <= 192 and 60 < card.power_w <= 1000, name
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("rtx-4090", "rtx-4090"),
+        ("4090", "rtx-4090"),
+        ("GeForce RTX 3060 Ti", "rtx-3060-ti"),
+        ("RTX_4060_Ti_16GB", "rtx-4060-ti-16gb"),
+        ("h100", "h100-sxm"),
+    ],
+)
+def test_find_card(name, found):
+    assert find_card(name).name == found
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("rtx-4091", "rtx-4090"), ("4060-ti", "rtx-4060-ti-8gb, rtx-4060-ti-16gb"), ("?", "a100-80")],
+)
+def test_unknown_card(name, near):
+    with pytest.raises(UserError, match=f"--card .* is unknown: use .*{near}"):
+        find_card(name)
+
+
+def invoke(*words):
+    return CliRunner().invoke(app, ["bench", "model", *words])
+
+
+def test_command():
+    done = invoke("--card", "rtx-3060", "--tokens", "1024", "--batch", "2", "--rank", "8", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)
+    assert found["card"] == "GeForce RTX 3060"
+    assert found["run"] == {"tokens": 1024, "batch": 2, "rank": 8}
+    assert {row["op"] for row in found["ops"]} == set(OPS)
+    assert [step["recompute"] for step in found["steps"]] == list(POLICIES)
+    for step in found["steps"]:
+        parts = dict(step["memory_gib"])
+        assert parts.pop("total") == pytest.approx(sum(parts.values()))
+        assert step["fits"] == (sum(parts.values()) <= 0.95 * 12)
+    done = invoke("--card", "rtx-3060")
+    assert done.exit_code == 0, done.output
+    for word in (*OPS, *POLICIES, "GeForce RTX 3060", "assumed", "MFU"):
+        assert word in done.output, word
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--card", "rtx-4091"], "rtx-4090"),
+        (["--card", "4090", "--tokens", "0"], "--tokens 0: expected at least 1"),
+        (["--card", "4090", "--rank", "-1"], "--rank -1: expected at least 1"),
+    ],
+)
+def test_command_refuses(words, message):
+    done = invoke(*words)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card to measure")
+def test_without_a_card_one_must_be_named():
+    done = invoke()
+    assert done.exit_code == 2 and "--card" in done.stderr
+
+
+@pytest.mark.gpu
+def test_measured_card():
+    from anima_fast.bench.measured import measured_card
+
+    card, rates = measured_card()
+    assert 0.3 * card.bandwidth_gb_s < rates.bandwidth / 1e9 < 1.1 * card.bandwidth_gb_s
+    assert 0.3 * card.bf16_tflops < rates.tensor / 1e12 < 1.3 * card.bf16_tflops
+    assert invoke("--json").exit_code == 0
