@@ -1,0 +1,210 @@
+"""x' = x + gate·y: a sublayer's result enters the residual stream where no norm follows.
+
+    forward    x' = x + gate·y
+    backward   dx = dx'       dy = gate·dx'       dgate = Σ_L dx'·y
+
+One kernel where eager torch makes two, a product and a sum. dx is dx' itself, not a copy. Backward
+reads the gate, and y only for dgate, which a fused block asks for when an adapter sits on the AdaLN
+layers; the operator always keeps both. Arithmetic is float32, rounded once. dgate is a sum over
+tokens: programs own chunks of rows and write partial sums, which torch adds, so the result does not
+depend on timing.
+
+Bytes, in units of x: forward 3 (x, y, x'), backward 2 (dx', dy), 3 with dgate.
+Source: adaLN-Zero's gate (Peebles & Xie 2022).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from anima_fast.kernels import dispatch
+from anima_fast.kernels.dispatch import rows, wide
+from anima_fast.kernels.layernorm_modulate import (
+    ROW_SHAPES,
+    check_modulation,
+    row_chunks,
+    row_warps,
+)
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+
+
+def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """The definition; see `gate_residual`."""
+    return (wide(x) + wide(gate)[:, None] * wide(y)).to(x.dtype)
+
+
+@triton.jit
+def _gate_residual_fwd(
+    X, Y, GATE, OUT, L, x_b, x_l, y_b, y_l, gate_b,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, l = row // L, row % L
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    x = tl.load(X + b * x_b + l * x_l + o_d, mask=m_d, other=0.0).to(ACC)
+    y = tl.load(Y + b * y_b + l * y_l + o_d, mask=m_d, other=0.0).to(ACC)
+    gate = tl.load(GATE + b * gate_b + o_d, mask=m_d, other=0.0).to(ACC)
+    tl.store(OUT + row * D + o_d, x + gate * y, mask=m_d)
+
+
+@triton.jit
+def _gate_residual_bwd(
+    DOUT, Y, GATE, DY, DGATE, L, chunk, dout_b, dout_l, y_b, y_l, gate_b,
+    NEEDS_GATE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    gate = tl.load(GATE + b * gate_b + o_d, mask=m_d, other=0.0).to(ACC)
+    dgate = tl.zeros([BLOCK_D], dtype=ACC)
+    for l in range(part * chunk, tl.minimum(part * chunk + chunk, L)):
+        dout = tl.load(DOUT + b * dout_b + l * dout_l + o_d, mask=m_d, other=0.0).to(ACC)
+        tl.store(DY + (b * L + l) * D + o_d, gate * dout, mask=m_d)
+        if NEEDS_GATE:
+            dgate += dout * tl.load(Y + b * y_b + l * y_l + o_d, mask=m_d, other=0.0).to(ACC)
+    if NEEDS_GATE:
+        tl.store(DGATE + (b * tl.num_programs(1) + part) * D + o_d, dgate, mask=m_d)
+
+
+def gate_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x' [B, L, D] in x's dtype, without autograd."""
+    if not dispatch.runs_triton(x):
+        return gate_residual_reference(x, y, gate)
+    x, y, gate = rows(x), rows(y), rows(gate)
+    batch, length, width = x.shape
+    out = dispatch.empty(batch, length, width, like=x)
+    block = triton.next_power_of_2(width)
+    _gate_residual_fwd[(batch * length,)](
+        x, y, gate, out, length, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
+        gate.stride(0), D=width, BLOCK_D=block, ACC=dispatch.accumulator(x),
+        num_warps=row_warps(block),
+    )  # fmt: skip
+    return out
+
+
+def gate_residual_backward(
+    dout: Tensor, y: Tensor | None, gate: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(dy, dgate); dgate is wide [B, D], or None without `y`. dx is dout.
+
+    Args:
+        dout: [B, L, D], the gradient of x'.
+        y: as given to the forward; None when the gate needs no gradient.
+        gate: as given to the forward.
+        dtype: of dy; dout's when None.
+    """
+    dtype = dtype or dout.dtype
+    if not dispatch.runs_triton(dout):
+        return _backward_reference(dout, y, gate, dtype)
+    needs_gate = y is not None
+    dout, gate = rows(dout), rows(gate)
+    y = rows(y) if needs_gate else dout
+    batch, length, width = dout.shape
+    chunk, parts = row_chunks(length, needs_gate)
+    dy = dispatch.empty(batch, length, width, like=dout, dtype=dtype)
+    dgate = dy
+    if needs_gate:
+        wide_type = dispatch.wide_dtype(dout)
+        dgate = dispatch.empty(batch, parts, width, like=dout, dtype=wide_type)
+    block = triton.next_power_of_2(width)
+    _gate_residual_bwd[(batch, parts)](
+        dout, y, gate, dy, dgate, length, chunk, dout.stride(0), dout.stride(1),
+        y.stride(0), y.stride(1), gate.stride(0),
+        NEEDS_GATE=needs_gate, D=width, BLOCK_D=block, ACC=dispatch.accumulator(dout),
+        num_warps=row_warps(block),
+    )  # fmt: skip
+    return dy, dgate.sum(1) if needs_gate else None
+
+
+def _backward_reference(
+    dout: Tensor, y: Tensor | None, gate: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    dout = wide(dout)
+    dgate = None if y is None else (dout * wide(y)).sum(1)
+    return (dout * wide(gate)[:, None]).to(dtype), dgate
+
+
+@torch.library.custom_op("anima_fast::gate_residual", mutates_args=())
+def _op(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return gate_residual_forward(x, y, gate)
+
+
+@_op.register_fake
+def _(x, y, gate):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("anima_fast::gate_residual_backward", mutates_args=())
+def _op_backward(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    dy, dgate = gate_residual_backward(dout, y, gate, y.dtype)
+    return dy, dgate.to(gate.dtype)
+
+
+@_op_backward.register_fake
+def _(dout, y, gate):
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y, gate))
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, y, gate = inputs
+    ctx.save_for_backward(y, gate)
+
+
+def _backward(ctx, dout: Tensor) -> tuple[Tensor, ...]:
+    # dx is returned here: an operator may not return its argument.
+    return dout, *_op_backward(dout, *ctx.saved_tensors)
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate·y, one gate per sample and channel.
+
+    Args:
+        x: [B, L, D], the residual stream, D at most 8192, fp32, fp16 or bf16, any strides.
+        y: [B, L, D], the sublayer's result.
+        gate: [B, D].
+
+    Returns:
+        [B, L, D] in x's dtype.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes that do not fit.
+    """
+    check_modulation(x, gate=gate)
+    dispatch.check_shape("y", y, "x's [B, L, D]", tuple(x.shape))
+    dispatch.check_dtypes(y=y)
+    dispatch.check_devices(x=x, y=y)
+    return _op(x, y, gate)
+
+
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
+    b, l, d = sizes["B"], sizes["L"], sizes["D"]
+    return {
+        "x": randn(b, l, d, dtype=dtype, device=device) * 2 + 1,
+        "y": randn(b, l, d, dtype=dtype, device=device),
+        "gate": randn(b, d, dtype=dtype, device=device),
+    }
+
+
+def _cost(sizes: Sizes, itemsize: int) -> Cost:
+    unit = sizes["B"] * sizes["L"] * sizes["D"] * itemsize
+    return Cost(forward_bytes=3 * unit, backward_bytes=2 * unit)
+
+
+OP = Op(
+    name="gate_residual",
+    function=gate_residual,
+    reference=gate_residual_reference,
+    make_inputs=_inputs,
+    grads=("x", "y", "gate"),
+    shapes=ROW_SHAPES,
+    real_shapes=lambda tokens: {"": {"B": 1, "L": tokens, "D": 2048}},
+    cost=_cost,
+    cost_note="read x and y, write x'; read dx', write dy",
+)
