@@ -116,9 +116,17 @@ def test_step(policy, again):
 
 
 def test_step_names_shapes_that_exist():
+    known = {(time.op, time.label) for time in op_times(RATES, tokens=4096)}
     for use in (*dit_step.BLOCK, *dit_step.STEP):
-        if use.op in OPS:
-            assert use.label in OPS[use.op].real_shapes(4096), use
+        assert use.op not in OPS or (use.op, use.label) in known, use
+
+
+def test_parameter_ops_have_the_size_of_the_run():
+    cost = {"forward_bytes": 28.0 * lora_parameters(8), "backward_bytes": 0.0}
+    op = fake_op("adamw", lambda s, size: Cost((3 * size + 16) * s["N"], 0), labels=("rank 16",))
+    (time,) = op_times(RATES, tokens=4096, rank=8, ops={"adamw": op})
+    assert time.label == "" and time.sizes["N"] == 28 * 8 * 51200
+    assert time.cost == Cost(**cost)
 
 
 def test_memory():

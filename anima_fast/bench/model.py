@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from anima_fast.bench.cards import Card
-from anima_fast.bench.step import POLICIES, memory, step_time
+from anima_fast.bench.step import (
+    PARAMETER_OPS,
+    POLICIES,
+    lora_parameters,
+    memory,
+    step_time,
+)
 from anima_fast.kernels import OPS
 from anima_fast.kernels.op import Cost, Op, Sizes
 
@@ -79,12 +85,18 @@ def sized(sizes: Sizes, *, batch: int, rank: int) -> dict[str, int]:
 def op_times(
     rates: Rates, *, tokens: int, batch: int = 1, rank: int = 32, ops: Mapping[str, Op] = OPS
 ) -> list[OpTime]:
-    """Every op at each of its real shapes, in 16 bit."""
+    """Every op at each of its real shapes; activations in 16 bit, adapter states in 32."""
     found = []
     for op in ops.values():
-        for label, real in op.real_shapes(tokens).items():
+        shapes = dict(op.real_shapes(tokens))
+        if op.name in PARAMETER_OPS:
+            # The registry's shape has a rank of its own.
+            sizes = next(iter(shapes.values()))
+            shapes = {"": {**sizes, PARAMETER_OPS[op.name]: lora_parameters(rank)}}
+        itemsize = 4 if op.name in PARAMETER_OPS else 2
+        for label, real in shapes.items():
             sizes = sized(real, batch=batch, rank=rank)
-            cost = op.cost(sizes, 2)
+            cost = op.cost(sizes, itemsize)
             found.append(
                 OpTime(
                     op=op.name,

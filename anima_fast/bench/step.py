@@ -34,7 +34,7 @@ class Use:
     """How often one real shape of an op runs.
 
     Attributes:
-        op, label: the registry's name, and the key of `Op.real_shapes`.
+        op, label: the registry's name, and the key of `Op.real_shapes` ("" in `PARAMETER_OPS`).
         count: forward and backward, per block (or, in `STEP`, per step).
         again: forward calls inside backward, whatever the policy: cheap results are not kept.
         mlp_again: forward calls that policy mlp adds.
@@ -68,6 +68,8 @@ BLOCK = (
     Use("gelu", "", 1, again=1),
 )
 STEP = (Use("layernorm_modulate", "", 1), Use("adamw", "", 1), Use("flow_loss", "", 1))
+# Ops over all adapter parameters: one shape, of the run's rank, in float32.
+PARAMETER_OPS = {"adamw": "N"}
 
 
 def lora_parameters(rank: int) -> int:
