@@ -5,8 +5,13 @@ from it. This package imports nothing else of anima_fast.
 """
 
 from anima_fast.kernels import (
+    adamw,
+    flow_loss,
+    gate_residual,
     gate_residual_layernorm_modulate,
+    gelu,
     layernorm_modulate,
+    rmsnorm,
 )
 from anima_fast.kernels.op import Op
 
@@ -15,5 +20,10 @@ OPS: dict[str, Op] = {
     for module in (
         layernorm_modulate,
         gate_residual_layernorm_modulate,
+        gelu,
+        rmsnorm,
+        gate_residual,
+        adamw,
+        flow_loss,
     )
 }
