@@ -11,6 +11,7 @@ from anima_fast.kernels import (
     gate_residual_layernorm_modulate,
     gelu,
     layernorm_modulate,
+    qk_norm_rope,
     rmsnorm,
 )
 from anima_fast.kernels.op import Op
@@ -20,6 +21,7 @@ OPS: dict[str, Op] = {
     for module in (
         layernorm_modulate,
         gate_residual_layernorm_modulate,
+        qk_norm_rope,
         gelu,
         rmsnorm,
         gate_residual,
