@@ -78,6 +78,11 @@ def shared_kib() -> int:
     return SHARED_KIB.get(int(arch), 99) if str(arch).isdigit() else 99
 
 
+def dot_precision() -> str:
+    """How float32 products round: tf32 where torch is told to allow it, else ieee."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def check_dtypes(**tensors: Tensor) -> None:
     """Raise `TypeError` for a tensor that is not fp32, fp16, bf16 (or fp64, for tests)."""
     for name, x in tensors.items():

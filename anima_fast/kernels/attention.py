@@ -1,0 +1,467 @@
+"""Attention over any number of keys, `zero_keys` further all-zero ones included, without a mask.
+
+    s_ij = q_i·k_j/√K      out_i = Σ_j e^{s_ij} v_j / (Σ_j e^{s_ij} + n)
+    lse_i = log(Σ_j e^{s_ij} + n),   p_ij = e^{s_ij − lse_i}
+    backward   δ_i = do_i·out_i      ds_ij = p_ij·(do_i·v_j − δ_i)/√K
+               dq_i = Σ_j ds_ij k_j     dk_j = Σ_i ds_ij q_i     dv_j = Σ_i p_ij do_i
+
+n = `zero_keys`[b] keys whose logit is 0 and whose value is zero: the online softmax starts at m = 0,
+l = n, acc = 0 and is exact; backward needs no more than the lse that holds them, for they have no
+gradient. So the 512-row padding of Anima's text costs nothing.
+
+Kept for backward: q, k, v, out and lse ([B, H, L] float32). Three launches backward: δ; dk and dv
+(a program owns keys and loops over queries; with few keys the queries are split among programs and
+partial sums added by torch); dq (owns queries, loops over keys). No atomics, so results repeat.
+Softmax statistics and sums are float32; p and ds are rounded to the inputs' dtype for the products.
+
+FLOPs: forward 4·B·H·L·S·K; backward 14·B·H·L·S·K, as both loops compute s and do·v again.
+Sources: Dao et al. 2022 and 2023 (FlashAttention 1, 2), Milakov & Gimelshein 2018 (online softmax).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from anima_fast.kernels import dispatch
+from anima_fast.kernels.dispatch import wide
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+
+MAX_HEAD = 128
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Programs that a pass over few keys is split into; enough for the multiprocessors of any card.
+PROGRAMS = 256
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, zero_keys: Tensor | None = None
+) -> Tensor:
+    """The definition; see `attention`."""
+    return _forward_reference(q, k, v, zero_keys)[0]
+
+
+def _forward_reference(
+    q: Tensor, k: Tensor, v: Tensor, zero_keys: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    lse = _logits(q, k).logsumexp(-1)  # [B, H, L]
+    if zero_keys is not None:
+        # log 0 = −∞ adds nothing.
+        lse = torch.logaddexp(lse, zero_keys.to(lse).log()[:, None, None])
+    p = (_logits(q, k) - lse[..., None]).exp()
+    return torch.einsum("bhls,bshk->blhk", p, wide(v)).to(q.dtype), lse
+
+
+def _logits(q: Tensor, k: Tensor) -> Tensor:
+    return torch.einsum("blhk,bshk->bhls", wide(q), wide(k)) / math.sqrt(q.shape[-1])
+
+
+@triton.jit
+def _tile(X, row, ROWS: tl.constexpr, limit, x_l, HEAD: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows row … row + ROWS of a head [·, HEAD], zero beyond its bounds."""
+    o_r = row + tl.arange(0, ROWS)
+    o_k = tl.arange(0, BLOCK_K)
+    m = (o_r < limit)[:, None] & (o_k < HEAD)[None, :]
+    return tl.load(X + o_r.to(tl.int64)[:, None] * x_l + o_k[None, :], mask=m, other=0.0)
+
+
+@triton.jit
+def _store_tile(
+    X, x, row, ROWS: tl.constexpr, limit, x_l, HEAD: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    o_r = row + tl.arange(0, ROWS)
+    o_k = tl.arange(0, BLOCK_K)
+    m = (o_r < limit)[:, None] & (o_k < HEAD)[None, :]
+    tl.store(X + o_r.to(tl.int64)[:, None] * x_l + o_k[None, :], x, mask=m)
+
+
+@triton.jit
+def _attention_fwd(
+    Q, K, V, ZERO, OUT, LSE, scale, H, L, S,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, out_b, out_l, out_h,
+    HAS_ZERO: tl.constexpr, HEAD: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M
+    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    q = _tile(Q + b * q_b + h * q_h, row, BLOCK_M, L, q_l, HEAD, BLOCK_K)
+    # The n zero keys: logit 0, value 0.
+    m_i = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
+    l_i = tl.zeros([BLOCK_M], dtype=ACC)
+    if HAS_ZERO:
+        n = tl.load(ZERO + b).to(ACC)
+        m_i = tl.where(n > 0, 0.0, m_i)
+        l_i += n
+    acc = tl.zeros([BLOCK_M, BLOCK_K], dtype=ACC)
+    for start in range(0, S, BLOCK_N):
+        k = _tile(K + b * k_b + h * k_h, start, BLOCK_N, S, k_l, HEAD, BLOCK_K)
+        # Base 2: the hardware's exponential.
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
+        s = tl.where((start + tl.arange(0, BLOCK_N) < S)[None, :], s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        p = tl.math.exp2(s - m_new[:, None])
+        alpha = tl.math.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        v = _tile(V + b * v_b + h * v_h, start, BLOCK_N, S, v_l, HEAD, BLOCK_K)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION, out_dtype=ACC)
+        m_i = m_new
+    out = (acc / l_i[:, None]).to(OUT.dtype.element_ty)
+    _store_tile(OUT + b * out_b + h * out_h, out, row, BLOCK_M, L, out_l, HEAD, BLOCK_K)
+    o_l = row + tl.arange(0, BLOCK_M)
+    lse = (m_i + tl.math.log2(l_i)) * LN2
+    tl.store(LSE + tl.program_id(1).to(tl.int64) * L + o_l, lse, mask=o_l < L)
+
+
+@triton.jit
+def _attention_delta(
+    OUT, DO, DELTA, H, L, out_b, out_l, out_h, do_b, do_l, do_h,
+    HEAD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M
+    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    out = _tile(OUT + b * out_b + h * out_h, row, BLOCK_M, L, out_l, HEAD, BLOCK_K).to(ACC)
+    do = _tile(DO + b * do_b + h * do_h, row, BLOCK_M, L, do_l, HEAD, BLOCK_K).to(ACC)
+    o_l = row + tl.arange(0, BLOCK_M)
+    # δ = do·out
+    p_delta = DELTA + tl.program_id(1).to(tl.int64) * L + o_l
+    tl.store(p_delta, tl.sum(out * do, 1), mask=o_l < L)
+
+
+@triton.jit
+def _attention_bwd_dkdv(
+    Q, K, V, DO, LSE, DELTA, DK, DV, scale, H, L, S, split_rows,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h,
+    dk_z, dk_b, dk_l, dk_h, dv_z, dv_b, dv_l, dv_h,
+    HEAD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    col = tl.program_id(0) * BLOCK_N
+    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    z = tl.program_id(2).to(tl.int64)
+    p_stat = tl.program_id(1).to(tl.int64) * L
+    k = _tile(K + b * k_b + h * k_h, col, BLOCK_N, S, k_l, HEAD, BLOCK_K)
+    v = _tile(V + b * v_b + h * v_h, col, BLOCK_N, S, v_l, HEAD, BLOCK_K)
+    m_n = col + tl.arange(0, BLOCK_N) < S
+    dk = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
+    dv = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
+    first = tl.program_id(2) * split_rows
+    for row in range(first, tl.minimum(first + split_rows, L), BLOCK_M):
+        o_l = row + tl.arange(0, BLOCK_M)
+        q = _tile(Q + b * q_b + h * q_h, row, BLOCK_M, L, q_l, HEAD, BLOCK_K)
+        do = _tile(DO + b * do_b + h * do_h, row, BLOCK_M, L, do_l, HEAD, BLOCK_K)
+        # Beyond L the lse is +∞, which makes p zero.
+        lse = tl.load(LSE + p_stat + o_l, mask=o_l < L, other=float("inf"))
+        delta = tl.load(DELTA + p_stat + o_l, mask=o_l < L, other=0.0)
+        # Transposed, so that the products below need no further transposition.
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)  # [N, M]
+        p = tl.where(m_n[:, None], tl.math.exp2(s - (lse * LOG2E)[None, :]), 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=ACC)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=ACC)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
+    p_dk, p_dv = DK + z * dk_z + b * dk_b + h * dk_h, DV + z * dv_z + b * dv_b + h * dv_h
+    dk = (dk * scale).to(DK.dtype.element_ty)
+    _store_tile(p_dk, dk, col, BLOCK_N, S, dk_l, HEAD, BLOCK_K)
+    _store_tile(p_dv, dv.to(DV.dtype.element_ty), col, BLOCK_N, S, dv_l, HEAD, BLOCK_K)
+
+
+@triton.jit
+def _attention_bwd_dq(
+    Q, K, V, DO, LSE, DELTA, DQ, scale, H, L, S,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h, dq_b, dq_l, dq_h,
+    HEAD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M
+    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    o_l = row + tl.arange(0, BLOCK_M)
+    p_stat = tl.program_id(1).to(tl.int64) * L + o_l
+    q = _tile(Q + b * q_b + h * q_h, row, BLOCK_M, L, q_l, HEAD, BLOCK_K)
+    do = _tile(DO + b * do_b + h * do_h, row, BLOCK_M, L, do_l, HEAD, BLOCK_K)
+    lse = tl.load(LSE + p_stat, mask=o_l < L, other=float("inf")) * LOG2E
+    delta = tl.load(DELTA + p_stat, mask=o_l < L, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_K], dtype=ACC)
+    for start in range(0, S, BLOCK_N):
+        k = _tile(K + b * k_b + h * k_h, start, BLOCK_N, S, k_l, HEAD, BLOCK_K)
+        v = _tile(V + b * v_b + h * v_h, start, BLOCK_N, S, v_l, HEAD, BLOCK_K)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
+        m_n = start + tl.arange(0, BLOCK_N) < S
+        p = tl.where(m_n[None, :], tl.math.exp2(s - lse[:, None]), 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
+    dq = (dq * scale).to(DQ.dtype.element_ty)
+    _store_tile(DQ + b * dq_b + h * dq_h, dq, row, BLOCK_M, L, dq_l, HEAD, BLOCK_K)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Queries and keys per tile, warps and pipeline stages of one kernel."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    def arguments(self) -> dict[str, int]:
+        """As launch arguments."""
+        sizes = {"BLOCK_M": self.queries, "BLOCK_N": self.keys}
+        return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
+
+
+# (kernel, 16 bit) → tiles at head size 128. Chosen by what compiles without a spill within 99 KiB of
+# shared memory, the least that a supported card has; no card has timed them.
+TILES = {
+    ("fwd", True): Tiles(128, 64, 8, 2),
+    ("dkdv", True): Tiles(64, 64, 8, 2),
+    ("dq", True): Tiles(64, 64, 8, 2),
+    ("fwd", False): Tiles(32, 16, 4, 1),
+    ("dkdv", False): Tiles(16, 32, 4, 1),
+    ("dq", False): Tiles(32, 16, 4, 1),
+}
+
+
+def tiles(kernel: str, dtype: torch.dtype) -> Tiles:
+    """The tiles of a kernel."""
+    return TILES[kernel, dtype.itemsize == 2]
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _meta(q: Tensor) -> dict:
+    head = q.shape[-1]
+    return {
+        "HEAD": head,
+        "BLOCK_K": max(16, triton.next_power_of_2(head)),
+        "ACC": dispatch.accumulator(q),
+    }
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, zero_keys: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(out [B, L, H, K], lse [B, H, L] wide) without autograd; arguments as `attention`."""
+    if not dispatch.runs_triton(q):
+        return _forward_reference(q, k, v, zero_keys)
+    q, k, v = (dispatch.rows(t) for t in (q, k, v))
+    batch, length, heads, head = q.shape
+    out = dispatch.empty(batch, length, heads, head, like=q)
+    lse = dispatch.empty(batch, heads, length, like=q, dtype=dispatch.wide_dtype(q))
+    tile = tiles("fwd", q.dtype)
+    _attention_fwd[(triton.cdiv(length, tile.queries), batch * heads)](
+        q, k, v, q if zero_keys is None else zero_keys, out, lse, 1 / math.sqrt(head),
+        heads, length, k.shape[1], *_strides(q, k, v, out),
+        HAS_ZERO=zero_keys is not None, PRECISION=dispatch.dot_precision(), **_meta(q),
+        **tile.arguments(),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv).
+
+    Args:
+        do: [B, L, H, K].
+        q, k, v: as given to the forward.
+        out, lse: as the forward returned them; the zero keys are in the lse.
+        into: tensors of q's, k's and v's shapes to write, of any strides with a dense head (parts
+            of a packed gradient); new ones when None.
+    """
+    if not dispatch.runs_triton(q):
+        return _backward_reference(do, q, k, v, out, lse, into)
+    do, q, k, v, out = (dispatch.rows(t) for t in (do, q, k, v, out))
+    batch, length, heads, head = q.shape
+    keys = k.shape[1]
+    dq, dk, dv = into or (dispatch.empty(*t.shape, like=t) for t in (q, k, v))
+    wide_type = dispatch.wide_dtype(q)
+    meta, precision, scale = _meta(q), dispatch.dot_precision(), 1 / math.sqrt(head)
+
+    delta = dispatch.empty(batch, heads, length, like=q, dtype=wide_type)
+    _attention_delta[(triton.cdiv(length, 64), batch * heads)](
+        out, do, delta, heads, length, *_strides(out, do), BLOCK_M=64, **meta, num_warps=4
+    )
+
+    tile = tiles("dkdv", q.dtype)
+    columns = triton.cdiv(keys, tile.keys)
+    split = min(triton.cdiv(length, tile.queries), max(1, PROGRAMS // (columns * batch * heads)))
+    split_rows = triton.cdiv(triton.cdiv(length, split), tile.queries) * tile.queries
+    split = triton.cdiv(length, split_rows)
+    sums = (dk[None], dv[None])
+    if split > 1:
+        sums = tuple(dispatch.empty(split, *k.shape, like=k, dtype=wide_type) for _ in range(2))
+    _attention_bwd_dkdv[(columns, batch * heads, split)](
+        q, k, v, do, lse, delta, *sums, scale, heads, length, keys, split_rows,
+        *_strides(q, k, v, do), *sums[0].stride()[:4], *sums[1].stride()[:4],
+        PRECISION=precision, **meta, **tile.arguments(),
+    )  # fmt: skip
+    if split > 1:
+        dk.copy_(sums[0].sum(0))
+        dv.copy_(sums[1].sum(0))
+
+    tile = tiles("dq", q.dtype)
+    _attention_bwd_dq[(triton.cdiv(length, tile.queries), batch * heads)](
+        q, k, v, do, lse, delta, dq, scale, heads, length, keys, *_strides(q, k, v, do, dq),
+        PRECISION=precision, **meta, **tile.arguments(),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _backward_reference(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    into: tuple[Tensor, Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    p = (_logits(q, k) - lse[..., None]).exp()  # [B, H, L, S]
+    do_wide = wide(do)
+    delta = (do_wide * wide(out)).sum(-1).transpose(1, 2)  # [B, H, L]
+    dp = torch.einsum("blhk,bshk->bhls", do_wide, wide(v))
+    ds = p * (dp - delta[..., None]) / math.sqrt(q.shape[-1])
+    found = (
+        torch.einsum("bhls,bshk->blhk", ds, wide(k)),
+        torch.einsum("bhls,blhk->bshk", ds, wide(q)),
+        torch.einsum("bhls,blhk->bshk", p, do_wide),
+    )
+    if into is None:
+        return tuple(x.to(t.dtype) for x, t in zip(found, (q, k, v), strict=True))
+    return tuple(target.copy_(x) for target, x in zip(into, found, strict=True))
+
+
+@torch.library.custom_op("anima_fast::attention", mutates_args=())
+def _op(q: Tensor, k: Tensor, v: Tensor, zero_keys: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse = attention_forward(q, k, v, zero_keys)
+    return out.contiguous(), lse.contiguous()
+
+
+@_op.register_fake
+def _(q, k, v, zero_keys):
+    batch, length, heads, _ = q.shape
+    lse = torch.empty(batch, heads, length, dtype=dispatch.wide_dtype(q), device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+@torch.library.custom_op("anima_fast::attention_backward", mutates_args=())
+def _op_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(t.contiguous() for t in attention_backward(do, q, k, v, out, lse))
+
+
+@_op_backward.register_fake
+def _(do, q, k, v, out, lse):
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return None, None, None, None
+    return *_op_backward(do, *ctx.saved_tensors), None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, zero_keys: Tensor | None = None) -> Tensor:
+    """Softmax attention over the keys and `zero_keys` all-zero ones.
+
+    Args:
+        q: [B, L, H, K], K at most 128, fp32, fp16 or bf16, any strides.
+        k, v: [B, S, H, K] in q's dtype.
+        zero_keys: [B] int32 counts per sample, or None for none.
+
+    Returns:
+        [B, L, H, K] in q's dtype.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes that do not fit.
+    """
+    if q.ndim != 4 or not 1 <= q.shape[-1] <= MAX_HEAD:
+        raise ValueError(
+            f"q is {tuple(q.shape)}, expected [B, L, H, K] with K from 1 to {MAX_HEAD}"
+        )
+    batch, _, heads, head = q.shape
+    if k.ndim != 4 or k.shape[1] < 1:
+        raise ValueError(f"k is {tuple(k.shape)}, expected [B, S, H, K] with S at least 1")
+    for name, x in (("k", k), ("v", v)):
+        dispatch.check_shape(name, x, "[B, S, H, K]", (batch, k.shape[1], heads, head))
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} is {x.dtype}, expected q's {q.dtype}")
+    dispatch.check_dtypes(q=q)
+    dispatch.check_devices(q=q, k=k, v=v)
+    if zero_keys is not None:
+        dispatch.check_shape("zero_keys", zero_keys, "[B]", (batch,))
+        if zero_keys.dtype != torch.int32:
+            raise TypeError(f"zero_keys is {zero_keys.dtype}, expected int32 counts")
+        dispatch.check_devices(q=q, zero_keys=zero_keys)
+    return _op(q, k, v, zero_keys)[0]
+
+
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
+    b, l, s, h, k = (sizes[name] for name in ("B", "L", "S", "H", "K"))
+    zero = sizes.get("zero", 0)
+    # A sample without zero keys among those with some.
+    counts = torch.tensor([zero * i for i in range(b)][::-1], dtype=torch.int32, device=device)
+    return {
+        "q": 2 * randn(b, l, h, k, dtype=dtype, device=device),
+        "k": randn(b, s, h, k, dtype=dtype, device=device),
+        "v": randn(b, s, h, k, dtype=dtype, device=device),
+        "zero_keys": counts if zero else None,
+    }
+
+
+def _cost(sizes: Sizes, itemsize: int) -> Cost:
+    b, l, s, h, k = (sizes[name] for name in ("B", "L", "S", "H", "K"))
+    queries, keys = b * l * h * k * itemsize, b * s * h * k * itemsize
+    return Cost(
+        forward_bytes=2 * queries + 2 * keys,
+        backward_bytes=4 * queries + 4 * keys,
+        forward_flops=4 * b * h * l * s * k,
+        backward_flops=14 * b * h * l * s * k,
+    )
+
+
+def _real_shapes(tokens: int) -> dict[str, Sizes]:
+    heads = {"B": 1, "L": tokens, "H": 16, "K": 128}
+    return {"self": {**heads, "S": tokens}, "cross": {**heads, "S": 96, "zero": 416}}
+
+
+OP = Op(
+    name="attention",
+    function=attention,
+    reference=attention_reference,
+    make_inputs=_inputs,
+    grads=("q", "k", "v"),
+    shapes=(
+        {"B": 1, "L": 1, "S": 1, "H": 1, "K": 8},
+        {"B": 2, "L": 5, "S": 3, "H": 2, "K": 24, "zero": 7},
+        {"B": 2, "L": 150, "S": 77, "H": 1, "K": 64, "zero": 400},
+        {"B": 1, "L": 70, "S": 140, "H": 1, "K": 128},
+    ),
+    real_shapes=_real_shapes,
+    cost=_cost,
+    cost_note="read q, k, v, write out; backward reads out and its gradient too and writes three",
+)
