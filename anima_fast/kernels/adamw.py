@@ -184,7 +184,7 @@ def adamw(
         p: [N], dense, fp32, fp16 or bf16.
         g: [N], dense, p's dtype or fp32; not changed.
         m, v: [N], dense, fp32: the moments, zeros before step 1.
-        range_ends: [n] int64, ascending: where each range of p ends.
+        range_ends: [n] int64, ascending: where each range of p ends; beyond N is N.
         lrs: [n] fp32, the learning rate of each range.
         step: t, 1 for the first step.
         beta1, beta2, eps, weight_decay: as in torch.optim.AdamW.
