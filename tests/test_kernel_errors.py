@@ -48,7 +48,7 @@ def changed(inputs, name, change):
 
 def longer(x):
     """One element more in the last dimension; a dimension where there is none."""
-    return x[None] if x.ndim == 0 else torch.cat([x, x[..., :1]], -1)
+    return x[None] if x.ndim == 0 else torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
 
 
 def as_integers(x):
@@ -82,10 +82,11 @@ def test_wrong_shape(op, name):
 
 @pytest.mark.parametrize("op, name", ARGUMENTS)
 def test_wrong_dtype(op, name):
-    with pytest.raises(TypeError) as error:
+    with pytest.raises((TypeError, ValueError)) as error:
         op.function(**changed(valid(op), name, as_integers))
     assert names(str(error.value), [name])
-    assert "expected" in str(error.value)
+    # The message shows a dtype, not only a shape.
+    assert re.search("int32|float32", str(error.value))
 
 
 @pytest.mark.parametrize("op, name", SEVERAL)
