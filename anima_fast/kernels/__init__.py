@@ -6,11 +6,13 @@ from it. This package imports nothing else of anima_fast.
 
 from anima_fast.kernels import (
     adamw,
+    attention,
     flow_loss,
     gate_residual,
     gate_residual_layernorm_modulate,
     gelu,
     layernorm_modulate,
+    lora_linear,
     qk_norm_rope,
     rmsnorm,
 )
@@ -22,6 +24,8 @@ OPS: dict[str, Op] = {
         layernorm_modulate,
         gate_residual_layernorm_modulate,
         qk_norm_rope,
+        attention,
+        lora_linear,
         gelu,
         rmsnorm,
         gate_residual,

@@ -5,9 +5,9 @@
     backward   δ_i = do_i·out_i      ds_ij = p_ij·(do_i·v_j − δ_i)/√K
                dq_i = Σ_j ds_ij k_j     dk_j = Σ_i ds_ij q_i     dv_j = Σ_i p_ij do_i
 
-n = `zero_keys`[b] keys whose logit is 0 and whose value is zero: the online softmax starts at m = 0,
-l = n, acc = 0 and is exact; backward needs no more than the lse that holds them, for they have no
-gradient. So the 512-row padding of Anima's text costs nothing.
+n = `zero_keys`[b] keys whose logit is 0 and whose value is zero: the online softmax starts at
+m = 0, l = n, acc = 0 and is exact; backward needs no more than the lse that holds them, for they
+have no gradient. So the 512-row padding of Anima's text costs nothing.
 
 Kept for backward: q, k, v, out and lse ([B, H, L] float32). Three launches backward: δ; dk and dv
 (a program owns keys and loops over queries; with few keys the queries are split among programs and
@@ -39,9 +39,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 PROGRAMS = 256
 
 
-def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, zero_keys: Tensor | None = None
-) -> Tensor:
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, zero_keys: Tensor | None = None) -> Tensor:
     """The definition; see `attention`."""
     return _forward_reference(q, k, v, zero_keys)[0]
 
@@ -108,7 +106,9 @@ def _attention_fwd(
         alpha = tl.math.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         v = _tile(V + b * v_b + h * v_h, start, BLOCK_N, S, v_l, HEAD, BLOCK_K)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION, out_dtype=ACC)
+        acc = tl.dot(
+            p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION, out_dtype=ACC
+        )
         m_i = m_new
     out = (acc / l_i[:, None]).to(OUT.dtype.element_ty)
     _store_tile(OUT + b * out_b + h * out_h, out, row, BLOCK_M, L, out_l, HEAD, BLOCK_K)
@@ -158,7 +158,9 @@ def _attention_bwd_dkdv(
         lse = tl.load(LSE + p_stat + o_l, mask=o_l < L, other=float("inf"))
         delta = tl.load(DELTA + p_stat + o_l, mask=o_l < L, other=0.0)
         # Transposed, so that the products below need no further transposition.
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)  # [N, M]
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * (
+            scale * LOG2E
+        )  # [N, M]
         p = tl.where(m_n[:, None], tl.math.exp2(s - (lse * LOG2E)[None, :]), 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=ACC)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=ACC)
@@ -214,8 +216,8 @@ class Tiles:
         return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
 
 
-# (kernel, 16 bit) → tiles at head size 128. Chosen by what compiles without a spill within 99 KiB of
-# shared memory, the least that a supported card has; no card has timed them.
+# (kernel, 16 bit) → tiles at head size 128. Chosen by what compiles without a spill within 99 KiB
+# of shared memory, the least that a supported card has; no card has timed them.
 TILES = {
     ("fwd", True): Tiles(128, 64, 8, 2),
     ("dkdv", True): Tiles(64, 64, 8, 2),

@@ -43,6 +43,11 @@ def runs_triton(x: Tensor) -> bool:
     return x.is_cuda if _mode == "auto" else _mode == "triton"
 
 
+def forced() -> bool:
+    """Whether `use` demands Triton, so that no op may prefer a library."""
+    return _mode == "triton"
+
+
 def wide(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 when it already is: the type that references compute in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

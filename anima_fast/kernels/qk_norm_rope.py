@@ -253,9 +253,7 @@ def _op_backward(
 
 @_op_backward.register_fake
 def _(dy, packed, weights, cos, sin, eps):
-    return tuple(
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (packed, weights)
-    )
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (packed, weights))
 
 
 def _setup(ctx, inputs, output) -> None:

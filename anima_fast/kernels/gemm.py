@@ -1,0 +1,166 @@
+"""Y = X Wᵀ + s·H Bᵀ: the one matrix product that all adapter arithmetic is made of.
+
+    forward    X [M, K] tokens, W [N, K] frozen, H = X Aᵀ [M, R], B [N, R] the adapter
+    dX         X = dY, W = the frozen weight read the other way, H = G, B = Aᵀ
+    H, G, dA, dB   the same without an adapter; any strides, so nothing is transposed in memory
+
+The adapter's product comes first and is scaled, then the base product goes on in the same
+accumulator: the result is written once, and s·H Bᵀ costs R/K of the arithmetic and no traffic but
+that of H. Products with few tiles (the adapter gradients sum over all tokens) are split along K
+into partial sums that torch adds: no atomics, so results repeat. Epilogues:
+
+    gelu       writes y and gelu(y), so that only the next product reads the activation
+    gelu_grad  multiplies with gelu'(a) of a given pre-activation a [M, N]
+
+Accumulation is float32. Source: the tiled product of the Triton tutorials, Hu et al. 2021 (LoRA).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from anima_fast.kernels import dispatch
+from anima_fast.kernels.gelu import gelu_slope, gelu_value
+
+# Tiles of neighbouring programs share rows of X, which then stay in the L2 cache.
+GROUP = 8
+# Below this many tiles a product is split along K; enough for the multiprocessors of any card.
+PROGRAMS = 128
+MIN_SPLIT = 512
+
+
+@triton.jit
+def _gemm(
+    X, W, Y, H, B, AUX, M, N, K, R, scale, k_split,
+    x_m, x_k, w_n, w_k, y_z, y_m, y_n, h_m, h_r, b_n, b_r, aux_m,
+    HAS_ADAPTER: tl.constexpr, EPILOGUE: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    inside = tl.program_id(0) % (GROUP * tiles_n)
+    o_m = ((group * GROUP + inside % height) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_n = ((inside // height) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    m_m, m_n = (o_m < M)[:, None], (o_n < N)[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    if HAS_ADAPTER:
+        for r in range(0, R, BLOCK_R):
+            o_r = r + tl.arange(0, BLOCK_R)
+            m_r = o_r < R
+            h = tl.load(
+                H + o_m[:, None] * h_m + o_r[None, :] * h_r, mask=m_m & m_r[None, :], other=0.0
+            )
+            b = tl.load(
+                B + o_r[:, None] * b_r + o_n[None, :] * b_n, mask=m_n & m_r[:, None], other=0.0
+            )
+            acc = tl.dot(h, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc *= scale
+    first = tl.program_id(1) * k_split
+    last = tl.minimum(first + k_split, K)
+    o_k = first + tl.arange(0, BLOCK_K).to(tl.int64)
+    p_x = X + o_m[:, None] * x_m + o_k[None, :] * x_k
+    p_w = W + o_k[:, None] * w_k + o_n[None, :] * w_n
+    for k in range(first, last, BLOCK_K):
+        m_k = k + tl.arange(0, BLOCK_K) < last
+        x = tl.load(p_x, mask=m_m & m_k[None, :], other=0.0)
+        w = tl.load(p_w, mask=m_n & m_k[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=ACC)
+        p_x += BLOCK_K * x_k
+        p_w += BLOCK_K * w_k
+    if not HAS_ADAPTER:
+        acc *= scale
+    m = m_m & m_n
+    p_aux = AUX + o_m[:, None] * aux_m + o_n[None, :]
+    if EPILOGUE == "gelu_grad":
+        acc *= gelu_slope(tl.load(p_aux, mask=m, other=0.0).to(ACC))
+    y = acc.to(Y.dtype.element_ty)
+    p_y = Y + tl.program_id(1).to(tl.int64) * y_z + o_m[:, None] * y_m + o_n[None, :] * y_n
+    tl.store(p_y, y, mask=m)
+    if EPILOGUE == "gelu":
+        # Of the rounded pre-activation, which backward will read.
+        tl.store(p_aux, gelu_value(y.to(ACC)), mask=m)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of a program's tile, warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def tile_for(m: int, n: int, dtype: torch.dtype) -> Tile:
+    """The tile of a product. Chosen by what compiles without a spill within 99 KiB of shared
+    memory, the least that a supported card has; no card has timed them."""
+    if dtype.itemsize != 2:
+        return Tile(64, 32, 32, 4, 2)
+    if m <= 64:
+        return Tile(32 if m <= 32 else 64, 128, 64, 4, 3)
+    if n <= 64:
+        return Tile(128, 32 if n <= 32 else 64, 64, 4, 3)
+    return Tile(128, 128, 64, 8, 3)
+
+
+def gemm(
+    x: Tensor,
+    w: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    adapter: tuple[Tensor, Tensor, float] | None = None,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    gelu: Tensor | None = None,
+    gelu_grad: Tensor | None = None,
+) -> Tensor:
+    """x wᵀ + s·h bᵀ by the Triton kernel.
+
+    Args:
+        x: [M, K], w: [N, K], one dtype, any strides.
+        dtype: of the result; x's when None.
+        adapter: h [M, R], b [N, R] and s.
+        scale: a factor of the whole, without an adapter.
+        out: [M, N] of any strides to write, instead of a new tensor.
+        gelu: [M, N], dense in N: gelu of the result is written there too.
+        gelu_grad: [M, N], dense in N: the result is multiplied with gelu' of it.
+
+    Returns:
+        [M, N].
+    """
+    m, k, n = len(x), x.shape[1], len(w)
+    if out is None:
+        out = dispatch.empty(m, n, like=x, dtype=dtype or x.dtype)
+    tile = tile_for(m, n, x.dtype)
+    count = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+    # An adapter or an epilogue needs the whole sum in one program.
+    whole = adapter is not None or gelu is not None or gelu_grad is not None
+    split = 1 if whole else max(1, min(PROGRAMS // count, k // MIN_SPLIT))
+    k_split = triton.cdiv(triton.cdiv(k, split), tile.k) * tile.k
+    split = triton.cdiv(k, k_split)
+    target = out[None]
+    if split > 1:
+        target = dispatch.empty(split, m, n, like=x, dtype=dispatch.wide_dtype(x))
+    h, b, scale = adapter or (x, w, scale)
+    aux = gelu if gelu is not None else gelu_grad if gelu_grad is not None else x
+    _gemm[(count, split)](
+        x, w, target, h, b, aux, m, n, k, h.shape[1], scale, k_split,
+        *x.stride(), *w.stride(), *target.stride(), *h.stride(), *b.stride(), aux.stride(0),
+        HAS_ADAPTER=adapter is not None,
+        EPILOGUE="gelu" if gelu is not None else "gelu_grad" if gelu_grad is not None else "none",
+        GROUP=GROUP, BLOCK_R=16 if x.dtype.itemsize == 4 else 32,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        PRECISION=dispatch.dot_precision(), ACC=dispatch.accumulator(x),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if split > 1:
+        out.copy_(target.sum(0))
+    return out

@@ -1,0 +1,395 @@
+"""y = x Wᵀ + s·(x Aᵀ) Bᵀ with frozen W, for one layer or several that read one input.
+
+    forward    h_i = x A_iᵀ                        y_i = x W_iᵀ + s_i·h_i B_iᵀ
+    backward   g_i = s_i·dy_i B_i                  dx = Σ_i dy_i W_i + g_i A_i
+               dA_i = g_iᵀ x                       dB_i = s_i·dy_iᵀ h_i
+
+q, k and v stacked are one call: their adapters share one product x [A_q; A_k; A_v]ᵀ, their results
+are columns of one tensor. W has no gradient, ever. Kept: x, which the caller has anyway, and h
+([M, ΣR]). A dropout on h is a given factor per element; it is part of h and of g.
+
+Two implementations of the same sums:
+
+    triton   the adapter inside the base product's accumulator (gemm.py): y is written once
+    cublas   the base product by cuBLAS, the adapter added to y by cuBLAS with β = 1: y is written,
+             read and written again, 2·M·N values more, for a base product at the library's speed
+
+`auto` looks the card up in `MEASURED`; on a card without an entry it takes cuBLAS, which no Triton
+product beats by more than the adapter's traffic, 3 % at M = 4096, N = K = 2048.
+
+FLOPs: forward 2·M·K·ΣN + 2·M·Σ R·(K + N), backward the same and 2·M·Σ R·(K + N) more.
+Source: Hu et al. 2021 (LoRA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anima_fast.kernels import dispatch
+from anima_fast.kernels.gelu import gelu_backward, gelu_forward
+from anima_fast.kernels.gemm import gemm
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+
+IMPLEMENTATIONS = ("auto", "triton", "cublas")
+# Compute capability → the largest count of tokens at which the Triton product was measured to be
+# faster. No card has been measured.
+MEASURED: dict[int, int] = {}
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+    implementation: str = "auto",
+) -> Tensor:
+    """The definition; see `lora_linear`. Rounds where the eager layers do."""
+    results = []
+    for w, a, b, s in zip(weights, downs, ups, scales, strict=True):
+        y = F.linear(x, w)
+        if len(a):
+            y = y + s * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        results.append(y)
+    return torch.cat(results, -1)
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Matrices on top of each other: a view where they lie so in memory, else a copy."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+    width, offset = first.shape[1], first.storage_offset()
+    for x in tensors:
+        same = x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and x.is_contiguous() and x.storage_offset() == offset):
+            return torch.cat(list(tensors))
+        offset += x.numel()
+    return first.as_strided((sum(map(len, tensors)), width), (width, 1))
+
+
+def uses_triton(x: Tensor, implementation: str = "auto") -> bool:
+    """Whether the products of these tokens [M, K] run in Triton."""
+    if not dispatch.runs_triton(x) or implementation == "cublas":
+        return False
+    if implementation == "triton" or not x.is_cuda or dispatch.forced():
+        return True
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return len(x) <= MEASURED.get(10 * major + minor, 0)
+
+
+def _columns(sizes: Sequence[int]) -> list[slice]:
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def lora_linear_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+    *,
+    factors: Sequence[Tensor | None] | None = None,
+    gelu: bool = False,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, h, gelu(y)) without autograd.
+
+    Args:
+        x: [M, K].
+        weights, downs, ups, scales: as `lora_linear`, adapters in x's dtype.
+        factors: [M, R_i] each, multiplied to h_i (dropout), or None.
+        gelu: compute gelu(y) too.
+        implementation: auto, triton or cublas.
+
+    Returns:
+        y [M, ΣN]; h [M, ΣR], None without adapters; gelu(y) or None.
+    """
+    rows, triton = len(x), uses_triton(x, implementation)
+    columns, ranks = _columns([len(w) for w in weights]), _columns([len(a) for a in downs])
+    adapted = [i for i, a in enumerate(downs) if len(a)]
+    h = None
+    if adapted:
+        a = stacked([downs[i] for i in adapted])
+        h = gemm(x, a) if triton else x @ a.T  # [M, ΣR]
+        for i in adapted:
+            if factors is not None and factors[i] is not None:
+                h[:, ranks[i]] *= factors[i]
+    act = None
+    if triton:
+        y = dispatch.empty(rows, columns[-1].stop, like=x)
+        act = dispatch.empty(rows, columns[-1].stop, like=x) if gelu else None
+        for i, w in enumerate(weights):
+            adapter = (h[:, ranks[i]], ups[i], scales[i]) if i in adapted else None
+            part = act[:, columns[i]] if gelu else None
+            gemm(x, w, adapter=adapter, out=y[:, columns[i]], gelu=part)
+        return y, h, act
+    y = x @ stacked(weights).T
+    for i in adapted:
+        y[:, columns[i]].addmm_(h[:, ranks[i]], ups[i].T, alpha=scales[i])
+    return y, h, gelu_forward(y) if gelu else None
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor | None,
+    weights: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+    *,
+    factors: Sequence[Tensor | None] | None = None,
+    gelu_input: Tensor | None = None,
+    needs_x: bool = True,
+    dtype: torch.dtype | None = None,
+    implementation: str = "auto",
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """(dx, dA of every part, dB of every part); parts without adapter get empty gradients.
+
+    Args:
+        dy: [M, ΣN]. The others as given to, or returned by, the forward.
+        gelu_input: [M, K], the pre-activation whose gelu is x: dx is then its gradient.
+        needs_x: compute dx.
+        dtype: of dA and dB; that of the adapters when None.
+    """
+    triton = uses_triton(x, implementation)
+    columns, ranks = _columns([len(w) for w in weights]), _columns([len(a) for a in downs])
+    adapted = [i for i, a in enumerate(downs) if len(a)]
+    d_downs, d_ups = (
+        [dispatch.empty(*t.shape, like=t, dtype=dtype or t.dtype) for t in ts]
+        for ts in (downs, ups)
+    )
+    g = dispatch.empty(len(x), ranks[-1].stop, like=x) if adapted else None
+
+    def product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> None:
+        # The scale is applied before the one rounding.
+        if triton:
+            gemm(a, b, out=out, scale=scale)
+        elif out.dtype == a.dtype:
+            torch.addmm(out, a, b.T, beta=0, alpha=scale, out=out)
+        else:
+            out.copy_((a @ b.T) * scale)
+
+    for i in adapted:
+        columns_i, part = dy[:, columns[i]], g[:, ranks[i]]
+        product(columns_i, ups[i].T, part, scales[i])
+        # dB reads h, which holds the factors; dA and dx read g, which must get them here.
+        product(columns_i.T, h[:, ranks[i]].T, d_ups[i], scales[i])
+        if factors is not None and factors[i] is not None:
+            part *= factors[i]
+    if adapted:
+        d_a = dispatch.empty(ranks[-1].stop, x.shape[1], like=x, dtype=d_downs[0].dtype)
+        product(g.T, x.T, d_a)
+        for i in adapted:
+            d_downs[i] = d_a[ranks[i]]
+    if not needs_x:
+        return None, d_downs, d_ups
+    w, a = stacked(weights), stacked([downs[i] for i in adapted]) if adapted else None
+    if triton:
+        adapter = (g, a.T, 1.0) if adapted else None
+        return gemm(dy, w.T, adapter=adapter, gelu_grad=gelu_input), d_downs, d_ups
+    dx = dy @ w
+    if adapted:
+        dx.addmm_(g, a)
+    return dx if gelu_input is None else gelu_backward(dx, gelu_input), d_downs, d_ups
+
+
+@torch.library.custom_op("anima_fast::lora_linear", mutates_args=())
+def _op(
+    x: Tensor,
+    weights: list[Tensor],
+    downs: list[Tensor],
+    ups: list[Tensor],
+    scales: list[float],
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    flat = x.reshape(-1, x.shape[-1])
+    downs, ups = ([t.to(x.dtype) for t in ts] for ts in (downs, ups))
+    y, h, _ = lora_linear_forward(flat, weights, downs, ups, scales, implementation=implementation)
+    h = x.new_empty(len(flat), 0) if h is None else h
+    return y.view(*x.shape[:-1], -1), h
+
+
+@_op.register_fake
+def _(x, weights, downs, ups, scales, implementation):
+    tokens = x.shape[:-1].numel()
+    y = x.new_empty((*x.shape[:-1], sum(len(w) for w in weights)))
+    return y, x.new_empty((tokens, sum(len(a) for a in downs)))
+
+
+@torch.library.custom_op("anima_fast::lora_linear_backward", mutates_args=())
+def _op_backward(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weights: list[Tensor],
+    downs: list[Tensor],
+    ups: list[Tensor],
+    scales: list[float],
+    implementation: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    flat = x.reshape(-1, x.shape[-1])
+    dx, d_downs, d_ups = lora_linear_backward(
+        dy.reshape(len(flat), -1),
+        flat,
+        h,
+        weights,
+        [t.to(x.dtype) for t in downs],
+        [t.to(x.dtype) for t in ups],
+        scales,
+        dtype=downs[0].dtype,
+        implementation=implementation,
+    )
+    # Results of a custom op must not share memory.
+    return dx.view(x.shape), [d.clone() for d in d_downs], d_ups
+
+
+@_op_backward.register_fake
+def _(dy, x, h, weights, downs, ups, scales, implementation):
+    new = [[t.new_empty(t.shape, dtype=downs[0].dtype) for t in ts] for ts in (downs, ups)]
+    return x.new_empty(x.shape), *new
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weights, downs, ups, ctx.scales, ctx.implementation = inputs
+    ctx.count = len(weights)
+    ctx.save_for_backward(x, output[1], *weights, *downs, *ups)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy: Tensor | None, _dh: Tensor | None) -> tuple:
+    n = ctx.count
+    if dy is None:
+        return None, [None] * n, [None] * n, [None] * n, None, None
+    x, h, *rest = ctx.saved_tensors
+    parts = [rest[i * n : (i + 1) * n] for i in range(3)]
+    dx, d_downs, d_ups = _op_backward(dy, x, h, *parts, ctx.scales, ctx.implementation)
+    return dx, [None] * n, d_downs, d_ups, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def lora_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[float],
+    implementation: str = "auto",
+) -> Tensor:
+    """Frozen linear layers on one input, each with an adapter or none, side by side.
+
+    Args:
+        x: [..., K], fp32, fp16 or bf16.
+        weights: [N_i, K] each, in x's dtype; they get no gradient.
+        downs: [R_i, K] each; R_i = 0 where a layer has no adapter. Any float dtype.
+        ups: [N_i, R_i] each, in the dtype of `downs`.
+        scales: s_i each, alpha / rank times any strength.
+        implementation: auto, triton or cublas (module docstring).
+
+    Returns:
+        [..., ΣN] in x's dtype.
+
+    Raises:
+        ValueError, TypeError: shapes, devices, dtypes or counts that do not fit.
+    """
+    counts = {len(weights), len(downs), len(ups), len(scales)}
+    if len(counts) != 1 or not weights:
+        raise ValueError(
+            f"weights, downs, ups and scales are {len(weights)}, {len(downs)}, {len(ups)} and "
+            f"{len(scales)}, expected one of each per layer"
+        )
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if x.ndim < 2:
+        raise ValueError(f"x is {tuple(x.shape)}, expected [..., K] with at least two dimensions")
+    dispatch.check_dtypes(x=x)
+    k = x.shape[-1]
+    for i, (w, a, b) in enumerate(zip(weights, downs, ups, strict=True)):
+        if w.ndim != 2 or w.shape[1] != k or w.dtype != x.dtype:
+            raise ValueError(
+                f"weights[{i}] is {tuple(w.shape)} {w.dtype}, expected [N, K] with K = {k} in x's "
+                f"{x.dtype}"
+            )
+        if a.ndim != 2:
+            raise ValueError(f"downs[{i}] is {tuple(a.shape)}, expected [R, K]")
+        dispatch.check_shape(f"downs[{i}]", a, "[R, K]", (len(a), k))
+        dispatch.check_shape(f"ups[{i}]", b, "[N, R]", (len(w), len(a)))
+        tensors = {"x": x, f"weights[{i}]": w, f"downs[{i}]": a, f"ups[{i}]": b}
+        dispatch.check_dtypes(**tensors)
+        dispatch.check_devices(**tensors)
+        if a.dtype != downs[0].dtype or b.dtype != downs[0].dtype:
+            raise TypeError(f"downs and ups of part {i} are {a.dtype} and {b.dtype}: use one dtype")
+    return _op(x, list(weights), list(downs), list(ups), list(map(float, scales)), implementation)[
+        0
+    ]
+
+
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
+    m, n, k, r, parts = (sizes[name] for name in ("M", "N", "K", "R", "parts"))
+    ranks = [r * (1 + i % 2) if i or not sizes.get("bare") else 0 for i in range(parts)]
+    if sizes.get("equal"):
+        ranks = [r] * parts
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return randn(rows, columns, dtype=dtype, device=device) / max(1, columns) ** 0.5
+
+    return {
+        "x": randn(m, k, dtype=dtype, device=device),
+        "weights": [matrix(n, k) for _ in range(parts)],
+        "downs": [matrix(rank, k) for rank in ranks],
+        "ups": [matrix(n, rank) for rank in ranks],
+        "scales": [0.5 + i for i in range(parts)],
+        "implementation": "cublas" if sizes.get("cublas") else "auto",
+    }
+
+
+def _cost(sizes: Sizes, itemsize: int) -> Cost:
+    m, n, k, r, parts = (sizes[name] for name in ("M", "N", "K", "R", "parts"))
+    base, adapter = 2 * m * k * n * parts, 2 * m * r * (k + n) * parts
+    tokens, weights = m * (k + n * parts), k * n * parts + r * (k + n) * parts
+    return Cost(
+        forward_bytes=(tokens + weights) * itemsize,
+        backward_bytes=(tokens + weights + m * k) * itemsize,
+        forward_flops=base + adapter,
+        backward_flops=base + 2 * adapter,
+    )
+
+
+def _real_shapes(tokens: int) -> dict[str, Sizes]:
+    one = {"M": tokens, "R": 32, "parts": 1, "equal": 1}
+    return {
+        "qkv": {**one, "N": 2048, "K": 2048, "parts": 3},
+        "square": {**one, "N": 2048, "K": 2048},
+        "text kv": {**one, "M": 96, "N": 2048, "K": 1024, "parts": 2},
+        "mlp up": {**one, "N": 8192, "K": 2048},
+        "mlp down": {**one, "N": 2048, "K": 8192},
+    }
+
+
+OP = Op(
+    name="lora_linear",
+    function=lora_linear,
+    reference=lora_linear_reference,
+    make_inputs=_inputs,
+    grads=("x", "downs", "ups"),
+    shapes=(
+        {"M": 1, "N": 1, "K": 1, "R": 1, "parts": 1},
+        {"M": 5, "N": 7, "K": 9, "R": 3, "parts": 3, "bare": 1},
+        {"M": 130, "N": 70, "K": 65, "R": 20, "parts": 2},
+        {"M": 1100, "N": 40, "K": 33, "R": 4, "parts": 1},
+        {"M": 33, "N": 24, "K": 40, "R": 8, "parts": 3, "cublas": 1},
+    ),
+    real_shapes=_real_shapes,
+    cost=_cost,
+    cost_note="read x, W, A, B, write y; backward reads x and dy, writes dx",
+)
