@@ -70,12 +70,15 @@ class LoRALinear(nn.Module):
         """Let the layer compute with this adapter, on top of those that it has."""
         linear = self._linear[0]
         self._plain_forward, linear.forward = linear.forward, self.forward
+        # Read by the fused block, which computes layer and adapter together.
+        linear.adapters = [*getattr(linear, "adapters", ()), self]
 
     def remove(self) -> None:
         """Let the layer compute without this adapter; others on the layer stay."""
         linear = self._linear[0]
         # One that others stand on stays in the chain and passes through.
         self._removed = True
+        linear.adapters = [a for a in getattr(linear, "adapters", ()) if a is not self]
         if linear.__dict__.get("forward") == self.forward:
             del linear.forward
             if linear.forward != self._plain_forward:
@@ -84,11 +87,44 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out] in x's dtype."""
         y = self._plain_forward(x)
-        if self._removed:
+        if self._removed or self._left_out():
             return y
-        # The draw is made on the CPU generator, which never waits for the device.
-        if self.training and self.module_dropout and torch.rand(()).item() < self.module_dropout:
-            return y
+        return y + self.delta(x)
+
+    def _left_out(self) -> bool:
+        """Module dropout, drawn on the CPU generator, which never waits for the device."""
+        drops = self.training and self.module_dropout
+        return bool(drops) and torch.rand(()).item() < self.module_dropout
+
+    @property
+    def drops(self) -> bool:
+        """Whether calls are random."""
+        return self.training and bool(self.dropout or self.rank_dropout or self.module_dropout)
+
+    def draw(self, batch: int, length: int, like: Tensor) -> tuple[float, Tensor | None]:
+        """The scale of one call (0: left out) and the factors of down(x), drawn as `forward` does.
+
+        Args:
+            batch, length: B and L of x [B, L, in].
+            like: gives dtype and device of x.
+
+        Returns:
+            The scale and [B, L, R], None without dropout.
+        """
+        if self._removed or self._left_out():
+            return 0.0, None
+        scale, factor = self.multiplier * self.scale, None
+        if self.training and self.dropout:
+            factor = F.dropout(like.new_ones(batch, length, self.rank), self.dropout)
+        if self.training and self.rank_dropout:
+            keep = 1 - self.rank_dropout
+            mask = torch.bernoulli(like.new_full((batch, 1, self.rank), keep))
+            factor = mask.expand(batch, length, -1) if factor is None else factor * mask
+            scale = scale / keep
+        return scale, factor
+
+    def delta(self, x: Tensor) -> Tensor:
+        """What the adapter adds: [..., in] → [..., out] in x's dtype."""
         h = F.linear(x, self.down.to(x.dtype))  # [..., R]
         scale = self.multiplier * self.scale
         if self.training and self.dropout:
@@ -99,7 +135,7 @@ class LoRALinear(nn.Module):
             shape = (h.shape[0], *[1] * (h.ndim - 2), self.rank)
             h = h * torch.bernoulli(h.new_full(shape, keep))
             scale = scale / keep
-        return y + scale * F.linear(h, self.up.to(x.dtype))
+        return scale * F.linear(h, self.up.to(x.dtype))
 
 
 class LoRANetwork(nn.Module):

@@ -24,13 +24,18 @@ from torch.utils.checkpoint import checkpoint
 from anima_fast.errors import UserError
 from anima_fast.models.dit import AnimaDiT, Block
 from anima_fast.models.dit_layers import Shared
+from anima_fast.models.recompute import block_policies
 
 Run = Callable[[Tensor, Shared], Tensor]
+# A tensor in host memory and the device that it came from.
+Packed = tuple[torch.device, Tensor]
 
 
 def install_block_runner(
     dit: AnimaDiT,
     *,
+    fused: bool = False,
+    recompute: str | int | None = None,
     gradient_checkpointing: bool = False,
     cpu_offload: bool = False,
     unsloth_offload: bool = False,
@@ -46,8 +51,10 @@ def install_block_runner(
 
     Args:
         dit: the model.
+        fused: run blocks through the fused kernels (models/block.py).
+        recompute: none, mlp (fused only), block, or a count of blocks at `block`.
         device: where the DiT computes; None means where it is.
-        gradient_checkpointing: recompute every block in backward.
+        gradient_checkpointing: the same as recompute `block`.
         cpu_offload: checkpointing whose block inputs wait in host memory.
         unsloth_offload: the same in pinned memory with asynchronous copies.
         blocks_to_swap: how many blocks keep their frozen weights in host memory, at most two less
@@ -61,26 +68,62 @@ def install_block_runner(
             "--cpu_offload_checkpointing, --unsloth_offload_checkpointing and --blocks_to_swap "
             "exclude each other: keep one of them"
         )
+    if gradient_checkpointing or cpu_offload or unsloth_offload:
+        recompute = "block"
+    policies = check_policies(recompute or "none", len(dit.blocks), fused=fused)
     if isinstance(dit.block_runner, BlockRunner) and dit.block_runner.swap:
         dit.block_runner.swap.restore()
     device = torch.device(device) if device is not None else next(dit.parameters()).device
-    swap = BlockSwap(dit.blocks, blocks_to_swap, device) if blocks_to_swap else None
+    swap = None
+    if blocks_to_swap:
+        # The fused path computes the modulation of all blocks at once, so those weights stay.
+        keep = "adaln_modulation" if fused else None
+        swap = BlockSwap(dit.blocks, blocks_to_swap, device, keep=keep)
     move_to(dit, device, leave=swap.weights if swap else ())
-    recompute = gradient_checkpointing or cpu_offload or unsloth_offload
-    if not (recompute or swap):
+    offload = to_pinned if unsloth_offload else to_host if cpu_offload else None
+    for block in dit.blocks:
+        block.fused = None
+    if fused:
+        # Not at the top: triton is not on every system that runs the eager blocks.
+        from anima_fast.models.fuse import fuse_blocks
+
+        fuse_blocks(dit, recompute or "none", swapped=swap.order if swap else ())
+        if offload is not None:
+            for block in dit.blocks:
+                block.fused.pack, block.fused.unpack = offload, to_device
+        # The fused block computes again by itself.
+        policies = ["none"] * len(dit.blocks)
+    if swap is None and set(policies) == {"none"}:
         dit.block_runner = None
         return
-    offload = "pinned" if unsloth_offload else "plain" if cpu_offload else None
-    dit.block_runner = BlockRunner(recompute=recompute, offload=offload, swap=swap)
+    dit.block_runner = BlockRunner(policies, offload=offload, swap=swap)
+
+
+def check_policies(recompute: str | int, blocks: int, *, fused: bool) -> list[str]:
+    """The policy of every block. Raises `UserError` for one that cannot be had."""
+    try:
+        policies = block_policies(recompute, blocks)
+    except ValueError as error:
+        raise UserError(f"--recompute: {error}") from None
+    if "mlp" in policies and not fused:
+        raise UserError(
+            "--recompute mlp is a policy of the fused block: use --kernels triton on a CUDA card, "
+            "or --recompute block"
+        )
+    return policies
 
 
 class BlockRunner:
     """Runs a block of the DiT: `runner(index, block, x, shared) -> x`."""
 
     def __init__(
-        self, *, recompute: bool, offload: str | None = None, swap: BlockSwap | None = None
+        self,
+        policies: Sequence[str],
+        *,
+        offload: Callable[[Tensor], Packed] | None = None,
+        swap: BlockSwap | None = None,
     ) -> None:
-        self.recompute = recompute
+        self.policies = policies
         self.offload = offload
         self.swap = swap
 
@@ -88,23 +131,20 @@ class BlockRunner:
         """[B, L, D] → [B, L, D]."""
         swapped = self.swap is not None and index in self.swap
         run = self.swap.runner(index, block) if swapped else block
-        if not torch.is_grad_enabled() or not (self.recompute or swapped):
+        recompute = swapped or self.policies[index] == "block"
+        if not (recompute and torch.is_grad_enabled()):
             return run(x, shared)
         if self.offload is None:
             return recomputed(run, x, shared)
         # The hooks see one tensor only, the input that checkpoint keeps: inside the block its own
         # hooks are in force.
-        pack = to_pinned if self.offload == "pinned" else to_host
-        with saved_tensors_hooks(pack, to_device):
+        with saved_tensors_hooks(self.offload, to_device):
             return recomputed(run, x, shared)
 
 
 def recomputed(run: Run, x: Tensor, shared: Shared) -> Tensor:
     """run(x, shared) that keeps x and recomputes the rest in backward, random numbers replayed."""
     return checkpoint(run, x, shared, use_reentrant=False, preserve_rng_state=True)
-
-
-Packed = tuple[torch.device, Tensor]
 
 
 def to_host(x: Tensor) -> Packed:
@@ -143,11 +183,18 @@ class BlockSwap:
     At most two blocks' weights are on the device at a time: the one in use and the next one.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], count: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        count: int,
+        device: torch.device,
+        *,
+        keep: str | None = None,
+    ) -> None:
         self.order = swapped_indices(len(blocks), count)
         self.device = device
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.parameters = {i: frozen_parameters(blocks[i]) for i in self.order}
+        self.parameters = {i: frozen_parameters(blocks[i], keep) for i in self.order}
         if not all(self.parameters.values()):
             raise UserError("--blocks_to_swap needs frozen DiT weights: it works for LoRA training")
         self.fetched: dict[int, tuple[dict[str, Tensor], torch.cuda.Event | None]] = {}
@@ -238,9 +285,10 @@ def move_to(module: nn.Module, device: torch.device, *, leave: Iterable[Tensor])
             tensor.data = tensor.data.to(device)
 
 
-def frozen_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter of those that are not trained."""
-    return {name: p for name, p in block.named_parameters() if not p.requires_grad}
+def frozen_parameters(block: nn.Module, keep: str | None = None) -> dict[str, nn.Parameter]:
+    """Name → parameter of those that are not trained and whose name does not contain `keep`."""
+    named = block.named_parameters()
+    return {n: p for n, p in named if not (p.requires_grad or (keep and keep in n))}
 
 
 def compile_blocks(

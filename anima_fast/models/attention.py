@@ -41,12 +41,14 @@ class ZeroRows:
 
     counts: tuple[int, ...]
     logits: Tensor  # [B, 1, 1, J], of J zero keys that stand for them
+    on_device: Tensor  # the counts, [B] int32
 
     def sample(self, index: int) -> ZeroRows | None:
         """The rows of one sample, None when it has none."""
         if not self.counts[index]:
             return None
-        return ZeroRows((self.counts[index],), self.logits[index : index + 1])
+        one = slice(index, index + 1)
+        return ZeroRows(self.counts[one], self.logits[one], self.on_device[one])
 
 
 ZeroKeys = int | Sequence[int] | Tensor | ZeroRows | None
@@ -107,7 +109,8 @@ def prepare_zero_rows(
     if not any(counts):
         return None
     logits = torch.tensor([zero_logits(n, dtype) for n in counts], dtype=dtype)
-    return ZeroRows(tuple(counts), logits.to(device)[:, None, None, :])
+    on_device = torch.tensor(counts, dtype=torch.int32).to(device)
+    return ZeroRows(tuple(counts), logits.to(device)[:, None, None, :], on_device)
 
 
 def zero_logits(count: int, dtype: torch.dtype) -> list[float]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,9 @@ from anima_fast.models.dit_layers import (
 )
 from anima_fast.models.rope import rope_angles
 
+if TYPE_CHECKING:
+    from anima_fast.models.fuse import FusedBlock
+
 # Kept in float32 when the compute dtype is float16, because their results exceed its range.
 FP32_PARTS = re.compile(r"(t_embedder|t_embedding_norm|final_layer)\..*|.*\.adaln_modulation_.*")
 # Tensors of a DiT file that are not the DiT's.
@@ -61,10 +65,14 @@ PASSED_OVER = (re.compile(r"llm_adapter\..*"), LEFTOVERS, FOREIGN)
 
 
 class Block(nn.Module):
-    """Self attention, cross attention and MLP, each modulated and gated."""
+    """Self attention, cross attention and MLP, each modulated and gated.
+
+    Attributes: `fused` runs the block instead when it is set (models/fuse.py).
+    """
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
+        self.fused: FusedBlock | None = None
         channels, rank = config.model_channels, config.adaln_rank
         self.self_attn = SelfAttention(channels, channels, config.head_dim)
         self.cross_attn = CrossAttention(channels, config.context_dim, config.head_dim)
@@ -75,6 +83,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """[B, L, D] → [B, L, D] in the dtype of the residual stream."""
+        if self.fused is not None and (out := self.fused(self, x, shared)) is not None:
+            return out
         m = modulation(self.adaln_modulation_self_attn, shared)
         h = layernorm_modulate(x, m, shared.dtype)
         x = x + m.gate * self.self_attn(h, shared)
@@ -186,9 +196,18 @@ class AnimaDiT(nn.Module):
         features = timestep_features(sigma, self.config.model_channels)
         features = features.to(self.t_embedding_norm.weight.dtype)  # [B, D]
         angles = rope_angles(self.config.head_dim, 1, height, width, sigma.device)
+        embedding = self.t_embedding_norm(features)[:, None]
+        shared_modulation = self.t_embedder(features)[:, None]
+        modulations = None
+        if any(block.fused for block in self.blocks):
+            # Not at the top: triton is not on every system that runs the eager blocks.
+            from anima_fast.models.modulation import batched_modulation
+
+            modulations = batched_modulation(self.blocks, embedding, shared_modulation)
         return Shared(
-            embedding=self.t_embedding_norm(features)[:, None],
-            shared_modulation=self.t_embedder(features)[:, None],
+            embedding=embedding,
+            shared_modulation=shared_modulation,
+            modulations=modulations,
             context=context.to(self.dtype),
             cos=angles.cos().to(self.dtype),
             sin=angles.sin().to(self.dtype),

@@ -43,6 +43,8 @@ class Shared:
     dtype: torch.dtype
     attn_mode: str = "torch"
     split_attn: bool = False
+    # Of all blocks at once, [blocks, B, 9, D], where blocks run fused (models/modulation.py).
+    modulations: Tensor | None = None
 
 
 def wide(x: Tensor) -> Tensor:

@@ -1,0 +1,368 @@
+"""The fused DiT block: one autograd Function whose backward is written by hand.
+
+    h₁ = LN(x₀)·(1 + scale₁) + shift₁     qkv = linear(h₁)
+    o₁, lse₁ = attend(norm and rope of q, k; v)
+    x₁ = x₀ + gate₁·linear(o₁)            h₂ = LN(x₁)·(1 + scale₂) + shift₂
+    q = linear(h₂)    kv = linear(text)   o₂, lse₂ = attend(norm of q, k; v, zero keys)
+    x₂ = x₁ + gate₂·linear(o₂)            h₃ = LN(x₂)·(1 + scale₃) + shift₃
+    a = linear(h₃)                        x₃ = x₂ + gate₃·linear(gelu(a))
+
+Every `linear` is frozen and may carry an adapter. Kept between forward and backward, in units of
+L·D values: x₀ 1, qkv 3, o₁ 1, x₁ 1, q 1, o₂ 1, x₂ 1, a 4, and the small change: text k and v, the
+two lse, and x Aᵀ of every adapter. That is 13; norms, rotations, GELU and modulated inputs are
+computed again from these, and no matrix product is. Policy `mlp` drops a (9 units) and repeats
+that one product, `block` keeps x₀ alone and repeats the forward. With adapters on the AdaLN layers
+the three sublayer results stay too, as the gradients of the gates need them.
+
+Backward stops where nothing below needs a gradient, in the middle of a block too. Adapters are used
+in the dtype of the activations; their gradients have the parameters' own. The eager `Block` is the
+definition, and computes whatever this one does not take on (fuse.py, which installs it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anima_fast.kernels.gate_residual import gate_residual_backward, gate_residual_forward
+from anima_fast.kernels.gate_residual_layernorm_modulate import (
+    gate_residual_layernorm_modulate_backward,
+    gate_residual_layernorm_modulate_forward,
+)
+from anima_fast.kernels.gelu import gelu_forward
+from anima_fast.kernels.layernorm_modulate import (
+    layernorm_modulate_backward,
+    layernorm_modulate_forward,
+)
+from anima_fast.kernels.lora_linear import lora_linear_backward, lora_linear_forward
+from anima_fast.kernels.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward
+from anima_fast.models import fused_attention as attend
+from anima_fast.models.attention import ZeroRows
+
+# Linear layers that read one input, in the order in which the eager block calls them.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.output_proj",),
+    "cross_q": ("cross_attn.q_proj",),
+    "cross_kv": ("cross_attn.k_proj", "cross_attn.v_proj"),
+    "cross_out": ("cross_attn.output_proj",),
+    "up": ("mlp.layer1",),
+    "down": ("mlp.layer2",),
+}
+# Places of shift, scale and gate of the three sublayers in the modulation [B, 9, D].
+SHIFT, SCALE, GATE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the Function gets besides tensors."""
+
+    policy: str
+    attn_mode: str
+    dtype: torch.dtype
+    head_dim: int
+    scales: dict[str, list[float]]
+    rows: ZeroRows | None
+    pack: Callable[[Tensor], Any] | None = None
+    unpack: Callable[[Any], Tensor] | None = None
+
+
+class Values:
+    """The tensors of one block by name, and its arithmetic on them."""
+
+    def __init__(self, settings: Settings, tensors: dict[str, Tensor | None]) -> None:
+        self.settings = settings
+        self.t = tensors
+        self.kept: dict[str, attend.Kept] = {}
+
+    def layers(self, group: str) -> dict[str, Any]:
+        """Arguments of a linear group, adapters in the dtype of the activations."""
+        parts = range(len(GROUPS[group]))
+        cast = [
+            [self.t[f"{kind}.{group}.{i}"].to(self.settings.dtype) for i in parts]
+            for kind in ("down", "up")
+        ]
+        return {
+            "weights": [self.t[f"weight.{group}.{i}"] for i in parts],
+            "downs": cast[0],
+            "ups": cast[1],
+            "scales": self.settings.scales[group],
+            "factors": [self.t.get(f"factor.{group}.{i}") for i in parts],
+        }
+
+    def adapted(self, *groups: str) -> bool:
+        """Whether any layer of these groups has an adapter."""
+        return any(
+            len(self.t[f"down.{group}.{i}"]) for group in groups for i in range(len(GROUPS[group]))
+        )
+
+    def linear(self, group: str, x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(y, gelu(y) or None) [B, L, N]; x Aᵀ is kept as `h.GROUP`."""
+        flat = x.reshape(-1, x.shape[-1])
+        y, h, act = lora_linear_forward(flat, **self.layers(group), gelu=gelu)
+        self.t[f"h.{group}"] = h
+        shape = (*x.shape[:-1], -1)
+        return y.view(shape), None if act is None else act.view(shape)
+
+    def modulation(self, sublayer: int, kind: int) -> Tensor:
+        """Shift, scale or gate [B, D] of a sublayer."""
+        return self.t["modulation"][:, 3 * sublayer + kind]
+
+    def modulated(self, x: Tensor, sublayer: int) -> Tensor:
+        """h of a sublayer's input."""
+        scale, shift = self.modulation(sublayer, SCALE), self.modulation(sublayer, SHIFT)
+        return layernorm_modulate_forward(x, scale, shift, self.settings.dtype)
+
+    def residual(self, x: Tensor, y: Tensor, sublayer: int) -> tuple[Tensor, Tensor]:
+        """The next x and the h of the sublayer after it."""
+        return gate_residual_layernorm_modulate_forward(
+            x,
+            y,
+            self.modulation(sublayer, GATE),
+            self.modulation(sublayer + 1, SCALE),
+            self.modulation(sublayer + 1, SHIFT),
+            self.settings.dtype,
+        )
+
+    def heads(self, x: Tensor, parts: int) -> Tensor:
+        """[B, L, parts·D] as [B, L, parts, H, K]."""
+        return x.view(*x.shape[:2], parts, -1, self.settings.head_dim)
+
+    def self_qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and rotated q and k, and v, of the packed projection."""
+        packed = self.heads(self.t["qkv"], 3)
+        qk = qk_norm_rope_forward(packed, self.t["norm.self"], self.t["cos"], self.t["sin"])
+        return qk[:, :, 0], qk[:, :, 1], packed[:, :, 2]
+
+    def cross_qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed q and k, and v, of the image's and the text's projections."""
+        kv = self.heads(self.t["kv"], 2)
+        norm = self.t["norm.cross"]
+        q = qk_norm_rope_forward(self.heads(self.t["q"], 1), norm[:1], None, None)
+        k = qk_norm_rope_forward(kv, norm[1:], None, None)
+        return q[:, :, 0], k[:, :, 0], kv[:, :, 1]
+
+    def attention(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, L, D]; out and lse are kept."""
+        settings = self.settings
+        rows = settings.rows if name == "cross" else None
+        self.kept[name] = attend.forward(q, k, v, rows, settings.attn_mode)
+        return self.kept[name].out.flatten(2)
+
+    def forward(self) -> Tensor:
+        """x₃; everything that backward may want is in `t` and `kept` afterwards."""
+        t = self.t
+        t["qkv"], _ = self.linear("qkv", self.modulated(t["x0"], 0))
+        t["y0"], _ = self.linear("out", self.attention("self", *self.self_qkv()))
+        t["x1"], h = self.residual(t["x0"], t["y0"], 0)
+        t["q"], _ = self.linear("cross_q", h)
+        t["kv"], _ = self.linear("cross_kv", t["context"])
+        t["y1"], _ = self.linear("cross_out", self.attention("cross", *self.cross_qkv()))
+        t["x2"], h = self.residual(t["x1"], t["y1"], 1)
+        t["a"], act = self.linear("up", h, gelu=True)
+        t["y2"], _ = self.linear("down", act)
+        return gate_residual_forward(t["x2"], t["y2"], self.modulation(2, GATE))
+
+
+# What `none` keeps besides inputs and the attentions' out and lse; `mlp` keeps no a.
+KEPT = ("x1", "x2", "qkv", "q", "kv", "a", *(f"h.{group}" for group in GROUPS))
+SUBLAYERS = ("y0", "y1", "y2")
+
+
+class Backward:
+    """The gradients of one block, from the last sublayer to the first."""
+
+    def __init__(self, values: Values, needs: dict[str, bool]) -> None:
+        self.v, self.t = values, values.t
+        self.needs = needs
+        self.grads: dict[str, Tensor] = {}
+        v = values
+        # Whether a gradient must go on below each sublayer.
+        self.below_self = needs["x0"] or needs["modulation"]
+        self.below_cross = self.below_self or v.adapted("qkv", "out")
+        self.into_cross = v.adapted("cross_q", "cross_kv") or needs["context"]
+        self.below_mlp = self.below_cross or self.into_cross or v.adapted("cross_out")
+
+    def linear(self, group: str, dy: Tensor, x: Tensor | None, **options: Any) -> Tensor | None:
+        """dx [B, L, K] of a linear group; the adapters' gradients go into `grads`."""
+        shape = dy.shape[:-1]
+        layers = self.v.layers(group)
+        if x is None:
+            # Nothing reads x without an adapter but its shape.
+            x = dy.new_empty(()).expand(*shape, layers["weights"][0].shape[1])
+        dx, d_downs, d_ups = lora_linear_backward(
+            dy.reshape(-1, dy.shape[-1]),
+            x.reshape(-1, x.shape[-1]),
+            self.t.get(f"h.{group}"),
+            **layers,
+            dtype=self.adapter_dtype(group),
+            **options,
+        )
+        for i, (d_down, d_up) in enumerate(zip(d_downs, d_ups, strict=True)):
+            self.grads |= {f"down.{group}.{i}": d_down, f"up.{group}.{i}": d_up}
+        return None if dx is None else dx.view(*shape, -1)
+
+    def adapter_dtype(self, group: str) -> torch.dtype:
+        """That of the group's adapters, which a layer without one does not have."""
+        downs = [self.t[f"down.{group}.{i}"] for i in range(len(GROUPS[group]))]
+        return next((a.dtype for a in downs if len(a)), downs[0].dtype)
+
+    def modulated(self, x: Tensor, sublayer: int, group: str) -> Tensor | None:
+        """The input of a linear group again, if its adapters need it."""
+        return self.v.modulated(x, sublayer) if self.v.adapted(group) else None
+
+    def run(self, dout: Tensor) -> dict[str, Tensor]:
+        """Gradients by the names of the inputs."""
+        t, v = self.t, self.v
+        dtype = v.settings.dtype
+        modulation: dict[int, Tensor] = {}
+        gates = t if self.needs["modulation"] else {}
+
+        dy, modulation[8] = gate_residual_backward(
+            dout, gates.get("y2"), v.modulation(2, GATE), dtype
+        )
+        dh = self.mlp(dy)
+        if self.below_mlp:
+            dx, dy, modulation[5], modulation[7], modulation[6] = self.residual(dout, dh, 1, gates)
+            dh = self.cross(dy)
+        if self.below_cross:
+            dx, dy, modulation[2], modulation[4], modulation[3] = self.residual(dx, dh, 0, gates)
+            dh = self.self_attention(dy)
+        if self.below_self:
+            needs = self.needs["modulation"]
+            dx, modulation[1], modulation[0] = layernorm_modulate_backward(
+                dh, t["x0"], v.modulation(0, SCALE), residual=dx, needs_modulation=needs
+            )
+            self.grads["x0"] = dx
+            if needs:
+                rows = torch.stack([modulation[i] for i in range(9)], 1)
+                self.grads["modulation"] = rows.to(t["modulation"].dtype)
+        return self.grads
+
+    def residual(self, dx: Tensor, dh: Tensor, sublayer: int, gates: dict) -> tuple:
+        """(dx, dy, dgate, dscale, dshift) where one sublayer ends and the next begins."""
+        v = self.v
+        return gate_residual_layernorm_modulate_backward(
+            dx,
+            dh,
+            self.t[f"x{sublayer + 1}"],
+            gates.get(f"y{sublayer}"),
+            v.modulation(sublayer, GATE),
+            v.modulation(sublayer + 1, SCALE),
+            dtype=v.settings.dtype,
+        )
+
+    def mlp(self, dy: Tensor) -> Tensor | None:
+        """dh₃ of dy, the gradient of the MLP's result."""
+        t, v = self.t, self.v
+        h = self.modulated(t["x2"], 2, "up")
+        goes_on = self.below_mlp or v.adapted("up")
+        if t.get("a") is None:
+            t["a"], _ = v.linear("up", v.modulated(t["x2"], 2) if h is None else h)
+        act = gelu_forward(t["a"]) if v.adapted("down") else None
+        a = t["a"].reshape(-1, t["a"].shape[-1])
+        da = self.linear("down", dy, act, needs_x=goes_on, gelu_input=a)
+        return self.linear("up", da, h, needs_x=self.below_mlp) if goes_on else None
+
+    def cross(self, dy: Tensor) -> Tensor | None:
+        """dh₂ of dy, the gradient of the cross attention's result."""
+        t, v = self.t, self.v
+        kept = v.kept["cross"]
+        goes_on = self.below_cross or self.into_cross
+        do = self.linear("cross_out", dy, kept.out.flatten(2), needs_x=goes_on)
+        if not goes_on:
+            return None
+        q, k, value = v.cross_qkv()
+        dq, dkv = torch.empty_like(v.heads(t["q"], 1)), torch.empty_like(v.heads(t["kv"], 2))
+        into = (dq[:, :, 0], dkv[:, :, 0], dkv[:, :, 1])
+        attend.backward(do.view(q.shape), q, k, value, kept, v.settings.attn_mode, into=into)
+        norm = t["norm.cross"]
+        if v.adapted("cross_kv") or self.needs["context"]:
+            heads = v.heads(t["kv"], 2)
+            qk_norm_rope_backward(dkv[:, :, :1], heads, norm[1:], None, None, out=dkv)
+            dcontext = self.linear(
+                "cross_kv", dkv.flatten(2), t["context"], needs_x=self.needs["context"]
+            )
+            if dcontext is not None:
+                self.grads["context"] = dcontext
+        if not (self.below_cross or v.adapted("cross_q")):
+            return None
+        qk_norm_rope_backward(dq, v.heads(t["q"], 1), norm[:1], None, None, out=dq)
+        h = self.modulated(t["x1"], 1, "cross_q")
+        return self.linear("cross_q", dq.flatten(2), h, needs_x=self.below_cross)
+
+    def self_attention(self, dy: Tensor) -> Tensor | None:
+        """dh₁ of dy, the gradient of the self attention's result."""
+        t, v = self.t, self.v
+        kept = v.kept["self"]
+        goes_on = self.below_self or v.adapted("qkv")
+        do = self.linear("out", dy, kept.out.flatten(2), needs_x=goes_on)
+        if not goes_on:
+            return None
+        q, k, value = v.self_qkv()
+        packed = v.heads(t["qkv"], 3)
+        # Attention writes the packed gradient, and norm and rotation turn it in place.
+        dpacked = torch.empty_like(packed)
+        into = tuple(dpacked[:, :, i] for i in range(3))
+        attend.backward(do.view(q.shape), q, k, value, kept, v.settings.attn_mode, into=into)
+        norm = t["norm.self"]
+        qk_norm_rope_backward(dpacked[:, :, :2], packed, norm, t["cos"], t["sin"], out=dpacked)
+        h = self.modulated(t["x0"], 0, "qkv")
+        return self.linear("qkv", dpacked.flatten(2), h, needs_x=self.below_self)
+
+
+class FusedBlockFunction(torch.autograd.Function):
+    """x₃ of the named tensors; see the module docstring."""
+
+    @staticmethod
+    def forward(ctx, settings: Settings, names: Sequence[str], *tensors: Tensor | None) -> Tensor:
+        inputs = dict(zip(names, tensors, strict=True))
+        values = Values(settings, dict(inputs))
+        out = values.forward()
+        ctx.settings, ctx.inputs = settings, tuple(names)
+        if not any(ctx.needs_input_grad):
+            return out
+        needs_gates = ctx.needs_input_grad[2 + names.index("modulation")]
+        keep = {name: x for name, x in inputs.items() if x is not None}
+        ctx.packed, ctx.graphs = None, {}
+        if settings.policy == "block":
+            if settings.pack is not None:
+                ctx.packed = settings.pack(keep.pop("x0"))
+        else:
+            wanted = (*KEPT, *SUBLAYERS) if needs_gates else KEPT
+            dropped = ("a", "h.up") if settings.policy == "mlp" else ()
+            for name in wanted:
+                if name not in dropped and values.t[name] is not None:
+                    keep[name] = values.t[name]
+            for name, kept in values.kept.items():
+                ctx.graphs[name] = kept.graph
+                keep[f"out.{name}"] = kept.out
+                if kept.lse is not None:
+                    keep[f"lse.{name}"] = kept.lse
+                keep |= {f"rng{i}.{name}": x for i, x in enumerate(kept.rng)}
+        ctx.names = tuple(keep)
+        ctx.save_for_backward(*keep.values())
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        settings = ctx.settings
+        saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        values = Values(settings, saved)
+        needs = dict(zip(ctx.inputs, ctx.needs_input_grad[2:], strict=True))
+        if settings.policy == "block":
+            if ctx.packed is not None:
+                saved["x0"] = settings.unpack(ctx.packed)
+            values.forward()
+        else:
+            for name, graph in ctx.graphs.items():
+                rng = tuple(saved[f"rng{i}.{name}"] for i in range(2) if f"rng{i}.{name}" in saved)
+                kept = attend.Kept(saved[f"out.{name}"], saved.get(f"lse.{name}"), rng, graph)
+                values.kept[name] = kept
+        grads = Backward(values, needs).run(dout)
+        found = (grads.get(name) if needs[name] else None for name in ctx.inputs)
+        return None, None, *found

@@ -1,0 +1,114 @@
+"""Attention for the fused block: forward and backward apart, with nothing kept but out and lse.
+
+torch        PyTorch's flash attention, which knows no zero keys: with lse' over the real keys,
+             lse = log(e^{lse'} + n) and out = out'·e^{lse' − lse}. Its backward reads the lse
+             and δ = do·out only, so the corrected pair makes it exact as well
+triton       kernels/attention.py, whose softmax starts at the zero keys; also for float32 on a
+             card, where PyTorch has no flash attention
+others       xformers and flash run under autograd inside, and keep what they keep
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from anima_fast.kernels.attention import attention_backward, attention_forward
+from anima_fast.models.attention import HALF, ZeroRows, attention
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Kept:
+    """What backward needs: tensors for `save_for_backward`, and a graph for other backends."""
+
+    out: Tensor
+    lse: Tensor | None = None
+    rng: tuple[Tensor, ...] = ()
+    graph: tuple[Tensor, ...] = field(default=(), repr=False)
+
+
+def uses_flash(q: Tensor, mode: str) -> bool:
+    """Whether PyTorch's flash attention runs: in 16 bit on a card, in any dtype on the CPU."""
+    return mode in ("torch", "sdpa") and (not q.is_cuda or q.dtype in HALF)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None, mode: str) -> Kept:
+    """Attention without autograd.
+
+    Args:
+        q: [B, L, H, K].
+        k, v: [B, S, H, K].
+        rows: the zero keys.
+        mode: as `models.attention.attention`.
+    """
+    if uses_flash(q, mode):
+        return _flash_forward(q, k, v, rows)
+    if mode in ("torch", "sdpa", "triton"):
+        return Kept(*attention_forward(q, k, v, rows.on_device if rows else None))
+    with torch.enable_grad():
+        leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
+        out = attention(*leaves, zero_keys=rows, mode=mode)
+    return Kept(out.detach(), graph=(out, *leaves))
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Kept,
+    mode: str,
+    *,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write dq, dk and dv into three tensors of q's, k's and v's shapes.
+
+    Args:
+        do: [B, L, H, K].
+        q, k, v, mode: as given to the forward.
+        kept: what the forward returned.
+        into: dense in K, parts of packed gradients.
+    """
+    if kept.graph:
+        out, *leaves = kept.graph
+        found = torch.autograd.grad(out, leaves, do)
+    elif uses_flash(q, mode):
+        found = _flash_backward(do, q, k, v, kept)
+    else:
+        attention_backward(do, q, k, v, kept.out, kept.lse, into=into)
+        return
+    for target, gradient in zip(into, found, strict=True):
+        target.copy_(gradient)
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None) -> Kept:
+    heads = [t.transpose(1, 2) for t in (q, k, v)]  # [B, H, L, K]
+    if q.is_cuda:
+        out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(*heads)
+        rng = (seed, offset)
+    else:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*heads)
+        rng = ()
+    out = out.transpose(1, 2)  # [B, L, H, K]
+    if rows is not None:
+        zeros = rows.on_device.to(lse.dtype).log()[:, None, None]  # [B, 1, 1]
+        real, lse = lse, torch.logaddexp(lse, zeros)
+        out = (out * (real - lse).exp().transpose(1, 2)[..., None]).to(q.dtype)
+    return Kept(out.contiguous(), lse, rng)
+
+
+def _flash_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> list[Tensor]:
+    do, q, k, v, out = (t.transpose(1, 2) for t in (do, q, k, v, kept.out))
+    if q.is_cuda:
+        found = aten._scaled_dot_product_flash_attention_backward(
+            do, q, k, v, out, kept.lse, None, None, q.shape[2], k.shape[2], 0.0, False, *kept.rng
+        )
+    else:
+        found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, q, k, v, out, kept.lse, 0.0, False
+        )
+    return [t.transpose(1, 2) for t in found[:3]]

@@ -1,0 +1,414 @@
+"""The fused DiT against the eager one: loss, LoRA gradients, what is kept, what is computed."""
+
+import copy
+import itertools
+import logging
+
+import pytest
+import torch
+from tiny_dit import TINY, dit_weights
+
+from anima_fast.adapters.lora import add_lora
+from anima_fast.kernels import dispatch
+from anima_fast.models.dit import DitConfig, load_dit
+from anima_fast.models.fuse import fuse_blocks, unfuse_blocks
+from anima_fast.models.recompute import block_policies
+from anima_fast.parity import FLOORS, relative_error
+
+TWO = DitConfig(**{**TINY.__dict__, "num_blocks": 2})
+ALL = [".*"]
+
+
+def make_inputs(batch=2, height=6, width=10, rows=5, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return {
+        "latents": draw(batch, TWO.in_channels, height, width),
+        "sigma": torch.rand(batch, generator=generator),
+        "context": draw(batch, rows, TWO.context_dim),
+        "target": draw(batch, TWO.in_channels, height, width),
+    }
+
+
+def make_network(dit, seed=5, **options):
+    network = add_lora(dit, **{"rank": 4, "alpha": 2.0, "seed": 1, **options})
+    generator = torch.Generator().manual_seed(seed)
+    for adapter in network.adapters:
+        adapter.up.data.copy_(torch.randn(adapter.up.shape, generator=generator) * 0.3)
+    return network
+
+
+def run(dtype, *, fused, kernels="reference", recompute="none", config=TWO, zero_keys=None,
+        draws=None, attn_mode="torch", batch=2, autograd=True, **options):  # fmt: skip
+    """Loss and LoRA gradients of one step."""
+    dit = load_dit(dit_weights(config), dtype=dtype, attn_mode=attn_mode)
+    network = make_network(dit, **options)
+    if fused:
+        fuse_blocks(dit, recompute)
+    inputs = make_inputs(batch)
+    if draws is not None:
+        torch.manual_seed(draws)
+    with dispatch.use(kernels):
+        out = dit(
+            inputs["latents"].to(dtype),
+            inputs["sigma"].double() if dtype == torch.float64 else inputs["sigma"],
+            inputs["context"].to(dtype),
+            zero_keys=[507, 20][:batch] if zero_keys is None else zero_keys,
+        )
+        loss = (out.to(torch.promote_types(out.dtype, torch.float32)) - inputs["target"]).square()
+        loss = loss.mean()
+        if autograd:
+            loss.backward()
+    grads = {
+        f"{name}.{kind}": getattr(adapter, kind).grad.clone()
+        for name, adapter in network.modules_by_name.items()
+        for kind in ("down", "up")
+        if getattr(adapter, kind).grad is not None
+    }
+    return {"loss": loss.detach(), **grads}
+
+
+def assert_agrees(dtype, **options):
+    """Loss and gradients of the fused DiT are as near to float64 as twice the eager ones'."""
+    plain = {k: v for k, v in options.items() if k not in ("kernels", "recompute", "attn_mode")}
+    exact = run(torch.float64, fused=False, **plain)
+    eager = run(dtype, fused=False, **plain)
+    fused = run(dtype, fused=True, **options)
+    assert fused.keys() == eager.keys() == exact.keys() and len(fused) > 1
+    errors = {name: relative_error(eager[name], exact[name]) for name in exact}
+    # One small tensor may round luckily: the typical error of the run counts as well.
+    typical = sum(errors.values()) / len(errors)
+    for name in exact:
+        own, allowed = relative_error(fused[name], exact[name]), 2 * max(errors[name], typical)
+        assert own <= allowed + FLOORS[dtype], f"{name}: error {own:.2e}, allowed {allowed:.2e}"
+
+
+HALF = torch.bfloat16
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block", 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_agrees_with_eager(dtype, recompute):
+    assert_agrees(dtype, recompute=recompute)
+
+
+@pytest.mark.parametrize("attn_mode", ["torch", "triton"])
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_agree_with_eager(dtype, recompute, attn_mode):
+    assert_agrees(dtype, recompute=recompute, kernels="triton", attn_mode=attn_mode)
+
+
+@pytest.mark.parametrize("zero_keys", [0, 507, [0, 30]])
+def test_zero_keys(zero_keys):
+    for attn_mode in ("torch", "triton"):
+        assert_agrees(torch.float32, zero_keys=zero_keys, attn_mode=attn_mode)
+
+
+LAYERS = [
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.output_proj",
+    "cross_attn.q_proj", "cross_attn.k_proj", "cross_attn.v_proj", "cross_attn.output_proj",
+    "mlp.layer1", "mlp.layer2", "adaln_modulation_self_attn.1", "adaln_modulation_self_attn.2",
+    "adaln_modulation_cross_attn.2", "adaln_modulation_mlp.1",
+]  # fmt: skip
+
+
+def only(*names):
+    """Options that adapt these layers, by pattern."""
+    return {"exclude_patterns": ALL, "include_patterns": list(names)}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("blocks", ["0", "1", "[01]"])
+def test_one_layer_adapted(layer, blocks):
+    pattern = f"blocks[.]{blocks}[.]" + layer.replace(".", "[.]")
+    assert_agrees(torch.float32, **only(pattern))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_subset_adapted(seed):
+    """Random subsets of layers with random ranks, at random policies."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [
+        f"blocks[.]{block}[.]" + layer.replace(".", "[.]")
+        for block, layer in itertools.product(range(2), LAYERS)
+        if torch.rand((), generator=generator) < 0.3
+    ]
+    ranks = {name: int(torch.randint(1, 9, (), generator=generator)) for name in names}
+    policy = ["none", "mlp", "block"][seed % 3]
+    assert_agrees(torch.float32, recompute=policy, reg_dims=ranks, **only(*names))
+    assert_agrees(HALF, recompute=policy, reg_dims=ranks, kernels="triton", **only(*names))
+
+
+def test_adaln_adapters():
+    assert_agrees(torch.float32, include_patterns=[".*adaln.*"])
+    assert_agrees(HALF, include_patterns=[".*adaln.*"], kernels="triton", recompute="mlp")
+
+
+def test_adapters_outside_the_blocks():
+    assert_agrees(torch.float32, include_patterns=[".*embedder.*", ".*final_layer.*"])
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+@pytest.mark.parametrize(
+    "dropout",
+    [
+        {"dropout": 0.4},
+        {"rank_dropout": 0.5},
+        {"module_dropout": 0.5},
+        {"dropout": 0.3, "rank_dropout": 0.3, "module_dropout": 0.2},
+    ],
+    ids=lambda d: "-".join(d),
+)
+def test_dropout_draws_what_eager_draws(dropout, recompute):
+    """Dropped adapters have gradient zero in eager and none here, so they are compared by name."""
+    options = {"draws": 7, **dropout}
+    eager = run(torch.float32, fused=False, **options)
+    fused = run(torch.float32, fused=True, recompute=recompute, **options)
+    assert (
+        torch.equal(fused["loss"], eager["loss"])
+        or relative_error(fused["loss"], eager["loss"]) < 1e-5
+    )
+    for name in fused:
+        torch.testing.assert_close(fused[name], eager[name], atol=1e-6, rtol=1e-3)
+    assert any(x.abs().sum() > 0 for name, x in fused.items() if name != "loss")
+
+
+def fused_dit(dtype=torch.float32, recompute="none", config=TWO, **options):
+    dit = load_dit(dit_weights(config), dtype=dtype)
+    network = make_network(dit, **options)
+    fuse_blocks(dit, recompute)
+    return dit, network
+
+
+def call(dit, dtype=torch.float32, context_grad=False):
+    inputs = make_inputs()
+    context = inputs["context"].to(dtype).requires_grad_(context_grad)
+    out = dit(inputs["latents"].to(dtype), inputs["sigma"], context, zero_keys=[507, 20])
+    return out, context
+
+
+def test_gradient_of_the_text():
+    """The LLM adapter can be trained through a fused DiT."""
+    found = []
+    for fused in (False, True):
+        dit, _ = fused_dit()
+        if not fused:
+            unfuse_blocks(dit)
+        out, context = call(dit, context_grad=True)
+        out.square().mean().backward()
+        found.append(context.grad)
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
+
+
+def test_frozen_weights_and_inputs_have_no_gradient():
+    dit, _ = fused_dit()
+    out, context = call(dit)
+    out.sum().backward()
+    assert context.grad is None
+    own = [p for name, p in dit.named_parameters() if "adapter" not in name]
+    assert own and all(p.grad is None for p in own)
+
+
+def count_products(monkeypatch):
+    """Counts calls of the products of forward and backward."""
+    from anima_fast.models import block
+
+    counts = {"forward": 0, "backward": 0}
+    for kind in counts:
+        original = getattr(block, f"lora_linear_{kind}")
+
+        def counted(*args, original=original, kind=kind, **options):
+            counts[kind] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(block, f"lora_linear_{kind}", counted)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "pattern, groups",
+    [
+        # The groups of layers that backward visits, of the seven in each of two blocks; the text's
+        # is left out where neither its adapters nor the text need a gradient.
+        ("blocks[.][01][.].*proj", 14),
+        ("blocks[.]1[.]self_attn[.]q_proj", 6),
+        ("blocks[.]1[.]self_attn[.]output_proj", 5),
+        ("blocks[.]1[.]cross_attn[.]q_proj", 4),
+        ("blocks[.]1[.]cross_attn[.]v_proj", 4),
+        ("blocks[.]1[.]cross_attn[.]output_proj", 3),
+        ("blocks[.]1[.]mlp[.]layer1", 2),
+        ("blocks[.]1[.]mlp[.]layer2", 1),
+    ],
+)
+def test_nothing_is_computed_below_the_first_adapter(monkeypatch, pattern, groups):
+    counts = count_products(monkeypatch)
+    dit, _ = fused_dit(**only(pattern))
+    call(dit)[0].sum().backward()
+    assert counts == {"forward": 14, "backward": groups}
+
+
+@pytest.mark.parametrize("recompute, extra", [("none", 0), ("mlp", 2), ("block", 14)])
+def test_products_computed_again(monkeypatch, recompute, extra):
+    """Policy none repeats no product, mlp one a block, block all of them."""
+    counts = count_products(monkeypatch)
+    dit, _ = fused_dit(recompute=recompute)
+    call(dit)[0].sum().backward()
+    assert counts == {"forward": 14 + extra, "backward": 14}
+
+
+@pytest.mark.parametrize("reason", ["trained", "two adapters", "adaln dropout"])
+def test_falls_back_to_eager_and_says_so(reason, caplog, monkeypatch):
+    from anima_fast.models import fuse
+
+    monkeypatch.setattr(fuse, "_said", set())
+    dit, network = fused_dit(dropout=0.5, include_patterns=[".*adaln.*"])
+    if reason != "adaln dropout":
+        network.eval()
+    if reason == "trained":
+        dit.blocks[1].mlp.layer1.weight.requires_grad_()
+    if reason == "two adapters":
+        make_network(dit, seed=9)
+    counts = count_products(monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        out, _ = call(dit)
+        call(dit)
+    out.sum().backward()
+    assert counts["forward"] == (14 if reason == "trained" else 0)
+    assert len(caplog.records) == 1 and "the eager block runs" in caplog.text
+    if reason == "trained":
+        assert dit.blocks[1].mlp.layer1.weight.grad.abs().sum() > 0
+
+
+def test_accumulates():
+    dit, network = fused_dit()
+    call(dit)[0].square().mean().backward()
+    once = network.flat_grad.clone()
+    call(dit)[0].square().mean().backward()
+    torch.testing.assert_close(network.flat_grad, 2 * once)
+
+
+def test_state_dict_is_the_same():
+    plain = load_dit(dit_weights(TWO), dtype=HALF)
+    dit, _ = fused_dit(HALF)
+    assert dit.state_dict().keys() == plain.state_dict().keys()
+    for name, x in plain.state_dict().items():
+        assert torch.equal(dit.state_dict()[name], x), name
+    attn = dit.blocks[0].self_attn
+    assert (
+        attn.k_proj.weight.data_ptr()
+        == attn.q_proj.weight[len(attn.q_proj.weight) - 1 :][0].data_ptr()
+        + attn.q_proj.weight.shape[1] * 2
+    )
+    unfuse_blocks(dit)
+    torch.testing.assert_close(call(dit, HALF)[0], call(plain, HALF)[0], atol=1, rtol=1)
+
+
+def test_without_gradients_nothing_is_kept():
+    dit, _ = fused_dit()
+    plain = copy.deepcopy(dit)
+    unfuse_blocks(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(call(dit)[0], call(plain)[0])
+
+
+@pytest.mark.parametrize("bad", ["all", -1, 3, "-1", 1.5, ""])
+def test_bad_policies_are_refused(bad):
+    with pytest.raises(ValueError, match="expected none, mlp, block"):
+        block_policies(bad, 2)
+
+
+def test_mixed_policies():
+    assert block_policies(1, 3) == ["block", "none", "none"]
+    assert block_policies("2", 3) == ["block", "block", "none"]
+
+
+def test_loss_curve_of_twenty_steps():
+    """Training fused follows training eager, step by step."""
+    curves = []
+    inputs = make_inputs(batch=1, height=4, width=4, rows=3)
+    teacher = load_dit(dit_weights(TWO), dtype=torch.float32)
+    make_network(teacher)
+    with torch.no_grad():
+        target = teacher(inputs["latents"], inputs["sigma"], inputs["context"], zero_keys=507)
+    for fused in (False, True):
+        dit = load_dit(dit_weights(TWO), dtype=torch.float32)
+        network = add_lora(dit, rank=4, alpha=4.0, seed=1)
+        if fused:
+            fuse_blocks(dit)
+        optimizer = torch.optim.AdamW(network.param_groups(), lr=0.02)
+        losses = []
+        for _ in range(20):
+            with dispatch.use("triton" if fused else "auto"):
+                out = dit(
+                    inputs["latents"],
+                    inputs["sigma"],
+                    inputs["context"],
+                    zero_keys=507,
+                )
+                loss = (out.float() - target).square().mean()
+                network.zero_grad_flat()
+                loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    eager, fused = torch.tensor(curves)
+    assert eager[-1] < 0.9 * eager[0]
+    torch.testing.assert_close(fused, eager, rtol=2e-3, atol=0)
+
+
+REAL = DitConfig(
+    model_channels=2048, num_blocks=1, num_heads=16, head_dim=128, context_dim=1024,
+    adaln_rank=256, mlp_hidden=8192,
+)  # fmt: skip
+UNIT = 1024 * 2048 * 2
+
+
+def kept_units(policy):
+    """Bytes alive between forward and backward of a block at the real width, in units of L·D."""
+    from anima_fast.models.dit import AnimaDiT
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        dit = AnimaDiT(REAL)
+    dit = dit.to_empty(device="cpu").to(torch.bfloat16).requires_grad_(False)
+    for parameter in dit.parameters():
+        parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
+    add_lora(dit, rank=32, alpha=32.0, seed=1)
+    block = dit.blocks[0]
+    if policy is not None:
+        fuse_blocks(dit, policy)
+    own = {p.untyped_storage().data_ptr() for p in dit.parameters()}
+    own |= {
+        p.untyped_storage().data_ptr()
+        for module in block.modules()
+        for adapter in getattr(module, "adapters", ())
+        for p in adapter.parameters()
+    }
+    shared = dit._shared(torch.rand(1), torch.randn(1, 96, 1024).bfloat16(), 32, 32, 512 - 96)
+    x = torch.randn(1, 1024, 2048).bfloat16().requires_grad_()
+    alive = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            alive[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = block(x, shared)
+    # The result is the next block's input, and counted there.
+    alive.pop(out.untyped_storage().data_ptr(), None)
+    out.sum().backward()
+    assert x.grad is not None and all(a.up.grad.abs().sum() > 0 for a in block.mlp.layer1.adapters)
+    return sum(alive.values()) / UNIT
+
+
+@pytest.mark.parametrize("policy, most", [("none", 13.6), ("mlp", 9.6), ("block", 1.3)])
+def test_kept_bytes_at_the_real_width(policy, most):
+    units = kept_units(policy)
+    assert most - 0.5 < units <= most, f"{units:.2f} units are kept"
+
+
+def test_kept_bytes_of_the_eager_block():
+    assert kept_units(None) > 27
