@@ -212,6 +212,22 @@ def _inspect(
     typer.echo(dumps(found, indent=1, ensure_ascii=False, default=str) if json else render(found))
 
 
+@app.command("parity")
+def _parity(
+    op: Annotated[
+        list[str] | None, typer.Option("--op", help="Only this op; may be repeated.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print every check as JSON.")] = False,
+) -> None:
+    """Check every kernel against its definition, on the card or, without one, interpreted.
+
+    Ends with status 1 when a check fails.
+    """
+    from anima_fast.parity_report import run_parity
+
+    raise typer.Exit(0 if run_parity(op or [], as_json=json, say=typer.echo) else 1)
+
+
 @app.command("download")
 def _download(
     dit: Annotated[

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from anima_fast.errors import UserError
+from anima_fast.models.recompute import POLICIES
 from anima_fast.option_groups.tables import REFUSED_NETWORKS
 
 REQUIRED = ("pretrained_model_name_or_path", "qwen3", "vae", "output_dir")
@@ -177,6 +178,26 @@ def _memory(draft: Draft) -> None:
     if (cpu or unsloth) and not draft.gradient_checkpointing:
         name = "cpu_offload_checkpointing" if cpu else "unsloth_offload_checkpointing"
         draft.set("gradient_checkpointing", True, f"{name}: gradient_checkpointing turned on")
+    _recompute(draft)
+    if draft.compile and draft.kernels == "triton":
+        raise UserError(
+            "--compile and --kernels triton exclude each other: the fused block is compiled already"
+        )
+
+
+def _recompute(draft: Draft) -> None:
+    given = draft.recompute
+    if given is not None and given not in POLICIES and not given.isdigit():
+        raise UserError(f"--recompute {given}: use none, mlp, block or a count of blocks")
+    if draft.gradient_checkpointing and given not in (None, "block"):
+        raise UserError(
+            f"--gradient_checkpointing means --recompute block, and --recompute {given} is given: "
+            "drop one of them"
+        )
+    if draft.gradient_checkpointing:
+        draft.set("recompute", "block")
+    elif given == "block":
+        draft.set("gradient_checkpointing", True)
 
 
 def _attention(draft: Draft) -> None:

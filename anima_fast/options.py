@@ -155,8 +155,12 @@ class SampleOptions(_Checked):
         "bf16", "Type of weights and arithmetic.", choices=("bf16", "fp16", "fp32")
     )
     attn_mode: str = _sample_speed(
-        "torch", "Attention backend.", choices=("torch", "xformers", "flash", "sageattn")
+        "torch", "Attention backend.", choices=("torch", "triton", "xformers", "flash", "sageattn")
     )
+    kernels: str = _sample_speed(
+        "auto", "DiT blocks: fused Triton kernels or plain PyTorch; auto is triton on CUDA.",
+        choices=("auto", "triton", "eager"),
+    )  # fmt: skip
     vae_chunk_size: int | None = _sample_speed(
         None, "Rows of pixels that the VAE works on at a time; None = all.", low=1
     )

@@ -29,12 +29,13 @@ from anima_fast.data.batches import PADDED_ROWS
 from anima_fast.data.encode_models import free_memory
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write
+from anima_fast.memory.offload import install_block_runner
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.models.model_files import check_model_files
 from anima_fast.models.vae import SCALE, load_vae
 from anima_fast.pictures import describe, save_png, to_image, unescape
-from anima_fast.training.checks import choose_device
+from anima_fast.training.checks import choose_device, uses_fused_blocks
 from anima_fast.training.flow import inference_sigmas
 from anima_fast.training.progress import Progress
 
@@ -259,6 +260,8 @@ def _sample_latents(
     dit = load_dit(options.dit, device=device, dtype=dtype, attn_mode=options.attn_mode)
     for lora in loras:
         attach_lora(lora, dit=dit)
+    if uses_fused_blocks(options, device):
+        install_block_runner(dit, fused=True)
     zero_keys = [max(0, PADDED_ROWS - context.shape[1]) for context in contexts]
     say(f"sampling, seed {seed}")
     if not quiet:

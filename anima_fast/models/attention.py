@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from anima_fast.errors import UserError
 
-ATTN_MODES = ("torch", "xformers", "flash", "sageattn")
+ATTN_MODES = ("torch", "triton", "xformers", "flash", "sageattn")
 # Mode → (package to import, extra that installs it).
 PACKAGES = {
     "xformers": ("xformers", "xformers"),
@@ -69,7 +70,7 @@ def attention(
         q: [B, L, H, K], any float dtype (16 bit for flash and sageattn).
         k, v: [B, S, H, K] in q's dtype.
         zero_keys: None (none), one count for all samples, one per sample [B], or prepared rows.
-        mode: torch (also sdpa), xformers, flash or sageattn; see `check_attn_mode`.
+        mode: torch (also sdpa), triton, xformers, flash or sageattn; see `check_attn_mode`.
         split: one sample at a time, to save memory.
 
     Returns:
@@ -82,7 +83,7 @@ def attention(
         raise ValueError(f"attention mode {mode!r}, expected one of {', '.join(_BACKENDS)}")
     run = _BACKENDS[mode]
     rows = prepare_zero_rows(zero_keys, len(q), q.dtype, q.device)
-    uneven = run is not _torch and rows is not None and len(set(rows.counts)) > 1
+    uneven = run not in (_torch, _triton) and rows is not None and len(set(rows.counts)) > 1
     if len(q) > 1 and (split or uneven):
         samples = [slice(i, i + 1) for i in range(len(q))]
         return torch.cat(
@@ -158,6 +159,13 @@ def _written_out(k: Tensor, v: Tensor, rows: ZeroRows | None) -> tuple[Tensor, T
     return _padded(k, count), _padded(v, count)
 
 
+def _triton(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None) -> Tensor:
+    # Not at the top: triton is not on every system.
+    from anima_fast.kernels.attention import attention as triton_attention
+
+    return triton_attention(q, k, v, None if rows is None else rows.on_device)
+
+
 def _xformers(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None) -> Tensor:
     ops = importlib.import_module("xformers.ops")
     return ops.memory_efficient_attention(q, *_written_out(k, v, rows))
@@ -175,6 +183,7 @@ def _sageattn(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None) -> Tensor:
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, ZeroRows | None], Tensor]] = {
     "torch": _torch,
     "sdpa": _torch,
+    "triton": _triton,
     "xformers": _xformers,
     "flash": _flash,
     "sageattn": _sageattn,
@@ -205,6 +214,9 @@ def check_attn_mode(
         raise UserError(f"--attn_mode {mode} is unknown: use one of {', '.join(ATTN_MODES)}")
     if mode == "sageattn" and training:
         raise UserError("--attn_mode sageattn has no backward pass: use torch or flash to train")
+    if mode == "triton":
+        check_triton(f"--attn_mode {mode}", "--attn_mode torch", device)
+        return
     package, extra = PACKAGES[mode]
     if package not in sys.modules and importlib.util.find_spec(package) is None:
         raise UserError(
@@ -218,6 +230,25 @@ def check_attn_mode(
             f"--attn_mode {mode} works in 16 bit only: use --mixed_precision bf16 or fp16, or "
             "--attn_mode torch"
         )
+
+
+def check_triton(option: str, remedy: str, device: torch.device | str | None = None) -> None:
+    """Refuse Triton kernels where they cannot run.
+
+    Args:
+        option: what asked for them, for the message.
+        remedy: what to use instead.
+        device: where they would run, when known.
+
+    Raises:
+        UserError: triton is not installed, or the device is no CUDA card and the kernels are not
+            interpreted.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise UserError(f"{option} needs the package triton: pip install triton, or use {remedy}")
+    off_card = device is not None and torch.device(device).type != "cuda"
+    if off_card and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(f"{option} needs a CUDA card: use {remedy} here")
 
 
 def check_torch_version(version: str = torch.__version__) -> None:

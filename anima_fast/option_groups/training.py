@@ -145,9 +145,17 @@ class MemoryOptions:
     blocks_to_swap: int | None = _memory(
         None, "DiT blocks that stay in host memory, at most all but two.", low=0
     )
+    kernels: str = _memory(
+        "auto", "DiT blocks: fused Triton kernels or plain PyTorch; auto is triton on CUDA.",
+        choices=("auto", "triton", "eager"),
+    )  # fmt: skip
+    recompute: str | None = _memory(
+        None, "What backward computes again: none, mlp (fused kernels only), block, or N: N blocks "
+        "at block, the rest at none.",
+    )  # fmt: skip
     attn_mode: str = _memory(
         "torch", "Attention backend; sdpa is another name for torch.",
-        choices=("torch", "xformers", "flash", "sageattn", "sdpa"),
+        choices=("torch", "triton", "xformers", "flash", "sageattn", "sdpa"),
     )  # fmt: skip
     split_attn: bool = _memory(False, "Attention for one image of the batch at a time.")
     compile: bool = _memory(False, "Compile each DiT block with torch.compile.")

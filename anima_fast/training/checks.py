@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,8 @@ import torch
 
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write
-from anima_fast.memory.offload import swapped_indices
-from anima_fast.models.attention import check_attn_mode, check_torch_version
+from anima_fast.memory.offload import check_policies, swapped_indices
+from anima_fast.models.attention import check_attn_mode, check_torch_version, check_triton
 from anima_fast.models.model_files import check_lora_files, check_model_files
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def check_start(options: TrainOptions, device: torch.device) -> None:
     dit = check_model_files(options)
     check_lora_files(options)
     swapped_indices(dit.num_blocks, options.blocks_to_swap or 0)
+    fused = uses_fused_blocks(options, device)
+    check_policies(options.recompute or "none", dit.num_blocks, fused=fused)
     if options.mixed_precision == "bf16" and device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         if major < 8:
@@ -52,6 +55,20 @@ def check_start(options: TrainOptions, device: torch.device) -> None:
     torch.backends.cuda.matmul.allow_tf32 = options.cuda_allow_tf32
     torch.backends.cudnn.allow_tf32 = options.cuda_allow_tf32
     torch.backends.cudnn.benchmark = options.cuda_cudnn_benchmark
+
+
+def uses_fused_blocks(options: TrainOptions | SampleOptions, device: torch.device) -> bool:
+    """Whether the DiT runs through the fused kernels; torch.compile takes the eager blocks.
+
+    Raises `UserError` when they are asked for and cannot run.
+    """
+    if options.kernels == "triton":
+        check_triton("--kernels triton", "--kernels eager", device)
+        return True
+    compiled = getattr(options, "compile", False)
+    if options.kernels == "eager" or compiled or device.type != "cuda":
+        return False
+    return importlib.util.find_spec("triton") is not None
 
 
 def check_output_folder(options: TrainOptions) -> None:

@@ -28,7 +28,7 @@ from anima_fast.files import write_text
 from anima_fast.memory.offload import compile_blocks, install_block_runner
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.option_files import to_toml
-from anima_fast.training.checks import DTYPES, check_start, choose_device
+from anima_fast.training.checks import DTYPES, check_start, choose_device, uses_fused_blocks
 from anima_fast.training.conditioning import Conditioning, load_conditioning
 from anima_fast.training.optimizers import build_optimizer
 from anima_fast.training.position import Position
@@ -234,10 +234,12 @@ def build_network(
 
 
 def install_memory_savers(options: TrainOptions, dit: AnimaDiT, device: torch.device) -> None:
-    """Gradient checkpointing, offloading, block swap and per-block compilation."""
+    """Fused kernels, recomputation, offloading, block swap and per-block compilation."""
     install_block_runner(
         dit,
         device=device,
+        fused=uses_fused_blocks(options, device),
+        recompute=options.recompute,
         gradient_checkpointing=options.gradient_checkpointing,
         cpu_offload=options.cpu_offload_checkpointing,
         unsloth_offload=options.unsloth_offload_checkpointing,
