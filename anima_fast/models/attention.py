@@ -210,13 +210,13 @@ def check_attn_mode(
     """
     if mode in ("torch", "sdpa"):
         return
+    if mode == "triton":
+        check_triton(f"--attn_mode {mode}", "--attn_mode torch", device)
+        return
     if mode not in PACKAGES:
         raise UserError(f"--attn_mode {mode} is unknown: use one of {', '.join(ATTN_MODES)}")
     if mode == "sageattn" and training:
         raise UserError("--attn_mode sageattn has no backward pass: use torch or flash to train")
-    if mode == "triton":
-        check_triton(f"--attn_mode {mode}", "--attn_mode torch", device)
-        return
     package, extra = PACKAGES[mode]
     if package not in sys.modules and importlib.util.find_spec(package) is None:
         raise UserError(

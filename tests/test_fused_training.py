@@ -1,0 +1,187 @@
+"""Fused blocks in the trainer: with offloading and block swap, from the options to the file."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stack import make_world, train_options
+from tiny_dit import TINY, dit_weights
+
+from anima_fast.adapters.lora import add_lora
+from anima_fast.errors import UserError
+from anima_fast.kernels import dispatch
+from anima_fast.memory.offload import install_block_runner
+from anima_fast.models import fuse
+from anima_fast.models.attention import attention, check_attn_mode
+from anima_fast.models.dit import load_dit
+from anima_fast.option_groups.base import specs
+from anima_fast.options import TrainOptions
+from anima_fast.training.checks import uses_fused_blocks
+from anima_fast.training.loop import train
+
+CONFIG = dataclasses.replace(TINY, num_blocks=6)
+MODES = {
+    "plain": {},
+    "mlp": {"recompute": "mlp"},
+    "block": {"recompute": "block"},
+    "two at block": {"recompute": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+    "cpu_offload": {"cpu_offload": True},
+    "unsloth_offload": {"unsloth_offload": True},
+    "swap_3": {"blocks_to_swap": 3},
+    "swap_4_mlp": {"blocks_to_swap": 4, "recompute": "mlp"},
+    "swap_3_block": {"blocks_to_swap": 3, "recompute": "block"},
+}
+
+
+def gradients(attn_mode="torch", dropout=None, **options):
+    """Flat LoRA gradients of two steps under some way to run the blocks."""
+    dit = load_dit(dit_weights(CONFIG), dtype=torch.float32, attn_mode=attn_mode)
+    network = add_lora(
+        dit, rank=4, seed=1, dropout=dropout, rank_dropout=dropout, module_dropout=dropout
+    )
+    with torch.no_grad():
+        network.flat.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    install_block_runner(dit, **options)
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(2, 16, 4, 6, generator=generator)
+    context = torch.randn(2, 3, CONFIG.context_dim, generator=generator)
+    torch.manual_seed(4)
+    for _ in range(2):
+        dit(latents, torch.tensor([0.2, 0.9]), context, zero_keys=9).square().mean().backward()
+    return network.flat_grad
+
+
+@pytest.mark.parametrize("dropout", [None, 0.3])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_agrees_with_the_eager_path(mode, dropout, monkeypatch):
+    eager = gradients(dropout=dropout)
+    assert eager.abs().max() > 0
+    calls = []
+    real = fuse.FusedBlockFunction.apply
+    monkeypatch.setattr(
+        fuse.FusedBlockFunction, "apply", lambda *args: calls.append(1) or real(*args)
+    )
+    found = gradients(dropout=dropout, fused=True, **MODES[mode])
+    # Swapped blocks run twice, the others once.
+    swapped = MODES[mode].get("blocks_to_swap", 0)
+    assert len(calls) == 2 * (6 + swapped)
+    torch.testing.assert_close(found, eager, atol=1e-6, rtol=1e-3)
+
+
+def test_swapped_weights_are_not_kept_by_the_fused_block(monkeypatch):
+    """Between forward and backward nothing but the blocks' inputs holds on to a swapped block."""
+    import gc
+    import weakref
+
+    dit = load_dit(dit_weights(CONFIG), dtype=torch.float32)
+    add_lora(dit, rank=4, seed=1)
+    install_block_runner(dit, fused=True, blocks_to_swap=3)
+    fetched = []
+    real = dit.block_runner.swap.fetch
+
+    def fetch(index, *, forward):
+        weights = real(index, forward=forward)
+        fetched.extend(weakref.ref(w) for n, w in weights.items() if n.endswith("proj.weight"))
+        return weights
+
+    monkeypatch.setattr(dit.block_runner.swap, "fetch", fetch)
+    out = dit(torch.randn(1, 16, 4, 4), torch.tensor([0.5]), torch.randn(1, 3, CONFIG.context_dim))
+    gc.collect()
+    assert len(fetched) == 3 * 8 and all(ref() is None for ref in fetched)
+    out.sum().backward()
+    assert len(fetched) == 2 * 3 * 8
+
+
+def test_attention_backends_agree_in_the_fused_block(monkeypatch):
+    """xformers and flash run under autograd inside the fused block."""
+    import math
+    import sys
+    import types
+
+    def softmax_attention(q, k, v):
+        weights = torch.einsum("blhk,bshk->bhls", q, k) / math.sqrt(q.shape[-1])
+        return torch.einsum("bhls,bshk->blhk", weights.softmax(-1), v)
+
+    flash = types.SimpleNamespace(flash_attn_func=softmax_attention)
+    xformers = types.SimpleNamespace(memory_efficient_attention=softmax_attention)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash)
+    monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=xformers))
+    monkeypatch.setitem(sys.modules, "xformers.ops", xformers)
+    eager = gradients()
+    for attn_mode in ("triton", "flash", "xformers"):
+        for recompute in ("none", "block"):
+            found = gradients(attn_mode=attn_mode, fused=True, recompute=recompute)
+            torch.testing.assert_close(found, eager, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("zero_keys", [None, 5, [0, 500]])
+def test_triton_attention_mode(kernels, zero_keys):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, 3, 16, generator=generator, requires_grad=True)
+    k, v = (torch.randn(2, 4, 3, 16, generator=generator, requires_grad=True) for _ in range(2))
+    results = []
+    for mode in ("torch", "triton"):
+        with dispatch.use(kernels):
+            out = attention(q, k, v, zero_keys=zero_keys, mode=mode)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def options(**values):
+    return TrainOptions(**{"dataset_config": "d.toml", **values})
+
+
+def test_recompute_options():
+    assert options().recompute is None
+    assert options(gradient_checkpointing=True).recompute == "block"
+    assert options(recompute="block").gradient_checkpointing
+    assert options(recompute="7").recompute == "7"
+    for bad in ("all", "-1", "1.5"):
+        with pytest.raises(UserError, match="use none, mlp, block or a count"):
+            options(recompute=bad)
+    with pytest.raises(UserError, match="drop one of them"):
+        options(recompute="mlp", gradient_checkpointing=True)
+    with pytest.raises(UserError, match="exclude each other"):
+        options(kernels="triton", compile=True)
+    assert {"auto", "triton", "eager"} == set(specs(TrainOptions)["kernels"].choices)
+
+
+def test_which_kernels_run(monkeypatch):
+    card, cpu = torch.device("cuda"), torch.device("cpu")
+    assert uses_fused_blocks(options(), card)
+    assert not uses_fused_blocks(options(), cpu)
+    assert not uses_fused_blocks(options(kernels="eager"), card)
+    assert not uses_fused_blocks(options(compile=True), card)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for refused in (
+        lambda: uses_fused_blocks(options(kernels="triton"), cpu),
+        lambda: check_attn_mode("triton", training=True, device=cpu),
+    ):
+        with pytest.raises(UserError, match="needs a CUDA card"):
+            refused()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("recompute", [None, "mlp", "1"])
+def test_a_run_with_fused_blocks_trains_the_same_lora(world, tmp_path, recompute):
+    plain = train(train_options(world, tmp_path / "plain", kernels="eager"))
+    fused = train(train_options(world, tmp_path / "fused", kernels="triton", recompute=recompute))
+    left, right = load_file(plain.output), load_file(fused.output)
+    assert left.keys() == right.keys()
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("recompute, message", [("mlp", "fused block"), ("9", "from 0 to 2")])
+def test_a_policy_that_cannot_be_had_is_refused_at_the_start(world, tmp_path, recompute, message):
+    with pytest.raises(UserError, match=message):
+        train(train_options(world, tmp_path, recompute=recompute))
+    assert not list(tmp_path.glob("*.safetensors"))
