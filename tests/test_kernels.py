@@ -81,3 +81,42 @@ def test_compiles_without_graph_break(op):
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the custom ops of the project that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "anima_fast":
+            self.found.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_custom_ops_keep_their_contract(op):
+    """Schema, fake tensors and registration of the forward's and the backward's operator."""
+    torch.manual_seed(3)
+    inputs = op.make_inputs(op.shapes[1], torch.float32, DEVICE)
+    wrt = list(leaves(inputs, op.grads).values())
+    for leaf in wrt:
+        leaf.requires_grad_()
+    with Calls() as calls:
+        out = op.function(**inputs)
+        outs = out if isinstance(out, tuple) else (out,)
+        if wrt:
+            upstream = [torch.randn_like(o) for o in outs]
+            torch.autograd.grad(outs, wrt, upstream)
+    names = [function.name() for function, _, _ in calls.found]
+    assert len(calls.found) >= (2 if wrt else 1), names
+    detached = lambda x: map_tensors(x, torch.Tensor.detach)  # noqa: E731
+    for function, args, kwargs in calls.found:
+        torch.library.opcheck(
+            function,
+            tuple(detached(a) for a in args),
+            kwargs,
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
