@@ -185,3 +185,68 @@ def test_a_policy_that_cannot_be_had_is_refused_at_the_start(world, tmp_path, re
     with pytest.raises(UserError, match=message):
         train(train_options(world, tmp_path, recompute=recompute))
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_fused_loss_is_the_plain_one():
+    from anima_fast.training.flow import flow_loss, fused_flow_loss, velocity_target
+    from anima_fast.training.flow_settings import FlowSettings
+
+    generator = torch.Generator().manual_seed(0)
+    prediction, latents, noise = torch.randn(3, 2, 16, 6, 4, generator=generator)
+    masks, sigma = torch.rand(2, 1, 48, 32, generator=generator), torch.tensor([0.1, 0.8])
+    for values in (
+        {},
+        {"loss_type": "huber", "huber_schedule": "exponential"},
+        {"weighting_scheme": "cosmap", "masked_loss_normalize": True},
+    ):
+        settings = FlowSettings(**values)
+        found = []
+        for fused in (False, True):
+            leaf = prediction.clone().requires_grad_()
+            args = (latents, noise) if fused else (velocity_target(latents, noise),)
+            function = fused_flow_loss if fused else flow_loss
+            losses = function(leaf, *args, sigma, settings, masks=masks)
+            found.append([losses, *torch.autograd.grad(losses.sum(), leaf)])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_flat_adamw_is_adamw():
+    """Steps, clipping, rates of groups and the state dict, both ways."""
+    from anima_fast.training.flat_adamw import FlatAdamW
+    from anima_fast.training.optimizers import build_optimizer, clip_flat_grad
+    from anima_fast.training.state_checks import class_name
+
+    results = []
+    for order in ("plain", "fused", "plain then fused", "fused then plain"):
+        dit = load_dit(dit_weights(TINY), dtype=torch.float32)
+        network = add_lora(dit, rank=4, seed=1, loraplus_ratio=4.0)
+        generator = torch.Generator().manual_seed(2)
+        chosen = TrainOptions(optimizer_type="AdamW", optimizer_args=("weight_decay=0.1",))
+        optimizer, _ = build_optimizer(chosen, network, fused=order.startswith("fused"))
+        assert isinstance(optimizer, FlatAdamW) == order.startswith("fused")
+        assert class_name(optimizer) == "torch.optim.adamw.AdamW"
+        for step in range(6):
+            if step == 3 and "then" in order:
+                state = optimizer.state_dict()
+                optimizer, _ = build_optimizer(chosen, network, fused=order.endswith("fused"))
+                optimizer.load_state_dict(state)
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * 0.9
+            network.flat_grad.normal_(0, 1, generator=generator)
+            clip_flat_grad(network, 1.0, optimizer)
+            optimizer.step()
+        results.append(network.flat.clone())
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-7, rtol=1e-5)
+
+
+def test_a_fused_run_resumes_to_the_same_file(world, tmp_path):
+    values = {"kernels": "triton", "optimizer_type": "AdamW", "save_state": True,
+              "save_every_n_epochs": 1, "max_train_epochs": 2}  # fmt: skip
+    whole = train(train_options(world, tmp_path / "whole", **values))
+    states = sorted((tmp_path / "whole").glob("*state*"))
+    assert states
+    again = train(train_options(world, tmp_path / "again", **values, resume=str(states[0])))
+    left, right = load_file(whole.output), load_file(again.output)
+    assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)

@@ -206,6 +206,14 @@ def resize_mask(mask: Tensor, latent_hw: tuple[int, int]) -> Tensor:
     return F.interpolate(mask.float(), size=tuple(latent_hw), mode="area")
 
 
+def mask_cells(mask: Tensor, latent_hw: tuple[int, int], *, normalize: bool = False) -> Tensor:
+    """The factor [B, 1, h, w] of a pixel mask; see `apply_mask`."""
+    cells = resize_mask(mask, latent_hw)
+    if normalize:
+        cells = cells / cells.mean((1, 2, 3), keepdim=True).clamp_min(1e-6)
+    return cells
+
+
 def apply_mask(loss: Tensor, mask: Tensor, *, normalize: bool = False) -> Tensor:
     """Multiply an unreduced loss by a pixel mask.
 
@@ -217,9 +225,7 @@ def apply_mask(loss: Tensor, mask: Tensor, *, normalize: bool = False) -> Tensor
         loss: [B, C, h, w] or [B, C, 1, h, w].
         mask: [B, H, W] or [B, 1, H, W] in [0, 1].
     """
-    cells = resize_mask(mask.to(loss.device), loss.shape[-2:])  # [B, 1, h, w]
-    if normalize:
-        cells = cells / cells.mean((1, 2, 3), keepdim=True).clamp_min(1e-6)
+    cells = mask_cells(mask.to(loss.device), loss.shape[-2:], normalize=normalize)
     return loss * (cells if loss.ndim == 4 else cells[:, :, None])
 
 
@@ -253,6 +259,43 @@ def flow_loss(
     if loss_weights is not None:
         per_sample = per_sample * loss_weights.to(per_sample)
     return per_sample
+
+
+def fused_flow_loss(
+    prediction: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    settings: FlowSettings,
+    *,
+    masks: Tensor | None = None,
+) -> Tensor:
+    """`flow_loss` against `velocity_target`, loss and gradient in one pass (kernels/flow_loss.py).
+
+    Args:
+        prediction, latents, noise: [B, C, h, w] (or 5-D).
+        sigma, settings, masks: as `flow_loss`.
+
+    Returns:
+        [B] float32.
+    """
+    # Not at the top: triton is not on every system.
+    from anima_fast.kernels.flow_loss import flow_loss as one_pass
+
+    sigma = sigma.to(prediction.device)
+    cells = None
+    if masks is not None:
+        normalize = settings.masked_loss_normalize
+        cells = mask_cells(masks.to(prediction.device), prediction.shape[-2:], normalize=normalize)
+    return one_pass(
+        prediction,
+        latents.float(),
+        noise.float(),
+        loss_weight(settings.weighting_scheme, sigma),
+        loss_type=settings.loss_type,
+        c=huber_delta(settings, sigma),
+        cells=cells,
+    )
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def optimizer_step(
         `loss` (mean), `grad_norm` (before clipping), and `max_norm` with `scale_weight_norms`.
     """
     run.scaler.unscale_(run.optimizer)
-    norm = clip_flat_grad(run.network, run.options.max_grad_norm)
+    norm = clip_flat_grad(run.network, run.options.max_grad_norm, run.optimizer)
     loss = torch.stack([losses.mean() for _, losses in group]).mean()
     # The one wait for the device in a step: both numbers come back together.
     loss, norm = torch.stack([loss, norm]).tolist()

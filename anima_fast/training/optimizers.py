@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(
-    options: TrainOptions, network: LoRANetwork
+    options: TrainOptions, network: LoRANetwork, *, fused: bool = False
 ) -> tuple[torch.optim.Optimizer, list[str]]:
     """The optimizer of a run over the network's parameter groups.
 
@@ -36,6 +36,7 @@ def build_optimizer(
         options: reads `optimizer_type`, `optimizer_kwargs`, `learning_rate`, `lr_scheduler` and
             `max_grad_norm`.
         network: gives `param_groups(flat)` with the rate and the name of each group.
+        fused: plain AdamW runs as the project's own kernel (training/flat_adamw.py).
 
     Returns:
         The optimizer, in training mode, and notices for the user.
@@ -55,6 +56,13 @@ def build_optimizer(
     if recipe.module == "bitsandbytes.optim" and device.type != "cuda":
         cls, more = _bitsandbytes_off_cuda(cls, kind, device)
         notices += more
+    if fused and cls is torch.optim.AdamW:
+        # Not at the top: triton is not on every system.
+        from anima_fast.training.flat_adamw import FlatAdamW, fits
+
+        flat = network.flat[: network.buffer.trained]
+        if fits(cls, arguments, groups, flat):
+            return FlatAdamW(groups, flat, network.flat_grad, **arguments), notices
     if cls in (torch.optim.AdamW, torch.optim.Adam) and not {"fused", "foreach"} & set(arguments):
         arguments["fused"] = _supports_fused(cls, groups)
     try:
@@ -204,14 +212,20 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 @torch.no_grad()
-def clip_flat_grad(network: LoRANetwork, max_norm: float) -> torch.Tensor:
+def clip_flat_grad(
+    network: LoRANetwork, max_norm: float, optimizer: torch.optim.Optimizer | None = None
+) -> torch.Tensor:
     """Scale `network.flat_grad` in place so that its norm is at most `max_norm` (0 = off).
+
+    An `optimizer` that clips in its own launch (`FlatAdamW`) is told the norm instead.
 
     Returns:
         The norm before clipping, a float32 scalar on the device; reading it is up to the caller, so
         nothing waits for the device here.
     """
     norm = torch.linalg.vector_norm(network.flat_grad, dtype=torch.float32)
-    if max_norm:
+    if max_norm and hasattr(optimizer, "clip_next_step"):
+        optimizer.clip_next_step(norm, max_norm)
+    elif max_norm:
         network.flat_grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(network.flat_grad))
     return norm

@@ -79,6 +79,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
+    # Whether blocks, loss and optimizer run through the project's kernels.
+    fused: bool = False
 
     @property
     def fingerprint(self) -> dict:
@@ -127,14 +129,15 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     network = build_network(options, dit, conditioning, seed=seed, say=say).to(device)
     install_memory_savers(options, dit, device)
 
-    optimizer, notices = build_optimizer(options, network)
+    fused = uses_fused_blocks(options, device)
+    optimizer, notices = build_optimizer(options, network, fused=fused)
     scheduler = build_scheduler(options, optimizer, length.steps)
     for notice in notices:
         say(notice)
     scaler = LossScaler(device.type, enabled=options.mixed_precision == "fp16")
     return Run(
         options, device, seed, plan, batches, length, dit, vae, conditioning, network, optimizer,
-        scheduler, scaler,
+        scheduler, scaler, fused,
     )  # fmt: skip
 
 

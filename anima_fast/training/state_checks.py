@@ -123,5 +123,6 @@ def tell_changed_rates(
 
 
 def class_name(thing: object) -> str:
-    """Module and name of a thing's class."""
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+    """Module and name of a thing's class, or of the one that it stands for."""
+    cls = getattr(thing, "stands_for", type(thing))
+    return f"{cls.__module__}.{cls.__qualname__}"

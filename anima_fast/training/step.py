@@ -12,6 +12,7 @@ from anima_fast.data.seeding import seeded
 from anima_fast.training.flow import (
     FlowSettings,
     flow_loss,
+    fused_flow_loss,
     noisy_latents,
     sample_sigma,
     velocity_target,
@@ -55,4 +56,6 @@ def batch_loss(
     context, zero_keys = run.conditioning(batch.text)
     velocity = run.dit(x.to(run.dit.dtype), sigma, context, zero_keys=zero_keys)
     masks = None if batch.masks is None else batch.masks.to(latents)
+    if run.fused:
+        return fused_flow_loss(velocity, latents, noise, sigma, settings, masks=masks)
     return flow_loss(velocity, velocity_target(latents, noise), sigma, settings, masks=masks)

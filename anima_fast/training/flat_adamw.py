@@ -1,0 +1,104 @@
+"""AdamW over the network's flat buffer in one launch (kernels/adamw.py), clipping included.
+
+`torch.optim.AdamW` in all but its step: the same groups, states and state dict, so a run goes on
+with either. The moments of all groups lie in two buffers like the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anima_fast.kernels.adamw import adamw
+
+
+class FlatAdamW(torch.optim.AdamW):
+    """AdamW whose groups are neighbouring slices of one float32 buffer.
+
+    Args:
+        groups: as for `torch.optim.AdamW`; each has one parameter, a slice of `flat`, in order.
+        flat: all trained parameters [P], float32, contiguous.
+        flat_grad: their gradients [P].
+        arguments: lr, betas, eps, weight_decay.
+    """
+
+    # What a resume state names, so that it fits either (training/state_checks.py).
+    stands_for = torch.optim.AdamW
+
+    def __init__(
+        self, groups: list[dict], flat: Tensor, flat_grad: Tensor, **arguments: Any
+    ) -> None:
+        super().__init__(groups, **arguments)
+        self._flat, self._flat_grad = flat.detach(), flat_grad
+        self._moments = (torch.zeros_like(self._flat), torch.zeros_like(self._flat))
+        sizes = torch.tensor([len(p) for p in self._parameters()])
+        self._ends = sizes.cumsum(0).to(flat.device)
+        self._clip: tuple[Tensor | None, float] = (None, 0.0)
+        for p in self._parameters():
+            self.state[p] = {"step": torch.zeros(())}
+        self._adopt()
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _adopt(self) -> None:
+        """Put the moments of every group into the buffers and let its state view them."""
+        first = 0
+        for p in self._parameters():
+            state, place = self.state[p], slice(first, first + len(p))
+            for name, buffer in zip(("exp_avg", "exp_avg_sq"), self._moments, strict=True):
+                if name in state:
+                    buffer[place].copy_(state[name])
+                state[name] = buffer[place]
+            first += len(p)
+
+    def clip_next_step(self, norm: Tensor, max_norm: float) -> None:
+        """Scale the gradients of the next step, whose norm is `norm`, down to `max_norm`."""
+        self._clip = (norm, max_norm)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """One update of every group; rates are read from the groups now."""
+        assert closure is None
+        group = self.param_groups[0]
+        beta1, beta2 = group["betas"]
+        step = 0.0
+        for p in self._parameters():
+            self.state[p]["step"] += 1
+            step = self.state[p]["step"].item()
+        norm, max_norm = self._clip
+        self._clip = (None, 0.0)
+        rates = torch.tensor([float(group["lr"]) for group in self.param_groups])
+        adamw(
+            self._flat,
+            self._flat_grad,
+            *self._moments,
+            range_ends=self._ends,
+            lrs=rates.to(self._flat.device, non_blocking=True),
+            step=step,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            norm=norm,
+            max_norm=max_norm,
+        )
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As `torch.optim.AdamW`; the moments go into the buffers."""
+        super().load_state_dict(state_dict)
+        self._adopt()
+
+
+def fits(cls: type, arguments: dict[str, Any], groups: list[dict], flat: Tensor) -> bool:
+    """Whether `FlatAdamW` can stand for an optimizer: plain AdamW in float32 on neighbours."""
+    plain = set(arguments) <= {"lr", "betas", "eps", "weight_decay"}
+    if cls is not torch.optim.AdamW or not plain or flat.dtype != torch.float32:
+        return False
+    params = [p for group in groups for p in group["params"]]
+    same = all(set(group) <= {"params", "lr", "name"} for group in groups)
+    ends = [p.storage_offset() + p.numel() for p in params]
+    return same and [p.storage_offset() for p in params] == [0, *ends[:-1]]
