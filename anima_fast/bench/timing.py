@@ -31,10 +31,14 @@ CPU_COPY_BYTES, CPU_PRODUCT_SIZE, CPU_REPEATS = 1 << 25, 512, 5
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reached in this run: bytes and operations a second."""
+    """What this machine reached in this run: bytes and operations a second.
+
+    `sheet_peak` is the data sheet's, None where the card's name is not in `cards.CARDS`.
+    """
 
     bandwidth: float
     peak: float
+    sheet_peak: float | None = None
 
 
 def ceilings() -> Ceilings:
@@ -42,8 +46,9 @@ def ceilings() -> Ceilings:
     if torch.cuda.is_available():
         from anima_fast.bench.measured import measured_card
 
-        _, rates = measured_card()
-        return Ceilings(rates.bandwidth, rates.tensor)
+        card, rates = measured_card()
+        sheet = card.bf16_tflops * 1e12
+        return Ceilings(rates.bandwidth, rates.tensor, None if sheet == rates.tensor else sheet)
     source, target = (torch.ones(CPU_COPY_BYTES, dtype=torch.uint8) for _ in range(2))
     a = torch.randn(CPU_PRODUCT_SIZE, CPU_PRODUCT_SIZE)
     calls = {"copy": lambda: target.copy_(source), "product": lambda: a @ a}
@@ -65,12 +70,15 @@ class Timer:
 
     Attributes:
         calls: by provider; a call that fails in `warm` is taken out.
+        before: what runs untimed before a provider's turn.
         batch: calls of each provider in a round, on a card.
+        flush: empty the cache and hold the queue; without it the gaps between launches count too.
         seconds: all samples by provider.
         failed: provider → reason.
     """
 
     calls: Mapping[str, Call]
+    before: Mapping[str, Call] = field(default_factory=dict)
     batch: int = BATCH
     flush: bool = True
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -91,6 +99,7 @@ class Timer:
         """
         for name in list(self.calls):
             try:
+                self._prepare(name)
                 for _ in range(times):
                     self.calls[name]()
                 synchronize()
@@ -119,6 +128,7 @@ class Timer:
         """One batch of every provider; one that fails, out of memory say, is left out."""
         for name, call in list(self.calls.items()):
             try:
+                self._prepare(name)
                 if on_card():
                     self.seconds[name] += self._batch_on_card(call, self._hold.get(name, 0.0))
                 else:
@@ -127,6 +137,10 @@ class Timer:
                     self.seconds[name].append(time.perf_counter() - start)
             except Exception as error:
                 self.drop(name, reason(error))
+
+    def _prepare(self, name: str) -> None:
+        if name in self.before:
+            self.before[name]()
 
     def _batch_on_card(self, call: Call, hold_s: float) -> list[float]:
         marks = [

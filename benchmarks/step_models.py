@@ -1,0 +1,227 @@
+"""The 2B DiT with random weights, its step, and everyone who can run it.
+
+`Bench` is one DiT with one LoRA of rank 32; eager, compiled and fused blocks are switched on it, so
+that they share weights, inputs and optimizer. `Diffusers` is the same step through diffusers'
+transformer and peft, where they are installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anima_fast.adapters.lora import LoRANetwork, add_lora
+from anima_fast.bench.timing import on_card
+from anima_fast.memory.offload import compile_blocks, install_block_runner
+from anima_fast.models.dit import AnimaDiT, DitConfig
+from anima_fast.training.flow import FlowSettings, flow_loss, noisy_latents, velocity_target
+from anima_fast.training.optimizers import clip_flat_grad
+
+DEVICE = "cuda" if on_card() else "cpu"
+# The published model; text rows of a middling caption, padded to 512 as in training.
+REAL = DitConfig(
+    model_channels=2048, num_blocks=28, num_heads=16, head_dim=128, context_dim=1024,
+    adaln_rank=256, mlp_hidden=8192,
+)  # fmt: skip
+TINY = DitConfig(
+    model_channels=64, num_blocks=3, num_heads=2, head_dim=32, context_dim=24,
+    adaln_rank=8, mlp_hidden=256,
+)  # fmt: skip
+CONFIG = REAL if on_card() else TINY
+DTYPE = torch.bfloat16 if on_card() else torch.float32
+RANK = 32 if on_card() else 4
+TEXT_ROWS, PADDED_ROWS = (96, 512) if on_card() else (5, 20)
+POLICIES = ("none", "mlp", "block")
+
+
+def step_flops(config: DitConfig, tokens: int, batch: int, rank: int, text: int) -> float:
+    """Operations (two per multiply-add) that a LoRA step of the blocks needs, none twice.
+
+    Frozen layers: the product and its activation's gradient; adapters: also both weights'
+    gradients; attention: two products forward, four backward, text rows without padding. No
+    gradient goes below block 0's normed input or below the text. Modulation, embeddings and the
+    final layer, far below a percent at real sizes, are left out.
+    """
+    d, h, c = config.model_channels, config.mlp_hidden, config.context_dim
+    image, texts = [(d, d)] * 6 + [(d, h), (h, d)], [(c, d)] * 2
+    block = tokens * sum(2 * a * b + 3 * rank * (a + b) for a, b in image)
+    block += text * sum(a * b + rank * (2 * a + 3 * b) for a, b in texts)
+    block += 6 * tokens * (tokens + text) * d
+    first = 3 * tokens * d * (d + rank)
+    return 2.0 * batch * (config.num_blocks * block - first)
+
+
+def random_dit(config: DitConfig, dtype: torch.dtype = DTYPE) -> AnimaDiT:
+    """A frozen DiT whose weights are drawn on the device, scaled by 1/√fan_in."""
+    with torch.device("meta"):
+        dit = AnimaDiT(config)
+    # Cast before memory is taken: the card never holds a float32 copy.
+    dit = dit.to(dtype).to_empty(device=DEVICE).requires_grad_(False)
+    fill(dit)
+    return dit.eval()
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Random matrices scaled by 1/√fan_in, vectors of ones."""
+    for parameter in model.parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+
+
+@dataclass
+class Inputs:
+    """One batch: latents and noise [B, 16, h, w] float32, σ [B], text rows [B, S, C]."""
+
+    latents: Tensor
+    noise: Tensor
+    sigma: Tensor
+    context: Tensor
+    zero_keys: int
+    settings: FlowSettings = field(default_factory=FlowSettings)
+
+    @classmethod
+    def random(cls, config: DitConfig, tokens: int, batch: int) -> Inputs:
+        """Drawn on the device, for square images of `tokens` patches of 2x2 latents."""
+        side = 2 * round(tokens**0.5)
+        shape = (batch, config.in_channels, side, side)
+        latents, noise = (torch.randn(shape, device=DEVICE) for _ in range(2))
+        context = torch.randn(batch, TEXT_ROWS, config.context_dim, device=DEVICE, dtype=DTYPE)
+        sigma = torch.rand(batch, device=DEVICE)
+        return cls(latents, noise, sigma, context, PADDED_ROWS - TEXT_ROWS)
+
+    def loss(self, velocity: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean flow loss of a model's velocity, as in training."""
+        x = noisy_latents(self.latents, self.noise, self.sigma, self.settings).to(DTYPE)
+        target = velocity_target(self.latents, self.noise)
+        return flow_loss(velocity(x), target, self.sigma, self.settings).mean()
+
+
+class Phases:
+    """A training step in three calls, which share the loss."""
+
+    loss: Tensor
+
+    def forward(self) -> None:
+        """Loss of the batch."""
+        raise NotImplementedError
+
+    def backward(self) -> None:
+        """Gradients."""
+        self.loss.backward()
+        del self.loss
+
+    def optimize(self) -> None:
+        """Clip, step, zero."""
+        raise NotImplementedError
+
+    def __call__(self) -> None:
+        """The whole step."""
+        self.forward()
+        self.backward()
+        self.optimize()
+
+
+class Bench(Phases):
+    """Our DiT; `switch` chooses who runs its blocks."""
+
+    def __init__(self, config: DitConfig, rank: int = RANK, dtype: torch.dtype = DTYPE) -> None:
+        torch.manual_seed(0)
+        self.dit = random_dit(config, dtype)
+        self.network: LoRANetwork = add_lora(self.dit, rank=rank, alpha=float(rank), seed=1)
+        self.network.to(DEVICE)
+        # `up` starts at zero in training; any other value makes every gradient count.
+        fill(self.network)
+        self.optimizer = torch.optim.AdamW(
+            self.network.param_groups(), lr=1e-6, fused=True if on_card() else None
+        )
+        self.inputs: Inputs | None = None
+        # What stands in each block for a provider, kept for its next turn.
+        self._compiled: list[Any] = []
+        self._fused: dict[str, list[Any]] = {}
+
+    def switch(self, provider: str) -> None:
+        """eager, compiled, or ours and a policy: "ours none", "ours none triton-attention"."""
+        words, blocks = provider.split(), list(self.dit.blocks)
+        self.dit.attn_mode = "triton" if "triton-attention" in words else "torch"
+        if words[0] == "ours" and words[1] not in self._fused:
+            install_block_runner(self.dit, fused=True, recompute=words[1])
+            self._fused[words[1]] = [block.fused for block in blocks]
+        if provider == "compiled" and not self._compiled:
+            install_block_runner(self.dit)
+            # Room for a graph per block: beyond the limit blocks would silently run eagerly.
+            compile_blocks(self.dit, cache_size_limit=4 * len(blocks))
+            self._compiled = [block._compiled_call_impl for block in blocks]
+        nothing = [None] * len(blocks)
+        fused = self._fused[words[1]] if words[0] == "ours" else nothing
+        compiled = self._compiled if provider == "compiled" else nothing
+        for block, runner, graph in zip(blocks, fused, compiled, strict=True):
+            block.fused, block._compiled_call_impl = runner, graph
+
+    def forward(self) -> None:
+        i = self.inputs
+        self.loss = i.loss(lambda x: self.dit(x, i.sigma, i.context, zero_keys=i.zero_keys))
+
+    def optimize(self) -> None:
+        clip_flat_grad(self.network, 1.0)
+        self.optimizer.step()
+        self.network.zero_grad_flat()
+
+
+class Diffusers(Phases):
+    """diffusers' transformer with peft's LoRA on the same ten layers of each block."""
+
+    LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+    def __init__(self, config: DitConfig, rank: int = RANK) -> None:
+        from diffusers import CosmosTransformer3DModel
+        from peft import LoraConfig
+
+        torch.manual_seed(0)
+        with torch.device(DEVICE):
+            self.model = CosmosTransformer3DModel(
+                # The padding mask goes in as the 17th channel: its own way needs torchvision.
+                in_channels=config.in_channels + 1,
+                out_channels=config.out_channels,
+                num_attention_heads=config.num_heads,
+                attention_head_dim=config.head_dim,
+                num_layers=config.num_blocks,
+                mlp_ratio=config.mlp_hidden / config.model_channels,
+                text_embed_dim=config.context_dim,
+                adaln_lora_dim=config.adaln_rank,
+                rope_scale=(1.0, 4.0, 4.0),
+                concat_padding_mask=False,
+                extra_pos_embed_type=None,
+            )
+        self.model.to(DTYPE).requires_grad_(False)
+        fill(self.model)
+        self.model.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, target_modules=list(self.LAYERS))
+        )
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in self.trained:
+            parameter.data = parameter.data.float()
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, fused=True if on_card() else None)
+        self.inputs: Inputs | None = None
+
+    def forward(self) -> None:
+        i = self.inputs
+        padded = nn.functional.pad(i.context, (0, 0, 0, i.zero_keys))
+
+        def velocity(x: Tensor) -> Tensor:
+            image = torch.cat([x, torch.zeros_like(x[:, :1])], 1)[:, :, None]
+            with torch.autocast(DEVICE, DTYPE, enabled=DTYPE.itemsize == 2):
+                return self.model(image, i.sigma.to(DTYPE), padded).sample[:, :, 0]
+
+        self.loss = i.loss(velocity)
+
+    def optimize(self) -> None:
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
