@@ -257,7 +257,7 @@ def test_products_computed_again(monkeypatch, recompute, extra):
     assert counts == {"forward": 14 + extra, "backward": 14}
 
 
-@pytest.mark.parametrize("reason", ["trained", "two adapters", "adaln dropout"])
+@pytest.mark.parametrize("reason", ["trained", "two adapters", "adaln dropout", "foreign"])
 def test_falls_back_to_eager_and_says_so(reason, caplog, monkeypatch):
     from anima_fast.models import fuse
 
@@ -269,12 +269,16 @@ def test_falls_back_to_eager_and_says_so(reason, caplog, monkeypatch):
         dit.blocks[1].mlp.layer1.weight.requires_grad_()
     if reason == "two adapters":
         make_network(dit, seed=9)
+    if reason == "foreign":
+        linear = dit.blocks[0].adaln_modulation_mlp[1]
+        linear.adapters[0].remove()
+        linear.forward = lambda x, real=linear.forward: 2 * real(x)
     counts = count_products(monkeypatch)
     with caplog.at_level(logging.WARNING):
         out, _ = call(dit)
         call(dit)
     out.sum().backward()
-    assert counts["forward"] == (14 if reason == "trained" else 0)
+    assert counts["forward"] == (14 if reason in ("trained", "foreign") else 0)
     assert len(caplog.records) == 1 and "the eager block runs" in caplog.text
     if reason == "trained":
         assert dit.blocks[1].mlp.layer1.weight.grad.abs().sum() > 0

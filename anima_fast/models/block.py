@@ -78,18 +78,42 @@ class Values:
         self.settings = settings
         self.t = tensors
         self.kept: dict[str, attend.Kept] = {}
+        self.cast = self.cast_adapters()
+
+    def cast_adapters(self) -> dict[str, Tensor]:
+        """All adapters of the block in the dtype of the activations: one launch, one buffer.
+
+        Those of one group come behind each other, so that stacking them is a view.
+        """
+        kinds = ("down", "up")
+        names = [
+            f"{kind}.{group}.{i}"
+            for group, layers in GROUPS.items()
+            for kind in kinds
+            for i in range(len(layers))
+            if self.t[f"{kind}.{group}.{i}"].numel()
+        ]
+        given = {name: self.t[name].detach() for name in names}
+        if all(x.dtype == self.settings.dtype for x in given.values()):
+            return given
+        buffer = self.t["context"].new_empty(sum(x.numel() for x in given.values()))
+        views = buffer.split([x.numel() for x in given.values()])
+        views = [v.view(x.shape) for v, x in zip(views, given.values(), strict=True)]
+        torch._foreach_copy_(views, list(given.values()))
+        return dict(zip(given, views, strict=True))
 
     def layers(self, group: str) -> dict[str, Any]:
-        """Arguments of a linear group, adapters in the dtype of the activations."""
+        """Arguments of a linear group."""
         parts = range(len(GROUPS[group]))
-        cast = [
-            [self.t[f"{kind}.{group}.{i}"].to(self.settings.dtype) for i in parts]
-            for kind in ("down", "up")
-        ]
+
+        def adapters(kind: str) -> list[Tensor]:
+            names = [f"{kind}.{group}.{i}" for i in parts]
+            return [self.cast.get(name, self.t[name]) for name in names]
+
         return {
             "weights": [self.t[f"weight.{group}.{i}"] for i in parts],
-            "downs": cast[0],
-            "ups": cast[1],
+            "downs": adapters("down"),
+            "ups": adapters("up"),
             "scales": self.settings.scales[group],
             "factors": [self.t.get(f"factor.{group}.{i}") for i in parts],
         }

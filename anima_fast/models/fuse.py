@@ -8,13 +8,13 @@ them on, the eager block runs and the reason is logged once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
+from anima_fast.kernels.lora_linear import stacked
 from anima_fast.models.block import GROUPS, FusedBlockFunction, Settings
 from anima_fast.models.dit_layers import Shared
 from anima_fast.models.modulation import adaln_layers, pack
@@ -50,31 +50,52 @@ def submodule(block: nn.Module, name: str) -> nn.Module:
     return block
 
 
-def gather(block: Block, tokens: int, rows: int, batch: int) -> dict[str, list[Layer]]:
-    """Weights and adapters of a block, dropout drawn in the order of the eager block.
+class Parts:
+    """The modules of a block, looked up once: on small images a step is short."""
 
-    Args:
-        block: the eager block.
-        tokens, rows: L and S.
-        batch: B.
+    def __init__(self, block: Block) -> None:
+        self.groups = {
+            group: [submodule(block, name) for name in names] for group, names in GROUPS.items()
+        }
+        self.norms = [submodule(block, name) for name in NORMS]
+        self.linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        self.parameters = dict(block.named_parameters())
 
-    Raises:
-        NotFused: trained weights, several adapters on one layer, or dropout on AdaLN adapters.
-    """
-    for name, parameter in block.named_parameters():
-        if parameter.requires_grad:
-            raise NotFused(f"{name} is trained: full fine-tuning")
-    for name, module in block.named_modules():
-        adapters = getattr(module, "adapters", ())
-        if len(adapters) > 1:
-            raise NotFused(f"{name} has {len(adapters)} adapters")
-        if "adaln" in name and any(adapter.drops for adapter in adapters):
-            raise NotFused(f"{name}: an AdaLN adapter with dropout")
-    groups = {}
-    for group, names in GROUPS.items():
-        length = rows if group == "cross_kv" else tokens
-        groups[group] = [_layer(submodule(block, name), batch, length) for name in names]
-    return groups
+    def check(self) -> None:
+        """Refuse what the fused block does not compute.
+
+        Raises:
+            NotFused: trained weights, several adapters on one layer, dropout on AdaLN adapters, or
+                a layer whose `forward` somebody else has replaced.
+        """
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad:
+                raise NotFused(f"{name} is trained: full fine-tuning")
+        for name, linear in self.linears.items():
+            adapters = getattr(linear, "adapters", ())
+            if len(adapters) > 1:
+                raise NotFused(f"{name} has {len(adapters)} adapters")
+            if "adaln" in name and any(adapter.drops for adapter in adapters):
+                raise NotFused(f"{name}: an AdaLN adapter with dropout")
+            if not adapters and "forward" in linear.__dict__:
+                raise NotFused(f"{name} has a forward of its own")
+
+    def layers(self, tokens: int, rows: int, batch: int) -> dict[str, list[Layer]]:
+        """Weights and adapters, dropout drawn in the order of the eager block.
+
+        Args:
+            tokens, rows, batch: L, S and B.
+        """
+        return {
+            group: [
+                _layer(linear, batch, rows if group == "cross_kv" else tokens) for linear in linears
+            ]
+            for group, linears in self.groups.items()
+        }
+
+    def packable(self) -> list[list[nn.Module]]:
+        """Layers that read one input, and norms that one launch reads."""
+        return [*self.groups.values(), self.norms]
 
 
 def _layer(linear: nn.Linear, batch: int, length: int) -> Layer:
@@ -105,12 +126,13 @@ def fuse_blocks(
         ValueError: another `recompute`.
     """
     for index, policy in enumerate(block_policies(recompute, len(dit.blocks))):
-        dit.blocks[index].fused = FusedBlock(index, "none" if index in swapped else policy)
+        policy = "none" if index in swapped else policy
+        # Now, not on the first call: a swapped block then has its fetched weights in place.
+        dit.blocks[index].fused = FusedBlock(index, policy, Parts(dit.blocks[index]))
     for index, block in enumerate(dit.blocks):
         if index in swapped:
             continue
-        for names in GROUPS.values():
-            layers = [submodule(block, name) for name in names]
+        for layers in block.fused.parts.packable():
             if len(layers) > 1 and not any(layer.weight.requires_grad for layer in layers):
                 pack(layers)
     for layers in adaln_layers(dit.blocks):
@@ -130,22 +152,27 @@ class FusedBlock:
 
     Attributes:
         policy: none, mlp or block.
+        parts: the block's modules.
         pack, unpack: with policy `block`, where x₀ waits (memory/offload.py).
     """
 
     index: int
-    policy: str = "none"
+    policy: str
+    parts: Parts
     pack: Callable[[Tensor], Any] | None = None
     unpack: Callable[[Any], Tensor] | None = None
 
     def __call__(self, block: Block, x: Tensor, shared: Shared) -> Tensor | None:
         """x₃ [B, L, D], or None where the eager block must run, which is logged once."""
-        batch, tokens, _ = x.shape
+        parts = self.parts
         try:
-            groups = gather(block, tokens, shared.context.shape[1], batch)
+            parts.check()
         except NotFused as reason:
             _say_once(f"fused kernels are off, the eager block runs: {reason}")
             return None
+        batch, tokens, _ = x.shape
+        groups = parts.layers(tokens, shared.context.shape[1], batch)
+        norms = stacked([norm.weight[None] for norm in parts.norms])
         half = shared.cos.shape[-1] // 2
         tensors: dict[str, Tensor | None] = {
             "x0": x,
@@ -153,8 +180,8 @@ class FusedBlock:
             "modulation": shared.modulations[self.index],
             "cos": shared.cos[:, :half],
             "sin": shared.sin[:, :half],
-            "norm.self": _norms(block, NORMS[:2]),
-            "norm.cross": _norms(block, NORMS[2:]),
+            "norm.self": norms[:2],
+            "norm.cross": norms[2:],
         }
         for group, layers in groups.items():
             for i, layer in enumerate(layers):
@@ -173,10 +200,6 @@ class FusedBlock:
             unpack=self.unpack,
         )
         return FusedBlockFunction.apply(settings, list(tensors), *tensors.values())
-
-
-def _norms(block: Block, names: Sequence[str]) -> Tensor:
-    return torch.stack([submodule(block, name).weight for name in names])
 
 
 _said: set[str] = set()

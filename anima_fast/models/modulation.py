@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 BRANCHES = ("adaln_modulation_self_attn", "adaln_modulation_cross_attn", "adaln_modulation_mlp")
 
 
-def pack(linears: Sequence[nn.Linear]) -> None:
+def pack(layers: Sequence[nn.Module]) -> None:
     """Put the weights of layers behind each other in memory; they become views of one buffer."""
-    buffer = torch.cat([linear.weight.data for linear in linears])
+    buffer = torch.cat([layer.weight.data for layer in layers])
     first = 0
-    for linear in linears:
-        linear.weight.data = buffer[first : first + len(linear.weight)]
-        first += len(linear.weight)
+    for layer in layers:
+        layer.weight.data = buffer[first : first + len(layer.weight)]
+        first += len(layer.weight)
 
 
 def adaln_layers(blocks: Sequence[Block]) -> tuple[list[nn.Linear], list[nn.Linear]]:

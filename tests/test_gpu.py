@@ -1,0 +1,128 @@
+"""On a card only: real shapes, the fused block beside the eager one, whole steps, no leaks."""
+
+import pytest
+import torch
+from test_block import make_network
+from tiny_dit import TINY, dit_weights
+
+from anima_fast.adapters.lora import add_lora
+from anima_fast.kernels import OPS
+from anima_fast.kernels.lora_linear import lora_linear
+from anima_fast.models.dit import AnimaDiT, DitConfig, load_dit
+from anima_fast.models.fuse import fuse_blocks
+from anima_fast.parity import FLOORS, check_op, full_precision, relative_error
+
+pytestmark = pytest.mark.gpu
+WIDE = DitConfig(
+    model_channels=2048, num_blocks=2, num_heads=16, head_dim=128, context_dim=1024,
+    adaln_rank=256, mlp_hidden=8192,
+)  # fmt: skip
+REAL = [
+    pytest.param(op, sizes, id=f"{op.name}-{label}")
+    for op in OPS.values()
+    for label, sizes in op.real_shapes(1024).items()
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("op, sizes", REAL)
+def test_parity_at_real_shapes(op, sizes, dtype):
+    wrong = [
+        f"{c.tensor}: {c.error:.2e} > {c.allowed:.2e} {c.remark}"
+        for c in check_op(op, sizes, dtype, device="cuda")
+        if not c.passed
+    ]
+    assert not wrong, "; ".join(wrong)
+
+
+def wide_dit(dtype, attn_mode):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        dit = AnimaDiT(WIDE, attn_mode)
+    dit = dit.to_empty(device="cuda").to(dtype).requires_grad_(False)
+    for parameter in dit.parameters():
+        std = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+        parameter.data.normal_(std=std).add_(0 if parameter.ndim > 1 else 1)
+    return dit
+
+
+def wide_gradients(dtype, fused, attn_mode="torch", recompute="none"):
+    dit = wide_dit(torch.bfloat16, attn_mode).to(dtype)
+    network = make_network(dit, rank=32).to("cuda")
+    if fused:
+        fuse_blocks(dit, recompute)
+    generator = torch.Generator("cuda").manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, device="cuda")  # noqa: E731
+    latents, context, target = draw(2, 16, 64, 64), draw(2, 96, 1024), draw(2, 16, 64, 64)
+    sigma = torch.tensor([0.3, 0.8], device="cuda")
+    out = dit(
+        latents.bfloat16().to(dtype), sigma, context.bfloat16().to(dtype), zero_keys=[416, 10]
+    )
+    (out.to(torch.promote_types(dtype, torch.float32)) - target).square().mean().backward()
+    return network.flat_grad
+
+
+@pytest.mark.parametrize("attn_mode", ["torch", "triton"])
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+def test_the_fused_block_at_the_real_width(attn_mode, recompute):
+    with full_precision():
+        exact = wide_gradients(torch.float32, fused=False)
+    eager = relative_error(wide_gradients(torch.bfloat16, fused=False), exact)
+    fused = wide_gradients(torch.bfloat16, True, attn_mode, recompute)
+    assert relative_error(fused, exact) <= 2 * eager + FLOORS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("implementation", ["triton", "cublas"])
+def test_both_products_of_lora_linear(implementation):
+    op = OPS["lora_linear"]
+    for sizes in op.real_shapes(1024).values():
+        inputs = op.make_inputs(sizes, torch.bfloat16, "cuda")
+        exact = {k: v for k, v in inputs.items() if k != "implementation"}
+        wide = {k: [t.float() for t in v] if isinstance(v, list) and k != "scales" else v
+                for k, v in exact.items()}  # fmt: skip
+        wide["x"] = exact["x"].float()
+        with full_precision():
+            expected = op.reference(**wide)
+        found = lora_linear(**exact, implementation=implementation)
+        plain = op.reference(**exact)
+        assert relative_error(found, expected) <= 2 * relative_error(plain, expected)
+
+
+def test_peak_memory_of_a_fused_step_is_at_most_six_tenths_of_eager():
+    peaks = []
+    for fused in (False, True):
+        torch.cuda.empty_cache()
+        dit = wide_dit(torch.bfloat16, "torch")
+        add_lora(dit, rank=32, seed=1).to("cuda")
+        if fused:
+            fuse_blocks(dit)
+        x = torch.randn(1, 16, 128, 128, device="cuda", dtype=torch.bfloat16)
+        context = torch.randn(1, 96, 1024, device="cuda", dtype=torch.bfloat16)
+        weights = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        dit(x, torch.tensor([0.5], device="cuda"), context, zero_keys=416).sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - weights)
+    assert peaks[1] <= 0.6 * peaks[0], peaks
+
+
+def test_steps_repeat_bit_for_bit():
+    """No atomics anywhere: the same step twice gives the same gradients."""
+    first = wide_gradients(torch.bfloat16, True, "triton").clone()
+    assert torch.equal(first, wide_gradients(torch.bfloat16, True, "triton"))
+
+
+def test_the_tiny_dit_in_every_dtype():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        grads = []
+        for fused in (False, True):
+            dit = load_dit(dit_weights(TINY), dtype=dtype, device="cuda")
+            network = make_network(dit).to("cuda")
+            if fused:
+                fuse_blocks(dit)
+            latents = torch.ones(1, 16, 6, 10, device="cuda").cumsum(3) / 10
+            context = torch.ones(1, 5, TINY.context_dim, device="cuda")
+            sigma = torch.tensor([0.4], device="cuda")
+            with full_precision():
+                dit(latents, sigma, context, zero_keys=507).float().square().mean().backward()
+            grads.append(network.flat_grad)
+        assert relative_error(grads[1], grads[0]) < {4: 1e-4, 2: 0.05}[dtype.itemsize]
