@@ -369,10 +369,10 @@ def _real_shapes(tokens: int) -> dict[str, Sizes]:
     one = {"M": tokens, "R": 32, "parts": 1, "equal": 1}
     return {
         "qkv": {**one, "N": 2048, "K": 2048, "parts": 3},
-        "square": {**one, "N": 2048, "K": 2048},
+        "out": {**one, "N": 2048, "K": 2048},
         "text kv": {**one, "M": 96, "N": 2048, "K": 1024, "parts": 2},
-        "mlp up": {**one, "N": 8192, "K": 2048},
-        "mlp down": {**one, "N": 2048, "K": 8192},
+        "up": {**one, "N": 8192, "K": 2048},
+        "down": {**one, "N": 2048, "K": 8192},
     }
 
 
