@@ -146,7 +146,6 @@ def _attention_bwd_dkdv(
     p_stat = tl.program_id(1).to(tl.int64) * L
     k = _tile(K + b * k_b + h * k_h, col, BLOCK_N, S, k_l, HEAD, BLOCK_K)
     v = _tile(V + b * v_b + h * v_h, col, BLOCK_N, S, v_l, HEAD, BLOCK_K)
-    m_n = col + tl.arange(0, BLOCK_N) < S
     dk = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     first = tl.program_id(2) * split_rows
@@ -161,7 +160,8 @@ def _attention_bwd_dkdv(
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * (
             scale * LOG2E
         )  # [N, M]
-        p = tl.where(m_n[:, None], tl.math.exp2(s - (lse * LOG2E)[None, :]), 0.0)
+        # Keys beyond S fill rows of dk and dv that are not stored: no mask.
+        p = tl.math.exp2(s - (lse * LOG2E)[None, :])
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=ACC)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=ACC)
         ds = p * (dp - delta[None, :])
