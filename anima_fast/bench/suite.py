@@ -1,0 +1,277 @@
+"""Everything that is measured and checked, in slices: `anima-fast bench all`.
+
+A slice is one command in a process of its own with a time limit of nine minutes, so that it fits
+where longer commands are cut off, and so that a crash or a hang takes nothing else with it. What a
+slice has written stays when it is stopped. Slices of one folder may run in several calls
+(`--slice`); the report is made from all that stand there.
+
+    DIR/slices/NAME.json   status, seconds, command, machine
+    DIR/slices/NAME.csv    rows of measurements         NAME.out, NAME.log   what it printed
+    DIR/results.csv, results.json, report.html          all slices together (suite_report.py)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from anima_fast.bench.rows import ROOT, machine
+from anima_fast.errors import UserError
+from anima_fast.files import write_json, write_text
+from anima_fast.kernels import OPS
+
+LIMIT_S = 540.0
+# What measurements plan for; starting, compiling and writing take the rest.
+PLANNED_S = 420
+TOKENS = (1024, 2304, 4096, 9216)
+GPU, CPU, ANY = "gpu", "cpu", "any"
+PASSED, FAILED, TIMED_OUT, SKIPPED = "passed", "failed", "timed out", "skipped"
+SANITIZER = "compute-sanitizer"
+NO_TESTS_COLLECTED = 5
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One command.
+
+    Attributes:
+        name: as `--slice` takes it, and of its files.
+        title: what it does.
+        command: arguments; `python` stands for this interpreter, `{rows}` for its CSV file.
+        where: gpu, cpu (sizes for a machine without a card) or any.
+        limit_s: it is stopped after so many seconds.
+    """
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    where: str = ANY
+    limit_s: float = LIMIT_S
+
+
+def slices() -> list[Slice]:
+    """All slices, in the order in which they run."""
+    return [
+        Slice("gpu-tests", "tests that need a card", ("python", *_pytest(), "-m", "gpu",
+              *gpu_test_files()), GPU),
+        *(
+            Slice(f"parity-{name}", f"{name} against its definition",
+                  ("python", "-m", "anima_fast", "parity", "--op", name, "--json"))
+            for name in OPS
+        ),
+        *(
+            Slice(f"ops-{tokens}", f"every op at {tokens} tokens", _bench("ops", tokens), GPU)
+            for tokens in TOKENS
+        ),
+        *(
+            Slice(f"memory-{tokens}", f"what a block keeps at {tokens} tokens",
+                  _bench("memory", tokens), GPU)
+            for tokens in (1024, 4096)
+        ),
+        *(
+            Slice(f"step-{side}-b{batch}", f"training step at {side}x{side}, batch {batch}",
+                  (*_bench("step", tokens), "--batch", str(batch)), GPU)
+            for side, tokens in ((1024, 4096), (512, 1024))
+            for batch in (1, 4)
+        ),
+        *(
+            Slice(f"{what}-tiny", f"{what} benchmark at a tiny size on the CPU", _bench(what), CPU)
+            for what in ("ops", "memory", "step")
+        ),
+        *(
+            Slice(f"sanitizer-{tool}", f"a few parity cases under {SANITIZER} {tool}",
+                  (SANITIZER, "--tool", tool, "--error-exitcode", "99", "python",
+                   "-m", "anima_fast.bench.sanitized"), GPU)
+            for tool in ("memcheck", "racecheck")
+        ),
+        Slice("resources", "registers, spills and shared memory of every kernel, per card",
+              ("python", "-m", "anima_fast", "bench", "resources", "--quick", "--json")),
+    ]  # fmt: skip
+
+
+def _pytest() -> tuple[str, ...]:
+    return ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+
+
+def _bench(what: str, tokens: int | None = None) -> tuple[str, ...]:
+    size = () if tokens is None else ("--tokens", str(tokens))
+    return ("python", *_pytest(), f"benchmarks/test_{what}.py", "--rows", "{rows}",
+            "--seconds", str(PLANNED_S), *size)  # fmt: skip
+
+
+def gpu_test_files() -> list[str]:
+    """Test files with a test marked gpu; others may import what a bare machine lacks."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [
+        f"tests/{file.name}"
+        for file in files
+        if "pytest.mark.gpu" in file.read_text(encoding="utf-8")
+    ]
+
+
+def choose(names: Sequence[str]) -> list[Slice]:
+    """The slices of these names, all that suit this machine when there are none.
+
+    Raises `UserError` for an unknown name, or outside of a checkout.
+    """
+    if not (ROOT / "benchmarks" / "test_ops.py").exists():
+        raise UserError(
+            f"bench all runs from a checkout: there is no benchmarks folder in {ROOT}; clone the "
+            "repository and run it there"
+        )
+    known = {one.name: one for one in slices()}
+    for name in names:
+        if name not in known:
+            raise UserError(f"--slice {name} is unknown: use one of {', '.join(known)}")
+    if names:
+        return [known[name] for name in names]
+    return [one for one in known.values() if one.where != (GPU if not has_card() else CPU)]
+
+
+def has_card() -> bool:
+    """Whether there is a CUDA card."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def unfit(one: Slice) -> str:
+    """Why a slice cannot run on this machine, or ""."""
+    if one.where == GPU and not has_card():
+        return "needs a CUDA card; there is none here"
+    if one.where == CPU and has_card():
+        return "for machines without a card"
+    if one.command[0] == SANITIZER and shutil.which(SANITIZER) is None:
+        return f"{SANITIZER} is not on PATH"
+    return ""
+
+
+def run_slices(
+    chosen: Iterable[Slice], folder: Path, *, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Run slices one after another; each leaves its record in `folder`, also when interrupted.
+
+    Args:
+        chosen: of `choose`.
+        folder: the output folder, see the module docstring.
+        say: prints a line.
+
+    Returns:
+        The records, as in NAME.json.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    chosen, records, where = list(chosen), [], machine()
+    for index, one in enumerate(chosen, 1):
+        record = run_slice(one, folder) | where
+        write_json(folder / "slices" / f"{one.name}.json", record)
+        records.append(record)
+        reason = f": {record['reason']}" if record["reason"] else ""
+        say(
+            f"[{index}/{len(chosen)}] {one.name} {record['status']}, "
+            f"{record['seconds']:.0f} s{reason}"
+        )
+    return records
+
+
+def run_slice(one: Slice, folder: Path) -> dict[str, Any]:
+    """Run one slice and tell how it went; its earlier files are replaced."""
+    base = folder / "slices" / one.name
+    for suffix in (".csv", ".out", ".log"):
+        base.with_suffix(suffix).unlink(missing_ok=True)
+    record = asdict(one) | {"status": SKIPPED, "seconds": 0.0, "returncode": None}
+    if reason := unfit(one):
+        return record | {"reason": reason}
+    words = {"python": sys.executable, "{rows}": str(base.with_suffix(".csv").resolve())}
+    command = [words.get(word, word) for word in one.command]
+    start = time.monotonic()
+    with (
+        open(base.with_suffix(".out"), "wb") as out,
+        open(base.with_suffix(".log"), "wb") as log,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment(one), stdin=subprocess.DEVNULL, stdout=out,
+            stderr=log, start_new_session=True,
+        ) as process,
+    ):  # fmt: skip
+        try:
+            code = process.wait(one.limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            stop(process)
+    record["seconds"], record["returncode"] = time.monotonic() - start, code
+    return record | outcome(one, code, base)
+
+
+def environment(one: Slice) -> dict[str, str]:
+    """Variables of a slice: this checkout first, no hub, and no interpreter by accident."""
+    variables = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    variables.pop("TRITON_INTERPRET", None)
+    paths = [str(ROOT), variables.get("PYTHONPATH", "")]
+    variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    if one.command[0] == SANITIZER:
+        # Each tensor gets memory of its own, so that a step beyond it is seen.
+        variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    return variables
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a process and all that it started, when it still runs."""
+    if process.poll() is not None:
+        return
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+
+
+def outcome(one: Slice, code: int | None, base: Path) -> dict[str, str]:
+    """Status and reason from an exit status; None means stopped at the limit."""
+    if code is None:
+        kept = "; what it had written is kept"
+        return {"status": TIMED_OUT, "reason": f"stopped after {one.limit_s:.0f} s{kept}"}
+    if code == NO_TESTS_COLLECTED and "pytest" in one.command:
+        return {"status": SKIPPED, "reason": "there is no such test"}
+    if code:
+        return {"status": FAILED, "reason": last_words(base) or f"exit status {code}"}
+    return {"status": PASSED, "reason": ""}
+
+
+def last_words(base: Path) -> str:
+    """The last line that a slice printed, without JSON: pytest's summary, or an error."""
+    for suffix in (".log", ".out"):
+        text = base.with_suffix(suffix).read_text(encoding="utf-8", errors="replace")
+        lines = [line.strip(" =") for line in text.splitlines() if line.strip(" =]}[{")]
+        if lines and not text.startswith("["):
+            return lines[-1][:300]
+    return ""
+
+
+def prepare(folder: Path) -> None:
+    """Make the output folder and see that it can be written; `UserError` when not."""
+    probe = folder / "slices" / ".writable"
+    write_text(probe, "")
+    probe.unlink()
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """What stands in a folder, in the order of `slices`; unreadable records are left out."""
+    found = []
+    for one in slices():
+        path = folder / "slices" / f"{one.name}.json"
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue
+    return found
