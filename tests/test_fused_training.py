@@ -250,3 +250,25 @@ def test_a_fused_run_resumes_to_the_same_file(world, tmp_path):
     again = train(train_options(world, tmp_path / "again", **values, resume=str(states[0])))
     left, right = load_file(whole.output), load_file(again.output)
     assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_fused_norms_of_the_llm_adapter():
+    """As kernels, interpreted: values and the gradients that reach the embedding."""
+    from tiny_dit import adapter_weights
+
+    from anima_fast.models.llm_adapter import load_llm_adapter
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50, (2, 5), generator=generator)
+    states = torch.randn(2, 4, 40, generator=generator)
+    found = []
+    for fused in (False, True):
+        adapter = load_llm_adapter(adapter_weights(), dtype=torch.float32).requires_grad_()
+        if fused:
+            adapter.fuse_norms()
+        with dispatch.use("triton" if fused else "auto"):
+            out = adapter(ids, torch.ones(2, 5), states, torch.ones(2, 4))
+            out.square().mean().backward()
+        found.append([out, *(p.grad for p in adapter.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

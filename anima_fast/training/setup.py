@@ -130,6 +130,8 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     install_memory_savers(options, dit, device)
 
     fused = uses_fused_blocks(options, device)
+    if fused and conditioning.adapter is not None:
+        conditioning.adapter.fuse_norms()
     optimizer, notices = build_optimizer(options, network, fused=fused)
     scheduler = build_scheduler(options, optimizer, length.steps)
     for notice in notices:
