@@ -5,6 +5,7 @@ Torch and Triton are imported when a command runs, not for `--help`.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -108,3 +109,35 @@ def _model(
         found = prediction(*measured_card(), tokens=tokens, batch=batch, rank=rank)
         found["source"] = "measured here"
     typer.echo(dumps(found, indent=1) if json else prediction_text(found))
+
+
+@bench.command("all")
+def _all(
+    out: Annotated[Path, typer.Option("--out", help="Folder to fill.")] = Path("bench_output"),
+    only: Annotated[
+        list[str] | None, typer.Option("--slice", help="Only this slice; may be repeated.")
+    ] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="List the slices and stop.")] = False,
+) -> None:
+    """Check and measure everything on this machine, and write a report.
+
+    Runs in slices that each end within nine minutes and keep what they have finished; the report
+    is made from all slices that the folder holds. Ends with status 1 when one of them failed.
+    """
+    from anima_fast.bench import suite
+    from anima_fast.bench.suite_report import build_report
+
+    chosen = suite.choose(only or [])
+    if list_only:
+        for one in suite.slices():
+            typer.echo(f"{one.name:40} {one.where:4} {one.title}")
+        return
+    suite.prepare(out)
+    if not suite.has_card():
+        typer.echo("no CUDA card here: what can run on the CPU runs, at tiny sizes; no speed")
+    try:
+        records = suite.run_slices(chosen, out, say=typer.echo)
+    finally:
+        build_report(out)
+        typer.echo(f"wrote {out / 'report.html'}, results.csv and results.json")
+    raise typer.Exit(int(any(r["status"] in (suite.FAILED, suite.TIMED_OUT) for r in records)))
