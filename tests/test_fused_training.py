@@ -272,3 +272,17 @@ def test_fused_norms_of_the_llm_adapter():
         found.append([out, *(p.grad for p in adapter.parameters())])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_second_card_becomes_the_current_one(monkeypatch):
+    """Triton launches on the current card."""
+    from anima_fast.training.checks import choose_device
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert choose_device(options(device="cuda:1")) == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")]
+    with pytest.raises(UserError, match="2 cards"):
+        choose_device(options(device="cuda:2"))

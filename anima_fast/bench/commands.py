@@ -44,19 +44,18 @@ def _resources(
     from json import dumps
 
     from anima_fast.bench.cards import find_card
-    from anima_fast.kernels import OPS
 
-    unknown = [name for name in op or () if name not in OPS]
-    if unknown:
-        raise UserError(f"--op {unknown[0]} is unknown: use one of {', '.join(OPS)}")
     archs = list(dict.fromkeys([*(arch or ()), *(find_card(name).arch for name in card or ())]))
 
     import triton
 
-    from anima_fast.bench.resources import ARCHS, as_record, check, measure
+    from anima_fast.bench.resources import ARCHS, COMPILED, as_record, check, measure
     from anima_fast.bench.tables import resources_table
 
-    ops = {name: OPS[name] for name in op or OPS}
+    unknown = [name for name in op or () if name not in COMPILED]
+    if unknown:
+        raise UserError(f"--op {unknown[0]} is unknown: use one of {', '.join(COMPILED)}")
+    ops = {name: COMPILED[name] for name in op or COMPILED}
     rows = measure(ops=ops, archs=archs or ARCHS, quick=quick)
     problems = check(rows)
     if json:

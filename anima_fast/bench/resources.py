@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from anima_fast.bench.dry import Launch, dry_launches, run_op
+from anima_fast.bench.fused_block import FUSED_BLOCK
 from anima_fast.errors import UserError
 from anima_fast.kernels import OPS
 from anima_fast.kernels.dispatch import SHARED_KIB
@@ -45,6 +46,9 @@ SHARED_UNIT, SHARED_RESERVED = 128, 1024
 # Columns of tensor memory per multiprocessor, compute capability 10.0.
 TENSOR_COLUMNS = 512
 MAX_GRID_Y = 65535
+
+# What is compiled: every op by itself, and the variants that run inside the fused block.
+COMPILED: dict[str, Op] = {**OPS, FUSED_BLOCK.name: FUSED_BLOCK}
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def occupancy(
 
 def measure(
     *,
-    ops: Mapping[str, Op] = OPS,
+    ops: Mapping[str, Op] = COMPILED,
     archs: Sequence[int] = ARCHS,
     dtypes: Collection[torch.dtype] | None = None,
     quick: bool = False,

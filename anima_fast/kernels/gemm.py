@@ -103,7 +103,7 @@ def tile_for(m: int, n: int, dtype: torch.dtype) -> Tile:
     """The tile of a product. Chosen by what compiles without a spill within 99 KiB of shared
     memory, the least that a supported card has; no card has timed them."""
     if dtype.itemsize != 2:
-        return Tile(64, 32, 32, 4, 2)
+        return Tile(32, 32, 32, 4, 2)
     if m <= 64:
         return Tile(32 if m <= 32 else 64, 128, 64, 4, 3)
     if n <= 64:

@@ -29,9 +29,17 @@ def choose_device(options: TrainOptions | SampleOptions) -> torch.device:
             "(`anima-fast doctor` says what is missing), or use --device cpu"
         )
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name} is no device that PyTorch knows: cuda, cpu") from None
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {name}: there are {torch.cuda.device_count()} cards, counted from cuda:0"
+            )
+        # Triton launches on the current card, whatever card its tensors are on.
+        torch.cuda.set_device(device)
+    return device
 
 
 def check_start(options: TrainOptions, device: torch.device) -> None:

@@ -1,0 +1,105 @@
+"""The fused block of the 2B model as an op: its launches are other variants than the ops' own.
+
+Inside the block norms add the residual's gradient, products carry GELU in their epilogue, sums for
+frozen weights are left out and gradients go into packed buffers. `bench resources` compiles these
+variants through this entry. It is no member of `OPS`: its definition is the eager block, and
+tests/test_block.py compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.models.block import GROUPS, FusedBlockFunction, Settings
+
+WIDTH, HIDDEN, CONTEXT, HEAD = 2048, 8192, 1024, 128
+# Outputs and inputs of the layers of each group.
+SHAPES = {
+    "qkv": (WIDTH, WIDTH),
+    "out": (WIDTH, WIDTH),
+    "cross_q": (WIDTH, WIDTH),
+    "cross_kv": (WIDTH, CONTEXT),
+    "cross_out": (WIDTH, WIDTH),
+    "up": (HIDDEN, WIDTH),
+    "down": (WIDTH, HIDDEN),
+}
+
+
+def layer_names() -> list[tuple[str, str]]:
+    """(group, `GROUP.i`) of the ten linear layers."""
+    return [(g, f"{g}.{i}") for g, names in GROUPS.items() for i in range(len(names))]
+
+
+def run_block(
+    x0: Tensor,
+    context: Tensor,
+    modulation: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norms: list[Tensor],
+    weights: list[Tensor],
+    downs: list[Tensor],
+    ups: list[Tensor],
+    policy: str,
+) -> Tensor:
+    """The block's result [B, L, D]; arguments as `models.block.FusedBlockFunction` names them."""
+    tensors: dict[str, Tensor] = {
+        "x0": x0, "context": context, "modulation": modulation, "cos": cos, "sin": sin,
+        "norm.self": norms[0], "norm.cross": norms[1],
+    }  # fmt: skip
+    for (_, name), weight, down, up in zip(layer_names(), weights, downs, ups, strict=True):
+        tensors |= {f"weight.{name}": weight, f"down.{name}": down, f"up.{name}": up}
+    settings = Settings(
+        policy=policy,
+        attn_mode="triton",
+        dtype=context.dtype,
+        head_dim=HEAD,
+        scales={group: [1.0] * len(names) for group, names in GROUPS.items()},
+        rows=None,
+    )
+    return FusedBlockFunction.apply(settings, list(tensors), *tensors.values())
+
+
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
+    length, rows, rank = sizes["L"], sizes["S"], sizes["R"]
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return randn(*shape, dtype=dtype, device=device)
+
+    # float16 keeps the residual stream and the modulation in float32, as the model does.
+    stream = torch.float32 if dtype == torch.float16 else dtype
+    shapes = [SHAPES[group] for group, _ in layer_names()]
+    return {
+        "x0": draw(1, length, WIDTH, dtype=stream),
+        "context": draw(1, rows, CONTEXT),
+        "modulation": draw(1, 9, WIDTH, dtype=stream),
+        "cos": draw(length, HEAD // 2),
+        "sin": draw(length, HEAD // 2),
+        "norms": [draw(2, HEAD), draw(2, HEAD)],
+        "weights": [draw(n, k) for n, k in shapes],
+        "downs": [draw(rank, k, dtype=torch.float32) for _, k in shapes],
+        "ups": [draw(n, rank, dtype=torch.float32) for n, _ in shapes],
+        # Other policies launch the same variants again.
+        "policy": "none",
+    }
+
+
+def _real_shapes(tokens: int) -> Mapping[str, Sizes]:
+    return {"": {"L": tokens, "S": 96, "R": 32}}
+
+
+FUSED_BLOCK = Op(
+    name="fused_block",
+    function=run_block,
+    reference=run_block,
+    make_inputs=_inputs,
+    grads=("x0", "downs", "ups"),
+    shapes=(),
+    real_shapes=_real_shapes,
+    cost=lambda sizes, itemsize: Cost(0, 0),
+    cost_note="see its ops",
+)
