@@ -248,6 +248,32 @@ def test_nothing_is_computed_below_the_first_adapter(monkeypatch, pattern, group
     assert counts == {"forward": 14, "backward": groups}
 
 
+def test_modulation_takes_two_products_for_all_blocks():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from anima_fast.models.modulation import batched_modulation
+
+    class Products(TorchDispatchMode):
+        found = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+                self.found += (str(function),)
+            assert function.overloadpacket is not torch.ops.aten.cat, "weights are packed"
+            return function(*args, **(kwargs or {}))
+
+    dit, _ = fused_dit()
+    e, a = torch.randn(2, 1, 64), torch.randn(2, 1, 192)
+    with Products() as products:
+        found = batched_modulation(dit.blocks, e, a)
+    assert products.found == ("aten.mm.default", "aten.bmm.default")
+    for block, rows in zip(dit.blocks, found, strict=True):
+        for i, name in enumerate(("self_attn", "cross_attn", "mlp")):
+            adaln = getattr(block, f"adaln_modulation_{name}")
+            expected = (adaln(e) + a)[:, 0].unflatten(1, (3, -1))
+            torch.testing.assert_close(rows[:, 3 * i : 3 * i + 3], expected)
+
+
 @pytest.mark.parametrize("recompute, extra", [("none", 0), ("mlp", 2), ("block", 14)])
 def test_products_computed_again(monkeypatch, recompute, extra):
     """Policy none repeats no product, mlp one a block, block all of them."""

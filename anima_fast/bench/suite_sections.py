@@ -24,17 +24,25 @@ def table(
     left: Collection[int] = (0,),
     why: int | None = None,
 ) -> str:
-    """A table whose columns are right-aligned but for those in `left`; column `why` may wrap."""
+    """A table whose columns are right-aligned but for those in `left`; column `why` may wrap.
+
+    A column in which nothing is known is left out.
+    """
+    lines = list(lines)
+    known = [
+        i
+        for i in range(len(header))
+        if not lines or any(line[i] not in ("", "–") for line in lines)
+    ]
 
     def cell(tag: str, i: int, text: str) -> str:
         classes = [*([] if i in left else ["n"]), *(["why"] if i == why and tag == "td" else [])]
         attribute = f" class='{' '.join(classes)}'" if classes else ""
         return f"<{tag}{attribute}>{text if isinstance(text, Html) else html.escape(text)}</{tag}>"
 
-    head = "".join(cell("th", i, text) for i, text in enumerate(header))
+    head = "".join(cell("th", i, header[i]) for i in known)
     body = "\n".join(
-        "<tr>" + "".join(cell("td", i, text) for i, text in enumerate(line)) + "</tr>"
-        for line in lines
+        "<tr>" + "".join(cell("td", i, line[i]) for i in known) + "</tr>" for line in lines
     )
     return f"<div class='wide'><table class='data'>\n<tr>{head}</tr>\n{body}\n</table></div>\n"
 
@@ -83,7 +91,16 @@ def _ops_table(items: Sequence[compare.Comparison], green: Collection[str], cpu:
                 *faster,
             )
         )  # fmt: skip
-    header = ("op", "mode", *shown, "GB/s", "TFLOP/s", "of roof", "× eager", "× compiled")
+    header = (
+        "op",
+        "mode",
+        *(f"{p} ms" for p in shown),
+        "GB/s",
+        "TFLOP/s",
+        "of roof",
+        "× eager",
+        "× compiled",
+    )
     return table(header, lines, left=(0, 1))
 
 
