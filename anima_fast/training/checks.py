@@ -47,10 +47,10 @@ def check_start(options: TrainOptions, device: torch.device) -> None:
     check_torch_version()
     dtype = DTYPES[options.mixed_precision]
     check_attn_mode(options.attn_mode, training=True, device=device, dtype=dtype)
+    fused = uses_fused_blocks(options, device)
     dit = check_model_files(options)
     check_lora_files(options)
     swapped_indices(dit.num_blocks, options.blocks_to_swap or 0)
-    fused = uses_fused_blocks(options, device)
     check_policies(options.recompute or "none", dit.num_blocks, fused=fused)
     if options.mixed_precision == "bf16" and device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
