@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo_output
+BENCH_OUT ?= bench_output
 
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 endif
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/anima-fast demo --out $(OUT)
@@ -28,8 +29,12 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/vae_encode.py
 
+# Straight from a checkout, in the environment whose PyTorch sees the card.
+gpu:
+	$(PYTHON) -m anima_fast bench all --out $(BENCH_OUT)
+
 clean:
-	rm -rf $(VENV) $(OUT) *.egg-info build
+	rm -rf $(VENV) $(OUT) $(BENCH_OUT) *.egg-info build
 
 $(VENV)/.python:
 	$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and 'Python 3.10 to 3.13 is needed, this is ' + sys.version.split()[0] + ': run make PYTHON=python3.12 ...')"

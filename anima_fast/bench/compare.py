@@ -11,6 +11,8 @@ from typing import Any
 from anima_fast.bench.rows import Row
 
 CPU_PREFIX = "CPU: "
+# Provider → mode → row, of one shape of the step benchmark.
+Steps = Mapping[str, Mapping[str, Row]]
 MEASURED_POLICIES = ("none", "mlp", "block")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -180,13 +181,18 @@ def parity_section(checked: Mapping[str, Mapping[str, Any]]) -> str:
         failed = len(entry["failed"])
         mark = f"<span class='failed'>{failed}</span>" if failed else "0"
         lines.append((op, str(entry["checks"]), Html(mark),
-                      *("–" if w is None else f"{w:.0%}" for w in worst)))  # fmt: skip
+                      *("–" if w is None else percent(w) for w in worst)))  # fmt: skip
     text = (
         "<h2>Parity</h2>\n<p class='soft'>Every output and gradient against the definition in "
         "float64; allowed is twice the error of the definition in the same dtype, and a floor. "
         "Shown: the largest error, in shares of what is allowed.</p>\n"
     )
     return text + table(("op", "checks", "failed", *dtypes), lines)
+
+
+def percent(share: float) -> str:
+    """A share in per cent; an error that is no number is called that."""
+    return f"{share:.0%}" if math.isfinite(share) else "not finite"
 
 
 def resources_section(resources: Mapping[str, Any]) -> str:

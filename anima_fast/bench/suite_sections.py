@@ -64,8 +64,11 @@ def ops_section(rows: Sequence[Row], green: Collection[str]) -> str:
         parts.append(f"<h3>{tokens} tokens</h3>")
         parts.append(_ops_table(here, green, cpu))
         for mode in dict.fromkeys(item.mode for item in here):
-            parts.append(_roof_bars(f"{mode} at {tokens} tokens: share of the roofline",
-                                    [item for item in here if item.mode == mode]))  # fmt: skip
+            title = f"{mode} at {tokens} tokens: share of the roofline"
+            chart = _roof_bars(title, [item for item in here if item.mode == mode])
+            # What training pays is open, its half is folded away.
+            folded = f"<details><summary>{title}</summary>{chart}</details>"
+            parts.append(folded if mode == "forward" else chart)
         parts.append(roofline(f"Roofline at {tokens} tokens, ops with products",
                               list(_points(here)), *limits))  # fmt: skip
     return "\n".join(filter(None, parts))
@@ -143,42 +146,69 @@ def step_section(rows: Sequence[Row]) -> str:
     cpu = compare.is_cpu(rows[0].card)
     parts = ["<h3>Training step</h3>"]
     for shape, by_provider in found.items():
-        lines, groups = [], {}
-        base = _p50(by_provider, "eager", "step")
+        title = f"{image_size(by_provider)} ({shape})"
+        seconds = {p: _p50(by_provider, p, "step") for p in by_provider}
+        peaks = {p: _p50(by_provider, p, "peak") for p in by_provider}
+        lines = []
         for provider, modes in by_provider.items():
-            step = modes.get("step")
-            own = step.p50 if step else None
-            mfu = _p50(by_provider, provider, "mfu")
-            launches = [_p50(by_provider, provider, f"{phase} launches") for phase in PHASES]
+            own, mfu = seconds[provider], _p50(by_provider, provider, "mfu")
+            note = modes["step"].note if "step" in modes and own is None else ""
+            faster = [_ratio(seconds.get(over), own, cpu) for over in ("eager", "compiled")]
             lines.append(
                 (
-                    provider, number(own), number(_p50(by_provider, provider, "images")),
-                    "–" if mfu is None else f"{mfu:.0%}",
-                    number(_p50(by_provider, provider, "peak")),
-                    "–" if cpu or not own or not base else number(base / own),
-                    *(number(_p50(by_provider, provider, phase)) for phase in PHASES),
-                    *("–" if n is None else f"{n:.0f}" for n in launches),
-                    step.note if step and own is None else "",
+                    provider, note or number(own),
+                    number(_p50(by_provider, provider, "images")),
+                    "–" if mfu is None else f"{mfu:.0%}", *faster, number(peaks[provider]),
+                    _ratio(peaks[provider], peaks.get("eager"), cpu),
                 )
             )  # fmt: skip
-            if own:
-                groups[provider] = [Bar(provider, own, step.p20, step.p80)]
-        header = ("provider", "s/step", "images/s", "MFU", "peak GiB", "× eager",
-                  *(f"{phase} ms" for phase in PHASES),
-                  *(f"{phase} launches" for phase in PHASES), "")  # fmt: skip
-        parts.append(f"<h3>{html.escape(shape)}</h3>")
-        parts.append(table(header, lines, left=(0, 12)))
-        parts.append(bars(f"Seconds per step, {shape}", groups, "s"))
-        peaks = {
-            p: [Bar(p, peak)]
-            for p in by_provider
-            if (peak := _p50(by_provider, p, "peak")) is not None
-        }
-        parts.append(bars(f"Peak memory of a step, {shape}", peaks, "GiB"))
+        header = ("provider", "s/step", "images/s", "MFU", "× eager", "× compiled", "peak GiB",
+                  "peak / eager's")  # fmt: skip
+        parts.append(f"<h3>{html.escape(title)}</h3>")
+        parts.append(table(header, lines))
+        spans = {p: modes["step"] for p, modes in by_provider.items() if seconds[p]}
+        groups = {p: [Bar(p, row.p50, row.p20, row.p80)] for p, row in spans.items()}
+        parts.append(bars(f"Seconds per step, {title}", groups, "s"))
+        parts.append(
+            bars(f"Peak memory of a step, {title}",
+                 {p: [Bar(p, peak)] for p, peak in peaks.items() if peak is not None}, "GiB")
+        )  # fmt: skip
+        parts.append(_phases(by_provider))
     return "\n".join(filter(None, parts))
 
 
-def _p50(by_provider: dict, provider: str, mode: str) -> float | None:
+def image_size(by_provider: compare.Steps) -> str:
+    """Side of the square images, and the batch: "1024x1024, batch 4"."""
+    row = next(row for modes in by_provider.values() for row in modes.values())
+    # A token stands for 2x2 latents of 8x8 pixels each.
+    side = round(16 * (row.tokens or 0) ** 0.5)
+    return f"{side}x{side}, batch {row.batch}"
+
+
+def _ratio(value: float | None, base: float | None, cpu: bool) -> str:
+    return "–" if cpu or not value or not base else number(value / base)
+
+
+def _phases(by_provider: compare.Steps) -> str:
+    lines = []
+    for provider, modes in by_provider.items():
+        for phase in PHASES:
+            if phase in modes:
+                busy = _p50(by_provider, provider, f"{phase} busy")
+                launches = _p50(by_provider, provider, f"{phase} launches")
+                lines.append((provider, phase, number(modes[phase].p50), number(busy),
+                              "–" if launches is None else f"{launches:.0f}"))  # fmt: skip
+    if not lines:
+        return ""
+    header = ("provider", "phase", "ms", "ms in kernels", "launches")
+    return (
+        "<details><summary>phases of one step, each waited for</summary>\n"
+        + table(header, lines, left=(0, 1))
+        + "</details>"
+    )
+
+
+def _p50(by_provider: compare.Steps, provider: str, mode: str) -> float | None:
     row = by_provider.get(provider, {}).get(mode)
     return row.p50 if row else None
 
