@@ -36,6 +36,8 @@ DTYPE = torch.bfloat16 if on_card() else torch.float32
 RANK = 32 if on_card() else 4
 TEXT_ROWS, PADDED_ROWS = (96, 512) if on_card() else (5, 20)
 POLICIES = ("none", "mlp", "block")
+# So small that hundreds of steps leave the loss where it was: providers can be compared by it.
+RATE = 1e-8
 
 
 def step_flops(config: DitConfig, tokens: int, batch: int, rank: int, text: int) -> float:
@@ -134,12 +136,14 @@ class Bench(Phases):
     def __init__(self, config: DitConfig, rank: int = RANK, dtype: torch.dtype = DTYPE) -> None:
         torch.manual_seed(0)
         self.dit = random_dit(config, dtype)
-        self.network: LoRANetwork = add_lora(self.dit, rank=rank, alpha=float(rank), seed=1)
+        self.network: LoRANetwork = add_lora(
+            self.dit, rank=rank, alpha=float(rank), unet_lr=RATE, seed=1
+        )
         self.network.to(DEVICE)
         # `up` starts at zero in training; any other value makes every gradient count.
         fill(self.network)
         self.optimizer = torch.optim.AdamW(
-            self.network.param_groups(), lr=1e-6, fused=True if on_card() else None
+            self.network.param_groups(), fused=True if on_card() else None
         )
         self.inputs: Inputs | None = None
         # What stands in each block for a provider, kept for its next turn.
@@ -207,7 +211,7 @@ class Diffusers(Phases):
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in self.trained:
             parameter.data = parameter.data.float()
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, fused=True if on_card() else None)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=RATE, fused=True if on_card() else None)
         self.inputs: Inputs | None = None
 
     def forward(self) -> None:

@@ -50,6 +50,8 @@ WARM_STEPS, MOST_ROUNDS, LEAST_ROUNDS = 3, 20, 3
 # Of the time that is left after warming up, for the rounds.
 ROUNDS_SHARE = 0.6
 GIB = 2**30
+# Relative, far above bfloat16's rounding and far below what a wrong block gives.
+LOSS_TOLERANCE = 0.02
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -121,9 +123,13 @@ def profiled(step: Phases, found: dict[str, Profile]) -> None:
         found[phase].launches = len(events)
 
 
-def warm(provider: str, step: Phases, row: Row, record: Callable[[Row], Row]) -> None:
-    """Warm a provider up; record its peak, its phases and its launches."""
-    for _ in range(WARM_STEPS):
+def warm(step: Phases, row: Row, record: Callable[[Row], Row]) -> float:
+    """Warm a provider up; record its peak, its phases and its launches. Returns its first loss."""
+    step.forward()
+    loss = step.loss.item()
+    step.backward()
+    step.optimize()
+    for _ in range(WARM_STEPS - 1):
         step()
     synchronize()
     if on_card():
@@ -141,6 +147,7 @@ def warm(provider: str, step: Phases, row: Row, record: Callable[[Row], Row]) ->
         if found.launches is not None:
             record(replace(row, mode=f"{phase} busy", p50=found.busy * 1e3, unit="ms"))
             record(replace(row, mode=f"{phase} launches", p50=found.launches, unit="launches"))
+    return loss
 
 
 def test_step(
@@ -158,6 +165,7 @@ def test_step(
     steps: dict[str, Callable] = {}
     before: dict[str, Callable] = {}
     problems: dict[str, str] = {}
+    losses: dict[str, float] = {}
     inputs = Inputs.random(CONFIG, tokens, batch)
     if model == "diffusers" and (missing := missing_packages()):
         record(replace(plain, provider=model, note=missing))
@@ -173,8 +181,11 @@ def test_step(
                 if isinstance(step, Bench):
                     before[provider] = lambda step=step, provider=provider: step.switch(provider)
                     before[provider]()
-                warm(provider, step, row, record)
+                losses[provider] = warm(step, row, record)
                 steps[provider] = step
+                if problem := disagreement(losses, provider):
+                    problems[provider] = problem
+                    del steps[provider]
             except Exception as error:
                 problems[provider] = reason(error)
         if provider in problems:
@@ -202,6 +213,15 @@ def test_step(
         problems[provider] = why
     # Any may be too large for a card, and others may break; ours must not.
     assert not {k: v for k, v in problems.items() if k in OURS and v != "out of memory"}
+
+
+def disagreement(losses: dict[str, float], provider: str) -> str:
+    """Why a provider must not be timed: its loss is not the eager one's; "" when it is."""
+    own, eager = losses[provider], losses.get("eager", losses[provider])
+    # The same weights but for some steps at a tiny rate. NaN fails too.
+    if abs(own - eager) <= LOSS_TOLERANCE * abs(eager):
+        return ""
+    return f"its loss is {own:.4g}, eager's {eager:.4g}"
 
 
 def missing_packages() -> str:
