@@ -28,6 +28,8 @@ if not torch.cuda.is_available():
 from anima_fast.bench.rows import Row, append_row, machine
 from anima_fast.bench.timing import Ceilings, ceilings, on_card
 
+CPU_NOTE = "(on a CPU ours runs the plain definitions of the kernels)"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("anima-fast benchmarks")
@@ -51,6 +53,8 @@ def record(request: pytest.FixtureRequest) -> Callable[[Row], Row]:
     where, path = machine(), request.config.getoption("--rows")
 
     def add(row: Row) -> Row:
+        if not on_card() and row.provider.startswith("ours"):
+            row = replace(row, note=" ".join(filter(None, (row.note, CPU_NOTE))))
         row = replace(row, **where)
         if path:
             append_row(path, row)

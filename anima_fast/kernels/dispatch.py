@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -71,16 +70,6 @@ def empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
 def rows(x: Tensor) -> Tensor:
     """`x` itself when its last dimension is dense, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def shared_kib() -> int:
-    """Shared memory a block may use on the current card, KiB; 99, the least, when unknown."""
-    try:
-        arch = triton.runtime.driver.active.get_current_target().arch
-    except RuntimeError:
-        # No driver: the interpreter, where nothing limits it.
-        return 99
-    return SHARED_KIB.get(int(arch), 99) if str(arch).isdigit() else 99
 
 
 def dot_precision() -> str:

@@ -10,6 +10,7 @@ others       xformers and flash run under autograd inside, and keep what they ke
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -32,8 +33,18 @@ class Kept:
 
 
 def uses_flash(q: Tensor, mode: str) -> bool:
-    """Whether PyTorch's flash attention runs: in 16 bit on a card, in any dtype on the CPU."""
-    return mode in ("torch", "sdpa") and (not q.is_cuda or q.dtype in HALF)
+    """Whether PyTorch's flash attention runs.
+
+    On a card it is for 16 bit and compute capability 8.0 or more, on the CPU for any dtype.
+    """
+    if mode not in ("torch", "sdpa"):
+        return False
+    return not q.is_cuda or (q.dtype in HALF and _capability(q.device.index) >= (8, 0))
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None, mode: str) -> Kept:
