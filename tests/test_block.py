@@ -310,6 +310,15 @@ def test_falls_back_to_eager_and_says_so(reason, caplog, monkeypatch):
         assert dit.blocks[1].mlp.layer1.weight.grad.abs().sum() > 0
 
 
+def test_second_derivatives_are_refused():
+    """They would be wrong: the backward is no graph."""
+    dit, network = fused_dit()
+    up = network.adapters[0].up
+    (gradient,) = torch.autograd.grad(call(dit)[0].square().mean(), up, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_accumulates():
     dit, network = fused_dit()
     call(dit)[0].square().mean().backward()

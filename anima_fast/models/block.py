@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from anima_fast.kernels.gate_residual import gate_residual_backward, gate_residual_forward
 from anima_fast.kernels.gate_residual_layernorm_modulate import (
@@ -373,6 +374,7 @@ class FusedBlockFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         settings = ctx.settings
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
