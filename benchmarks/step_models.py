@@ -18,7 +18,14 @@ from anima_fast.adapters.lora import LoRANetwork, add_lora
 from anima_fast.bench.timing import on_card
 from anima_fast.memory.offload import compile_blocks, install_block_runner
 from anima_fast.models.dit import AnimaDiT, DitConfig
-from anima_fast.training.flow import FlowSettings, flow_loss, noisy_latents, velocity_target
+from anima_fast.training.flat_adamw import FlatAdamW
+from anima_fast.training.flow import (
+    FlowSettings,
+    flow_loss,
+    fused_flow_loss,
+    noisy_latents,
+    velocity_target,
+)
 from anima_fast.training.optimizers import clip_flat_grad
 
 DEVICE = "cuda" if on_card() else "cpu"
@@ -98,9 +105,12 @@ class Inputs:
         sigma = torch.rand(batch, device=DEVICE)
         return cls(latents, noise, sigma, context, PADDED_ROWS - TEXT_ROWS)
 
-    def loss(self, velocity: Callable[[Tensor], Tensor]) -> Tensor:
+    def loss(self, velocity: Callable[[Tensor], Tensor], *, fused: bool = False) -> Tensor:
         """The mean flow loss of a model's velocity, as in training."""
         x = noisy_latents(self.latents, self.noise, self.sigma, self.settings).to(DTYPE)
+        if fused:
+            latents, noise = self.latents, self.noise
+            return fused_flow_loss(velocity(x), latents, noise, self.sigma, self.settings).mean()
         target = velocity_target(self.latents, self.noise)
         return flow_loss(velocity(x), target, self.sigma, self.settings).mean()
 
@@ -142,9 +152,13 @@ class Bench(Phases):
         self.network.to(DEVICE)
         # `up` starts at zero in training; any other value makes every gradient count.
         fill(self.network)
-        self.optimizer = torch.optim.AdamW(
-            self.network.param_groups(), fused=True if on_card() else None
-        )
+        groups = self.network.param_groups()
+        eager = torch.optim.AdamW(groups, fused=True if on_card() else None)
+        flat = self.network.flat[: self.network.buffer.trained]
+        own = FlatAdamW(self.network.param_groups(), flat, self.network.flat_grad)
+        # Loss and optimizer are the project's kernels where the blocks are, as in the trainer.
+        self.optimizers: dict[bool, torch.optim.AdamW] = {False: eager, True: own}
+        self.ours = False
         self.inputs: Inputs | None = None
         # What stands in each block for a provider, kept for its next turn.
         self._compiled: list[Any] = []
@@ -153,6 +167,7 @@ class Bench(Phases):
     def switch(self, provider: str) -> None:
         """eager, compiled, or ours and a policy: "ours none", "ours none triton-attention"."""
         words, blocks = provider.split(), list(self.dit.blocks)
+        self.ours = words[0] == "ours"
         self.dit.attn_mode = "triton" if "triton-attention" in words else "torch"
         if words[0] == "ours" and words[1] not in self._fused:
             install_block_runner(self.dit, fused=True, recompute=words[1])
@@ -170,11 +185,16 @@ class Bench(Phases):
 
     def forward(self) -> None:
         i = self.inputs
-        self.loss = i.loss(lambda x: self.dit(x, i.sigma, i.context, zero_keys=i.zero_keys))
+
+        def velocity(x: Tensor) -> Tensor:
+            return self.dit(x, i.sigma, i.context, zero_keys=i.zero_keys)
+
+        self.loss = i.loss(velocity, fused=self.ours)
 
     def optimize(self) -> None:
-        clip_flat_grad(self.network, 1.0)
-        self.optimizer.step()
+        optimizer = self.optimizers[self.ours]
+        clip_flat_grad(self.network, 1.0, optimizer)
+        optimizer.step()
         self.network.zero_grad_flat()
 
 
