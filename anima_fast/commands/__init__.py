@@ -1,0 +1,1 @@
+"""The command line, a module each theme; `anima_fast/cli.py` puts it together."""

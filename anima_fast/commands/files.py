@@ -1,0 +1,55 @@
+"""Commands on files: `convert` and `inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anima_fast.commands.app import app
+from anima_fast.errors import UserError
+
+
+@app.command("convert")
+def _convert(
+    src: Annotated[Path | None, typer.Argument(help="LoRA file to read.")] = None,
+    dst: Annotated[Path | None, typer.Argument(help="LoRA file to write.")] = None,
+    input: Annotated[Path | None, typer.Option(help="The same as SRC.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The same as DST.")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="kohya, comfyui or diffusers.", show_default=False)
+    ] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="ComfyUI to kohya names.")] = False,
+    fold_alpha: Annotated[
+        bool,
+        typer.Option("--fold_alpha", "--fold-alpha", help="Multiply alpha / rank into weights."),
+    ] = False,
+) -> None:
+    """Convert a LoRA file between kohya, ComfyUI and diffusers names."""
+    from anima_fast.adapters.formats import convert_file
+
+    if to is not None and to not in ("kohya", "comfyui", "diffusers"):
+        raise UserError(f"--to {to}: use kohya, comfyui or diffusers")
+    words = [path for path in (input, src, output, dst) if path is not None]
+    source = input or src
+    # `convert --input A B` and `convert A --output B` both leave one positional word.
+    target = output or (src if input and dst is None else dst)
+    if source is None or target is None or len(words) != 2:
+        raise UserError("convert needs two files: convert SRC DST, or --input SRC --output DST")
+    convert_file(source, target, to=to, reverse=reverse, fold_alpha=fold_alpha)
+    typer.echo(f"wrote {target}")
+
+
+@app.command("inspect")
+def _inspect(
+    file: Annotated[Path, typer.Argument(help="Any checkpoint, LoRA or cache file.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what a model, LoRA or cache file holds and which programs load it."""
+    from json import dumps
+
+    from anima_fast.inspection.file import describe, render
+
+    found = describe(file)
+    typer.echo(dumps(found, indent=1, ensure_ascii=False, default=str) if json else render(found))

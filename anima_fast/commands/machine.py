@@ -1,0 +1,79 @@
+"""Commands about this machine: `parity`, `download`, `doctor` and `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anima_fast.commands.app import app
+
+
+@app.command("parity")
+def _parity(
+    op: Annotated[
+        list[str] | None, typer.Option("--op", help="Only this op; may be repeated.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print every check as JSON.")] = False,
+) -> None:
+    """Check every kernel against its definition, on the card or, without one, interpreted.
+
+    Ends with status 1 when a check fails.
+    """
+    from anima_fast.parity_report import run_parity
+
+    raise typer.Exit(0 if run_parity(op or [], as_json=json, say=typer.echo) else 1)
+
+
+@app.command("download")
+def _download(
+    dit: Annotated[
+        str, typer.Option(help="Release of the DiT, or its file name in the repository.")
+    ] = "base-v1.0",
+    models_dir: Annotated[
+        Path | None,
+        typer.Option("--models_dir", "--models-dir", help="Folder to fill.", show_default=False),
+    ] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="List the known DiT releases.")] = False,
+    tokenizers_only: Annotated[
+        bool, typer.Option("--tokenizers_only", "--tokenizers-only", help="Only the tokenizers.")
+    ] = False,
+) -> None:
+    """Fetch the published model files and tokenizers, then print the train command to use."""
+    from anima_fast.download import DIT_RELEASES, download_models, train_command
+
+    if list_only:
+        typer.echo("\n".join(f"{name:16} {file}" for name, file in DIT_RELEASES.items()))
+        return
+    found = download_models(models_dir, dit=dit, tokenizers_only=tokenizers_only, say=typer.echo)
+    if not tokenizers_only:
+        typer.echo("\n" + train_command(found))
+
+
+@app.command("doctor")
+def _doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    models_dir: Annotated[
+        Path | None,
+        typer.Option("--models_dir", "--models-dir", help="Models folder.", show_default=False),
+    ] = None,
+) -> None:
+    """Report what this machine has and what missing pieces would bring."""
+    from json import dumps
+
+    from anima_fast.doctor import examine, render
+
+    report = examine(models_dir)
+    typer.echo(dumps(report, indent=1, ensure_ascii=False) if json else render(report))
+    raise typer.Exit(0 if report["can_train"] else 1)
+
+
+@app.command("demo")
+def _demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder to fill.")] = Path("demo_output"),
+) -> None:
+    """Train a tiny random model on photographs, end to end, and write a report."""
+    from anima_fast.demo import run_demo
+
+    run_demo(out)

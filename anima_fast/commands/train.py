@@ -1,0 +1,50 @@
+"""`anima-fast train`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from anima_fast.commands.app import option_command
+from anima_fast.option_groups.base import Spec
+from anima_fast.options import TrainOptions
+
+# Options of `train` that are no part of a run.
+_FILE_SPECS = {
+    name: Spec(name, kind, None, text, "Configuration file", (), None, None, True, False)
+    for name, kind, text in (
+        ("config_file", "str", "TOML file with options; the command line beats it."),
+        ("output_config", "bool", "Write the options to --config_file and stop."),
+    )
+}
+
+
+def _train_names() -> frozenset[str]:
+    from anima_fast.option_files import OTHER_NAMES
+
+    return OTHER_NAMES
+
+
+@option_command("train", TrainOptions, _FILE_SPECS, _train_names)
+def _train(values: dict[str, Any]) -> None:
+    """Train a LoRA. Names may be written with hyphens, and stand in a TOML file too."""
+    from anima_fast.console import configure_console
+    from anima_fast.option_files import resolve_train_options, write_config
+
+    config_file = values.pop("config_file", None)
+    if values.pop("output_config", "false").lower() == "true":
+        options, _ = resolve_train_options(values, None, complete=False)
+        typer.echo(f"wrote {write_config(options, config_file)}")
+        return
+    options, notices = resolve_train_options(values, config_file)
+    log = configure_console(
+        options.console_log_level, options.console_log_file, simple=options.console_log_simple
+    )
+    for notice in notices:
+        log.warning(notice)
+    from anima_fast.training.loop import train
+
+    result = train(options)
+    if result is not None and result.interrupted_by is not None:
+        raise typer.Exit(128 + result.interrupted_by)
