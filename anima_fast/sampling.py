@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from anima_fast.adapters import names
-from anima_fast.adapters.formats import LoRAPart, read_lora
+from anima_fast.adapters.formats import read_lora
 from anima_fast.adapters.lora import LoRANetwork, add_lora
+from anima_fast.adapters.parts import Part
 from anima_fast.data.batches import PADDED_ROWS
 from anima_fast.data.encode_models import free_memory
 from anima_fast.errors import UserError
@@ -52,7 +53,7 @@ class LoRAFile:
 
     path: Path
     weight: float
-    parts: dict[str, LoRAPart]
+    parts: dict[str, Part]
 
     @classmethod
     def read(cls, path: str | Path, weight: float = 1.0) -> LoRAFile:

@@ -19,8 +19,9 @@ from tiny_dit import TINY, TINY_ADAPTER, dit_shapes, dit_weights, make_dit, make
 from torch import nn
 
 from anima_fast.adapters import names
-from anima_fast.adapters.formats import LoRAPart, convert_file, merge_lora, read_lora, write_lora
+from anima_fast.adapters.formats import convert_file, merge_lora, read_lora, write_lora
 from anima_fast.adapters.lora import add_lora
+from anima_fast.adapters.parts import LoRAPart
 from anima_fast.errors import UserError
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.models.llm_adapter import LLMAdapter
@@ -363,7 +364,8 @@ def test_any_chain_of_conversions_restores_the_file(parts, chain, fold_alpha):
 
 def other_network(*suffixes, module="lora_unet_blocks_0_adaln_modulation_self_attn_1"):
     generator = torch.Generator().manual_seed(1)
-    shapes = {s: () if s == "alpha" else (3, 4) for s in suffixes}
+    shapes = {s: () if s == "alpha" else (4, 4) for s in suffixes} | {"dora_scale": (4, 1)}
+    shapes = {s: shapes[s] for s in suffixes}
     return {f"{module}.{s}": torch.randn(n, generator=generator) for s, n in shapes.items()}
 
 
@@ -527,10 +529,12 @@ def test_an_unknown_dialect_is_refused(tmp_path, kind):
     refuse(tmp_path / f"{kind}.safetensors", tmp_path, "kohya, comfyui", to="a1111")
 
 
-@pytest.mark.parametrize("options", [{"to": "diffusers"}, {"fold_alpha": True}])
-def test_what_cannot_be_folded_is_refused(tmp_path, options):
-    save_file(other_network("lokr_w1", "lokr_w2"), tmp_path / "in.safetensors")
-    refuse(tmp_path / "in.safetensors", tmp_path, "only plain LoRA", **options)
+@pytest.mark.parametrize(
+    "suffixes", [("lokr_w1", "lokr_w2"), ("lora_down.weight", "lora_up.weight", "dora_scale")]
+)
+def test_what_diffusers_does_not_load_is_refused(tmp_path, suffixes):
+    save_file(other_network(*suffixes), tmp_path / "in.safetensors")
+    refuse(tmp_path / "in.safetensors", tmp_path, "diffusers loads plain LoRA only", to="diffusers")
 
 
 def test_a_text_encoder_has_no_name_in_diffusers(tmp_path):
@@ -548,12 +552,6 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path, value, side):
         with pytest.raises(UserError, match="not finite"):
             write_lora(tmp_path / "out.safetensors", {LAYER: part}, dialect)
     assert not list(tmp_path.iterdir())
-
-
-def test_other_networks_are_no_lora_to_train_or_merge(tmp_path):
-    save_file(other_network("lokr_w1", "lokr_w2"), tmp_path / "in.safetensors")
-    with pytest.raises(UserError, match="only plain LoRA"):
-        read_lora(tmp_path / "in.safetensors")
 
 
 # Merging

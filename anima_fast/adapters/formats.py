@@ -1,4 +1,4 @@
-"""LoRA files in the three dialects: reading, writing, converting, merging.
+"""LoRA, LoHa and LoKr files in the three dialects: reading, writing, converting, merging.
 
 | dialect | module | down, up | scale |
 |---|---|---|---|
@@ -6,8 +6,10 @@
 | comfyui | `diffusion_model.blocks.0.self_attn.q_proj` | `lora_A`, `lora_B` | `.alpha` |
 | diffusers | `transformer.transformer_blocks.0.attn1.to_q` | `lora_A`, `lora_B` | none |
 
-A file without `.alpha` means alpha = rank. Folding multiplies alpha / rank into the up matrix (the
-down matrix stays as it is) and records the alphas in the metadata, so that unfolding restores the
+LoHa, LoKr and DoRA keep their suffixes in every dialect; diffusers does not load them.
+
+A file without `.alpha` means alpha = rank. Folding multiplies alpha / rank into one matrix (the up
+matrix of a LoRA) and records the alphas in the metadata, so that unfolding restores the
 file: bit for bit when alpha / rank is a power of two (and no number leaves the range of its dtype),
 else to the rounding of one multiplication.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from anima_fast.adapters import names
 from anima_fast.adapters.hashes import with_hashes
+from anima_fast.adapters.parts import Part, adapted_weight, part_of
 from anima_fast.errors import UserError
 from anima_fast.files import save_safetensors
 from anima_fast.models.checkpoint import Checkpoint, detect_kind, wrong_kind
@@ -48,25 +51,6 @@ COMPLETE = (
         for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
     ),
 )
-
-
-@dataclass(frozen=True)
-class LoRAPart:
-    """The adapter of one module: down [R, in], up [out, R], alpha (None means the rank)."""
-
-    down: Tensor
-    up: Tensor
-    alpha: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return 1.0 if self.alpha is None else self.alpha.item() / self.rank
 
 
 def read_tensors(
@@ -122,31 +106,27 @@ def split_key(key: str) -> tuple[str, str]:
 
 def read_lora(
     path: str | os.PathLike, ignored: list[str] | None = None
-) -> tuple[dict[str, LoRAPart], str, dict[str, str]]:
-    """A LoRA file as {dotted module name: part}, its dialect and its metadata.
+) -> tuple[dict[str, Part], str, dict[str, str]]:
+    """A LoRA, LoHa or LoKr file as {dotted module name: part}, its dialect and its metadata.
 
-    Raises `UserError` as `read_tensors` does, and for LoHa, LoKr, or matrices that do not fit.
+    Raises `UserError` as `read_tensors` does, and for matrices that do not fit each other or that
+    no linear layer has.
     """
     modules, dialect, metadata = read_tensors(path, ignored)
     parts = {}
     for name, tensors in modules.items():
-        extra = tensors.keys() - {"down", "up", "alpha"}
-        if extra:
+        try:
+            parts[name] = part_of(tensors)
+        except ValueError as error:
             raise UserError(
-                f"{path}: {name} has {sorted(extra)[0]}: only plain LoRA files can be used here"
-            )
-        down, up = tensors["down"], tensors["up"]
-        if down.ndim != 2 or up.ndim != 2 or not 0 < down.shape[0] == up.shape[1]:
-            raise UserError(
-                f"{path}: the matrices of {name} are {list(down.shape)} and {list(up.shape)}, "
-                "expected [rank, in] and [out, rank]: it is a LoRA of another kind, or damaged"
-            )
-        parts[name] = LoRAPart(down, up, tensors.get("alpha"))
+                f"{path}: the matrices of {name} cannot be used: {error}; it is a LoRA of another "
+                "kind, or damaged"
+            ) from None
     return parts, dialect, metadata
 
 
 def named_tensors(
-    parts: Mapping[str, LoRAPart], dialect: str, *, fold_alpha: bool = False
+    parts: Mapping[str, Part], dialect: str, *, fold_alpha: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The tensors of a file in a dialect, and the alphas that were folded, by dotted name."""
     if dialect not in names.DIALECTS:
@@ -157,21 +137,21 @@ def named_tensors(
         theirs = names.to_dialect(name, dialect)
         if theirs is None:
             raise UserError(f"{name} has no name in the {dialect} dialect: use comfyui or kohya")
-        up = part.up
-        if fold:
-            if part.alpha is not None:
-                folded[name] = part.alpha.item()
-            up = up if part.scale == 1 else (up.double() * part.scale).to(up.dtype)
-        elif part.alpha is not None:
-            tensors[f"{theirs}.alpha"] = part.alpha
-        tensors[f"{theirs}.{SUFFIXES[dialect]['down']}"] = part.down
-        tensors[f"{theirs}.{SUFFIXES[dialect]['up']}"] = up
+        if dialect == "diffusers" and (part.kind != "lora" or part.dora_scale is not None):
+            raise UserError(
+                f"diffusers loads plain LoRA only, {name} is none: use comfyui or kohya"
+            )
+        if fold and part.alpha is not None:
+            folded[name] = part.alpha.item()
+            part = replace(part.times(part.scale), alpha=None)
+        for suffix, tensor in part.tensors().items():
+            tensors[f"{theirs}.{SUFFIXES[dialect].get(suffix, suffix)}"] = tensor
     return dict(sorted(tensors.items())), folded
 
 
 def write_lora(
     path: str | os.PathLike,
-    parts: Mapping[str, LoRAPart],
+    parts: Mapping[str, Part],
     dialect: str,
     *,
     metadata: Mapping[str, str] | None = None,
@@ -195,7 +175,7 @@ def write_lora(
     save_safetensors(tensors, path, with_hashes(tensors, metadata))
 
 
-def unfold(parts: Mapping[str, LoRAPart], metadata: Mapping[str, str]) -> dict[str, LoRAPart]:
+def unfold(parts: Mapping[str, Part], metadata: Mapping[str, str]) -> dict[str, Part]:
     """Give a folded file its alphas back, from its metadata; other parts stay as they are.
 
     Raises `UserError` when that metadata is damaged.
@@ -210,8 +190,8 @@ def unfold(parts: Mapping[str, LoRAPart], metadata: Mapping[str, str]) -> dict[s
     for name, part in parts.items():
         alpha = alphas.get(name)
         if part.alpha is None and alpha:
-            up = (part.up.double() / (alpha / part.rank)).to(part.up.dtype)
-            part = LoRAPart(part.down, up, torch.tensor(alpha, dtype=dtype))
+            scale = alpha / (part.rank or alpha)
+            part = replace(part.times(1 / scale), alpha=torch.tensor(alpha, dtype=dtype))
         restored[name] = part
     return restored
 
@@ -239,39 +219,17 @@ def convert_file(
     """
     if Path(src).resolve() == Path(dst).resolve():
         raise UserError(f"{dst} is the input itself: give another --output")
-    modules, dialect, metadata = read_tensors(src)
+    parts, dialect, metadata = read_lora(src)
     target = "kohya" if reverse else to or ("comfyui" if dialect == "kohya" else "kohya")
     if target not in names.DIALECTS:
         raise UserError(f"the dialect {target} is unknown: use {', '.join(names.DIALECTS)}")
-    if any(tensors.keys() - {"down", "up", "alpha"} for tensors in modules.values()):
-        _rename_only(modules, target, dst, metadata, fold_alpha)
-        return target
-    parts = unfold(read_lora(src)[0], metadata)
-    write_lora(dst, parts, target, metadata=metadata, fold_alpha=fold_alpha)
+    write_lora(dst, unfold(parts, metadata), target, metadata=metadata, fold_alpha=fold_alpha)
     return target
-
-
-def _rename_only(
-    modules: Mapping[str, Mapping[str, Tensor]],
-    dialect: str,
-    dst: str | os.PathLike,
-    metadata: Mapping[str, str],
-    fold_alpha: bool,
-) -> None:
-    """LoHa and LoKr: new module names, the same tensors."""
-    if fold_alpha or dialect == "diffusers":
-        raise UserError("only plain LoRA files can be folded or written for diffusers")
-    tensors = {}
-    for name, own in modules.items():
-        theirs = names.to_dialect(name, dialect)
-        for suffix, tensor in own.items():
-            tensors[f"{theirs}.{SUFFIXES[dialect].get(suffix, suffix)}"] = tensor
-    save_safetensors(tensors, dst, with_hashes(tensors, metadata))
 
 
 @torch.no_grad()
 def merge_lora(dit: nn.Module, path: str | os.PathLike, multiplier: float = 1.0) -> None:
-    """W ← W + multiplier · (alpha / rank) · up down, in float32, back to W's dtype.
+    """W ← W with the file built in at a strength (parts.py), in float32, back to W's dtype.
 
     Weights are replaced, not written over: those of a mapped file or of a caller's state dict stay
     as they are. Raises `UserError` when the file does not fit the DiT; nothing is changed then.
@@ -283,11 +241,9 @@ def merge_lora(dit: nn.Module, path: str | os.PathLike, multiplier: float = 1.0)
     }
     for name, part in parts.items():
         module = modules.get(name)
-        if module is None or module.weight.shape != (part.up.shape[0], part.down.shape[1]):
+        if module is None or module.weight.shape != part.shape:
             raise UserError(f"{path}: {name} does not fit this DiT: it is made for another size")
     for name, part in parts.items():
         weight = modules[name].weight
-        up, down = part.up.to(weight.device).float(), part.down.to(weight.device).float()
-        weight.data = torch.addmm(weight.float(), up, down, alpha=multiplier * part.scale).to(
-            weight
-        )
+        part = part.map(lambda x, device=weight.device: x.to(device))
+        weight.data = adapted_weight(weight, part, multiplier).to(weight)

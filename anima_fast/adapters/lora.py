@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anima_fast.adapters.flat import FlatBuffer, Group
-from anima_fast.adapters.formats import LoRAPart, named_tensors, read_lora, unfold, write_lora
+from anima_fast.adapters.formats import named_tensors, read_lora, unfold, write_lora
+from anima_fast.adapters.parts import LoRAPart
 from anima_fast.adapters.targets import Target, find_targets, first_match
 from anima_fast.errors import UserError
 
