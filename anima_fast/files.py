@@ -11,12 +11,15 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import operator
 import os
+import re
 import shutil
 import struct
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -109,17 +112,63 @@ def write_json(path: str | os.PathLike, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is written, so that a large file never stands in memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+
 def save_safetensors(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor | LazyTensor],
     path: str | os.PathLike,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors (any device) and string metadata as one safetensors file, atomically."""
-    from safetensors.torch import save
+    """Write tensors (any device) and string metadata as one safetensors file, atomically.
 
-    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    One tensor at a time is copied to host memory. Tensors may share memory; each is written whole.
+    Raises `UserError` when the disk refuses, and whatever a lazy tensor's `read` raises; the file
+    that was there before stays then.
+    """
+    # The largest items first, as safetensors does: every tensor is aligned to its item size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        shape, dtype = list(tensors[name].shape), tensors[name].dtype
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        code = _dtype_code(dtype, name)
+        entries[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    header += b" " * (-len(header) % 8)
     with atomic_write(path) as file:
-        file.write(save(plain, metadata=dict(metadata) if metadata else None))
+        file.write(struct.pack("<Q", len(header)) + header)
+        for name in names:
+            file.write(_tensor_bytes(tensors[name], name))
+
+
+def _dtype_code(dtype: torch.dtype, name: str) -> str:
+    """safetensors' name of a dtype: float32 is F32, bfloat16 BF16, float8_e4m3fn F8_E4M3."""
+    kind, bits = re.fullmatch(r"torch\.([a-z]+?)(\d*(?:_e\dm\d)?)(?:fn)?", str(dtype)).groups()
+    kinds = {"float": "F", "bfloat": "BF", "int": "I", "uint": "U", "bool": "BOOL"}
+    if kind not in kinds:
+        raise TypeError(f"{name} is {dtype}, which a safetensors file cannot hold")
+    return kinds[kind] + bits.upper()
+
+
+def _tensor_bytes(tensor: torch.Tensor | LazyTensor, name: str) -> memoryview:
+    import torch
+
+    found = tensor.read() if isinstance(tensor, LazyTensor) else tensor
+    if found.dtype != tensor.dtype or tuple(found.shape) != tuple(tensor.shape):
+        raise ValueError(
+            f"{name} is {found.dtype} {list(found.shape)}, expected {tensor.dtype} "
+            f"{list(tensor.shape)}"
+        )
+    plain = found.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(plain.view(torch.uint8).numpy())
 
 
 def read_safetensors_header(path: str | os.PathLike) -> dict:
