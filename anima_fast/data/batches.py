@@ -3,9 +3,10 @@
 Everything random (mirroring, choice of the caption's rendering, caption dropout, augmentation) is a
 pure function of (seed, epoch, step, position in the batch, item), so a resumed run repeats it.
 
-Contexts of different lengths are padded with zero rows to the longest of the batch. A zero row is
-itself a zero key in cross attention, so with `zero_keys` = max(512, S) − S more of them every
-sample sees exactly its own rows and zeros up to 512.
+Contexts of different lengths are padded with zero rows to S, the longest of the batch. A zero row
+is itself a zero key in cross attention, so with `zero_keys` = 512 − S more of them every sample
+sees exactly its own rows and zeros up to 512. Above 512 rows the padding of a shorter text is more
+than it would have alone, and its count of further zero keys is negative: max(512, own rows) − S.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ PADDED_ROWS = 512
 class TextInputs:
     """What the text path of one batch needs, by mode.
 
-    context: `context` [B, S, C] and `zero_keys`. states: `source_states` [B, N, C] with
-    `source_mask` [B, N] int64, `t5_ids` and `t5_mask` [B, S] int64. live: `captions`.
+    context: `context` [B, S, C] and `zero_keys` (see `zero_key_counts`). states: `source_states`
+    [B, N, C] with `source_mask` [B, N] int64, `t5_ids` and `t5_mask` [B, S] int64. live:
+    `captions`.
     """
 
     context: Tensor | None = None
-    zero_keys: int = 0
+    zero_keys: int | tuple[int, ...] = 0
     source_states: Tensor | None = None
     source_mask: Tensor | None = None
     t5_ids: Tensor | None = None
@@ -237,7 +239,22 @@ def pad_contexts(entries: list[TextEntry]) -> TextInputs:
     """Contexts [S_i, C] as [B, S, C] with S the longest, and the zero rows beyond it."""
     length = max(len(entry.context) for entry in entries)
     context = pad_rows([entry.context for entry in entries], length)
-    return TextInputs(context=context, zero_keys=max(PADDED_ROWS, length) - length)
+    zero_keys = zero_key_counts([len(entry.context) for entry in entries])
+    return TextInputs(context=context, zero_keys=zero_keys)
+
+
+def zero_key_counts(rows: list[int]) -> int | tuple[int, ...]:
+    """Zero keys beyond a batch of contexts that is as long as its longest.
+
+    Args:
+        rows: the real rows of each text.
+    Returns:
+        one count for all where they agree, else one per sample; negative where the batch's padding
+        holds more zero rows than the text would have alone.
+    """
+    length = max(rows)
+    counts = tuple(max(PADDED_ROWS, own) - length for own in rows)
+    return counts if len(set(counts)) > 1 else counts[0]
 
 
 def pad_states(entries: list[TextEntry]) -> TextInputs:

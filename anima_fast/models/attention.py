@@ -3,7 +3,9 @@
     out_i = Σ_j e^{s_ij} v_j / (Σ_j e^{s_ij} + n),   s = q kᵀ / √K
 
 n = `zero_keys` counts further rows whose key and value are zero: their logit is 0 and they add
-nothing to the numerator. Anima pads its text to 512 such rows and attends to them.
+nothing to the numerator. Anima pads its text to 512 such rows and attends to them. A negative n
+leaves out that many zero rows at the end of k and v: a batch is as wide as its longest text, and
+beside one of 600 rows a text of 75 has 88 zero rows more than the 437 that belong to it.
 
 PyTorch's attention gets a few zero keys whose logits, added through the mask, make Σ e^{logit} = n:
 one key with log n where that is exact enough, three in 16 bit, where log n alone would be off by up
@@ -44,15 +46,26 @@ class ZeroRows:
     logits: Tensor  # [B, 1, 1, J], of J zero keys that stand for them
     on_device: Tensor  # the counts, [B] int32
 
+    @property
+    def leaves_out(self) -> bool:
+        """Some sample does not see all of its keys."""
+        return min(self.counts) < 0
+
     def sample(self, index: int) -> ZeroRows | None:
-        """The rows of one sample, None when it has none."""
-        if not self.counts[index]:
+        """The further rows of one sample, None when it has none."""
+        if self.counts[index] <= 0:
             return None
         one = slice(index, index + 1)
         return ZeroRows(self.counts[one], self.logits[one], self.on_device[one])
 
+    def kept(self, index: int, keys: int) -> int:
+        """How many of its `keys` a sample sees."""
+        return keys + min(self.counts[index], 0)
+
 
 ZeroKeys = int | Sequence[int] | Tensor | ZeroRows | None
+# (q, k, v, rows) -> out
+Backend = Callable[[Tensor, Tensor, Tensor, ZeroRows | None], Tensor]
 
 
 def attention(
@@ -69,7 +82,8 @@ def attention(
     Args:
         q: [B, L, H, K], any float dtype (16 bit for flash and sageattn).
         k, v: [B, S, H, K] in q's dtype.
-        zero_keys: None (none), one count for all samples, one per sample [B], or prepared rows.
+        zero_keys: None (none), one count for all samples, one per sample [B], or prepared rows;
+            a sample's count may be negative down to 1 − S where its last rows are zero.
         mode: torch (also sdpa), triton, xformers, flash or sageattn; see `check_attn_mode`.
         split: one sample at a time, to save memory.
 
@@ -83,13 +97,31 @@ def attention(
         raise ValueError(f"attention mode {mode!r}, expected one of {', '.join(_BACKENDS)}")
     run = _BACKENDS[mode]
     rows = prepare_zero_rows(zero_keys, len(q), q.dtype, q.device)
-    uneven = run not in (_torch, _triton) and rows is not None and len(set(rows.counts)) > 1
-    if len(q) > 1 and (split or uneven):
-        samples = [slice(i, i + 1) for i in range(len(q))]
-        return torch.cat(
-            [run(q[s], k[s], v[s], rows.sample(s.start) if rows else None) for s in samples]
-        )
+    if rows is not None and min(rows.counts) <= -k.shape[1]:
+        raise ValueError(f"zero_keys is {rows.counts}, which leaves none of {k.shape[1]} keys")
+    if len(q) == 1:
+        return _one_sample(run, q, k, v, rows, 0)
+    if split or _is_uneven(run, rows):
+        return torch.cat([_one_sample(run, q, k, v, rows, index) for index in range(len(q))])
     return run(q, k, v, rows)
+
+
+def _is_uneven(run: Backend, rows: ZeroRows | None) -> bool:
+    """Whether a backend cannot give each sample its own zero rows in one call."""
+    if rows is None or run is _torch:
+        return False
+    return rows.leaves_out or (run is not _triton and len(set(rows.counts)) > 1)
+
+
+def _one_sample(
+    run: Backend, q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None, index: int
+) -> Tensor:
+    """[1, L, H, K] of one sample, without the keys that it leaves out."""
+    one = slice(index, index + 1)
+    if rows is None:
+        return run(q[one], k[one], v[one], None)
+    seen = rows.kept(index, k.shape[1])
+    return run(q[one], k[one, :seen], v[one, :seen], rows.sample(index))
 
 
 def prepare_zero_rows(
@@ -98,15 +130,15 @@ def prepare_zero_rows(
     """`zero_keys` in any of its forms as `ZeroRows`, None when there are none at all.
 
     A tensor of counts on a card is read once here, not once per block. Raises `ValueError` for
-    counts that are negative or do not fit the batch.
+    counts that do not fit the batch.
     """
     if zero_keys is None or isinstance(zero_keys, ZeroRows):
         return zero_keys
     if isinstance(zero_keys, Tensor):
         zero_keys = zero_keys.tolist()
     counts = [zero_keys] * batch if isinstance(zero_keys, int) else [int(n) for n in zero_keys]
-    if len(counts) != batch or min(counts, default=0) < 0:
-        raise ValueError(f"zero_keys is {counts}, expected {batch} counts of 0 or more")
+    if len(counts) != batch:
+        raise ValueError(f"zero_keys is {counts}, expected {batch} counts")
     if not any(counts):
         return None
     logits = torch.tensor([zero_logits(n, dtype) for n in counts], dtype=dtype)
@@ -118,8 +150,9 @@ def zero_logits(count: int, dtype: torch.dtype) -> list[float]:
     """Logits of the zero keys that stand for `count` rows, each exact in `dtype` where it is short.
 
     Greedy: each logit is log of what is left, rounded down to the dtype; after three the sum is
-    within 1e-5 of the count in bfloat16.
+    within 1e-5 of the count in bfloat16. No key stands for a count of 0 or less.
     """
+    count = max(count, 0)
     if dtype not in HALF:
         return [math.log(count) if count else -math.inf]
     left, logits = float(count), []
@@ -143,6 +176,9 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None) -> Tensor:
         slots = rows.logits.shape[-1]
         # The mask broadcasts over heads and queries: it is never written out at [L, S].
         bias = F.pad(rows.logits.to(q.dtype), (k.shape[1], 0))  # [B, 1, 1, S + J]
+        for sample, count in enumerate(rows.counts):
+            if count < 0:
+                bias[sample, ..., k.shape[1] + count : k.shape[1]] = -math.inf
         k, v = _padded(k, slots), _padded(v, slots)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, K]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
@@ -180,7 +216,7 @@ def _sageattn(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None) -> Tensor:
     return sage.sageattn(q, *_written_out(k, v, rows), tensor_layout="NHD")
 
 
-_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, ZeroRows | None], Tensor]] = {
+_BACKENDS: dict[str, Backend] = {
     "torch": _torch,
     "sdpa": _torch,
     "triton": _triton,

@@ -304,7 +304,10 @@ class Backward:
         q, k, value = v.cross_qkv()
         dq, dkv = torch.empty_like(v.heads(t["q"], 1)), torch.empty_like(v.heads(t["kv"], 2))
         into = (dq[:, :, 0], dkv[:, :, 0], dkv[:, :, 1])
-        attend.backward(do.view(q.shape), q, k, value, kept, v.settings.attn_mode, into=into)
+        attend.backward(
+            do.view(q.shape), q, k, value, kept, v.settings.attn_mode, into=into,
+            rows=v.settings.rows,
+        )  # fmt: skip
         norm = t["norm.cross"]
         if v.adapted("cross_kv") or self.needs["context"]:
             heads = v.heads(t["kv"], 2)

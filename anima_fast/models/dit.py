@@ -149,7 +149,8 @@ class AnimaDiT(nn.Module):
             sigma: [B] in [0, 1], the model's time; give it in float32.
             context: [B, S, C] text rows (the LLM adapter's output).
             zero_keys: count (one, or one per sample) of all-zero text rows that follow `context`
-                and are attended to; None means that `context` already holds all its rows.
+                and are attended to; None means that `context` already holds all its rows. A
+                negative count leaves out zero rows that `context` ends with.
             padding_mask: [B, 1, h, w], all zeros when None; resized to the latents if it differs.
 
         Returns:

@@ -6,6 +6,9 @@ torch        PyTorch's flash attention, which knows no zero keys: with lse' over
 triton       kernels/attention.py, whose softmax starts at the zero keys; also for float32 on a
              card, where PyTorch has no flash attention
 others       xformers and flash run under autograd inside, and keep what they keep
+
+Where a sample leaves out zero rows that its keys end with (a batch that mixes texts above 512 rows
+with shorter ones), the first two take one sample at a time.
 """
 
 from __future__ import annotations
@@ -56,6 +59,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None, mode: str) -
         rows: the zero keys.
         mode: as `models.attention.attention`.
     """
+    own = uses_flash(q, mode) or mode in ("torch", "sdpa", "triton")
+    if own and rows is not None and rows.leaves_out:
+        parts = []
+        for i in range(len(q)):
+            one, seen = slice(i, i + 1), rows.kept(i, k.shape[1])
+            parts.append(forward(q[one], k[one, :seen], v[one, :seen], rows.sample(i), mode))
+        out, lse = (torch.cat(x) for x in zip(*((p.out, p.lse) for p in parts), strict=True))
+        return Kept(out, lse, parts[0].rng)
     if uses_flash(q, mode):
         return _flash_forward(q, k, v, rows)
     if mode in ("torch", "sdpa", "triton"):
@@ -75,6 +86,7 @@ def backward(
     mode: str,
     *,
     into: tuple[Tensor, Tensor, Tensor],
+    rows: ZeroRows | None = None,
 ) -> None:
     """Write dq, dk and dv into three tensors of q's, k's and v's shapes.
 
@@ -83,7 +95,20 @@ def backward(
         q, k, v, mode: as given to the forward.
         kept: what the forward returned.
         into: dense in K, parts of packed gradients.
+        rows: as given to the forward.
     """
+    if rows is not None and rows.leaves_out and not kept.graph:
+        for i in range(len(q)):
+            one, seen = slice(i, i + 1), rows.kept(i, k.shape[1])
+            dq, dk, dv = (gradient[one] for gradient in into)
+            part = Kept(kept.out[one], kept.lse[one], kept.rng)
+            backward(
+                do[one], q[one], k[one, :seen], v[one, :seen], part, mode,
+                into=(dq, dk[:, :seen], dv[:, :seen]),
+            )  # fmt: skip
+            dk[:, seen:].zero_()
+            dv[:, seen:].zero_()
+        return
     if kept.graph:
         out, *leaves = kept.graph
         found = torch.autograd.grad(out, leaves, do)

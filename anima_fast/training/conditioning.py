@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anima_fast.data.batches import PADDED_ROWS, TextInputs
+from anima_fast.data.batches import TextInputs, zero_key_counts
 from anima_fast.models.llm_adapter import load_llm_adapter
 
 if TYPE_CHECKING:
@@ -36,23 +36,25 @@ class Conditioning:
     tokenizers: Tokenizers | None = None
     token_limits: tuple[int, int] = (512, 512)
 
-    def __call__(self, text: TextInputs) -> tuple[Tensor, int]:
-        """Context [B, S, C] in the compute dtype and the count of zero rows beyond it."""
+    def __call__(self, text: TextInputs) -> tuple[Tensor, int | tuple[int, ...]]:
+        """Context [B, S, C] in the compute dtype and the zero rows beyond it."""
         if text.context is not None:
             return text.context.to(self.device, self.dtype, non_blocking=True), text.zero_keys
         if text.captions is not None:
             tokens = self.tokenizers.encode(text.captions, *self.token_limits)
+            counts = tokens.t5_mask.sum(1).tolist()
             qwen_ids, source_mask, t5_ids, t5_mask = (
                 t.to(self.device)
                 for t in (tokens.qwen_ids, tokens.qwen_mask, tokens.t5_ids, tokens.t5_mask)
             )
             states = self.text_encoder(qwen_ids, source_mask)
         else:
+            counts = text.t5_mask.sum(1).tolist()
             states = text.source_states.to(self.device, self.dtype, non_blocking=True)
             source_mask = text.source_mask.to(self.device)
             t5_ids, t5_mask = text.t5_ids.to(self.device), text.t5_mask.to(self.device)
         context = self.adapter(t5_ids, t5_mask, states.to(self.dtype), source_mask)
-        return context, max(0, PADDED_ROWS - context.shape[1])
+        return context, zero_key_counts(counts)
 
 
 def load_conditioning(
