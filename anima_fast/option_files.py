@@ -15,9 +15,10 @@ from typing import Any
 from anima_fast.errors import UserError
 from anima_fast.files import write_text
 from anima_fast.option_groups.base import Spec, convert, nearest, specs
+from anima_fast.option_groups.finetune import network_options
 from anima_fast.option_groups.tables import ALIASES, IGNORED, REFUSED
 from anima_fast.option_rules import check_required
-from anima_fast.options import SampleOptions, TrainOptions
+from anima_fast.options import FinetuneOptions, SampleOptions, TrainOptions
 
 try:
     import tomllib
@@ -26,6 +27,15 @@ except ModuleNotFoundError:
 
 # What the command line and the file may name beside the fields of `TrainOptions`.
 OTHER_NAMES = frozenset(itertools.chain(ALIASES, IGNORED, REFUSED))
+RunOptions = TrainOptions | FinetuneOptions
+
+
+def refused(cls: type[RunOptions]) -> dict[str, str]:
+    """Names that a kind of training refuses, each with the reason and the remedy."""
+    if cls is TrainOptions:
+        return REFUSED
+    known = specs(cls)
+    return {n: text for n, text in REFUSED.items() if n not in known} | network_options()
 
 
 def resolve_train_options(
@@ -33,7 +43,8 @@ def resolve_train_options(
     config_file: str | Path | None = None,
     *,
     complete: bool = True,
-) -> tuple[TrainOptions, list[str]]:
+    cls: type[RunOptions] = TrainOptions,
+) -> tuple[RunOptions, list[str]]:
     """The options of a run from both sources.
 
     Args:
@@ -41,6 +52,7 @@ def resolve_train_options(
             `option_groups.tables` are allowed too.
         config_file: a TOML file; `.toml` is appended where the ending is missing.
         complete: whether everything that a run needs must be there.
+        cls: the options of a LoRA, or of full fine-tuning.
     Returns:
         the checked options and the notices to show.
     Raises:
@@ -50,9 +62,9 @@ def resolve_train_options(
     values: dict[str, Any] = {}
     if config_file is not None:
         path = config_path(config_file)
-        values = _accept(read_config(path), f"{path.name}: ", notices, text=False)
-    values |= _accept(cli_values, "--", notices, text=True)
-    options = TrainOptions(**values)
+        values = _accept(cls, read_config(path), f"{path.name}: ", notices, text=False)
+    values |= _accept(cls, cli_values, "--", notices, text=True)
+    options = cls(**values)
     if complete:
         check_required(options)
     return options, [*notices, *options.notices]
@@ -96,10 +108,10 @@ def _flatten(table: Mapping[str, Any], flat: dict[str, Any], where: str) -> None
 
 
 def _accept(
-    given: Mapping[str, Any], place: str, notices: list[str], *, text: bool
+    cls: type[RunOptions], given: Mapping[str, Any], place: str, notices: list[str], *, text: bool
 ) -> dict[str, Any]:
     """Options of one source in their types; the other known names become notices or errors."""
-    known = specs(TrainOptions)
+    known = specs(cls)
     values = {
         name: convert(known[name], value, f"{place}{name}", text=text)
         for name, value in given.items()
@@ -107,14 +119,21 @@ def _accept(
     }
     for name, value in given.items():
         if name not in known and value is not None and not _is_off(value):
-            _other(name, value, place, values, notices)
+            _other(cls, name, value, place, values, notices)
     return values
 
 
-def _other(name: str, value: Any, place: str, values: dict[str, Any], notices: list[str]) -> None:
-    known = specs(TrainOptions)
-    if name in REFUSED:
-        raise UserError(f"{place}{name}: {REFUSED[name]}")
+def _other(
+    cls: type[RunOptions],
+    name: str,
+    value: Any,
+    place: str,
+    values: dict[str, Any],
+    notices: list[str],
+) -> None:
+    known, reasons = specs(cls), refused(cls)
+    if name in reasons:
+        raise UserError(f"{place}{name}: {reasons[name]}")
     if name in IGNORED:
         notices.append(f"{name} is ignored: {IGNORED[name]}")
     elif name in ALIASES:
@@ -125,7 +144,8 @@ def _other(name: str, value: Any, place: str, values: dict[str, Any], notices: l
             alias.target, convert(known[alias.target], meant, f"{place}{name}", text=True)
         )
     else:
-        raise UserError(f"{place}{name}: unknown option: {nearest(name, [*known, *OTHER_NAMES])}")
+        names = [*known, *ALIASES, *IGNORED, *reasons]
+        raise UserError(f"{place}{name}: unknown option: {nearest(name, names)}")
 
 
 def _is_off(value: Any) -> bool:
@@ -158,7 +178,7 @@ def _section(spec: Spec) -> str:
     return "".join(c if c.isalnum() else "_" for c in spec.group.lower())
 
 
-def write_config(options: TrainOptions, config_file: str | Path | None) -> Path:
+def write_config(options: RunOptions, config_file: str | Path | None) -> Path:
     """Write the changed options to the `--config_file` path, for `--output_config`.
 
     Raises:
@@ -187,8 +207,20 @@ def option_table_markdown(cls: type = TrainOptions) -> str:
     return "\n".join(lines)
 
 
+def finetune_table_markdown() -> str:
+    """The options of full fine-tuning that LoRA training has not, and those it refuses."""
+    shared = specs(TrainOptions)
+    own = [
+        spec
+        for name, spec in specs(FinetuneOptions).items()
+        if name not in shared or spec.default != shared[name].default
+    ]
+    lines = ["| Option | Value | Default | Meaning |", "|---|---|---|---|", *map(_row, own), ""]
+    return "\n".join([*lines, *_named("Refused", network_options())])
+
+
 def option_page() -> str:
-    """`docs/options.md`: both tables with a heading and a sentence each."""
+    """`docs/options.md`: the tables with a heading and a sentence each."""
     return (
         "# Options\n\n"
         "Made from the code by `python -m anima_fast.option_files`; a test compares the two.\n\n"
@@ -196,6 +228,10 @@ def option_page() -> str:
         "Underscores and hyphens mean the same, and every option is a key of the TOML file of "
         "`--config_file`.\n\n"
         f"{option_table_markdown()}\n"
+        "## `anima-fast finetune`\n\n"
+        "Trains all weights of the model. It has the options of `train` but those of the network, "
+        "and these; a default that differs is shown.\n\n"
+        f"{finetune_table_markdown()}\n"
         "## `anima-fast sample`\n\n"
         f"{option_table_markdown(SampleOptions)}"
     )

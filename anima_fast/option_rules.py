@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from anima_fast.errors import UserError
+from anima_fast.finetune_rules import FINETUNE_RULES
 from anima_fast.models.recompute import POLICIES
 from anima_fast.option_groups.tables import REFUSED_NETWORKS
 
@@ -44,7 +45,9 @@ def settle(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         UserError: for a combination that cannot work.
     """
     draft = Draft(values)
-    for rule in RULES:
+    lora = "network_module" in values
+    rules = (*NETWORK_RULES, *SHARED_RULES) if lora else (*SHARED_RULES, *FINETUNE_RULES)
+    for rule in rules:
         rule(draft)
     return draft.values, tuple(draft.notices)
 
@@ -89,20 +92,13 @@ def _trained_parts(draft: Draft) -> None:
         )
 
 
-def _text_cache(draft: Draft) -> None:
-    if draft.cache_text_encoder_outputs_to_disk and not draft.cache_text_encoder_outputs:
-        draft.set("cache_text_encoder_outputs", True)
-    if not draft.cache_text_encoder_outputs:
+def _cached_text_is_frozen(draft: Draft) -> None:
+    if not (draft.cache_text_encoder_outputs or draft.cache_text_encoder_outputs_to_disk):
         return
     if draft.network_train_text_encoder_only:
         raise UserError(
             "--network_train_text_encoder_only trains what --cache_text_encoder_outputs freezes: "
             "drop one of them"
-        )
-    if draft.token_warmup_step:
-        raise UserError(
-            "--token_warmup_step changes captions with every step, so it cannot work with "
-            "--cache_text_encoder_outputs: drop one of them"
         )
     if not draft.network_train_unet_only:
         draft.set(
@@ -110,11 +106,34 @@ def _text_cache(draft: Draft) -> None:
             "cache_text_encoder_outputs: captions are encoded once, so only the DiT is trained "
             "(network_train_unet_only)",
         )  # fmt: skip
+
+
+def _text_cache(draft: Draft) -> None:
+    if draft.cache_text_encoder_outputs_to_disk and not draft.cache_text_encoder_outputs:
+        draft.set("cache_text_encoder_outputs", True)
+    if not draft.cache_text_encoder_outputs:
+        return
+    if draft.token_warmup_step:
+        raise UserError(
+            "--token_warmup_step changes captions with every step, so it cannot work with "
+            "--cache_text_encoder_outputs: drop one of them"
+        )
     if draft.shuffle_caption or draft.caption_tag_dropout_rate or draft.enable_wildcard:
         draft.notices.append(
             f"captions that change are cached in {draft.caption_variants} renderings each "
             "(caption_variants)"
         )
+
+
+def _long_captions(draft: Draft) -> None:
+    if draft.long_captions != "whole":
+        return
+    for name in ("qwen3_max_token_length", "t5_max_token_length"):
+        if draft.values[name] != 512:
+            raise UserError(
+                f"--{name} {draft.values[name]} cuts captions off, which --long_captions whole "
+                "does not: drop one of them"
+            )
 
 
 def _latent_cache(draft: Draft) -> None:
@@ -259,7 +278,9 @@ def _logging(draft: Draft) -> None:
         draft.set("logging_dir", f"{draft.output_dir.rstrip('/')}/logs")
 
 
-RULES = (
-    _network, _trained_parts, _text_cache, _latent_cache, _data, _vae, _precision, _memory,
-    _attention, _schedule, _flow, _saving, _logging,
+# For every run, and for a LoRA only; finetune_rules.py has those of full fine-tuning.
+SHARED_RULES = (
+    _text_cache, _long_captions, _latent_cache, _data, _vae, _precision, _memory, _attention,
+    _schedule, _flow, _saving, _logging,
 )  # fmt: skip
+NETWORK_RULES = (_network, _trained_parts, _cached_text_is_frozen)

@@ -1,4 +1,4 @@
-"""`anima-fast train`."""
+"""`anima-fast train` and `anima-fast finetune`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import typer
 
 from anima_fast.commands.app import option_command
 from anima_fast.option_groups.base import Spec
-from anima_fast.options import TrainOptions
+from anima_fast.options import FinetuneOptions, TrainOptions
 
-# Options of `train` that are no part of a run.
+# Options of the commands that are no part of a run.
 _FILE_SPECS = {
     name: Spec(name, kind, None, text, "Configuration file", (), None, None, True, False)
     for name, kind, text in (
@@ -20,24 +20,34 @@ _FILE_SPECS = {
 }
 
 
-def _train_names() -> frozenset[str]:
-    from anima_fast.option_files import OTHER_NAMES
+def _other_names(cls: type) -> frozenset[str]:
+    from anima_fast.option_files import OTHER_NAMES, refused
 
-    return OTHER_NAMES
+    return OTHER_NAMES | frozenset(refused(cls))
 
 
-@option_command("train", TrainOptions, _FILE_SPECS, _train_names)
+@option_command("train", TrainOptions, _FILE_SPECS, lambda: _other_names(TrainOptions))
 def _train(values: dict[str, Any]) -> None:
     """Train a LoRA. Names may be written with hyphens, and stand in a TOML file too."""
+    _run(TrainOptions, values)
+
+
+@option_command("finetune", FinetuneOptions, _FILE_SPECS, lambda: _other_names(FinetuneOptions))
+def _finetune(values: dict[str, Any]) -> None:
+    """Train all weights of the model, not a LoRA. Options as those of `train`."""
+    _run(FinetuneOptions, values)
+
+
+def _run(cls: type, values: dict[str, Any]) -> None:
     from anima_fast.console import configure_console
     from anima_fast.option_files import resolve_train_options, write_config
 
     config_file = values.pop("config_file", None)
     if values.pop("output_config", "false").lower() == "true":
-        options, _ = resolve_train_options(values, None, complete=False)
+        options, _ = resolve_train_options(values, None, complete=False, cls=cls)
         typer.echo(f"wrote {write_config(options, config_file)}")
         return
-    options, notices = resolve_train_options(values, config_file)
+    options, notices = resolve_train_options(values, config_file, cls=cls)
     log = configure_console(
         options.console_log_level, options.console_log_file, simple=options.console_log_simple
     )

@@ -1,4 +1,4 @@
-"""Length, saving, resuming, logging, validation and the metadata of the LoRA file."""
+"""Length, saving, resuming, logging, validation and the metadata of the saved file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _length = partial(option, "Length")
 _save = partial(option, "Saving and resuming")
 _log = partial(option, "Logging")
 _validation = partial(option, "Validation")
-_meta = partial(option, "Metadata of the LoRA file")
+_meta = partial(option, "Metadata of the saved file")
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,12 @@ class LengthOptions:
 class SaveOptions:
     """What is written where, and when."""
 
-    output_dir: str | None = _save(None, "Folder for LoRA files, states and logs (required).")
-    output_name: str | None = _save(None, "Name of the LoRA file (default: last).")
-    save_model_as: str = _save("safetensors", "File format of the LoRA.")
-    lora_format: str = _save(
-        "kohya", "Names of the tensors.", choices=("kohya", "comfyui", "diffusers")
-    )
-    fold_alpha: bool = _save(
-        False, "Multiply alpha / rank into the weights (loads in programs that ignore alpha)."
-    )
+    output_dir: str | None = _save(None, "Folder for files, states and logs (required).")
+    output_name: str | None = _save(None, "Name of the saved file (default: last).")
+    save_model_as: str = _save("safetensors", "File format.")
     save_precision: str | None = _save(
         None,
-        "Type of the saved LoRA (default: as trained).",
+        "Type of the saved weights (default: as trained).",
         choices=("float", "fp16", "bf16"),
     )
     save_every_n_epochs: int | None = _save(None, "Save every so many epochs.", low=1)
@@ -115,9 +109,11 @@ class ValidationOptions:
 
 @dataclass(frozen=True)
 class MetadataOptions:
-    """Texts stored in the header of the LoRA file."""
+    """Texts stored in the header of the saved file."""
 
-    training_comment: str | None = _meta(None, "Stored as ss_training_comment.")
+    training_comment: str | None = _meta(
+        None, "Stored as ss_training_comment, by finetune as modelspec.comment."
+    )
     no_metadata: bool = _meta(False, "Write only the keys that programs need.")
     metadata_title: str | None = _meta(None, "Title (default: output_name).")
     metadata_author: str | None = _meta(None, "Author.")

@@ -63,7 +63,11 @@ _FP8 = "8-bit base weights are not supported yet; use --blocks_to_swap to save m
 _COMPILE = "use --compile, which compiles block by block"
 _UPLOAD = "uploads are out of scope; use `hf upload` after the run"
 _SEVERAL = "training on several devices is not supported; use one device"
-_FULL = "full fine-tuning is not supported yet; for a LoRA use --network_args network_reg_lrs=..."
+_FULL = (
+    "it is an option of full fine-tuning (`anima-fast finetune`); for a LoRA use "
+    "--network_args network_reg_lrs=PATTERN=RATE"
+)
+_WHOLE = "it is an option of full fine-tuning (`anima-fast finetune`); remove it for a LoRA"
 _RESUME = "not needed: --resume continues exactly where the state was saved"
 _CONTROL = "ControlNet is not supported for Anima; remove it"
 _INVERSION = "textual inversion is not supported for Anima; remove it"
@@ -79,7 +83,10 @@ REFUSED = {
     "sample_at_first": _PREVIEW,
     "torch_compile": _COMPILE,
     "dynamo_backend": _COMPILE,
-    "fused_backward_pass": "it works only in full fine-tuning, not supported yet; remove it",
+    "fused_backward_pass": _WHOLE,
+    "weight_update": _WHOLE,
+    "vram": _WHOLE,
+    "plan_memory": _WHOLE,
     "deepspeed": _SEVERAL,
     "zero_stage": _SEVERAL,
     "offload_optimizer_device": _SEVERAL,
@@ -101,7 +108,8 @@ REFUSED = {
     "cross_attn_lr": _FULL,
     "mlp_lr": _FULL,
     "mod_lr": _FULL,
-    "llm_adapter_lr": "use --network_args train_llm_adapter=True network_reg_lrs=... for a LoRA",
+    "llm_adapter_lr": "it is an option of full fine-tuning (`anima-fast finetune`); for a LoRA use "
+    "--network_args train_llm_adapter=True network_reg_lrs=PATTERN=RATE",
     "initial_epoch": _RESUME,
     "initial_step": _RESUME,
     "skip_until_initial_step": _RESUME,

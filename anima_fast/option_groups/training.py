@@ -51,6 +51,28 @@ class NetworkOptions:
 
 
 @dataclass(frozen=True)
+class LoRAFileOptions:
+    """The form of a LoRA file."""
+
+    lora_format: str = _network(
+        "kohya", "Names of the tensors.", choices=("kohya", "comfyui", "diffusers")
+    )
+    fold_alpha: bool = _network(
+        False, "Multiply alpha / rank into the weights (loads in programs that ignore alpha)."
+    )
+
+
+@dataclass(frozen=True)
+class NetworkRateOptions:
+    """Rates of the parts that a LoRA has modules in."""
+
+    unet_lr: float | None = _optimizer(None, "Rate of the DiT (default: learning_rate).", low=0)
+    text_encoder_lr: tuple[float, ...] = _optimizer(
+        (), "Rate of the text encoder (default: learning_rate; 0 = frozen).", low=0
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerOptions:
     """The optimizer and its rates."""
 
@@ -58,10 +80,6 @@ class OptimizerOptions:
         "AdamW", "AdamW, AdamW8bit, Lion, Prodigy, AdaFactor, ... or a dotted class name."
     )
     learning_rate: float = _optimizer(1e-4, "Learning rate.", low=0)
-    unet_lr: float | None = _optimizer(None, "Rate of the DiT (default: learning_rate).", low=0)
-    text_encoder_lr: tuple[float, ...] = _optimizer(
-        (), "Rate of the text encoder (default: learning_rate; 0 = frozen).", low=0
-    )
     optimizer_args: tuple[str, ...] = _optimizer(
         (), "key=value arguments of the optimizer, such as weight_decay=0.01 betas=0.9,0.99."
     )
@@ -135,8 +153,8 @@ class MemoryOptions:
     mixed_precision: str = _memory(
         "bf16", "Type of weights and arithmetic.", choices=("no", "fp16", "bf16")
     )
-    full_bf16: bool = _memory(False, "Keep the LoRA and its gradients in bfloat16 too.")
-    full_fp16: bool = _memory(False, "Keep the LoRA and its gradients in float16 too.")
+    full_bf16: bool = _memory(False, "Keep trained weights and gradients in bfloat16 too.")
+    full_fp16: bool = _memory(False, "Keep trained weights and gradients in float16 too.")
     gradient_checkpointing: bool = _memory(False, "Recompute each block in the backward pass.")
     cpu_offload_checkpointing: bool = _memory(False, "Keep checkpoint inputs in host memory.")
     unsloth_offload_checkpointing: bool = _memory(
