@@ -1,154 +1,51 @@
-"""LoRA: y = W x + multiplier · (alpha / rank) · up(down(x)), with W frozen.
+"""The network of a run: LoRA, LoHa or LoKr adapters on the layers of a frozen model.
 
-`add_lora` attaches adapters to the linear layers of a DiT (and, when asked, of the LLM adapter and
-the text encoder) by replacing their `forward`; state dict and module tree stay as they are. All
-parameters live in one flat buffer (adapters/flat.py). Names, default targets, initial values and
-dropouts are those of sd-scripts, so that files and settings carry over.
+`add_lora` attaches adapters (layers.py, lycoris.py) to the linear layers of a DiT (and, when asked,
+of the LLM adapter and the text encoder) by replacing their `forward`; state dict and module tree
+stay as they are. All parameters live in one flat buffer (flat.py). Names, default targets, initial
+values and dropouts are those of sd-scripts, so that files and settings carry over.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anima_fast.adapters.flat import FlatBuffer, Group
 from anima_fast.adapters.formats import named_tensors, read_lora, unfold, write_lora
-from anima_fast.adapters.parts import LoRAPart
+from anima_fast.adapters.layers import AdaptedLinear, Dropouts, LoRALinear, initial_lora
+from anima_fast.adapters.lycoris import (
+    LoHaLinear,
+    LoKrLinear,
+    initial_loha,
+    initial_lokr,
+    initial_magnitudes,
+)
+from anima_fast.adapters.parts import Part
 from anima_fast.adapters.targets import Target, find_targets, first_match
 from anima_fast.errors import UserError
 
-
-class LoRALinear(nn.Module):
-    """The adapter of one linear layer.
-
-    Args:
-        target: the layer, its dotted name and its part.
-        rank, alpha: the scale is alpha / rank; alpha 0 means rank.
-        dropout: probability of zeroing an element of down(x).
-        rank_dropout: probability of zeroing a rank component for a sample; survivors are scaled up.
-        module_dropout: probability of leaving the adapter out of a call.
-        generator: source of the initial values.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        *,
-        rank: int,
-        alpha: float | None,
-        dropout: float | None,
-        rank_dropout: float | None,
-        module_dropout: float | None,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__()
-        linear = target.linear
-        self.name, self.rank, self.alpha = target.name, rank, float(alpha or rank)
-        self.dropout, self.rank_dropout = dropout, rank_dropout
-        self.module_dropout = module_dropout
-        self.multiplier = 1.0
-        bound = 1 / math.sqrt(linear.in_features)
-        down = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
-        self.down = nn.Parameter(down)
-        self.up = nn.Parameter(torch.zeros(linear.out_features, rank))
-        # In a list, so that the layer does not become a submodule of its own adapter.
-        self._linear = [linear]
-        self._plain_forward: Callable[[Tensor], Tensor] = linear.forward
-        self._removed = False
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
-
-    def attach(self) -> None:
-        """Let the layer compute with this adapter, on top of those that it has."""
-        linear = self._linear[0]
-        self._plain_forward, linear.forward = linear.forward, self.forward
-        # Read by the fused block, which computes layer and adapter together.
-        linear.adapters = [*getattr(linear, "adapters", ()), self]
-
-    def remove(self) -> None:
-        """Let the layer compute without this adapter; others on the layer stay."""
-        linear = self._linear[0]
-        # One that others stand on stays in the chain and passes through.
-        self._removed = True
-        linear.adapters = [a for a in getattr(linear, "adapters", ()) if a is not self]
-        if linear.__dict__.get("forward") == self.forward:
-            del linear.forward
-            if linear.forward != self._plain_forward:
-                linear.forward = self._plain_forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out] in x's dtype."""
-        y = self._plain_forward(x)
-        if self._removed or self._left_out():
-            return y
-        return y + self.delta(x)
-
-    def _left_out(self) -> bool:
-        """Module dropout, drawn on the CPU generator, which never waits for the device."""
-        drops = self.training and self.module_dropout
-        return bool(drops) and torch.rand(()).item() < self.module_dropout
-
-    @property
-    def drops(self) -> bool:
-        """Whether calls are random."""
-        return self.training and bool(self.dropout or self.rank_dropout or self.module_dropout)
-
-    def draw(self, batch: int, length: int, like: Tensor) -> tuple[float, Tensor | None]:
-        """The scale of one call (0: left out) and the factors of down(x), drawn as `forward` does.
-
-        Args:
-            batch, length: B and L of x [B, L, in].
-            like: gives dtype and device of x.
-
-        Returns:
-            The scale and [B, L, R], None without dropout.
-        """
-        if self._removed or self._left_out():
-            return 0.0, None
-        scale, factor = self.multiplier * self.scale, None
-        if self.training and self.dropout:
-            factor = F.dropout(like.new_ones(batch, length, self.rank), self.dropout)
-        if self.training and self.rank_dropout:
-            keep = 1 - self.rank_dropout
-            mask = torch.bernoulli(like.new_full((batch, 1, self.rank), keep))
-            factor = mask.expand(batch, length, -1) if factor is None else factor * mask
-            scale = scale / keep
-        return scale, factor
-
-    def delta(self, x: Tensor) -> Tensor:
-        """What the adapter adds: [..., in] → [..., out] in x's dtype."""
-        h = F.linear(x, self.down.to(x.dtype))  # [..., R]
-        scale = self.multiplier * self.scale
-        if self.training and self.dropout:
-            h = F.dropout(h, self.dropout)
-        if self.training and self.rank_dropout:
-            keep = 1 - self.rank_dropout
-            # One mask per sample, whatever number of token dimensions lies between.
-            shape = (h.shape[0], *[1] * (h.ndim - 2), self.rank)
-            h = h * torch.bernoulli(h.new_full(shape, keep))
-            scale = scale / keep
-        return scale * F.linear(h, self.up.to(x.dtype))
+LAYERS: dict[str, type[AdaptedLinear]] = {
+    cls.kind: cls for cls in (LoRALinear, LoHaLinear, LoKrLinear)
+}
 
 
 class LoRANetwork(nn.Module):
     """All adapters of a run; made by `add_lora`.
 
     Attributes:
-        modules_by_name: `LoRALinear` by dotted name.
+        modules_by_name: `AdaptedLinear` by dotted name.
         flat: all parameters [P], `flat_grad`: the gradients of the trained ones.
     """
 
     def __init__(
-        self, adapters: Mapping[str, LoRALinear], groups: list[Group], dtype: torch.dtype
+        self, adapters: Mapping[str, AdaptedLinear], groups: list[Group], dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.modules_by_name = dict(adapters)
@@ -210,16 +107,13 @@ class LoRANetwork(nn.Module):
         """Whether every parameter is finite (waits for the device)."""
         return bool(torch.isfinite(self.flat).all())
 
-    def parts(self, dtype: torch.dtype | None = None) -> dict[str, LoRAPart]:
+    def parts(self, dtype: torch.dtype | None = None) -> dict[str, Part]:
         """The network as file parts by dotted name, on the CPU."""
 
         def copy(x: Tensor) -> Tensor:
-            return x.detach().to("cpu", dtype or x.dtype, copy=True)
+            return x.to("cpu", dtype or x.dtype, copy=True)
 
-        return {
-            name: LoRAPart(copy(a.down), copy(a.up), torch.tensor(a.alpha))
-            for name, a in self.modules_by_name.items()
-        }
+        return {name: adapter.part(copy) for name, adapter in self.modules_by_name.items()}
 
     def state_tensors(
         self, dialect: str = "kohya", dtype: torch.dtype | None = None
@@ -247,7 +141,9 @@ class LoRANetwork(nn.Module):
         Raises:
             UserError: numbers that are not finite, or a disk that refuses.
         """
-        write_lora(path, self.parts(dtype), dialect, metadata=metadata, fold_alpha=fold_alpha)
+        # Programs disagree on what alpha means in a LoHa and a LoKr, so there it is the rank.
+        parts = {n: p if p.kind == "lora" else p.settled() for n, p in self.parts(dtype).items()}
+        write_lora(path, parts, dialect, metadata=metadata, fold_alpha=fold_alpha)
 
     @torch.no_grad()
     def load(self, path: str | os.PathLike) -> list[str]:
@@ -266,20 +162,18 @@ class LoRANetwork(nn.Module):
         known = parts.keys() & self.modules_by_name.keys()
         if not known:
             raise UserError(f"{path} has none of the {len(self.modules_by_name)} trained modules")
+        shapes = {n: {k: t.shape for k, t in p.fields().items()} for n, p in parts.items()}
         for name in known:
-            own, part = self.modules_by_name[name], parts[name]
-            if own.down.shape != part.down.shape or own.up.shape != part.up.shape:
+            own, part = self.modules_by_name[name].part(), parts[name]
+            if {k: t.shape for k, t in own.fields().items()} != shapes[name]:
                 raise UserError(
-                    f"{path}: {name} has rank {part.rank} for {part.down.shape[1]} inputs, this "
-                    f"network {own.rank} for {own.down.shape[1]}: use --dim_from_weights, or the "
-                    "--network_dim of that file"
+                    f"{path}: {name} is a {_sizes(part)}, this network has a {_sizes(own)} there: "
+                    "use --dim_from_weights, or the settings of that file"
                 )
         for name in known:
             own, part = self.modules_by_name[name], parts[name]
-            own.down.copy_(part.down)
             # The file's scale may differ from this network's: the product stays that of the file.
-            factor = part.scale / own.scale
-            own.up.copy_(part.up if factor == 1 else part.up.float() * factor)
+            own.load(part.times(part.scale / own.scale))
         return sorted({*ignored, *(parts.keys() - known)})
 
     @torch.no_grad()
@@ -288,7 +182,12 @@ class LoRANetwork(nn.Module):
 
         Returns:
             (pairs shrunk, mean norm, largest norm), norms after shrinking.
+
+        Raises:
+            ValueError: an adapter that is no plain LoRA.
         """
+        if any(adapter.kind != "lora" for adapter in self.adapters):
+            raise ValueError("only the product of a LoRA can be scaled by its two matrices")
         norms = torch.stack([_product_norm(a) for a in self.adapters])
         ratios = (max_norm / norms.clamp_min(1e-12)).clamp(max=1.0)
         for adapter, ratio in zip(self.adapters, ratios.sqrt(), strict=True):
@@ -303,6 +202,12 @@ class LoRANetwork(nn.Module):
             adapter.remove()
 
 
+def _sizes(part: Part) -> str:
+    """Kind and sizes of a part, for a message."""
+    rank = f" of rank {part.rank}" if part.rank else ""
+    return f"{part.network}{rank} for a layer of {part.shape[1]} inputs and {part.shape[0]} outputs"
+
+
 def _product_norm(adapter: LoRALinear) -> Tensor:
     """‖up·down‖ · alpha / rank without building the product: ‖UD‖² = Σ (UᵀU) ∘ (DDᵀ)."""
     up, down = adapter.up.float(), adapter.down.float()
@@ -313,14 +218,18 @@ def _product_norm(adapter: LoRALinear) -> Tensor:
 def add_lora(
     dit: nn.Module,
     *,
+    kind: str = "lora",
     rank: int = 4,
     alpha: float | None = 1.0,
     dropout: float | None = None,
     rank_dropout: float | None = None,
     module_dropout: float | None = None,
+    dora: str | None = None,
+    lokr: Mapping[str, Any] | None = None,
     llm_adapter: nn.Module | None = None,
     text_encoder: nn.Module | None = None,
     train_dit: bool = True,
+    blocks: Collection[int] | None = None,
     exclude_patterns: Sequence[str] = (),
     include_patterns: Sequence[str] = (),
     reg_dims: Mapping[str, int] | None = None,
@@ -332,29 +241,35 @@ def add_lora(
     text_encoder_lr: float | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
-    modules_from: Mapping[str, LoRAPart] | None = None,
+    modules_from: Mapping[str, Part] | None = None,
 ) -> LoRANetwork:
-    """Attach a LoRA network.
+    """Attach a network.
 
     Args:
         dit: from `load_dit`; `llm_adapter`, `text_encoder`: their modules get adapters when given.
+        kind: lora, loha or lokr.
         rank, alpha: the scale is alpha / rank; alpha 0 or None means rank.
-        dropout, rank_dropout, module_dropout: see `LoRALinear`; active in train mode only.
+        dropout, rank_dropout, module_dropout: see `Dropouts`; active in train mode only.
+        dora: give every adapter magnitudes, of the "outputs" or of the "inputs"; None is none.
+        lokr: `factor`, `decompose_both` and `full_matrix` of `lycoris.initial_lokr`.
         train_dit: False leaves the DiT itself out.
+        blocks: indices of the DiT's blocks that get adapters; None means all. Below the first of
+            them nothing is computed in backward.
         exclude_patterns, include_patterns: regular expressions, see adapters/targets.py.
         reg_dims, reg_lrs: rank and learning rate of modules by pattern, first match wins; rate 0
             freezes.
-        loraplus_ratio (and the two that beat it): rate of `up` over that of `down`.
+        loraplus_ratio (and the two that beat it): rate of one side of an adapter (`plus`: up, w2_a
+            of a LoHa, w1 of a LoKr) over that of the rest.
         unet_lr, text_encoder_lr: rates of the two parts; the second defaults to the first.
         dtype: of parameters and gradients.
         seed: of the initial values, which depend on the module's name and nothing else.
-        modules_from: parts of a LoRA file: take exactly its modules, ranks and alphas.
+        modules_from: parts of a file: take exactly its modules, kinds, ranks, alphas and values.
 
     Returns:
         The network, in train mode, on the CPU (`network.to(device)` before making an optimizer).
 
     Raises:
-        UserError: rank below 1, a bad pattern, or nothing to train.
+        UserError: rank below 1, a bad pattern, a block that does not exist, or nothing to train.
     """
     if rank < 1:
         raise UserError(f"--network_dim {rank}: the rank must be at least 1")
@@ -364,29 +279,26 @@ def add_lora(
         text_encoder,
         exclude=exclude_patterns,
         include=[".*"] if modules_from is not None else include_patterns,
+        blocks=blocks,
     )
     if modules_from is not None:
         targets = [t for t in targets if t.name in modules_from]
     if not targets:
         raise UserError("no module is left to train: loosen exclude_patterns")
+    dropouts = Dropouts(dropout, rank_dropout, module_dropout)
     adapters = {}
     for target in targets:
-        own_rank = int(first_match(reg_dims or {}, target.name, rank, "network_reg_dims"))
-        own_alpha = alpha
         if modules_from is not None:
             part = modules_from[target.name]
-            own_rank, own_alpha = part.rank, part.scale * part.rank
-        if own_rank < 1:
-            raise UserError(f"network_reg_dims: {target.name} gets rank {own_rank}, use 1 or more")
-        adapters[target.name] = LoRALinear(
-            target,
-            rank=own_rank,
-            alpha=own_alpha,
-            dropout=dropout,
-            rank_dropout=rank_dropout,
-            module_dropout=module_dropout,
-            generator=_generator(seed, target.name),
-        )
+        else:
+            own_rank = int(first_match(reg_dims or {}, target.name, rank, "network_reg_dims"))
+            if own_rank < 1:
+                raise UserError(
+                    f"network_reg_dims: {target.name} gets rank {own_rank}, use 1 or more"
+                )
+            generator = _generator(seed, target.name)
+            part = _initial(target, kind, own_rank, alpha, generator, dora, lokr or {})
+        adapters[target.name] = LAYERS[part.kind](target, part, dropouts)
     groups = _groups(
         adapters,
         {t.name: t.part for t in targets},
@@ -407,6 +319,26 @@ def add_lora(
     return network
 
 
+def _initial(
+    target: Target,
+    kind: str,
+    rank: int,
+    alpha: float | None,
+    generator: torch.Generator,
+    dora: str | None,
+    lokr: Mapping[str, Any],
+) -> Part:
+    """The first values of an adapter: Δ = 0, and with magnitudes W' = W."""
+    shape = (target.linear.out_features, target.linear.in_features)
+    if kind == "lokr":
+        part: Part = initial_lokr(shape, rank, alpha, generator, **lokr)
+    else:
+        part = {"lora": initial_lora, "loha": initial_loha}[kind](shape, rank, alpha, generator)
+    if dora is not None:
+        part = replace(part, dora_scale=initial_magnitudes(target.linear, dora == "inputs"))
+    return part
+
+
 def _generator(seed: int | None, name: str) -> torch.Generator:
     generator = torch.Generator()
     if seed is None:
@@ -417,7 +349,7 @@ def _generator(seed: int | None, name: str) -> torch.Generator:
 
 
 def _groups(
-    adapters: Mapping[str, LoRALinear],
+    adapters: Mapping[str, AdaptedLinear],
     parts: Mapping[str, str],
     *,
     rates: Mapping[str, float],
@@ -433,10 +365,11 @@ def _groups(
         rate = rates[part] if matched is None else float(matched)
         title = names[part] if matched is None else f"{names[part]}_reg_{rate:g}"
         plus = ratios[part]
-        for matrix, lr, suffix in ((adapter.down, rate, ""), (adapter.up, rate * plus, "_plus")):
+        slow, fast = adapter.groups()
+        for matrices, lr, suffix in ((slow, rate, ""), (fast, rate * plus, "_plus")):
             key = (title + (suffix if plus != 1 else ""), lr)
-            if lr:
-                members.setdefault(key, []).append(matrix)
+            if lr and matrices:
+                members.setdefault(key, []).extend(matrices)
     if not members:
         raise UserError("every learning rate is 0: nothing would be trained")
     return [Group(title, lr, tuple(params)) for (title, lr), params in members.items()]

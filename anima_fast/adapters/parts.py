@@ -53,6 +53,12 @@ class Part:
         raise NotImplementedError
 
     @property
+    def network(self) -> str:
+        """What users call it: LoRA, LoHa, LoKr or DoRA."""
+        names = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
+        return names[self.kind] if self.dora_scale is None else "DoRA"
+
+    @property
     def scale(self) -> float:
         """alpha / R; 1 where either is missing."""
         if self.alpha is None or self.rank is None:
@@ -63,17 +69,25 @@ class Part:
         """Δ [out, in] float32, on the device of the matrices."""
         return self.product() * self.scale
 
+    def settled(self) -> Part:
+        """The same Δ at scale 1, alpha = R: programs agree on it whether they read alpha or not."""
+        if self.scale == 1:
+            return self
+        return replace(self.times(self.scale), alpha=torch.full_like(self.alpha, self.rank))
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a file holds of it, by suffix."""
         more = {"alpha": self.alpha, "dora_scale": self.dora_scale}
         return self.matrices() | {name: t for name, t in more.items() if t is not None}
 
+    def fields(self) -> dict[str, Tensor]:
+        """Matrices and magnitudes by the name of their field."""
+        found = {_field(suffix): tensor for suffix, tensor in self.matrices().items()}
+        return found if self.dora_scale is None else found | {"dora_scale": self.dora_scale}
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Part:
         """The part with `function` applied to its matrices and magnitudes; alpha stays."""
-        changed = {_field(suffix): function(t) for suffix, t in self.matrices().items()}
-        if self.dora_scale is not None:
-            changed["dora_scale"] = function(self.dora_scale)
-        return replace(self, **changed)
+        return replace(self, **{name: function(t) for name, t in self.fields().items()})
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,7 @@ class LoRAPart(Part):
         return {"down": self.down, "up": self.up}
 
     def product(self) -> Tensor:
-        return self.up.float() @ self.down.float()
+        return wide(self.up) @ wide(self.down)
 
     def times(self, factor: float) -> LoRAPart:
         return replace(self, up=_scaled(self.up, factor))
@@ -130,8 +144,8 @@ class LoHaPart(Part):
         return {f"hada_{name}": getattr(self, name) for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
 
     def product(self) -> Tensor:
-        first = self.w1_a.float() @ self.w1_b.float()
-        return first * (self.w2_a.float() @ self.w2_b.float())
+        first = wide(self.w1_a) @ wide(self.w1_b)
+        return first * (wide(self.w2_a) @ wide(self.w2_b))
 
     def times(self, factor: float) -> LoHaPart:
         return replace(self, w2_a=_scaled(self.w2_a, factor))
@@ -162,8 +176,8 @@ class LoKrPart(Part):
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """w1 and w2 as wholes, float32."""
-        first = self.w1_a.float() @ self.w1_b.float() if self.w1 is None else self.w1.float()
-        second = self.w2_a.float() @ self.w2_b.float() if self.w2 is None else self.w2.float()
+        first = wide(self.w1_a) @ wide(self.w1_b) if self.w1 is None else wide(self.w1)
+        second = wide(self.w2_a) @ wide(self.w2_b) if self.w2 is None else wide(self.w2)
         return first, second
 
     @property
@@ -243,16 +257,24 @@ def adapted_weight(weight: Tensor, part: Part, strength: float = 1.0) -> Tensor:
     Returns:
         [out, in] float32.
     """
-    weight = weight.float()
+    weight = wide(weight)
     if part.dora_scale is None:
         return weight + strength * part.delta()
     decomposed = weight + part.delta()
-    magnitude = part.dora_scale.float()
-    # [out, 1] or [1, in]; a flat one belongs to the outputs, as LyCORIS and ComfyUI read it.
-    of_inputs = magnitude.ndim == 2 and magnitude.shape[0] == 1 and weight.shape[0] != 1
-    norm = decomposed.norm(dim=0 if of_inputs else 1, keepdim=True).clamp_min(NORM_FLOOR)
-    decomposed = decomposed * (magnitude.view(norm.shape) / norm)
+    dim = 0 if is_of_inputs(part.dora_scale) else 1
+    norm = decomposed.norm(dim=dim, keepdim=True).clamp_min(NORM_FLOOR)
+    decomposed = decomposed * (wide(part.dora_scale).view(norm.shape) / norm)
     return weight + strength * (decomposed - weight)
+
+
+def is_of_inputs(dora_scale: Tensor) -> bool:
+    """Whether magnitudes are those of the inputs [1, in]; other shapes belong to the outputs."""
+    return dora_scale.ndim == 2 and dora_scale.shape[0] == 1 and dora_scale.shape[1] != 1
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is when it is wider: products of factors are made in this."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

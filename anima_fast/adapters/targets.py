@@ -9,7 +9,7 @@ Patterns are regular expressions that must match the whole dotted name, such as
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,6 +20,7 @@ from anima_fast.models.llm_adapter import AdapterBlock
 
 DIT_CLASSES = (Block, PatchEmbed, TimestepEmbedding, FinalLayer)
 DEFAULT_EXCLUDE = r".*(_modulation|_norm|_embedder|final_layer).*"
+BLOCK = re.compile(r"blocks\.(\d+)\.")
 TEXT_ENCODER_LAYERS = re.compile(r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 
 
@@ -39,11 +40,20 @@ def find_targets(
     *,
     exclude: Sequence[str] = (),
     include: Sequence[str] = (),
+    blocks: Collection[int] | None = None,
 ) -> list[Target]:
     """The layers to adapt, in the order of the modules.
 
-    Raises `UserError` for a pattern that is no regular expression.
+    With `blocks`, those of other blocks of the DiT are left out. Raises `UserError` for a pattern
+    that is no regular expression, and for a block that the DiT does not have.
     """
+    if dit is not None and blocks is not None:
+        absent = sorted(set(blocks) - set(range(len(dit.blocks))))
+        if absent:
+            raise UserError(
+                f"train_block_indices: there is no block {absent[0]}, this DiT has blocks 0 to "
+                f"{len(dit.blocks) - 1}"
+            )
     excluded = _compiled([DEFAULT_EXCLUDE, *exclude], "exclude_patterns")
     included = _compiled(include, "include_patterns")
 
@@ -52,9 +62,14 @@ def find_targets(
             return True
         return not any(pattern.fullmatch(name) for pattern in excluded)
 
+    def in_blocks(name: str) -> bool:
+        match = BLOCK.match(name)
+        return blocks is None or match is None or int(match[1]) in blocks
+
     found = []
     if dit is not None:
-        found += [t for t in _linears(dit, DIT_CLASSES, "") if chosen(t.name)]
+        layers = _linears(dit, DIT_CLASSES, "")
+        found += [t for t in layers if chosen(t.name) and in_blocks(t.name)]
     if llm_adapter is not None:
         layers = _linears(llm_adapter, (AdapterBlock,), "llm_adapter.")
         found += [t for t in layers if chosen(t.name)]

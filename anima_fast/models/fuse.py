@@ -65,8 +65,9 @@ class Parts:
         """Refuse what the fused block does not compute.
 
         Raises:
-            NotFused: trained weights, several adapters on one layer, dropout on AdaLN adapters, or
-                a layer whose `forward` somebody else has replaced.
+            NotFused: trained weights, several adapters on one layer, adapters that are no plain
+                LoRA, dropout on AdaLN adapters, or a layer whose `forward` somebody else has
+                replaced.
         """
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
@@ -75,6 +76,9 @@ class Parts:
             adapters = getattr(linear, "adapters", ())
             if len(adapters) > 1:
                 raise NotFused(f"{name} has {len(adapters)} adapters")
+            for adapter in adapters:
+                if adapter.network != "LoRA":
+                    raise NotFused(f"{name} has a {adapter.network} adapter")
             if "adaln" in name and any(adapter.drops for adapter in adapters):
                 raise NotFused(f"{name}: an AdaLN adapter with dropout")
             if not adapters and "forward" in linear.__dict__:

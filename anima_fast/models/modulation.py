@@ -70,6 +70,6 @@ def _with_deltas(y: Tensor, layers: Sequence[nn.Linear], x: Sequence[Tensor]) ->
     parts = []
     for part, layer, value in zip(y, layers, x, strict=True):
         for adapter in getattr(layer, "adapters", ()):
-            part = part + adapter.delta(value)
+            part = part + adapter.delta(value, adapter.multiplier)
         parts.append(part)
     return torch.stack(parts)

@@ -1,0 +1,274 @@
+"""The adapter of one linear layer while it trains: y = W x + multiplier · Δ(x), with W frozen.
+
+`AdaptedLinear` is what LoRA, LoHa and LoKr (lycoris.py) share: it replaces the layer's `forward`,
+and is made from a part (parts.py) and gives one back. Several adapters on one layer add up.
+
+With a magnitude m (DoRA) the layer computes with W' = m · (W + Δ) / ‖W + Δ‖, where W has the
+adapters below built in. Magnitudes of the outputs, m [out, 1], become a factor on the output,
+those of the inputs, m [1, in], one on the input, so W' itself is never built; the norms are taken
+over a few rows of W + Δ at a time, which backward computes again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from anima_fast.adapters.parts import NORM_FLOOR, LoRAPart, Part, is_of_inputs, wide
+from anima_fast.adapters.targets import Target
+
+# Rows of a weight of which a norm or a product is made at once.
+ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Dropouts:
+    """Probabilities, in train mode only; None is 0.
+
+    Attributes:
+        dropout: of zeroing an element of down(x) (LoRA only).
+        rank: of zeroing a rank component for a sample (LoRA) or an output for a call (LoHa, LoKr);
+            survivors are scaled up.
+        module: of leaving the adapter out of a call.
+    """
+
+    dropout: float | None = None
+    rank: float | None = None
+    module: float | None = None
+
+
+class AdaptedLinear(nn.Module):
+    """The adapter of one linear layer.
+
+    Args:
+        target: the layer, its dotted name and its part.
+        part: kind, first values, alpha and magnitudes.
+        dropouts: see there.
+    """
+
+    kind: str
+    # Names of the matrices whose learning rate LoRA+ multiplies.
+    plus: tuple[str, ...]
+
+    def __init__(self, target: Target, part: Part, dropouts: Dropouts) -> None:
+        super().__init__()
+        self.name, self.rank, self.dropouts = target.name, part.rank, dropouts
+        self.scale = part.scale
+        self.alpha = float(part.rank or 1) if part.alpha is None else part.alpha.item()
+        self.multiplier = 1.0
+        # float32 until the network's buffer takes the values over.
+        self._part = part.map(lambda t: nn.Parameter(t.detach().float().contiguous()))
+        for name, parameter in self._part.fields().items():
+            self.register_parameter(name, parameter)
+        # In a list, so that the layer does not become a submodule of its own adapter.
+        self._linear = [target.linear]
+        self._below: list[AdaptedLinear] = []
+        self._plain_forward: Callable[[Tensor], Tensor] = target.linear.forward
+        self._removed = False
+
+    @property
+    def network(self) -> str:
+        """LoRA, LoHa, LoKr or DoRA."""
+        return self._part.network
+
+    # Attaching
+
+    def attach(self) -> None:
+        """Let the layer compute with this adapter, on top of those that it has."""
+        linear = self._linear[0]
+        self._below = list(getattr(linear, "adapters", ()))[-1:]
+        self._plain_forward, linear.forward = linear.forward, self.forward
+        # Read by the fused block, which computes layer and adapter together.
+        linear.adapters = [*getattr(linear, "adapters", ()), self]
+
+    def remove(self) -> None:
+        """Let the layer compute without this adapter; others on the layer stay."""
+        linear = self._linear[0]
+        # One that others stand on stays in the chain and passes through.
+        self._removed = True
+        linear.adapters = [a for a in getattr(linear, "adapters", ()) if a is not self]
+        if linear.__dict__.get("forward") == self.forward:
+            del linear.forward
+            if linear.forward != self._plain_forward:
+                linear.forward = self._plain_forward
+
+    # Values
+
+    def part(self, convert: Callable[[Tensor], Tensor] = lambda t: t) -> Part:
+        """The adapter as a file holds it, its matrices passed through `convert`."""
+        copied = self._part.map(lambda t: convert(t.detach()))
+        return replace(copied, alpha=torch.tensor(self.alpha))
+
+    @torch.no_grad()
+    def load(self, part: Part) -> None:
+        """Take the values of a part of the same kind and sizes, whatever its alpha."""
+        for name, tensor in part.fields().items():
+            getattr(self, name).copy_(tensor)
+
+    def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Parameters of the plain learning rate, and those of the side that LoRA+ speeds up."""
+        named = dict(self.named_parameters())
+        return (
+            [p for name, p in named.items() if name not in self.plus],
+            [named[name] for name in self.plus if name in named],
+        )
+
+    # Computing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out] in x's dtype."""
+        if self._removed or self._left_out():
+            return self._plain_forward(x)
+        if self._part.dora_scale is None:
+            return self._plain_forward(x) + self.delta(x, self.multiplier)
+        return self._decomposed(x)
+
+    def delta(self, x: Tensor, strength: float) -> Tensor:
+        """strength · Δ(x) with alpha / R and dropout: [..., in] → [..., out] in x's dtype."""
+        raise NotImplementedError
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of Δ [stop − start, in] in float32, with alpha / R, without dropout."""
+        raise NotImplementedError
+
+    @property
+    def drops(self) -> bool:
+        """Whether calls are random."""
+        d = self.dropouts
+        return self.training and bool(d.dropout or d.rank or d.module)
+
+    def _left_out(self) -> bool:
+        """Module dropout, drawn on the CPU generator, which never waits for the device."""
+        drops = self.training and self.dropouts.module
+        return bool(drops) and torch.rand(()).item() < self.dropouts.module
+
+    # DoRA
+
+    def _decomposed(self, x: Tensor) -> Tensor:
+        plain, bias = self._plain_forward(x), self._linear[0].bias
+        factor = self._factor().to(x.dtype)
+        if is_of_inputs(self.dora_scale):
+            scaled = x * factor
+            full = self._plain_forward(scaled) + self.delta(scaled, 1.0)
+            return plain + self.multiplier * (full - plain)
+        product = plain if bias is None else plain - bias
+        full = factor * (product + self.delta(x, 1.0))
+        return plain + self.multiplier * (full - product)
+
+    def _factor(self) -> Tensor:
+        """m / ‖W + Δ‖, one number each output or input, float32."""
+        of_inputs = is_of_inputs(self.dora_scale)
+        squares = [
+            checkpoint(self._squares, start, stop, of_inputs, use_reentrant=False)
+            for start, stop in row_ranges(self._linear[0].out_features)
+        ]
+        square = sum(squares) if of_inputs else torch.cat(squares)
+        return wide(self.dora_scale).view(-1) / square.sqrt().clamp_min(NORM_FLOOR)
+
+    def _squares(self, start: int, stop: int, of_inputs: bool) -> Tensor:
+        weight = self._base_rows(start, stop) + self.rows(start, stop)
+        return weight.square().sum(dim=0 if of_inputs else 1)
+
+    def _base_rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the weight with the adapters below built in, float32."""
+        for below in self._below:
+            return below._built_rows(start, stop)
+        return wide(self._linear[0].weight[start:stop])
+
+    def _built_rows(self, start: int, stop: int) -> Tensor:
+        base = self._base_rows(start, stop)
+        if self._removed:
+            return base
+        if self._part.dora_scale is None:
+            return base + self.multiplier * self.rows(start, stop)
+        factor = self._factor()
+        factor = factor if is_of_inputs(self.dora_scale) else factor[start:stop, None]
+        return base + self.multiplier * (factor * (base + self.rows(start, stop)) - base)
+
+
+class LoRALinear(AdaptedLinear):
+    """LoRA: Δ(x) = (alpha / R) · up(down(x))."""
+
+    kind = "lora"
+    plus = ("up",)
+    # Which rank components a batch may use, [B, R] (training/tlora.py); None means all.
+    rank_mask: Tensor | None = None
+
+    @property
+    def drops(self) -> bool:
+        return super().drops or (self.training and self.rank_mask is not None)
+
+    def draw(self, batch: int, length: int, like: Tensor) -> tuple[float, Tensor | None]:
+        """The scale of one call (0: left out) and the factors of down(x), drawn as `forward` does.
+
+        Args:
+            batch, length: B and L of x [B, L, in].
+            like: gives dtype and device of x.
+
+        Returns:
+            The scale and [B, L, R], None where every factor is 1.
+        """
+        if self._removed or self._left_out():
+            return 0.0, None
+        scale, factor = self.multiplier * self.scale, None
+        if self.training and self.dropouts.dropout:
+            factor = F.dropout(like.new_ones(batch, length, self.rank), self.dropouts.dropout)
+        for mask in self._masks((batch, 1, self.rank), like):
+            factor = mask.expand(batch, length, -1) if factor is None else factor * mask
+        if self.training and self.dropouts.rank:
+            scale = scale / (1 - self.dropouts.rank)
+        return scale, factor
+
+    def delta(self, x: Tensor, strength: float) -> Tensor:
+        h = F.linear(x, self.down.to(x.dtype))  # [..., R]
+        scale = strength * self.scale
+        if self.training and self.dropouts.dropout:
+            h = F.dropout(h, self.dropouts.dropout)
+        # One mask per sample, whatever number of token dimensions lies between.
+        for mask in self._masks((h.shape[0], *[1] * (h.ndim - 2), self.rank), h):
+            h = h * mask
+        if self.training and self.dropouts.rank:
+            scale = scale / (1 - self.dropouts.rank)
+        return scale * F.linear(h, self.up.to(x.dtype))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.scale * (wide(self.up[start:stop]) @ wide(self.down))
+
+    def _masks(self, shape: tuple[int, ...], like: Tensor) -> list[Tensor]:
+        """Factors of down(x) that are the same for all tokens of a sample."""
+        if not self.training:
+            return []
+        masks = []
+        if self.dropouts.rank:
+            masks.append(torch.bernoulli(like.new_full(shape, 1 - self.dropouts.rank)))
+        if self.rank_mask is not None:
+            masks.append(self.rank_mask.to(like).view(shape))
+        return masks
+
+
+def row_ranges(rows: int) -> list[tuple[int, int]]:
+    """[0, rows) in pieces of at most `ROWS`."""
+    return [(start, min(start + ROWS, rows)) for start in range(0, rows, ROWS)]
+
+
+def initial_lora(
+    shape: tuple[int, int], rank: int, alpha: float | None, generator: torch.Generator
+) -> LoRAPart:
+    """First values as in sd-scripts: down uniform in ±1/√in, up zero.
+
+    Args:
+        shape: (out, in).
+        rank: R.
+        alpha: 0 or None means the rank.
+        generator: source of the numbers.
+    """
+    out_features, in_features = shape
+    bound = 1 / math.sqrt(in_features)
+    down = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+    return LoRAPart(down, torch.zeros(out_features, rank), torch.tensor(float(alpha or rank)))
