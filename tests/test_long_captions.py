@@ -1,12 +1,15 @@
 """Captions over 512 tokens: numerics of mixed batches, what is encoded, which caches are reused."""
 
+import numpy as np
 import pytest
 import torch
+from encode_fakes import WIDTH, FakeTokenizers, Project, install
 from tiny_dit import TINY, dit_weights
 
 from anima_fast.adapters.lora import add_lora
-from anima_fast.data.batches import pad_contexts
+from anima_fast.data.batches import Batches, pad_contexts
 from anima_fast.data.cache import TextEntry
+from anima_fast.errors import UserError
 from anima_fast.kernels import dispatch
 from anima_fast.models.dit import DitConfig, load_dit
 from anima_fast.models.fuse import fuse_blocks
@@ -87,3 +90,101 @@ def test_zero_rows_of_a_batch():
     assert mixed.context.shape[1] == 600
     assert list(mixed.zero_keys) == [0, 512 - 600, 560 - 600, 512 - 600]
     assert pad_contexts(contexts((600, 600))).zero_keys == 0
+
+
+LONG = " ".join(f"word{i}" for i in range(600))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Four captioned images, the second with 600 words, and models that count their work."""
+    made = Project(tmp_path, install(monkeypatch))
+    (made.images / "1.txt").write_text(LONG, encoding="utf-8")
+    return made
+
+
+def rows(encoded):
+    return [len(entries[0].get().context) for entries in encoded.texts]
+
+
+def test_cut_by_default_and_named(project):
+    _, encoded, _ = project.encode()
+    assert rows(encoded)[1] == 512
+    named = [notice for notice in project.notices if "more than 512 tokens" in notice]
+    assert len(named) == 1
+    # 600 words and the end mark of T5.
+    assert "1.txt: 601, 89 lost" in named[0] and "--long_captions whole" in named[0]
+    # Said at every start, not only when something is encoded.
+    project.encode()
+    assert project.work.count["encoder"] == 0
+    assert any("1.txt: 601, 89 lost" in notice for notice in project.notices)
+
+
+def test_whole_captions_are_encoded_whole_and_cached_apart(project):
+    project.encode()
+    _, whole, _ = project.encode(long_captions="whole")
+    assert rows(whole)[1] == 601
+    # Only the long one is encoded again.
+    assert project.work.count["encoder"] == 1 and project.work.count["adapter"] == 1
+    assert any("1.txt: 601" in n and "encoded whole" in n for n in project.notices)
+    # Both forms are kept: going back and forth encodes nothing.
+    _, cut, _ = project.encode()
+    _, again, _ = project.encode(long_captions="whole")
+    assert project.work.count["encoder"] == 0
+    assert rows(cut)[1] == 512 and rows(again)[1] == 601
+    assert torch.equal(again.texts[0][0].get().context, cut.texts[0][0].get().context)
+    assert torch.equal(again.texts[1][0].get().context, whole.texts[1][0].get().context)
+
+
+def test_states_are_whole_too(project):
+    project.settings["network_args"] = ("train_llm_adapter=True",)
+    _, encoded, _ = project.encode(long_captions="whole")
+    entry = encoded.texts[1][0].get()
+    assert len(entry.t5_ids) == 601 and len(entry.source_states) == 600
+
+
+def test_batches_carry_the_counts_of_their_texts(project):
+    plan, encoded, options = project.encode(long_captions="whole")
+    batch = Batches(plan, encoded, options, seed=0).load([0, 1], epoch=1, step=0)
+    assert batch.text.context.shape[1] == 601
+    # "a red cat" has four rows, and 508 zero rows beside them as always.
+    assert batch.text.zero_keys == (512 - 601, 0)
+
+
+def test_live_captions_are_named_too(project):
+    project.settings = {"cache_latents": True}
+    project.encode()
+    assert sum("1.txt: 601, 89 lost" in notice for notice in project.notices) == 1
+    project.encode(long_captions="whole")
+    assert any("encoded whole (1.txt: 601)" in notice for notice in project.notices)
+
+
+def write_legacy(project, caption, limit):
+    """What sd-scripts leaves beside the second image."""
+    tokens = FakeTokenizers().encode([caption], limit, limit)
+    states = torch.zeros(limit, WIDTH)
+    qwen, t5 = tokens.qwen_ids.shape[1], tokens.t5_ids.shape[1]
+    mask, ids, t5_mask = (np.zeros(limit, np.int64) for _ in range(3))
+    mask[:qwen], t5_mask[:t5], ids[:t5] = 1, 1, tokens.t5_ids[0].numpy()
+    np.savez(
+        project.images / "1_anima_te.npz", prompt_embeds=states.numpy(), attn_mask=mask,
+        t5_input_ids=ids, t5_attn_mask=t5_mask, caption_dropout_rate=np.float32(0),
+    )  # fmt: skip
+
+
+def test_a_cut_cache_of_sd_scripts_is_not_a_whole_caption(project):
+    write_legacy(project, LONG, 512)
+    _, cut, _ = project.encode()
+    assert rows(cut)[1] == 512
+    assert any("_anima_te.npz" in notice for notice in project.notices)
+    _, whole, _ = project.encode(long_captions="whole")
+    assert rows(whole)[1] == 601
+    assert any("1_anima_te.npz: cut off at 512 tokens" in notice for notice in project.notices)
+
+
+def test_limits_and_whole_captions_exclude_each_other(project):
+    for name in ("qwen3_max_token_length", "t5_max_token_length"):
+        with pytest.raises(UserError, match="long_captions whole"):
+            project.options(long_captions="whole", **{name: 300})
+    with pytest.raises(UserError, match="cut, whole"):
+        project.options(long_captions="all")

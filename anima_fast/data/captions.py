@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anima_fast.data.seeding import seeded
@@ -36,10 +37,14 @@ Warmup = tuple[int, float] | None
 
 @dataclass(frozen=True)
 class Caption:
-    """The raw text of an image: lines of a caption file, or caption and tags of a metadata file."""
+    """The raw text of an image: lines of a caption file, or caption and tags of a metadata file.
+
+    `file` is the caption file, None for an image without one and for entries of a metadata file.
+    """
 
     text: str = ""
     tags: str = ""
+    file: Path | None = field(default=None, compare=False)
 
     def lines(self, subset: Subset) -> list[str]:
         """The candidates: every non-empty line with wildcards on, else the first; at least one."""

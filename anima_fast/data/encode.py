@@ -1,9 +1,10 @@
 """Encode once: images to latents, captions to text context, before the DiT is loaded.
 
-`encode_dataset` runs two phases one after the other, each with its own models, so that the VAE and
-the text encoder are never in memory together and neither is there when training starts. Both phases
-leave a cache on the disk (see `cache.py`), whichever flag turned them on; the `_to_disk` flags say
-only that entries are read from it for every batch instead of staying in memory.
+`encode_dataset` names the captions that are too long and then runs two phases one after the other,
+each with its own models, so that the VAE and the text encoder are never in memory together and
+neither is there when training starts. Both phases leave a cache on the disk (see `cache.py`),
+whichever flag turned them on; the `_to_disk` flags say only that entries are read from it for every
+batch instead of staying in memory.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 
 from anima_fast.data.cache import LatentEntry, Stored, TextEntry
 from anima_fast.data.cache_folders import CacheFolders
+from anima_fast.data.caption_tokens import CaptionTokens, count_tokens, renderings
 from anima_fast.data.dataset_config import caches_latents
 from anima_fast.data.encode_latents import LatentPhase
+from anima_fast.data.encode_models import load_run_tokenizers
 from anima_fast.data.encode_text import TextPhase
 from anima_fast.errors import UserError
 
@@ -34,12 +37,14 @@ class EncodedDataset:
 
     `image_mode` is "cached" or "live" (batches carry pixels), `text_mode` "context", "states"
     (the LLM adapter is trained) or "live" (batches carry captions). In a live mode the entries
-    are empty. `texts` holds the renderings of each caption, `empty_text` the encoding of "".
+    are empty. `texts` holds the renderings of each caption, `empty_text` the encoding of "",
+    `tokens` their lengths in tokens.
     """
 
     image_mode: str
     text_mode: str
     device: torch.device
+    tokens: CaptionTokens
     latents: list[Stored[LatentEntry]] = field(default_factory=list)
     validation_latents: list[Stored[LatentEntry]] = field(default_factory=list)
     texts: Texts = field(default_factory=list)
@@ -73,15 +78,19 @@ def encode_dataset(
             caption and the stage), options that exclude caching, no space or permission to write.
     """
     device = torch.device(device)
-    encoded = EncodedDataset(choose_image_mode(options), choose_text_mode(options), device)
+    items = [*plan.items, *plan.validation_items]
+    count = len(plan.items)
+    tokenizers, texts = load_run_tokenizers(options), renderings(items, options)
+    tokens = count_tokens(items, texts, tokenizers, options)
+    encoded = EncodedDataset(choose_image_mode(options), choose_text_mode(options), device, tokens)
 
     def report(text: str) -> None:
         encoded.notices.append(text)
         if say is not None:
             say(text)
 
-    items = [*plan.items, *plan.validation_items]
-    count = len(plan.items)
+    for notice in tokens.notices():
+        report(notice)
     folders = CacheFolders(options.cache_dir, options.output_dir, report)
     folders.register(item.path for item in items)
     if encoded.image_mode == "cached":
@@ -90,9 +99,11 @@ def encode_dataset(
         encoded.latents, encoded.validation_latents = latents[:count], latents[count:]
     if encoded.text_mode != "live":
         check_texts_cacheable(items)
-        phase = TextPhase(options, folders, device, text_dtype, encoded.text_mode, report)
-        texts, encoded.empty_text = phase.run(items)
-        encoded.texts, encoded.validation_texts = texts[:count], texts[count:]
+        phase = TextPhase(
+            options, tokenizers, tokens, folders, device, text_dtype, encoded.text_mode, report
+        )
+        entries, encoded.empty_text = phase.run(items, texts)
+        encoded.texts, encoded.validation_texts = entries[:count], entries[count:]
     return encoded
 
 

@@ -4,6 +4,9 @@ A caption whose parts are random is cached in several renderings (`caption_varia
 "context", the LLM adapter's output, or "states" when the adapter is trained: Qwen3 states and T5
 ids, from which it computes the context in every step. Encoder and adapter are loaded only when
 something is missing, and freed.
+
+A caption within 512 tokens is encoded the same way whatever `long_captions` says and keeps its
+file; the file of a longer one belongs to either form.
 """
 
 from __future__ import annotations
@@ -16,15 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anima_fast.data import cache, captions, legacy_cache
+from anima_fast.data import cache, legacy_cache
 from anima_fast.data.cache import CacheError, Stored, TextEntry
 from anima_fast.data.cache_folders import CacheFolders, FileHashes, text_name
-from anima_fast.data.encode_models import (
-    TextModels,
-    adapter_path,
-    load_run_tokenizers,
-    source_width,
-)
+from anima_fast.data.caption_tokens import ROWS, CaptionTokens
+from anima_fast.data.encode_models import TextModels, adapter_path, source_width
 from anima_fast.data.encode_progress import EncodeProgress
 from anima_fast.data.layouts import some
 from anima_fast.errors import UserError
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
     from anima_fast.data.plan import ImageItem
     from anima_fast.models.tokenizers import TokenBatch, Tokenizers
     from anima_fast.options import TrainOptions
-
-# Variants do not depend on the run's seed: another seed shall not ask for new encodings.
-_VARIANT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -53,28 +49,26 @@ class TextPhase:
     """Turns captions into cache entries of one form, in `dtype`."""
 
     options: TrainOptions
+    tokenizers: Tokenizers
+    tokens: CaptionTokens
     folders: CacheFolders
     device: torch.device
     dtype: torch.dtype
     form: str
     say: Callable[[str], None]
-    _tokenizers: Tokenizers = field(init=False)
     _parts: dict[str, object] = field(init=False)
     _legacy_used: int = field(init=False, default=0)
     _stale: list[str] = field(init=False, default_factory=list)
 
     def run(
-        self, items: Sequence[ImageItem]
+        self, items: Sequence[ImageItem], texts: Sequence[Sequence[str]]
     ) -> tuple[list[tuple[Stored[TextEntry], ...]], Stored[TextEntry]]:
-        """The renderings of each item's caption, and the entry of "".
+        """The renderings `texts` of each item's caption as entries, and the entry of "".
 
-        Raises `UserError` when models or tokenizers are missing, an encoding is not finite, a file
-        cannot be written.
+        Raises `UserError` when a model is missing, an encoding is not finite, a file cannot be
+        written.
         """
-        self._tokenizers = load_run_tokenizers(self.options)
         self._parts = self._key_parts()
-        k = self.options.caption_variants
-        texts = [captions.variants(item.caption, item.subset, k, _VARIANT_SEED) for item in items]
         # Each text once, with the image beside which its file lies.
         owners: dict[str, ImageItem] = {"": items[0]}
         single: dict[str, list[Path]] = {}
@@ -86,7 +80,6 @@ class TextPhase:
         stored, missing = self._look_up(owners, single)
         self._say_legacy()
         if missing:
-            self._say_long([job.text for job in missing])
             largest = max(item.dataset.batch_size for item in items)
             stored |= self._encode(missing, self.options.text_encoder_batch_size or largest)
         return [tuple(stored[t] for t in variants) for variants in texts], stored[""]
@@ -101,21 +94,27 @@ class TextPhase:
         parts = {
             "kind": "text",
             "form": self.form,
-            "tokenizers": self._tokenizers.identity,
+            "tokenizers": self.tokenizers.identity,
             "encoder": cache.model_identity(options.qwen3),
-            "lengths": [options.qwen3_max_token_length, options.t5_max_token_length],
             "dtype": str(self.dtype),
         }
         if self.form == "context":
             parts["adapter"] = cache.model_identity(adapter_path(options))
         return parts
 
+    def _key(self, text: str, **other: object) -> str:
+        """Key of a text's file; `other` replaces parts."""
+        lengths = self.tokens.lengths.get(text)
+        short = self.tokens.whole and (lengths is None or lengths.longest <= ROWS)
+        limits = [ROWS, ROWS] if short else list(self.options.token_limits)
+        return cache.digest({**self._parts, "lengths": limits, "text": text, **other})
+
     def _look_up(
         self, owners: dict[str, ImageItem], single: dict[str, list[Path]]
     ) -> tuple[dict[str, Stored[TextEntry]], list[TextJob]]:
         """Entries of the files that can be used, and jobs for the other texts."""
         stored, missing = {}, []
-        keys = {text: cache.digest({**self._parts, "text": text}) for text in owners}
+        keys = {text: self._key(text) for text in owners}
         for text, item in owners.items():
             if (entry := self._open(keys[text], item.path)) is not None:
                 stored[text] = entry
@@ -152,8 +151,7 @@ class TextPhase:
     ) -> Stored[TextEntry] | TextJob | None:
         """What sd-scripts has encoded for this text: as an entry, as a job for the adapter."""
         for path in paths:
-            encoder = f"sd-scripts:{hashes[path]}"
-            key = cache.digest({**self._parts, "text": text, "encoder": encoder})
+            key = self._key(text, encoder=f"sd-scripts:{hashes[path]}")
             entry = self._open(key, path)
             if entry is None:
                 try:
@@ -172,7 +170,8 @@ class TextPhase:
         same_ids = torch.equal(tokens.t5_ids[0][tokens.t5_mask[0].bool()], legacy.t5_ids)
         # T5 knows no Chinese or Japanese; the count of Qwen3 tokens shows more edits there.
         if not same_ids or int(tokens.qwen_mask.sum()) != count:
-            raise CacheError("made from another caption")
+            is_cut = len(legacy.t5_ids) >= ROWS and tokens.t5_ids.shape[1] > len(legacy.t5_ids)
+            raise CacheError("cut off at 512 tokens" if is_cut else "made from another caption")
         if legacy.source_states.shape[1] != source_width(self.options):
             raise CacheError("made by another text encoder")
 
@@ -184,20 +183,6 @@ class TextPhase:
             )
         if self._stale:
             self.say(f"{len(self._stale)} text files are encoded anew ({some(self._stale)})")
-
-    def _say_long(self, texts: list[str]) -> None:
-        lengths = zip(
-            texts, self._tokenizers.qwen_lengths(texts), self._tokenizers.t5_lengths(texts),
-            strict=True,
-        )  # fmt: skip
-        qwen_max, t5_max = self._limits
-        long = [f"{text[:40]!r}..." for text, qwen, t5 in lengths if qwen > qwen_max or t5 > t5_max]
-        if long:
-            self.say(
-                f"{len(long)} captions have more than {qwen_max} Qwen3 or {t5_max} T5 tokens and "
-                f"are cut off there ({some(long)}): shorten them, or raise qwen3_max_token_length "
-                "and t5_max_token_length"
-            )
 
     def _encode(self, missing: list[TextJob], size: int) -> dict[str, Stored[TextEntry]]:
         models = TextModels(self.options, self.device, self.dtype)
@@ -217,7 +202,7 @@ class TextPhase:
 
     def _batches(self, jobs: list[TextJob], size: int) -> list[list[TextJob]]:
         """Batches of similar length, long ones first; texts from sd-scripts' files apart."""
-        lengths = self._tokenizers.qwen_lengths([job.text for job in jobs])
+        lengths = [self._qwen_length(job.text) for job in jobs]
         batches = []
         for is_legacy in (False, True):
             same = [
@@ -266,12 +251,12 @@ class TextPhase:
             for i, (count, t5_count) in enumerate(counts)
         ]
 
-    @property
-    def _limits(self) -> tuple[int, int]:
-        return self.options.qwen3_max_token_length, self.options.t5_max_token_length
+    def _qwen_length(self, text: str) -> int:
+        lengths = self.tokens.lengths.get(text)
+        return 0 if lengths is None else lengths.qwen
 
     def _tokens(self, texts: list[str]) -> TokenBatch:
-        return self._tokenizers.encode(texts, *self._limits)
+        return self.tokenizers.encode(texts, *self.options.token_limits)
 
     def _origin(self, job: TextJob) -> dict[str, str]:
         source = "sd-scripts cache" if job.legacy is not None else Path(self.options.qwen3).name

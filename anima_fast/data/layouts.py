@@ -136,7 +136,7 @@ def read_captioned_folder(
             empty.append(file)
         if file is None and class_tokens is None:
             missing.append(path.name)
-        listing.entries.append((path, Caption(text or class_tokens or "")))
+        listing.entries.append((path, Caption(text or class_tokens or "", file=file)))
     if missing:
         wanted = extension or " or ".join(DEFAULT_CAPTION_EXTENSIONS)
         raise UserError(

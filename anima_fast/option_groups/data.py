@@ -107,6 +107,11 @@ class CaptionOptions:
     token_warmup_step: float = _caption(
         0.0, "Steps (below 1: fraction of all) until all tags are shown; 0 = off.", low=0
     )
+    long_captions: str = _caption(
+        "cut",
+        "Captions over 512 tokens: cut off there, or encoded whole, as ComfyUI does with prompts.",
+        choices=("cut", "whole"),
+    )
     caption_variants: int = _caption(
         8, "Cached renderings of a caption when tags are shuffled or dropped.", low=1, high=4096
     )

@@ -61,8 +61,7 @@ def load_conditioning(
     options: TrainOptions, text_mode: str, *, device: torch.device, dtype: torch.dtype
 ) -> Conditioning:
     """Load what `text_mode` ("context", "states" or "live") needs each step."""
-    limits = (options.qwen3_max_token_length, options.t5_max_token_length)
-    conditioning = Conditioning(device, dtype, token_limits=limits)
+    conditioning = Conditioning(device, dtype, token_limits=options.token_limits)
     if text_mode == "context":
         return conditioning
     source = options.llm_adapter_path or options.pretrained_model_name_or_path
