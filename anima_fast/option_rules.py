@@ -12,7 +12,7 @@ from typing import Any
 from anima_fast.errors import UserError
 from anima_fast.finetune_rules import FINETUNE_RULES
 from anima_fast.models.recompute import POLICIES
-from anima_fast.option_groups.tables import REFUSED_NETWORKS
+from anima_fast.option_groups.network_args import parse_network_args
 
 REQUIRED = ("pretrained_model_name_or_path", "qwen3", "vae", "output_dir")
 
@@ -66,13 +66,28 @@ def check_required(options: Any) -> None:
 
 
 def _network(draft: Draft) -> None:
-    name = draft.network_module
-    if name in REFUSED_NETWORKS:
-        raise UserError(f"--network_module {name} is not supported yet: use networks.lora_anima")
-    if name != "networks.lora_anima":
-        raise UserError(
-            f"--network_module {name} is unknown: use --network_module networks.lora_anima"
-        )
+    arguments = parse_network_args(draft.network_args, draft.network_module)
+    draft.notices.extend(arguments.notices)
+    plain = arguments.kind == "lora" and "dora" not in arguments.kwargs
+    if draft.network_dropout and arguments.kind != "lora":
+        draft.set(
+            "network_dropout", None,
+            f"network_dropout has no effect on {arguments.kind}: rank_dropout and module_dropout "
+            "in network_args have",
+        )  # fmt: skip
+    if draft.scale_weight_norms and not plain:
+        draft.set(
+            "scale_weight_norms", None,
+            "scale_weight_norms is off: only a plain LoRA's product is scaled by its two matrices",
+        )  # fmt: skip
+    if draft.tlora_min_rank is not None:
+        if arguments.kind != "lora":
+            raise UserError(f"--tlora_min_rank masks ranks of a LoRA, not of a {arguments.kind}")
+        if draft.tlora_min_rank > draft.network_dim:
+            raise UserError(
+                f"--tlora_min_rank {draft.tlora_min_rank} is above --network_dim "
+                f"{draft.network_dim}: it is the rank that is left at the highest noise"
+            )
     if draft.dim_from_weights and not draft.network_weights:
         raise UserError("--dim_from_weights needs --network_weights FILE to take the ranks from")
     if len(draft.base_weights_multiplier) > len(draft.base_weights):

@@ -23,6 +23,7 @@ from anima_fast.option_groups.data import (
     ModelOptions,
 )
 from anima_fast.option_groups.finetune import PARTS, FinetuneGroup
+from anima_fast.option_groups.network_args import NetworkArgs, parse_network_args
 from anima_fast.option_groups.output import (
     LengthOptions,
     LogOptions,
@@ -39,7 +40,7 @@ from anima_fast.option_groups.training import (
     OptimizerOptions,
     SchedulerOptions,
 )
-from anima_fast.option_groups.words import NetworkArgs, parse_arguments, parse_network_args
+from anima_fast.option_groups.words import parse_arguments
 from anima_fast.option_rules import settle
 
 # The positions that Qwen3-0.6B was trained with.
@@ -139,7 +140,7 @@ class TrainOptions(_Learning, NetworkRateOptions, LoRAFileOptions, NetworkOption
     @property
     def network_arguments(self) -> NetworkArgs:
         """`network_args`, parsed and checked."""
-        return parse_network_args(self.network_args)
+        return parse_network_args(self.network_args, self.network_module)
 
     @property
     def network_kwargs(self) -> dict[str, Any]:

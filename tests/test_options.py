@@ -167,9 +167,12 @@ def test_warmup_in_steps_fraction_and_percent(text, value):
         ({"base_weights_multiplier": (1.0,)}, "at most one each"),
         ({"save_model_as": "ckpt"}, "pickle"),
         ({"save_model_as": "pt"}, "pickle"),
-        ({"network_module": "networks.loha"}, "not supported yet"),
-        ({"network_module": "networks.lokr"}, "not supported yet"),
-        ({"network_module": "lycoris.kohya"}, "not supported yet"),
+        ({"network_module": "lycoris.kohya", "network_args": ("algo=boft",)}, "use lora, locon"),
+        ({"network_module": "networks.loha", "network_args": ("algo=loha",)}, "one algorithm"),
+        ({"network_module": "networks.loha", "network_args": ("factor=4",)}, "only networks.lokr"),
+        ({"network_module": "networks.lokr", "network_args": ("factor=0",)}, "-1"),
+        ({"network_module": "networks.lokr", "tlora_min_rank": 2}, "masks ranks of a LoRA"),
+        ({"network_dim": 4, "tlora_min_rank": 5}, "above --network_dim"),
         ({"network_module": "networks.lora"}, "unknown"),
     ],
 )
@@ -261,13 +264,49 @@ def test_network_args():
         ("network_reg_dims=a", "pattern=number"),
         ("exclude_patterns=(", "regular expression"),
         ("exclude_patterns=[1]", "expected regular expressions"),
-        ("conv_dim=4", "not used"),
+        ("network_reg_alphas=.*=1", "not supported"),
+        ("preset=full", "include_patterns"),
+        ("train_block_indices=9-3", "such as 14-27"),
+        ("train_block_indices=0-99999999", "no block"),
         ("nothing", "key=value"),
     ],
 )
 def test_wrong_network_args(word, message):
     with pytest.raises(UserError, match=re.escape(message)):
         TrainOptions(network_args=(word,))
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "kind", "kwargs"),
+    [
+        ("networks.loha", (), "loha", {"kind": "loha"}),
+        ("networks.lokr", ("factor=8", "decompose_both=True"), "lokr",
+         {"kind": "lokr", "lokr": {"factor": 8, "decompose_both": True}}),
+        ("lycoris.kohya", ("algo=lokr", "full_matrix=1", "factor=-1"), "lokr",
+         {"kind": "lokr", "lokr": {"factor": -1, "full_matrix": True}}),
+        ("lycoris.kohya", ("algo=locon", "dora_wd=True"), "lora", {"dora": "outputs"}),
+        ("networks.lora_anima", ("dora_wd=True", "wd_on_output=False"), "lora",
+         {"dora": "inputs"}),
+        ("networks.lora_anima", ("train_block_indices=0-2, 5",), "lora", {"blocks": (0, 1, 2, 5)}),
+    ],
+)  # fmt: skip
+def test_networks_and_their_arguments(module, words, kind, kwargs):
+    options = TrainOptions(network_module=module, network_args=words)
+    assert options.network_arguments.kind == kind
+    assert options.network_kwargs == kwargs
+
+
+def test_what_has_no_effect_on_other_networks_is_said_and_off():
+    options = TrainOptions(
+        network_module="networks.lokr",
+        network_args=("conv_dim=4", "bypass_mode=True"),
+        network_dropout=0.1,
+        scale_weight_norms=1.0,
+    )
+    assert options.network_dropout is None and options.scale_weight_norms is None
+    said = " ".join(options.notices)
+    for word in ("conv_dim", "bypass_mode", "network_dropout", "scale_weight_norms"):
+        assert word in said
 
 
 def test_optimizer_args_are_literals():

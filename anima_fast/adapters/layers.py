@@ -197,7 +197,7 @@ class LoRALinear(AdaptedLinear):
 
     kind = "lora"
     plus = ("up",)
-    # Which rank components a batch may use, [B, R] (training/tlora.py); None means all.
+    # Which rank components a batch may use, [B, R] (rank_masks.py); None means all.
     rank_mask: Tensor | None = None
 
     @property

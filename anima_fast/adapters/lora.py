@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anima_fast.adapters import names
 from anima_fast.adapters.flat import FlatBuffer, Group
 from anima_fast.adapters.formats import named_tensors, read_lora, unfold, write_lora
 from anima_fast.adapters.layers import AdaptedLinear, Dropouts, LoRALinear, initial_lora
@@ -28,6 +29,7 @@ from anima_fast.adapters.lycoris import (
     initial_magnitudes,
 )
 from anima_fast.adapters.parts import Part
+from anima_fast.adapters.rank_masks import rank_mask
 from anima_fast.adapters.targets import Target, find_targets, first_match
 from anima_fast.errors import UserError
 
@@ -53,6 +55,7 @@ class LoRANetwork(nn.Module):
         self._groups = groups
         self._dtype = dtype
         self._multiplier = 1.0
+        self.tlora: tuple[int, float] | None = None
         self._build("cpu")
 
     def _build(self, device: torch.device | str) -> None:
@@ -86,6 +89,20 @@ class LoRANetwork(nn.Module):
             self._multiplier = value
             for adapter in self.adapters:
                 adapter.multiplier = value
+
+    def at_noise(self, sigma: Tensor) -> None:
+        """Tell the adapters of the DiT the noise levels [B] of the batch to come.
+
+        Only T-LoRA looks at them (rank_masks.py): `tlora` is (smallest rank, power).
+        """
+        if self.tlora is None:
+            return
+        masks: dict[int, Tensor] = {}
+        for name, adapter in self.modules_by_name.items():
+            if not name.startswith((names.TEXT_ENCODER, names.ADAPTER)):
+                if adapter.rank not in masks:
+                    masks[adapter.rank] = rank_mask(sigma, adapter.rank, *self.tlora)
+                adapter.rank_mask = masks[adapter.rank]
 
     def param_groups(self, flat: bool = True) -> list[dict]:
         """Groups for an optimizer: {"params", "lr", "name"}.

@@ -132,6 +132,3 @@ BARE_FLAGS = frozenset({
     "ddp_gradient_as_bucket_view", "ddp_static_graph", "xformers", "sdpa", "use_8bit_adam",
     "use_lion_optimizer",
 })  # fmt: skip
-
-# Networks that exist elsewhere.
-REFUSED_NETWORKS = ("networks.loha", "networks.lokr", "lycoris.kohya")

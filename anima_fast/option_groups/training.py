@@ -24,7 +24,11 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 class NetworkOptions:
     """The LoRA."""
 
-    network_module: str = _network("networks.lora_anima", "Kind of network.")
+    network_module: str = _network(
+        "networks.lora_anima",
+        "networks.lora_anima, networks.loha, networks.lokr, or lycoris.kohya with "
+        "--network_args algo=lora, loha or lokr.",
+    )
     network_dim: int = _network(4, "Rank.", low=1)
     network_alpha: float | None = _network(
         1.0, "Alpha; the scale is alpha / rank. 0 = the rank, so scale 1.", low=0
@@ -33,7 +37,9 @@ class NetworkOptions:
         None, "Dropout on the output of the down projection.", low=0, high=1
     )
     network_args: tuple[str, ...] = _network(
-        (), "Further key=value settings, such as train_llm_adapter=True or rank_dropout=0.1."
+        (),
+        "Further key=value settings, such as train_llm_adapter=True, rank_dropout=0.1, "
+        "train_block_indices=14-27, dora_wd=True, or factor=8 for LoKr.",
     )
     network_weights: str | None = _network(None, "LoRA file to start from.")
     dim_from_weights: bool = _network(False, "Take ranks and alphas from network_weights.")
@@ -43,6 +49,22 @@ class NetworkOptions:
     )
     scale_weight_norms: float | None = _network(
         None, "Largest norm of a pair's product; larger ones are scaled down after a step.", low=0
+    )
+    tlora_min_rank: int | None = _network(
+        None,
+        "T-LoRA: the more noise, the fewer ranks are trained, down to this many at sigma 1. Keeps "
+        "single pictures from being learnt as layouts; costs nothing, learns coarse shape slower.",
+        low=1,
+    )
+    tlora_alpha: float = _network(
+        1.0, "T-LoRA: ranks fall with (1 - sigma) to this power; 1 is a straight line.", low=0
+    )
+    ema_decay: float | None = _network(
+        None,
+        "Keep a running mean of the LoRA, saved beside it as NAME-ema: the part of the old mean "
+        "that stays at each step, such as 0.999.",
+        low=0,
+        high=1,
     )
     network_train_unet_only: bool = _network(False, "Train modules of the DiT only.")
     network_train_text_encoder_only: bool = _network(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,7 +235,12 @@ def build_network(
     if given:
         ignored = network.load(given)
         say(f"started from {given}" + (f"; {len(ignored)} keys ignored" if ignored else ""))
-    say(f"{len(network.modules_by_name)} LoRA modules, {network.flat.numel():,} parameters")
+    if options.tlora_min_rank is not None:
+        network.tlora = (options.tlora_min_rank, options.tlora_alpha)
+    modules = Counter(adapter.network for adapter in network.adapters)
+    for kind, count in modules.items():
+        say(f"{count} {kind} modules")
+    say(f"{network.flat.numel():,} parameters")
     return network
 
 

@@ -52,6 +52,7 @@ def batch_loss(
 ) -> Tensor:
     """Per-sample flow loss [B] of the network's velocity at noise level σ [B]."""
     run.network.multiplier = batch.items[0].dataset.network_multiplier
+    run.network.at_noise(sigma)
     x = noisy_latents(latents, noise, sigma, settings)
     context, zero_keys = run.conditioning(batch.text)
     velocity = run.dit(x.to(run.dit.dtype), sigma, context, zero_keys=zero_keys)
