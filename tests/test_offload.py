@@ -10,12 +10,8 @@ from torch import nn
 from anima_fast.adapters.lora import add_lora
 from anima_fast.errors import UserError
 from anima_fast.memory import offload
-from anima_fast.memory.offload import (
-    BlockSwap,
-    compile_blocks,
-    install_block_runner,
-    swapped_indices,
-)
+from anima_fast.memory.offload import compile_blocks, install_block_runner
+from anima_fast.memory.swap import BlockSwap, swapped_indices
 
 CONFIG = dataclasses.replace(TINY, num_blocks=6)
 MODES = {

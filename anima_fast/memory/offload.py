@@ -5,10 +5,7 @@ Each is a way to run one block, installed as `dit.block_runner`:
 - gradient checkpointing keeps a block's input and recomputes the block in backward, with the same
   random numbers (dropout);
 - with offloading that input waits in host memory: plainly, or pinned and copied asynchronously;
-- block swap keeps the frozen weights of some blocks in pinned host memory. They are copied to the
-  device one swapped block ahead, on a stream of their own, used through `functional_call`, and
-  dropped. Backward fetches them again, so a swapped block is always recomputed. Weights that are
-  trained (requires_grad) stay on the device, and nothing is ever written back.
+- block swap keeps the weights of some blocks in host memory (memory/swap.py).
 """
 
 from __future__ import annotations
@@ -18,15 +15,14 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from anima_fast.errors import UserError
+from anima_fast.memory.swap import BlockSwap, Run, Sink
 from anima_fast.models.dit import AnimaDiT, Block
 from anima_fast.models.dit_layers import Shared
 from anima_fast.models.recompute import block_policies
 
-Run = Callable[[Tensor, Shared], Tensor]
 # A tensor in host memory and the device that it came from.
 Packed = tuple[torch.device, Tensor]
 
@@ -41,6 +37,7 @@ def install_block_runner(
     unsloth_offload: bool = False,
     blocks_to_swap: int = 0,
     device: torch.device | str | None = None,
+    sink: Sink | None = None,
 ) -> None:
     """Choose how `dit` runs its blocks; without any option they run plainly again.
 
@@ -57,8 +54,10 @@ def install_block_runner(
         gradient_checkpointing: the same as recompute `block`.
         cpu_offload: checkpointing whose block inputs wait in host memory.
         unsloth_offload: the same in pinned memory with asynchronous copies.
-        blocks_to_swap: how many blocks keep their frozen weights in host memory, at most two less
-            than there are; spread evenly, so that copies overlap the computation between them.
+        blocks_to_swap: how many blocks keep their weights in host memory, at most two less than
+            there are; spread evenly, so that copies overlap the computation between them.
+        sink: gets the gradients of swapped blocks' trained weights (memory/swap.py); without it
+            only frozen weights are swapped.
 
     Raises:
         UserError: options that exclude each other, too many blocks, or none that is frozen.
@@ -78,7 +77,7 @@ def install_block_runner(
     if blocks_to_swap:
         # The fused path computes the modulation of all blocks at once, so those weights stay.
         keep = "adaln_modulation" if fused else None
-        swap = BlockSwap(dit.blocks, blocks_to_swap, device, keep=keep)
+        swap = BlockSwap(dit.blocks, blocks_to_swap, device, keep=keep, sink=sink)
     move_to(dit, device, leave=swap.weights if swap else ())
     offload = to_pinned if unsloth_offload else to_host if cpu_offload else None
     for block in dit.blocks:
@@ -164,131 +163,12 @@ def to_device(packed: Packed) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-def swapped_indices(blocks: int, count: int) -> list[int]:
-    """Which blocks are swapped: the middles of `count` equal parts.
-
-    Raises `UserError` for a count above blocks − 2 or below 0.
-    """
-    if not 0 <= count <= blocks - 2:
-        raise UserError(
-            f"--blocks_to_swap {count} does not fit a DiT of {blocks} blocks: give 0 to "
-            f"{max(blocks - 2, 0)}"
-        )
-    return [(2 * i + 1) * blocks // (2 * count) for i in range(count)]
-
-
-class BlockSwap:
-    """Frozen weights of some blocks in host memory, fetched one swapped block ahead.
-
-    At most two blocks' weights are on the device at a time: the one in use and the next one.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[nn.Module],
-        count: int,
-        device: torch.device,
-        *,
-        keep: str | None = None,
-    ) -> None:
-        self.order = swapped_indices(len(blocks), count)
-        self.device = device
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.parameters = {i: frozen_parameters(blocks[i], keep) for i in self.order}
-        if not all(self.parameters.values()):
-            raise UserError("--blocks_to_swap needs frozen DiT weights: it works for LoRA training")
-        self.fetched: dict[int, tuple[dict[str, Tensor], torch.cuda.Event | None]] = {}
-        for parameter in self.weights:
-            parameter.data = self._host_copy(parameter.data)
-
-    @property
-    def weights(self) -> list[nn.Parameter]:
-        """All weights that are swapped."""
-        return [p for parameters in self.parameters.values() for p in parameters.values()]
-
-    def __contains__(self, index: int) -> bool:
-        return index in self.parameters
-
-    def restore(self) -> None:
-        """Bring all weights back to the device for good."""
-        self.fetched.clear()
-        for parameter in self.weights:
-            parameter.data = parameter.data.to(self.device)
-
-    def runner(self, index: int, block: nn.Module) -> Run:
-        """A function that runs the block on fetched weights; its second call is the recompute."""
-        forward = True
-
-        def run(x: Tensor, shared: Shared) -> Tensor:
-            nonlocal forward
-            weights = self.fetch(index, forward=forward)
-            forward = False
-            return functional_call(block, weights, (x, shared))
-
-        return run
-
-    def fetch(self, index: int, *, forward: bool) -> dict[str, Tensor]:
-        """Weights of a block on the device; the next ones in that direction are started."""
-        place = self.order.index(index)
-        ahead = self.order[place + 1 :][:1] if forward else self.order[:place][-1:]
-        self._start(index)
-        weights, ready = self.fetched.pop(index)
-        for stale in self.fetched.keys() - set(ahead):
-            self._drop(stale)
-        for nearby in ahead:
-            self._start(nearby)
-        if ready is not None:
-            torch.cuda.current_stream(self.device).wait_event(ready)
-        return weights
-
-    def _start(self, index: int) -> None:
-        """Begin to copy a block's weights unless that has begun."""
-        if index in self.fetched:
-            return
-        # Allocated in the order of the computing stream, which the copying stream waits for: the
-        # memory may have been in use until now.
-        weights = {
-            name: torch.empty_like(host, device=self.device)
-            for name, host in self.parameters[index].items()
-        }
-        if self.stream is None:
-            self._copy(index, weights)
-            self.fetched[index] = weights, None
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            self._copy(index, weights)
-            self.fetched[index] = weights, self.stream.record_event()
-
-    def _copy(self, index: int, weights: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, host in self.parameters[index].items():
-                weights[name].copy_(host, non_blocking=True)
-
-    def _drop(self, index: int) -> None:
-        """Forget weights that were fetched in vain, once their copy is over."""
-        _, ready = self.fetched.pop(index)
-        if ready is not None:
-            torch.cuda.current_stream(self.device).wait_event(ready)
-
-    def _host_copy(self, tensor: Tensor) -> Tensor:
-        pinned = self.device.type == "cuda"
-        host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
-        return host.copy_(tensor)
-
-
 def move_to(module: nn.Module, device: torch.device, *, leave: Iterable[Tensor]) -> None:
     """Move all parameters and buffers but those in `leave` to a device."""
     left = {id(tensor) for tensor in leave}
     for tensor in (*module.parameters(), *module.buffers()):
         if id(tensor) not in left:
             tensor.data = tensor.data.to(device)
-
-
-def frozen_parameters(block: nn.Module, keep: str | None = None) -> dict[str, nn.Parameter]:
-    """Name → parameter of those that are not trained and whose name does not contain `keep`."""
-    named = block.named_parameters()
-    return {n: p for n, p in named if not (p.requires_grad or (keep and keep in n))}
 
 
 def compile_blocks(

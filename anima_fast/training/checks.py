@@ -10,7 +10,8 @@ import torch
 
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write
-from anima_fast.memory.offload import check_policies, swapped_indices
+from anima_fast.memory.offload import check_policies
+from anima_fast.memory.swap import swapped_indices
 from anima_fast.models.attention import check_attn_mode, check_torch_version, check_triton
 from anima_fast.models.model_files import check_lora_files, check_model_files
 
