@@ -8,27 +8,38 @@ from typing import TYPE_CHECKING
 
 from anima_fast.data import images, layouts
 from anima_fast.data.dataset_config import Dataset, caches_latents, option
+from anima_fast.data.problems import Problem
 from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
     from anima_fast.data.plan import ImageItem
 
 
-def check_exact_sizes(items: Iterable[ImageItem], options: object) -> None:
-    """Without buckets and without cached latents nothing resizes the images."""
+def check_exact_sizes(
+    items: Iterable[ImageItem], options: object, problems: list[Problem] | None = None
+) -> None:
+    """Without buckets and without cached latents nothing resizes the images.
+
+    Those of another size go to `problems`, or raise `UserError` when that is None.
+    """
     if caches_latents(options):
         return
     wrong = [
-        f"{item.path.name} ({item.size[0]}x{item.size[1]})"
+        item
         for item in items
         if not item.dataset.enable_bucket
         and not item.subset.random_crop
         and item.size != item.bucket
     ]
-    if wrong:
+    sizes = [f"{item.size[0]}x{item.size[1]}" for item in wrong]
+    if problems is not None:
+        pairs = zip(wrong, sizes, strict=True)
+        problems += [Problem("wrong size", str(item.path), size) for item, size in pairs]
+    elif wrong:
+        named = [f"{item.path.name} ({size})" for item, size in zip(wrong, sizes, strict=True)]
         raise UserError(
             f"{len(wrong)} images do not have the size of the dataset's resolution "
-            f"({layouts.some(wrong)}): set enable_bucket = true, or use cache_latents (resizes and "
+            f"({layouts.some(named)}): set enable_bucket = true, or use cache_latents (resizes and "
             "crops the centre) or random_crop"
         )
 
@@ -40,7 +51,6 @@ def advise(items: list[ImageItem], datasets: list[Dataset], options: object) -> 
         items: training and validation images of all datasets.
     """
     return [
-        *_about_rotation(items),
         *(notice for dataset in datasets for notice in _about_limits(items, dataset)),
         *_about_masks(items, options),
         *_about_faces(items, options),
@@ -48,7 +58,8 @@ def advise(items: list[ImageItem], datasets: list[Dataset], options: object) -> 
     ]
 
 
-def _about_rotation(items: list[ImageItem]) -> list[str]:
+def about_rotation(items: list[ImageItem]) -> list[str]:
+    """A notice that names the images with an EXIF rotation."""
     rotated = sorted({item.path.name for item in items if item.exif_rotated})
     if not rotated:
         return []

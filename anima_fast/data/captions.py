@@ -39,12 +39,14 @@ Warmup = tuple[int, float] | None
 class Caption:
     """The raw text of an image: lines of a caption file, or caption and tags of a metadata file.
 
-    `file` is the caption file, None for an image without one and for entries of a metadata file.
+    `file` is the caption file, None for an image without one and for entries of a metadata file;
+    `blank` says that the file is there and empty.
     """
 
     text: str = ""
     tags: str = ""
     file: Path | None = field(default=None, compare=False)
+    blank: bool = field(default=False, compare=False)
 
     def lines(self, subset: Subset) -> list[str]:
         """The candidates: every non-empty line with wildcards on, else the first; at least one."""

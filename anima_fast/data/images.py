@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from anima_fast.data.plan import ImageItem
 
 MAX_PIXELS = 200_000_000
-# Pillow warns above this number and refuses above its double. The check in `_opened` refuses from
+# Pillow warns above this number and refuses above its double. The check in `opened` refuses from
 # the number on, which makes the warning a duplicate.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -38,6 +38,14 @@ _ORIENTATION = 0x0112
 _FACE_BOX = re.compile(r"_(\d{1,6})_(\d{1,6})_(\d{1,6})_(\d{1,6})$", re.ASCII)
 # Hue of ±8 steps where the circle has 180, on Pillow's circle of 256.
 _HUE_STEPS = 8 * 256 / 180
+
+
+class ImageError(UserError):
+    """An image that cannot be used; `reason` says why without naming it."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ def read_header(path: str | os.PathLike) -> Header:
     Raises:
         UserError: an unreadable or empty file, no image, a size of 0 or above 200 megapixels.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         rotated = False
         # Looking further would decode a whole PNG; a damaged EXIF block rotates nothing.
         if "exif" in image.info:
@@ -80,7 +88,7 @@ def read_image(path: str | os.PathLike, mode: str = "RGB") -> np.ndarray:
     """
     if mode not in ("RGB", "RGBA"):
         raise ValueError(f"mode is {mode!r}, expected 'RGB' or 'RGBA'")
-    with _opened(path) as image:
+    with opened(path) as image:
         image.load()
         if image.mode.startswith(("I", "F")):
             image = Image.fromarray(_to_8bit(np.asarray(image)))
@@ -211,29 +219,30 @@ def _to_8bit(values: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """An open image of a sane size; whatever fails inside becomes a `UserError` with the name."""
+def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """An open image of a sane size; whatever fails inside becomes an `ImageError` with the name."""
     try:
         with Image.open(path) as image:
             width, height = image.size
             if width < 1 or height < 1:
-                raise UserError(f"{path}: the image is {width}x{height} pixels: remove the file")
+                size = f"{width}x{height} pixels"
+                raise ImageError(f"{path}: the image is {size}: remove the file", f"it is {size}")
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             yield image
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"image {path} does not exist: check the path") from None
+        reason = "the file does not exist"
+        raise ImageError(f"image {path} does not exist: check the path", reason) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = MAX_PIXELS // 1_000_000
-        raise UserError(
-            f"image {path} has more than {limit} megapixels: scale it down or remove it"
-        ) from None
+        reason = f"more than {MAX_PIXELS // 1_000_000} megapixels"
+        raise ImageError(f"image {path} has {reason}: scale it down or remove it", reason) from None
     # Pillow's decoders raise errors of almost any type on damaged files.
     except Exception as error:
-        raise UserError(
-            f"cannot read image {path} ({_reason(path, error)}): replace or remove the file"
+        reason = _reason(path, error)
+        raise ImageError(
+            f"cannot read image {path} ({reason}): replace or remove the file", reason
         ) from error
 
 

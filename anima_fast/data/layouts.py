@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image, features
 
 from anima_fast.data.captions import Caption
+from anima_fast.data.problems import Problem
 from anima_fast.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -119,7 +120,12 @@ def class_folders(root: Path, notices: list[str]) -> list[dict]:
 
 
 def read_captioned_folder(
-    image_dir: str, *, extension: str | None, class_tokens: str | None, where: str
+    image_dir: str,
+    *,
+    extension: str | None,
+    class_tokens: str | None,
+    where: str,
+    problems: list[Problem] | None = None,
 ) -> Listing:
     """The images of a folder with their caption files.
 
@@ -127,29 +133,44 @@ def read_captioned_folder(
         extension: of the caption files; None means ".txt", then ".caption".
         class_tokens: caption of images without one; None makes a missing caption an error.
         where: the subset's place, for messages.
+        problems: gets what is wrong with single files, which raises when it is None.
     """
     listing, missing, empty = Listing(), [], []
     for path in list_images(image_dir, listing.notices):
         file = caption_file(path, extension)
-        text = read_text(file, "caption file").strip() if file else None
+        text = _caption_text(file, problems) if file else None
         if text == "":
             empty.append(file)
         if file is None and class_tokens is None:
-            missing.append(path.name)
-        listing.entries.append((path, Caption(text or class_tokens or "", file=file)))
-    if missing:
+            missing.append(path)
+        caption = Caption(text or class_tokens or "", file=file, blank=text == "")
+        listing.entries.append((path, caption))
+    if problems is not None:
+        problems += [Problem("no caption", str(path)) for path in missing]
+    elif missing:
         wanted = extension or " or ".join(DEFAULT_CAPTION_EXTENSIONS)
+        names = some([path.name for path in missing])
         raise UserError(
-            f"{where}: {len(missing)} images in {image_dir} have no caption ({some(missing)}): add "
+            f"{where}: {len(missing)} images in {image_dir} have no caption ({names}): add "
             f"a {wanted} file beside each, or set class_tokens to the caption of such images "
             '(class_tokens = "" trains them without a caption)'
         )
-    if empty:
+    if empty and problems is None:
         listing.notices.append(
             f"{where}: {len(empty)} caption files are empty, which counts as no caption: "
             f"{some(empty)}"
         )
     return listing
+
+
+def _caption_text(file: Path, problems: list[Problem] | None) -> str | None:
+    try:
+        return read_text(file, "caption file").strip()
+    except UserError as error:
+        if problems is None:
+            raise
+        problems.append(Problem("unreadable caption", str(file), str(error)))
+        return None
 
 
 def caption_file(image: Path, extension: str | None) -> Path | None:
@@ -173,24 +194,34 @@ def caption_file(image: Path, extension: str | None) -> Path | None:
     return None
 
 
-def mask_files(images: list[Path], folder: str, where: str) -> dict[Path, Path]:
-    """The mask of each image: the image of the same stem in `folder`."""
+def mask_files(
+    images: list[Path], folder: str, where: str, problems: list[Problem] | None = None
+) -> dict[Path, Path]:
+    """The mask of each image: the image of the same stem in `folder`.
+
+    One that is missing goes to `problems`, or raises `UserError` when that is None.
+    """
     by_stem = {path.stem: path for path in reversed(list_images(folder, []))}
-    missing = [path.name for path in images if path.stem not in by_stem]
-    if missing:
+    missing = [path for path in images if path.stem not in by_stem]
+    if problems is not None:
+        problems += [Problem("missing mask", str(path), f"not in {folder}") for path in missing]
+    elif missing:
         raise UserError(
             f"{where}: {len(missing)} images have no mask of the same name in {folder} "
-            f"({some(missing)}): add them or remove conditioning_data_dir"
+            f"({some([path.name for path in missing])}): add them or remove conditioning_data_dir"
         )
-    return {path: by_stem[path.stem] for path in images}
+    return {path: by_stem[path.stem] for path in images if path.stem in by_stem}
 
 
-def read_metadata_file(path: str, image_dir: str | None, where: str) -> Listing:
+def read_metadata_file(
+    path: str, image_dir: str | None, where: str, problems: list[Problem] | None = None
+) -> Listing:
     """The images that a .json or .jsonl metadata file names, sorted by path.
 
     `.json` is an object of image path or stem to {"caption", "tags"}; `.jsonl` has one object with
     "image_path" in a line. A relative path is below `image_dir`. Sizes written in the file are
-    checked for their type only: the image's own header decides.
+    checked for their type only: the image's own header decides. A missing image goes to `problems`,
+    or raises `UserError` when that is None.
     """
     listing, folders, missing = Listing(), {}, []
     for key, entry in _metadata_entries(path):
@@ -204,7 +235,9 @@ def read_metadata_file(path: str, image_dir: str | None, where: str) -> Listing:
             missing.append(key)
         else:
             listing.entries.append((image, Caption(caption or "", tags or "")))
-    if missing:
+    if problems is not None:
+        problems += [Problem("missing image", key, f"named by {path}") for key in missing]
+    elif missing:
         place = f" in {image_dir}" if image_dir else ""
         raise UserError(
             f"{path}: {len(missing)} images are missing{place} ({some(missing)}): add the files or "

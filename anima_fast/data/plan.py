@@ -24,6 +24,7 @@ from anima_fast.data.dataset_config import (
     option,
     resolve_datasets,
 )
+from anima_fast.data.problems import Problem
 from anima_fast.data.seeding import seeded
 from anima_fast.errors import UserError
 
@@ -62,6 +63,8 @@ class DatasetPlan:
     validation_items: list[ImageItem]
     datasets: list[Dataset]
     notices: list[str] = field(default_factory=list)
+    # Regularisation images beyond the number of training images.
+    unused: list[ImageItem] = field(default_factory=list)
 
     def epoch_batches(self, epoch: int, seed: int) -> list[list[int]]:
         """The batches of an epoch (counted from 1), as indices into `items`.
@@ -102,33 +105,38 @@ class DatasetPlan:
         return _group(self.items)
 
 
-def build_plan(options: object) -> DatasetPlan:
+def build_plan(options: object, problems: list[Problem] | None = None) -> DatasetPlan:
     """Plan the data that the options name.
 
     Args:
         options: attributes named as the options (`dataset_config` or `train_data_dir` /
             `reg_data_dir` / `in_json`, and the defaults of dataset keys); absent or None means
             not given.
+        problems: gets what is wrong with single files, which are left out then.
     Raises:
-        UserError: anything wrong with the configuration, a folder, an image or a caption.
+        UserError: anything wrong with the configuration or a folder and, without `problems`, with
+            an image or a caption.
     """
     datasets, notices = resolve_datasets(options)
     uses_masks = bool(option(options, "masked_loss", False))
     prior_weight = float(option(options, "prior_loss_weight", 1.0))
     items: list[ImageItem] = []
     held_out: list[ImageItem] = []
+    unused: list[ImageItem] = []
     for dataset in datasets:
         train, reg = [], []
         for subset in dataset.subsets:
-            found = _read_subset(subset, dataset, uses_masks, prior_weight, notices)
+            found = _read_subset(subset, dataset, uses_masks, prior_weight, notices, problems)
             if subset.is_reg:
                 reg += found
                 continue
             kept, validation = _split(found, subset)
             train += kept
             held_out += [_for_validation(item) for item in validation]
-        items += train + _balance(reg, sum(item.repeats for item in train))
-    if not items:
+        balanced = _balance(reg, sum(item.repeats for item in train))
+        items += train + balanced
+        unused += reg[len(balanced) :]
+    if not items and problems is None:
         raise UserError(
             "no training images: every image is held out for validation or for regularisation; "
             "lower validation_split or add a subset without is_reg"
@@ -136,36 +144,48 @@ def build_plan(options: object) -> DatasetPlan:
     items = [replace(item, index=i) for i, item in enumerate(items)]
     held_out = [replace(item, index=i) for i, item in enumerate(held_out)]
     everything = items + held_out
-    advice.check_exact_sizes(everything, options)
+    advice.check_exact_sizes(everything, options, problems)
+    if problems is None:
+        notices += advice.about_rotation(everything)
     notices += advice.advise(everything, datasets, options)
     if not held_out and any(s.validation_split > 0 for d in datasets for s in d.subsets):
         notices.append("validation_split holds out no image: the subsets are too small for it")
-    return DatasetPlan(items, held_out, datasets, notices)
+    return DatasetPlan(items, held_out, datasets, notices, unused)
 
 
 def _read_subset(
-    subset: Subset, dataset: Dataset, uses_masks: bool, prior_weight: float, notices: list[str]
+    subset: Subset,
+    dataset: Dataset,
+    uses_masks: bool,
+    prior_weight: float,
+    notices: list[str],
+    problems: list[Problem] | None,
 ) -> list[ImageItem]:
     if subset.metadata_file is not None:
-        listing = layouts.read_metadata_file(subset.metadata_file, subset.image_dir, subset.where)
+        listing = layouts.read_metadata_file(
+            subset.metadata_file, subset.image_dir, subset.where, problems
+        )
     else:
         listing = layouts.read_captioned_folder(
             subset.image_dir,
             extension=subset.caption_extension,
             class_tokens=subset.class_tokens,
             where=subset.where,
+            problems=problems,
         )
     notices += listing.notices
     paths = [path for path, _ in listing.entries]
     masks: dict[Path, Path] = {}
     if subset.conditioning_data_dir and uses_masks:
-        masks = layouts.mask_files(paths, subset.conditioning_data_dir, subset.where)
+        masks = layouts.mask_files(paths, subset.conditioning_data_dir, subset.where, problems)
     elif subset.conditioning_data_dir:
         notices.append(f"{subset.where}: conditioning_data_dir is ignored without masked_loss")
     rule = dataset.bucket_rule
     found = []
-    for (path, caption), header in zip(listing.entries, _headers(paths), strict=True):
-        placement = _place(path, header.size, rule)
+    for (path, caption), header in zip(listing.entries, _headers(paths, problems), strict=True):
+        placement = None if header is None else _place(path, header.size, rule, problems)
+        if placement is None:
+            continue
         found.append(
             ImageItem(
                 index=-1,
@@ -186,22 +206,40 @@ def _read_subset(
     return found
 
 
-def _place(path: Path, size: Size, rule: BucketRule) -> Placement:
+def _place(
+    path: Path, size: Size, rule: BucketRule, problems: list[Problem] | None
+) -> Placement | None:
+    """None for an image without a bucket, which is in `problems` then."""
     try:
         placement = rule.place(size)
+        if math.prod(placement.resized) > images.MAX_PIXELS:
+            raise UserError(
+                f"{size[0]}x{size[1]} is too narrow to fill the bucket "
+                f"{placement.bucket[0]}x{placement.bucket[1]}: crop it or remove it"
+            )
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    if math.prod(placement.resized) > images.MAX_PIXELS:
-        raise UserError(
-            f"{path}: {size[0]}x{size[1]} is too narrow to fill the bucket "
-            f"{placement.bucket[0]}x{placement.bucket[1]}: crop it or remove it"
-        )
+        if problems is None:
+            raise UserError(f"{path}: {error}") from None
+        problems.append(Problem("narrow", str(path), str(error)))
+        return None
     return placement
 
 
-def _headers(paths: list[Path]) -> list[images.Header]:
+def _headers(paths: list[Path], problems: list[Problem] | None) -> list[images.Header | None]:
+    """None for an image that cannot be read, which is in `problems` then."""
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        return list(pool.map(images.read_header, paths))
+        if problems is None:
+            return list(pool.map(images.read_header, paths))
+        found = list(pool.map(_try_header, paths))
+    problems += [entry for entry in found if isinstance(entry, Problem)]
+    return [None if isinstance(entry, Problem) else entry for entry in found]
+
+
+def _try_header(path: Path) -> images.Header | Problem:
+    try:
+        return images.read_header(path)
+    except images.ImageError as error:
+        return Problem("unreadable", str(path), error.reason)
 
 
 def _split(found: list[ImageItem], subset: Subset) -> tuple[list[ImageItem], list[ImageItem]]:

@@ -1,0 +1,110 @@
+"""What is wrong with single files of a dataset, and what to do about it.
+
+Training raises at the first kind of them that it cannot go on with. A check of the dataset passes a
+list instead, to which every finding is added while the file concerned is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of problem: how it is called, what helps, and whether training refuses it."""
+
+    title: str
+    remedy: str
+    stops: bool = False
+
+
+KINDS = {
+    "unreadable": Kind(
+        "images that cannot be read", "replace the files or remove them", stops=True
+    ),
+    "narrow": Kind(
+        "images too narrow or too large for a bucket", "crop or remove them", stops=True
+    ),
+    "wrong size": Kind(
+        "images without the size of the resolution",
+        "set enable_bucket = true, or use cache_latents (crops the centre)",
+        stops=True,
+    ),
+    "missing image": Kind(
+        "entries of a metadata file without an image",
+        "add the files or remove the entries",
+        stops=True,
+    ),
+    "unreadable caption": Kind("captions that cannot be read", "save them as UTF-8", stops=True),
+    "no caption": Kind(
+        "images without a caption",
+        "add a caption file beside each, or set class_tokens to the caption of such images",
+        stops=True,
+    ),
+    "missing mask": Kind(
+        "images without a mask of the same name",
+        "add the masks or remove conditioning_data_dir",
+        stops=True,
+    ),
+    "unreadable mask": Kind(
+        "masks that cannot be read", "replace the files or remove them", stops=True
+    ),
+    "class caption": Kind(
+        "images that have only class_tokens as caption", "write captions if they shall differ"
+    ),
+    "empty caption": Kind(
+        "caption files that are empty", "write a caption; they train without one"
+    ),
+    "long caption": Kind(
+        "captions longer than the text's 512 rows",
+        "shorten them, or use --long_captions whole",
+    ),
+    "orphan caption": Kind("captions without an image", "look for a lost or renamed image"),
+    "duplicate": Kind(
+        "images with the same pixels", "keep one of each; num_repeats says better what counts more"
+    ),
+    "near duplicate": Kind(
+        "images that look nearly the same", "keep the best, unless the series is wanted"
+    ),
+    "upscaled": Kind(
+        "images smaller than their bucket",
+        "find larger originals, lower the resolution, or set bucket_no_upscale = true",
+    ),
+    "crop": Kind(
+        "images that lose much to the crop",
+        "crop by hand, raise max_bucket_reso, or lower bucket_reso_steps",
+    ),
+    "rotated": Kind("images with an EXIF rotation, which is not applied", "save them upright"),
+    "transparent": Kind(
+        "images with transparent parts, which show the colour stored below",
+        "put them on a background, or train with alpha_mask = true",
+    ),
+    "colours": Kind(
+        "images that are converted to 8-bit RGB", "convert them yourself if colours matter"
+    ),
+    "animated": Kind("animations, of which the first frame counts", "save the frame you want"),
+    "skipped": Kind("files that are no part of the dataset", "convert, move or rename them"),
+    "tag spelling": Kind(
+        "tags that differ only by case, space or underscore", "choose one spelling for each"
+    ),
+    "mask aspect": Kind(
+        "masks of another aspect ratio than their image", "draw them over the whole image"
+    ),
+    "empty mask": Kind("masks that leave nothing to train", "white is trained, black is not"),
+    "full mask": Kind("masks that leave out nothing", "remove them if that is not meant"),
+    "no alpha": Kind("images without transparency under alpha_mask", "they are trained as a whole"),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding: a key of `KINDS`, the file, and what it is about."""
+
+    kind: str
+    file: str
+    text: str = ""
+
+    @property
+    def stops(self) -> bool:
+        """Training refuses to start with it."""
+        return KINDS[self.kind].stops
