@@ -72,7 +72,8 @@ def test_every_option_is_read_somewhere():
     through = {
         "network_train_unet_only": "trains_text_encoder",
         "network_args": "network_kwargs", "optimizer_args": "optimizer_kwargs",
-        "lr_scheduler_args": "scheduler_kwargs",
+        "lr_scheduler_args": "scheduler_kwargs", "qwen3_max_token_length": "token_limits",
+        "t5_max_token_length": "token_limits",
     }  # fmt: skip
     text = "\n".join(sources)
     # `FlowSettings.from_options` copies the options of its own field names.
