@@ -34,7 +34,10 @@ def make_network(dit, seed=5, **options):
     network = add_lora(dit, **{"rank": 4, "alpha": 2.0, "seed": 1, **options})
     generator = torch.Generator().manual_seed(seed)
     for adapter in network.adapters:
-        adapter.up.data.copy_(torch.randn(adapter.up.shape, generator=generator) * 0.3)
+        # What starts at zero would hide the rest.
+        for name in sorted({"up", "w2_a", "w2_b"} & dict(adapter.named_parameters()).keys()):
+            values = getattr(adapter, name)
+            values.data.copy_(torch.randn(values.shape, generator=generator) * 0.3)
     return network
 
 
@@ -283,12 +286,16 @@ def test_products_computed_again(monkeypatch, recompute, extra):
     assert counts == {"forward": 14 + extra, "backward": 14}
 
 
-@pytest.mark.parametrize("reason", ["trained", "two adapters", "adaln dropout", "foreign"])
+@pytest.mark.parametrize(
+    "reason", ["trained", "two adapters", "adaln dropout", "foreign", "loha", "lokr", "dora"]
+)
 def test_falls_back_to_eager_and_says_so(reason, caplog, monkeypatch):
     from anima_fast.models import fuse
 
     monkeypatch.setattr(fuse, "_said", set())
-    dit, network = fused_dit(dropout=0.5, include_patterns=[".*adaln.*"])
+    other = {"loha": {"kind": "loha"}, "lokr": {"kind": "lokr"}, "dora": {"dora": "outputs"}}
+    given = other.get(reason, {"dropout": 0.5})
+    dit, network = fused_dit(include_patterns=[".*adaln.*"], **given)
     if reason != "adaln dropout":
         network.eval()
     if reason == "trained":
@@ -308,6 +315,27 @@ def test_falls_back_to_eager_and_says_so(reason, caplog, monkeypatch):
     assert len(caplog.records) == 1 and "the eager block runs" in caplog.text
     if reason == "trained":
         assert dit.blocks[1].mlp.layer1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+def test_the_eager_block_obeys_the_policy_too(recompute):
+    """A LoKr keeps no more than asked, and computes what it does without recomputation."""
+    kept, gradients = {}, {}
+    for policy in ("none", recompute):
+        dit, network = fused_dit(recompute=policy, kind="lokr")
+        sizes = {}
+
+        def pack(t, sizes=sizes):
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out, _ = call(dit)
+        kept[policy] = sum(sizes.values())
+        out.square().mean().backward()
+        gradients[policy] = network.flat_grad.clone()
+    assert kept[recompute] < kept["none"] / 3
+    torch.testing.assert_close(gradients[recompute], gradients["none"])
 
 
 def test_second_derivatives_are_refused():

@@ -14,14 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 from anima_fast.errors import UserError
-from anima_fast.memory.swap import BlockSwap, Run, Sink
+from anima_fast.memory.swap import BlockSwap, Sink
 from anima_fast.models.dit import AnimaDiT, Block
 from anima_fast.models.dit_layers import Shared
-from anima_fast.models.recompute import block_policies
+from anima_fast.models.recompute import block_policies, recomputed
 
 # A tensor in host memory and the device that it came from.
 Packed = tuple[torch.device, Tensor]
@@ -133,17 +131,7 @@ class BlockRunner:
         recompute = swapped or self.policies[index] == "block"
         if not (recompute and torch.is_grad_enabled()):
             return run(x, shared)
-        if self.offload is None:
-            return recomputed(run, x, shared)
-        # The hooks see one tensor only, the input that checkpoint keeps: inside the block its own
-        # hooks are in force.
-        with saved_tensors_hooks(self.offload, to_device):
-            return recomputed(run, x, shared)
-
-
-def recomputed(run: Run, x: Tensor, shared: Shared) -> Tensor:
-    """run(x, shared) that keeps x and recomputes the rest in backward, random numbers replayed."""
-    return checkpoint(run, x, shared, use_reentrant=False, preserve_rng_state=True)
+        return recomputed(run, x, shared, self.offload, to_device)
 
 
 def to_host(x: Tensor) -> Packed:

@@ -83,8 +83,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """[B, L, D] → [B, L, D] in the dtype of the residual stream."""
-        if self.fused is not None and (out := self.fused(self, x, shared)) is not None:
-            return out
+        return self.eager(x, shared) if self.fused is None else self.fused(self, x, shared)
+
+    def eager(self, x: Tensor, shared: Shared) -> Tensor:
+        """The block as it is defined."""
         m = modulation(self.adaln_modulation_self_attn, shared)
         h = layernorm_modulate(x, m, shared.dtype)
         x = x + m.gate * self.self_attn(h, shared)

@@ -12,13 +12,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from anima_fast.kernels.lora_linear import stacked
 from anima_fast.models.block import GROUPS, FusedBlockFunction, Settings
 from anima_fast.models.dit_layers import Shared
 from anima_fast.models.modulation import adaln_layers, pack
-from anima_fast.models.recompute import block_policies
+from anima_fast.models.recompute import block_policies, recomputed
 
 if TYPE_CHECKING:
     from anima_fast.models.dit import AnimaDiT, Block
@@ -166,14 +167,24 @@ class FusedBlock:
     pack: Callable[[Tensor], Any] | None = None
     unpack: Callable[[Any], Tensor] | None = None
 
-    def __call__(self, block: Block, x: Tensor, shared: Shared) -> Tensor | None:
-        """x₃ [B, L, D], or None where the eager block must run, which is logged once."""
-        parts = self.parts
+    def __call__(self, block: Block, x: Tensor, shared: Shared) -> Tensor:
+        """x₃ [B, L, D]; of the eager block where that must run, which is logged once."""
         try:
-            parts.check()
+            self.parts.check()
         except NotFused as reason:
             _say_once(f"fused kernels are off, the eager block runs: {reason}")
-            return None
+            return self.eager(block, x, shared)
+        return self.fused(block, x, shared)
+
+    def eager(self, block: Block, x: Tensor, shared: Shared) -> Tensor:
+        """The eager block; it cannot leave out the MLP alone, so `mlp` becomes `block`."""
+        if self.policy == "none" or not torch.is_grad_enabled():
+            return block.eager(x, shared)
+        return recomputed(block.eager, x, shared, self.pack, self.unpack)
+
+    def fused(self, block: Block, x: Tensor, shared: Shared) -> Tensor:
+        """The fused Function on the weights and adapters of this moment."""
+        parts = self.parts
         batch, tokens, _ = x.shape
         groups = parts.layers(tokens, shared.context.shape[1], batch)
         norms = stacked([norm.weight[None] for norm in parts.norms])

@@ -1,6 +1,17 @@
-"""How much of a block is computed again in backward, by name."""
+"""How much of a block is computed again in backward, by name, and the way to do it for a block."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from anima_fast.models.dit_layers import Shared
 
 POLICIES = ("none", "mlp", "block")
 
@@ -18,3 +29,20 @@ def block_policies(recompute: str | int, blocks: int) -> list[str]:
             f"recompute is {recompute!r}, expected none, mlp, block or a count from 0 to {blocks}"
         )
     return ["block"] * count + ["none"] * (blocks - count)
+
+
+def recomputed(
+    run: Callable[[Tensor, Shared], Tensor],
+    x: Tensor,
+    shared: Shared,
+    pack: Callable[[Tensor], Any] | None = None,
+    unpack: Callable[[Any], Tensor] | None = None,
+) -> Tensor:
+    """run(x, shared) that keeps x and computes the rest again in backward, random numbers replayed.
+
+    With `pack` and `unpack`, x waits in the form that `pack` gives it.
+    """
+    # The hooks see one tensor only, the input that checkpoint keeps: inside the block its own
+    # hooks are in force.
+    with nullcontext() if pack is None else saved_tensors_hooks(pack, unpack):
+        return checkpoint(run, x, shared, use_reentrant=False, preserve_rng_state=True)

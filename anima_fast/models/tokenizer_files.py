@@ -18,6 +18,10 @@ from anima_fast.errors import UserError
 from anima_fast.files import cache_home
 
 
+class TokenizerMissing(UserError):
+    """No tokenizer in any of the places that are searched."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One tokenizer: its names for users and the sets of files that define it, best first."""
@@ -50,11 +54,13 @@ def find_files(
     qwen3_path: str | Path | None,
     explicit: str | Path | None,
     models_dir: str | Path | None,
+    *,
+    fetch: bool = True,
 ) -> list[Path]:
     """The files of a tokenizer, in the order of their layout.
 
-    Raises `UserError` when the explicit path holds none, or when they are nowhere and cannot be
-    fetched.
+    fetch: ask the hub for files that are nowhere. Raises `UserError` when the explicit path holds
+    none, and `TokenizerMissing` when they are nowhere and cannot be, or shall not be, fetched.
     """
     named = _explicit_files(source, Path(explicit)) if explicit is not None else None
     folder = Path(qwen3_path) if qwen3_path is not None else None
@@ -65,7 +71,11 @@ def find_files(
     for place in _places(source, folder, models_dir):
         if files := _files_in(source, place):
             return files
-    return _from_hub_cache(source) or _download(source, models_dir)
+    if files := _from_hub_cache(source):
+        return files
+    if not fetch:
+        raise _missing(source, models_dir, "nothing is downloaded here")
+    return _download(source, models_dir)
 
 
 def _explicit_files(source: Source, path: Path) -> list[Path]:
@@ -144,11 +154,11 @@ def _reachable(endpoint: str) -> bool:
         return False
 
 
-def _missing(source: Source, models_dir: str | Path | None, reason: str) -> UserError:
+def _missing(source: Source, models_dir: str | Path | None, reason: str) -> TokenizerMissing:
     wanted = " or ".join(" + ".join(layout) for layout in source.layouts)
     place = models_folder(models_dir) / source.folder
     brief = " ".join(str(reason).split())[:200]
-    return UserError(
+    return TokenizerMissing(
         f"no {source.title} found, and {brief}: run `anima-fast download`, or put {wanted} of "
         f"https://huggingface.co/{source.repositories[0]} into {place}, or name a folder with "
         f"{source.option}"

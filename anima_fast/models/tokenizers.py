@@ -81,6 +81,18 @@ class Tokenizers:
         """T5 tokens per caption with `</s>`, before truncation."""
         return [len(ids) + 1 for ids in _ids(self.t5, captions)]
 
+    def kept_length(self, caption: str, limits: tuple[int, int]) -> int:
+        """Characters of a caption before the first token that truncation takes away.
+
+        limits: tokens of Qwen3 and of T5 that are kept.
+        """
+        length = len(caption)
+        for tokenizer, limit in ((self.qwen, limits[0]), (self.t5, limits[1] - 1)):
+            encoding = tokenizer.encode(caption, add_special_tokens=False)
+            if len(encoding.ids) > limit:
+                length = min(length, encoding.offsets[limit][0])
+        return length
+
 
 def _ids(tokenizer: Tokenizer, captions: Sequence[str]) -> list[list[int]]:
     encodings = tokenizer.encode_batch(list(captions), add_special_tokens=False)
@@ -102,14 +114,16 @@ def load_tokenizers(
     qwen3_tokenizer_path: str | Path | None = None,
     t5_tokenizer_path: str | Path | None = None,
     models_dir: str | Path | None = None,
+    fetch: bool = True,
 ) -> Tokenizers:
     """Both tokenizers, searched as `tokenizer_files` describes.
 
     qwen3_path: the text encoder, a directory or a single file. models_dir: the models folder when
-    it is not the default one. Raises `UserError` when files are missing or damaged.
+    it is not the default one. fetch: ask the hub for what is nowhere. Raises `UserError` when files
+    are missing (`tokenizer_files.TokenizerMissing` when no path was given for them) or damaged.
     """
-    qwen_files = find_files(QWEN3, qwen3_path, qwen3_tokenizer_path, models_dir)
-    t5_files = find_files(T5, qwen3_path, t5_tokenizer_path, models_dir)
+    qwen_files = find_files(QWEN3, qwen3_path, qwen3_tokenizer_path, models_dir, fetch=fetch)
+    t5_files = find_files(T5, qwen3_path, t5_tokenizer_path, models_dir, fetch=fetch)
     qwen = _from_json(qwen_files[0]) if len(qwen_files) == 1 else _from_vocabulary(*qwen_files)
     last = t5_files[0]
     t5 = read_spiece(last) if last.name == "spiece.model" else _from_json(last)

@@ -26,15 +26,19 @@ from anima_fast.data.encode import encode_dataset
 from anima_fast.data.listing import list_epoch
 from anima_fast.data.plan import DatasetPlan, build_plan
 from anima_fast.files import write_text
-from anima_fast.memory.offload import compile_blocks, install_block_runner
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.option_files import to_toml
+from anima_fast.options import FinetuneOptions
 from anima_fast.training.checks import DTYPES, check_start, choose_device, uses_fused_blocks
 from anima_fast.training.conditioning import Conditioning, load_conditioning
+from anima_fast.training.finetune import train_model
+from anima_fast.training.model_setup import install_memory_savers
+from anima_fast.training.network import Network
 from anima_fast.training.optimizers import build_optimizer
 from anima_fast.training.position import Position
 from anima_fast.training.schedules import build_scheduler
 from anima_fast.training.state import dataset_fingerprint, load_state
+from anima_fast.training.weight_updates import WeightUpdates
 
 if TYPE_CHECKING:
     from anima_fast.models.vae import VAE
@@ -45,6 +49,8 @@ class LossScaler(torch.amp.GradScaler):
     """PyTorch's loss scaling, for parameters that are float16 themselves too (`full_fp16`)."""
 
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+        if isinstance(optimizer, WeightUpdates):
+            return optimizer.unscale(inv_scale, found_inf)
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
 
 
@@ -67,7 +73,7 @@ class Length:
 class Run:
     """All that the loop works with, on the device and ready for the first step."""
 
-    options: TrainOptions
+    options: TrainOptions | FinetuneOptions
     device: torch.device
     seed: int
     plan: DatasetPlan
@@ -76,7 +82,7 @@ class Run:
     dit: AnimaDiT
     vae: VAE | None
     conditioning: Conditioning
-    network: LoRANetwork
+    network: Network
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
@@ -127,13 +133,17 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     dit.split_attn = options.split_attn
     conditioning = load_conditioning(options, encoded.text_mode, device=device, dtype=dit.dtype)
     vae = load_live_vae(options, device) if encoded.image_mode == "live" else None
-    network = build_network(options, dit, conditioning, seed=seed, say=say).to(device)
-    install_memory_savers(options, dit, device)
-
     fused = uses_fused_blocks(options, device)
-    if fused and conditioning.adapter is not None:
-        conditioning.adapter.fuse_norms()
-    optimizer, notices = build_optimizer(options, network, fused=fused)
+    if trains_all(options):
+        network, optimizer, notices = train_model(
+            options, dit, conditioning, device=device, seed=seed, say=say
+        )
+    else:
+        network = build_network(options, dit, conditioning, seed=seed, say=say).to(device)
+        install_memory_savers(options, dit, device)
+        if fused and conditioning.adapter is not None:
+            conditioning.adapter.fuse_norms()
+        optimizer, notices = build_optimizer(options, network, fused=fused)
     scheduler = build_scheduler(options, optimizer, length.steps)
     for notice in notices:
         say(notice)
@@ -142,6 +152,11 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
         options, device, seed, plan, batches, length, dit, vae, conditioning, network, optimizer,
         scheduler, scaler, fused,
     )  # fmt: skip
+
+
+def trains_all(options: TrainOptions | FinetuneOptions) -> bool:
+    """Full fine-tuning, as against a network beside the model."""
+    return isinstance(options, FinetuneOptions)
 
 
 def choose_seed(options: TrainOptions) -> int:
@@ -240,31 +255,8 @@ def build_network(
     modules = Counter(adapter.network for adapter in network.adapters)
     for kind, count in modules.items():
         say(f"{count} {kind} modules")
-    say(f"{network.flat.numel():,} parameters")
+    say(f"{sum(p.numel() for p in network.parameters()):,} parameters")
     return network
-
-
-def install_memory_savers(options: TrainOptions, dit: AnimaDiT, device: torch.device) -> None:
-    """Fused kernels, recomputation, offloading, block swap and per-block compilation."""
-    install_block_runner(
-        dit,
-        device=device,
-        fused=uses_fused_blocks(options, device),
-        recompute=options.recompute,
-        gradient_checkpointing=options.gradient_checkpointing,
-        cpu_offload=options.cpu_offload_checkpointing,
-        unsloth_offload=options.unsloth_offload_checkpointing,
-        blocks_to_swap=options.blocks_to_swap or 0,
-    )
-    if options.compile:
-        compile_blocks(
-            dit,
-            backend=options.compile_backend,
-            mode=options.compile_mode,
-            dynamic=options.compile_dynamic,
-            fullgraph=options.compile_fullgraph,
-            cache_size_limit=options.compile_cache_size_limit,
-        )
 
 
 def resume_run(run: Run, folder: Path, *, say: Callable[[str], None]) -> Position:
