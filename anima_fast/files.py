@@ -125,21 +125,25 @@ def save_safetensors(
     tensors: Mapping[str, torch.Tensor | LazyTensor],
     path: str | os.PathLike,
     metadata: Mapping[str, str] | None = None,
+    *,
+    keep_order: bool = False,
 ) -> None:
     """Write tensors (any device) and string metadata as one safetensors file, atomically.
 
     One tensor at a time is copied to host memory. Tensors may share memory; each is written whole.
+    With `keep_order` tensors of one item size stay in the order given, else they go by name.
     Raises `UserError` when the disk refuses, and whatever a lazy tensor's `read` raises; the file
     that was there before stays then.
     """
+    given = list(tensors) if keep_order else sorted(tensors)
     # The largest items first, as safetensors does: every tensor is aligned to its item size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    names = sorted(given, key=lambda name: -tensors[name].dtype.itemsize)
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
         shape, dtype = list(tensors[name].shape), tensors[name].dtype
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        code = _dtype_code(dtype, name)
+        code = dtype_code(dtype, name)
         entries[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
     header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     header += b" " * (-len(header) % 8)
@@ -149,7 +153,7 @@ def save_safetensors(
             file.write(_tensor_bytes(tensors[name], name))
 
 
-def _dtype_code(dtype: torch.dtype, name: str) -> str:
+def dtype_code(dtype: torch.dtype, name: str) -> str:
     """safetensors' name of a dtype: float32 is F32, bfloat16 BF16, float8_e4m3fn F8_E4M3."""
     kind, bits = re.fullmatch(r"torch\.([a-z]+?)(\d*(?:_e\dm\d)?)(?:fn)?", str(dtype)).groups()
     kinds = {"float": "F", "bfloat": "BF", "int": "I", "uint": "U", "bool": "BOOL"}

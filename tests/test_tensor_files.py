@@ -70,3 +70,17 @@ def test_a_dtype_that_the_format_lacks_is_named(tmp_path):
     with pytest.raises(TypeError, match=r"a is torch\.complex64"):
         save_safetensors({"a": torch.zeros(1, dtype=torch.complex64)}, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_order_is_kept_within_an_item_size(tmp_path):
+    tensors = {
+        "b": torch.ones(3, dtype=torch.uint8),
+        "z": torch.ones(2),
+        "a": torch.ones(3),
+        "c": torch.ones(5, dtype=torch.uint8),
+    }
+    for keep, expected in ((True, ["z", "a", "b", "c"]), (False, ["a", "z", "b", "c"])):
+        save_safetensors(tensors, tmp_path / "a.safetensors", keep_order=keep)
+        entries = read_safetensors_header(tmp_path / "a.safetensors")
+        assert sorted(entries, key=lambda n: entries[n]["data_offsets"][0]) == expected
+        assert load_file(tmp_path / "a.safetensors").keys() == tensors.keys()
