@@ -1,0 +1,1 @@
+"""What is done with finished files: merge, extract, resize and remap."""
