@@ -138,6 +138,11 @@ class TrainOptions(_Learning, NetworkRateOptions, LoRAFileOptions, NetworkOption
         _ = self.network_arguments
 
     @property
+    def about(self) -> tuple[str, dict[str, str]]:
+        """What kind of training it is, and facts that only this kind has, for the report."""
+        return "LoRA training", {"rank, alpha": f"{self.network_dim}, {self.network_alpha:g}"}
+
+    @property
     def network_arguments(self) -> NetworkArgs:
         """`network_args`, parsed and checked."""
         return parse_network_args(self.network_args, self.network_module)
@@ -171,8 +176,19 @@ class FinetuneOptions(_Learning, FinetuneGroup, _Data):
         "Minutes between the states of a rolling resume folder; 0 = off.", low=0,
     )  # fmt: skip
 
-    # Of networks, and never on here.
+    # Of networks, read by what both kinds of training share, and never on here.
     scale_weight_norms = None
+    ema_decay = None
+
+    @property
+    def about(self) -> tuple[str, dict[str, str]]:
+        """What kind of training it is, and facts that only this kind has, for the report."""
+        rates = [f"{part} {rate:g}" for part, rate in self.part_rates.items()]
+        weights = "bfloat16" if self.full_bf16 else "float16" if self.full_fp16 else "float32"
+        return "Full fine-tuning", {
+            "learning rates": ", ".join(rates),
+            "weights, updates": f"{weights}, {self.weight_update}",
+        }
 
     @property
     def part_rates(self) -> dict[str, float]:

@@ -120,16 +120,17 @@ def report_run(options: TrainOptions, result: TrainResult) -> Path:
     Raises `UserError` when the page cannot be written.
     """
     state = f"stopped by signal {result.interrupted_by}" if result.interrupted_by else "finished"
+    kind, facts = options.about
     return write_report(
         Path(options.output_dir) / "report.html",
         title=options.output_stem,
-        lead=f"LoRA training with anima_fast {__version__}, {state}.",
+        lead=f"{kind} with anima_fast {__version__}, {state}.",
         facts={
-            "LoRA": result.output.name,
+            "saved file": result.output.name,
             "steps": str(result.steps),
             "loss (average over an epoch)": "-" if result.loss is None else f"{result.loss:.4f}",
             "base model": Path(options.pretrained_model_name_or_path).name,
-            "rank, alpha": f"{options.network_dim}, {options.network_alpha:g}",
+            **facts,
             "optimizer": options.optimizer_type,
             "precision": options.mixed_precision,
             "all options": f"{options.output_stem}.toml",

@@ -1,4 +1,4 @@
-"""Names, saving and clean-up of the LoRA files and resume states of one run.
+"""Names, saving and clean-up of the files and resume states of one run.
 
 NAME-000004.safetensors after epoch 4, NAME-step00000500.safetensors after step 500,
 NAME.safetensors at the end; states carry the same stem plus `-state`. A rolling state
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from anima_fast.adapters.metadata import training_metadata
+from anima_fast.training.finetune import model_metadata
+from anima_fast.training.full_network import FullNetwork
 from anima_fast.training.optimizers import averaged_weights
 from anima_fast.training.state import save_state
 
@@ -65,9 +67,9 @@ class Checkpoints:
             self._drop_old_epochs(finished_epoch, every)
 
     def final(self, position: Position) -> Path:
-        """The finished LoRA, its state when asked for, and no autosave any more."""
+        """The finished file, its state when asked for, and no autosave any more."""
         stem = self._name("last")
-        path = self.save_lora(stem, position)
+        path = self.save_weights(stem, position)
         if self.options.save_state or self.options.save_state_on_train_end:
             self.save_state(f"{stem}-state", position)
         for name in (self.autosave_name, f"{self.autosave_name}.prev"):
@@ -75,8 +77,8 @@ class Checkpoints:
         return path
 
     def interrupted(self, position: Position) -> Path:
-        """On Ctrl-C or SIGTERM: the LoRA as it is and the state to go on from."""
-        path = self.save_lora(f"{self._name('at')}-step{position.step:08d}", position)
+        """On Ctrl-C or SIGTERM: the weights as they are and the state to go on from."""
+        path = self.save_weights(f"{self._name('at')}-step{position.step:08d}", position)
         self.autosave(position)
         return path
 
@@ -86,21 +88,33 @@ class Checkpoints:
         return f"{self._name('last')}-autosave-state"
 
     def autosave(self, position: Position) -> None:
-        """Write the rolling state; the one before it stays beside it."""
-        self.save_state(self.autosave_name, position, keep_previous=True)
+        """Write the rolling state; the one before it stays until the new one is whole.
+
+        A LoRA's stays beside the new one after that too; of a whole model it would be gigabytes.
+        """
+        self.save_state(self.autosave_name, position, keep_previous=not self.whole_model)
         self.last_autosave = time.monotonic()
 
-    def save_lora(self, stem: str, position: Position) -> Path:
-        """Write the LoRA in the format and precision asked for."""
+    @property
+    def whole_model(self) -> bool:
+        """Whether files and states hold the model itself."""
+        return isinstance(self.run.network, FullNetwork)
+
+    def save_weights(self, stem: str, position: Position) -> Path:
+        """Write the LoRA, or the whole model, in the format and precision asked for."""
         path = self.folder / f"{stem}.safetensors"
+        network, dtype = self.run.network, SAVE_DTYPES[self.options.save_precision]
         with averaged_weights(self.run.optimizer):
-            self.run.network.save(
-                path,
-                dialect=self.options.lora_format,
-                dtype=SAVE_DTYPES[self.options.save_precision],
-                metadata=self._metadata(position),
-                fold_alpha=self.options.fold_alpha,
-            )
+            if self.whole_model:
+                network.save(path, dtype=dtype, metadata=model_metadata(self.options))
+            else:
+                network.save(
+                    path,
+                    dialect=self.options.lora_format,
+                    dtype=dtype,
+                    metadata=self._metadata(position),
+                    fold_alpha=self.options.fold_alpha,
+                )
         return path
 
     def save_state(self, name: str, position: Position, *, keep_previous: bool = False) -> None:
@@ -135,10 +149,10 @@ class Checkpoints:
         return training_metadata(self.options, self.run.plan.summary(), facts)
 
     def _save(self, stem: str, position: Position) -> None:
-        self.save_lora(stem, position)
+        self.save_weights(stem, position)
         if self.options.save_state:
             self.save_state(f"{stem}-state", position)
-        if self.options.autosave_minutes:
+        if self.options.autosave_minutes and not self.whole_model:
             self.autosave(position)
 
     def _name(self, default: str) -> str:

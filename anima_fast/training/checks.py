@@ -50,7 +50,8 @@ def check_start(options: TrainOptions, device: torch.device) -> None:
     check_attn_mode(options.attn_mode, training=True, device=device, dtype=dtype)
     fused = uses_fused_blocks(options, device)
     dit = check_model_files(options)
-    check_lora_files(options)
+    if hasattr(options, "network_weights"):
+        check_lora_files(options)
     swapped_indices(dit.num_blocks, options.blocks_to_swap or 0)
     check_policies(options.recompute or "none", dit.num_blocks, fused=fused)
     if options.mixed_precision == "bf16" and device.type == "cuda":
@@ -83,7 +84,7 @@ def uses_fused_blocks(options: TrainOptions | SampleOptions, device: torch.devic
 def check_output_folder(options: TrainOptions) -> None:
     """Prove now, not after an hour, that the output folder can be written."""
     if not options.output_dir:
-        raise UserError("--output_dir is required: the folder for the LoRA, its log and its states")
+        raise UserError("--output_dir is required: the folder for files, log and states")
     probe = Path(options.output_dir) / ".write_test"
     with atomic_write(probe) as file:
         file.write(b"ok")

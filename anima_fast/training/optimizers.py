@@ -217,12 +217,15 @@ def clip_flat_grad(
 ) -> torch.Tensor:
     """Scale `network.flat_grad` in place so that its norm is at most `max_norm` (0 = off).
 
-    An `optimizer` that clips in its own launch (`FlatAdamW`) is told the norm instead.
+    An `optimizer` that clips in its own launch (`FlatAdamW`) is told the norm instead; one that
+    has the gradients (`WeightUpdates`) clips them by itself.
 
     Returns:
         The norm before clipping, a float32 scalar on the device; reading it is up to the caller, so
         nothing waits for the device here.
     """
+    if hasattr(optimizer, "clip_gradients"):
+        return optimizer.clip_gradients(max_norm)
     norm = torch.linalg.vector_norm(network.flat_grad, dtype=torch.float32)
     if max_norm and hasattr(optimizer, "clip_next_step"):
         optimizer.clip_next_step(norm, max_norm)

@@ -1,10 +1,11 @@
 """Resume states: everything a run needs to go on exactly where it stood.
 
 A state is a folder: `state.json` (position, seed, fingerprint, versions, checksums),
-`network.safetensors` (a LoRA file like any other), `optimizer.json` + `optimizer.safetensors`,
-`scheduler.json`, `scaler.json`. There is no random state in it, because every random number of a
-run follows from (seed, epoch, step). The folder appears at once, complete, and the one before it
-stays until then, so that a kill at any instant leaves at least one whole state.
+`network.safetensors` (a LoRA file like any other; in full fine-tuning the trained weights),
+`optimizer.json` + `optimizer.safetensors`, `scheduler.json`, `scaler.json`. There is no random
+state in it, because every random number of a run follows from (seed, epoch, step). The folder
+appears at once, complete, and the one before it stays until then, so that a kill at any instant
+leaves at least one whole state. Files are written one tensor at a time.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from anima_fast.training.state_files import (
 )
 
 if TYPE_CHECKING:
-    from anima_fast.adapters.lora import LoRANetwork
+    from anima_fast.training.network import Network
 
 __all__ = [
     "dataset_fingerprint", "find_states", "load_state", "resolve_resume", "save_state",
@@ -58,7 +59,7 @@ logger = logging.getLogger("anima_fast")
 def save_state(
     folder: str | os.PathLike,
     *,
-    network: LoRANetwork,
+    network: Network,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler | None = None,
@@ -85,9 +86,7 @@ def save_state(
     folder = Path(folder)
     _remove_leftovers(folder)
     with atomic_folder(folder) as new:
-        # Copies: safetensors refuses tensors that share memory, as views of the flat buffer do.
-        tensors = {k: t.detach().cpu().clone() for k, t in network.state_tensors().items()}
-        save_safetensors(tensors, new / NETWORK_FILE)
+        save_safetensors(network.state_tensors(), new / NETWORK_FILE)
         write_packed(new, "optimizer", optimizer.state_dict())
         write_json(new / "scheduler.json", _scheduler_record(scheduler))
         write_json(new / "scaler.json", scaler.state_dict() if scaler is not None else {})
@@ -109,7 +108,7 @@ def save_state(
 def load_state(
     folder: str | os.PathLike,
     *,
-    network: LoRANetwork,
+    network: Network,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler | None = None,
@@ -135,9 +134,9 @@ def load_state(
     if is_foreign_state(folder):
         return _load_foreign(folder, network, say)
     record = _whole_record(folder)
-    check_fingerprint(folder, record["fingerprint"], fingerprint)
+    check_fingerprint(folder, record["fingerprint"], fingerprint, network)
     check_network(folder, network)
-    check_optimizer(folder, record, optimizer)
+    check_optimizer(folder, record, optimizer, network)
     schedule = json.loads((folder / "scheduler.json").read_text(encoding="utf-8"))
     check_scheduler(folder, schedule, scheduler)
     ignored = network.load(folder / NETWORK_FILE)
@@ -241,7 +240,7 @@ def is_foreign_state(folder: Path) -> bool:
     )
 
 
-def _load_foreign(folder: Path, network: LoRANetwork, say: Callable[[str], None]) -> dict:
+def _load_foreign(folder: Path, network: Network, say: Callable[[str], None]) -> dict:
     ignored = network.load(folder / "model.safetensors")
     say(
         f"{folder} is a state of sd-scripts: only its network weights are taken; optimizer, "
@@ -273,7 +272,7 @@ def _newest_whole(states: list[Path], folder: Path) -> Path:
         logger.warning("resume state %s is damaged (%s): trying the one before", state, problem)
     raise UserError(
         f"every resume state in {folder} is damaged: start anew without --resume, or from a saved "
-        "LoRA with --network_weights"
+        "file (a LoRA with --network_weights, a model with --pretrained_model_name_or_path)"
     )
 
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from anima_fast.errors import UserError
+from anima_fast.files import dtype_code, read_safetensors_header
 from anima_fast.training.state_files import NETWORK_FILE, tensors_of
 
 if TYPE_CHECKING:
-    from anima_fast.adapters.lora import LoRANetwork
     from anima_fast.data.plan import DatasetPlan
+    from anima_fast.training.network import Network
 
 
 def dataset_fingerprint(plan: DatasetPlan, accumulation: int = 1) -> dict:
@@ -38,7 +39,7 @@ def dataset_fingerprint(plan: DatasetPlan, accumulation: int = 1) -> dict:
     }
 
 
-def check_fingerprint(folder: Path, saved: dict, now: Mapping | None) -> None:
+def check_fingerprint(folder: Path, saved: dict, now: Mapping | None, network: Network) -> None:
     """The same dataset and batches (None = not to be compared)."""
     if now is None:
         return
@@ -51,43 +52,62 @@ def check_fingerprint(folder: Path, saved: dict, now: Mapping | None) -> None:
     ]
     if changed:
         raise UserError(
-            f"{folder} belongs to another run: {'; '.join(changed)}. Restore that, or start anew "
-            f"from its weights with --network_weights {folder / NETWORK_FILE}"
+            f"{folder} belongs to another run: {'; '.join(changed)}. Restore that, or "
+            f"{_start_from_weights(folder, network)}"
         )
 
 
-def check_network(folder: Path, network: LoRANetwork) -> None:
-    """Same modules, ranks and alphas, or an explanation."""
-    saved, now = tensors_of(folder / NETWORK_FILE), network.state_tensors()
+def _start_from_weights(folder: Path, network: Network) -> str:
+    """How to use the weights of a state without the rest."""
+    lora = f"start anew from its weights with --network_weights {folder / NETWORK_FILE}"
+    return getattr(network, "start_from_weights", lora)
+
+
+def check_network(folder: Path, network: Network) -> None:
+    """Same tensors, shapes and alphas (of full fine-tuning: and dtypes), or an explanation."""
+    path = folder / NETWORK_FILE
+    saved, now = read_safetensors_header(path), network.state_tensors()
+    saved.pop("__metadata__", None)
     gone, new = sorted(saved.keys() - now.keys()), sorted(now.keys() - saved.keys())
     differences = []
     if gone:
         differences.append(f"{len(gone)} tensors are trained no more ({gone[0]}, ...)")
     if new:
         differences.append(f"{len(new)} tensors are new ({new[0]}, ...)")
-    for name in sorted(saved.keys() & now.keys()):
+    both = sorted(saved.keys() & now.keys())
+    alphas = tensors_of(path, [name for name in both if name.endswith(".alpha")])
+    for name in both:
         was, here = saved[name], now[name]
-        if was.shape != here.shape:
-            differences.append(f"{name} was {list(was.shape)}, is {list(here.shape)} (rank?)")
+        if was["shape"] != list(here.shape):
+            differences.append(f"{name} was {was['shape']}, is {list(here.shape)} (rank?)")
             break
-        if name.endswith(".alpha") and was.item() != here.item():
-            differences.append(f"{name} was {was.item():g}, is {here.item():g}")
+        if name in alphas and alphas[name].item() != here.item():
+            differences.append(f"{name} was {alphas[name].item():g}, is {here.item():g}")
+            break
+        if hasattr(network, "same_network") and was["dtype"] != dtype_code(here.dtype, name):
+            kind = str(here.dtype).removeprefix("torch.")
+            differences.append(f"{name} was {was['dtype']}, is {kind}")
             break
     if differences:
+        lora = "the --network_dim, --network_alpha and --network_args of that run"
         raise UserError(
-            f"{folder} holds another network: {'; '.join(differences)}. Give the --network_dim, "
-            "--network_alpha and --network_args of that run"
+            f"{folder} holds another network: {'; '.join(differences)}. Give "
+            f"{getattr(network, 'same_network', lora)}"
         )
 
 
-def check_optimizer(folder: Path, record: dict, optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(
+    folder: Path,
+    record: dict,
+    optimizer: torch.optim.Optimizer,
+    network: Network,
+) -> None:
     """The same class with as many groups and parameters."""
     name = class_name(optimizer)
     if record["optimizer"] != name:
         raise UserError(
             f"{folder} was made with the optimizer {record['optimizer']}, this run has {name}: "
-            "give the same --optimizer_type, or start anew from its weights with "
-            f"--network_weights {folder / NETWORK_FILE}"
+            f"give the same --optimizer_type, or {_start_from_weights(folder, network)}"
         )
     groups = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))["dict"]
     saved = [dict(group["dict"]) for group in dict(groups)["param_groups"]["list"]]
@@ -95,7 +115,7 @@ def check_optimizer(folder: Path, record: dict, optimizer: torch.optim.Optimizer
     if counts != [len(group["params"]) for group in optimizer.param_groups]:
         raise UserError(
             f"{folder} has {len(counts)} groups of learning rates, this run has "
-            f"{len(optimizer.param_groups)}: give the same rates and LoRA+ ratios"
+            f"{len(optimizer.param_groups)}: give the same rates of parts and LoRA+ ratios"
         )
 
 

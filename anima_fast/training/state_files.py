@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,7 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     back, bit for bit. Raises `UserError` for an object that neither JSON nor safetensors can hold.
     """
     if isinstance(value, Tensor):
-        # A copy: tensors that share memory (tables of 8-bit optimizers) cannot be saved as views.
-        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[path] = value.detach()
         return {"tensor": path}
     if isinstance(value, dict):
         return {"dict": [[k, pack(v, tensors, f"{path}/{k}")] for k, v in value.items()]}
@@ -77,12 +77,16 @@ def read_packed(folder: Path, name: str) -> Any:
     return unpack(packed, tensors_of(folder / f"{name}.safetensors"))
 
 
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in memory of their own."""
-    from safetensors.torch import load
+def tensors_of(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of a safetensors file (all of them without `names`), in memory of their own."""
+    from safetensors import safe_open
 
-    # Read, not mapped: the file may be replaced while the run that resumed from it goes on.
-    return {key: tensor.clone() for key, tensor in load(path.read_bytes()).items()}
+    with safe_open(path, framework="pt") as file:
+        # Copied, not mapped: the file may be replaced while the run that resumed from it goes on.
+        return {
+            name: file.get_tensor(name).clone()
+            for name in (file.keys() if names is None else names)
+        }
 
 
 def seal(folder: Path, record: dict) -> None:

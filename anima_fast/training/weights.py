@@ -1,0 +1,145 @@
+"""The trained weights of full fine-tuning: where each one lives and where its gradient goes.
+
+The model computes with `param`, in the compute dtype. The truth, which is updated and saved, is
+`param` itself, or a float32 master beside it. Both lie in pinned host memory when the weight's
+block is swapped, and so do its gradient and its optimizer state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from anima_fast.memory.swap import host_copy
+
+# What an optimizer keeps per weight is moved to host memory when it is at least so large.
+SMALLEST_MOVED = 4096
+
+
+@dataclass(eq=False)
+class Weight:
+    """One trained tensor.
+
+    Attributes:
+        name: its published name, `llm_adapter.` included, without `net.`.
+        param: what the model computes with.
+        part: the learning-rate part (option_groups/finetune.PARTS, or base).
+        swapped: it lives in host memory, in `param` and everywhere else.
+        master: the truth in float32, where `param` is a rounded copy.
+        state_home: where optimizer state waits between steps, by name.
+    """
+
+    name: str
+    param: nn.Parameter
+    part: str
+    swapped: bool = False
+    master: Tensor | None = None
+    state_home: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def truth(self) -> Tensor:
+        """What is updated and saved."""
+        return self.param.data if self.master is None else self.master
+
+    @torch.no_grad()
+    def set(self, value: Tensor) -> None:
+        """Take a new value: into the master and, rounded, into what the model computes with."""
+        if self.master is not None and self.master is not value:
+            self.master.copy_(value, non_blocking=True)
+        self.param.data.copy_(value, non_blocking=True)
+
+    def keep_master(self, value: Tensor) -> None:
+        """Keep a float32 copy of `value`, beside the weight."""
+        wide = value.detach().to(torch.float32)
+        pinned = torch.cuda.is_available()
+        if self.swapped:
+            self.master = host_copy(wide, pinned=pinned)
+        else:
+            self.master = wide.to(self.param.device, copy=True)
+
+
+class Gradients:
+    """The gradients of a step, or nothing at all when they are used as soon as they come.
+
+    Args:
+        weights: all trained weights.
+        device: where gradients come from.
+        wide: gradients of several micro-batches add up in float32; without it, in their own dtype.
+        use: gets each gradient at once, and nothing is kept (the fused backward pass).
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        device: torch.device,
+        *,
+        wide: bool = False,
+        use: Callable[[Weight, Tensor], None] | None = None,
+    ) -> None:
+        self.weights = list(weights)
+        self.device, self.wide, self.use = device, wide, use
+        self.kept: dict[Weight, Tensor] = {}
+        self.norms: dict[Weight, Tensor] = {}
+        self._host: dict[Weight, Tensor] = {}
+        self._hooks = [
+            weight.param.register_post_accumulate_grad_hook(self._hook(weight))
+            for weight in self.weights
+            if not weight.swapped
+        ]
+
+    def _hook(self, weight: Weight) -> Callable[[Tensor], None]:
+        def hook(param: Tensor) -> None:
+            grad, param.grad = param.grad, None
+            self.take(weight, grad)
+
+        return hook
+
+    @torch.no_grad()
+    def take(self, weight: Weight, grad: Tensor) -> None:
+        """Use a gradient, or add it to what the micro-batches before have left."""
+        if self.use is not None:
+            self.norms[weight] = norm_of(grad)
+            self.use(weight, grad)
+            return
+        if self.wide:
+            grad = grad.to(torch.float32)
+        before = self.kept.get(weight)
+        if before is not None:
+            grad = before.to(self.device).add_(grad)
+        if not weight.swapped:
+            self.kept[weight] = grad
+            return
+        # Here, while it is on the device: host memory is slow to read.
+        self.norms[weight] = norm_of(grad)
+        self.kept[weight] = self._to_host(weight, grad)
+
+    def _to_host(self, weight: Weight, grad: Tensor) -> Tensor:
+        if weight not in self._host:
+            pinned = self.device.type == "cuda"
+            host = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=pinned)
+            self._host[weight] = host
+        return self._host[weight].copy_(grad, non_blocking=True)
+
+    def norm(self) -> Tensor:
+        """The norm of all gradients of this step, a float32 scalar on the device."""
+        found = [
+            self.norms[weight] if weight in self.norms else norm_of(self.kept[weight])
+            for weight in self.weights
+            if weight in self.norms or weight in self.kept
+        ]
+        if not found:
+            return torch.zeros((), device=self.device)
+        return torch.linalg.vector_norm(torch.stack(found))
+
+    def clear(self) -> None:
+        """Forget the gradients of this step; host memory stays for those of the next one."""
+        self.kept.clear()
+        self.norms.clear()
+
+
+def norm_of(grad: Tensor) -> Tensor:
+    """The norm of one gradient, a float32 scalar on its device."""
+    return torch.linalg.vector_norm(grad, dtype=torch.float32)
