@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 endif
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench gpu clean
+.PHONY: demo test test-slow lint bench gpu docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/anima-fast demo --out $(OUT)
@@ -29,12 +29,15 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/vae_encode.py
 
+docs: $(VENV)/.test
+	$(BIN)/python -m mkdocs build --strict --site-dir site
+
 # Straight from a checkout, in the environment whose PyTorch sees the card.
 gpu:
 	$(PYTHON) -m anima_fast bench all --out $(BENCH_OUT)
 
 clean:
-	rm -rf $(VENV) $(OUT) $(BENCH_OUT) *.egg-info build
+	rm -rf $(VENV) $(OUT) $(BENCH_OUT) site *.egg-info build
 
 $(VENV)/.python:
 	$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and 'Python 3.10 to 3.13 is needed, this is ' + sys.version.split()[0] + ': run make PYTHON=python3.12 ...')"
