@@ -21,6 +21,7 @@ def read_words(
     *,
     others: Collection[str] = (),
     flags: Collection[str] = (),
+    word: str | None = None,
 ) -> dict[str, Any]:
     """Option texts by name, with underscores.
 
@@ -29,6 +30,7 @@ def read_words(
         known: the options by name.
         others: further names that are let through, with or without a value.
         flags: names among `others` that never take the next word as their value.
+        word: the option whose value may also stand alone, without its name.
     Returns:
         name -> text, or a list of texts for list options, in the order given; of an option given
         twice the last value counts, while lists add up.
@@ -38,6 +40,10 @@ def read_words(
     values: dict[str, Any] = {}
     at = 0
     while at < len(words):
+        if word is not None and word not in values and not _is_name(words[at]):
+            values[word] = words[at]
+            at += 1
+            continue
         name, value = _name(words[at])
         at += 1
         spec = known.get(name)

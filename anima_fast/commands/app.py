@@ -7,7 +7,7 @@ call, and import nothing heavy before their command runs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
 import typer
@@ -63,27 +63,50 @@ def _declare(spec: Spec) -> inspect.Parameter:
     )
 
 
+def _declare_word(metavar: str, spec: Spec) -> inspect.Parameter:
+    """The value that may stand alone as a Typer argument, for the help page."""
+    declared = typer.Argument(metavar=metavar, help=spec.help, show_default=False)
+    return inspect.Parameter(
+        "word",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[str | None, declared],
+    )
+
+
 def option_command(
-    name: str, cls: type, more: dict[str, Spec], allowed: Callable[[], frozenset[str]]
+    name: str,
+    cls: type,
+    more: dict[str, Spec],
+    allowed: Callable[[], frozenset[str]],
+    *,
+    word: tuple[str, str] | None = None,
+    shown: Collection[str] | None = None,
 ) -> Callable:
     """Register a command whose parameters are the options of a dataclass.
 
     The decorated function gets one dictionary: option name -> text or list of texts as given.
+    word: an option whose value may stand alone, and what the help page calls it. shown: the options
+    on the help page beside `more`, all of them when it is None.
     """
     known = {**more, **specs(cls)}
+    alone = word[0] if word else None
 
     class Command(TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             if any(word in ("--help", "-h") for word in args):
                 return super().parse_args(ctx, ["--help"])
-            ctx.obj = read_words(args, known, others=allowed(), flags=BARE_FLAGS)
+            ctx.obj = read_words(args, known, others=allowed(), flags=BARE_FLAGS, word=alone)
             return super().parse_args(ctx, [])
 
     def register(function: Callable[[dict[str, Any]], None]) -> Callable:
         def command(context: typer.Context, **_shown: Any) -> None:
             function(context.obj)
 
-        parameters = [_declare(spec) for spec in known.values()]
+        names = [n for n in known if shown is None or n in more or n in shown]
+        parameters = [_declare(known[name]) for name in names]
+        if word:
+            parameters.insert(0, _declare_word(word[1], known[word[0]]))
         context = inspect.Parameter(
             "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
         )

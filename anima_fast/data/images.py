@@ -90,11 +90,21 @@ def read_image(path: str | os.PathLike, mode: str = "RGB") -> np.ndarray:
         raise ValueError(f"mode is {mode!r}, expected 'RGB' or 'RGBA'")
     with opened(path) as image:
         image.load()
-        if image.mode.startswith(("I", "F")):
-            image = Image.fromarray(_to_8bit(np.asarray(image)))
-        if image.mode in ("RGBa", "La") or (image.mode == "P" and "transparency" in image.info):
-            image = image.convert("RGBA")
-        return np.asarray(image.convert(mode))
+        return np.asarray(to_8bit(image).convert(mode))
+
+
+def to_8bit(image: Image.Image) -> Image.Image:
+    """A decoded image in a mode from which Pillow converts to RGB and RGBA without a loss."""
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_to_8bit(np.asarray(image)))
+    if image.mode in ("RGBa", "La") or (image.mode == "P" and "transparency" in image.info):
+        return image.convert("RGBA")
+    return image
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether an image stores transparency: as a channel, or for some colours of its palette."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
 def load_item(

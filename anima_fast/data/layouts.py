@@ -169,7 +169,8 @@ def _caption_text(file: Path, problems: list[Problem] | None) -> str | None:
     except UserError as error:
         if problems is None:
             raise
-        problems.append(Problem("unreadable caption", str(file), str(error)))
+        text = str(error).removeprefix(f"caption file {file} ")
+        problems.append(Problem("unreadable caption", str(file), text))
         return None
 
 

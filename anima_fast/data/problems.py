@@ -61,7 +61,8 @@ KINDS = {
     ),
     "orphan caption": Kind("captions without an image", "look for a lost or renamed image"),
     "duplicate": Kind(
-        "images with the same pixels", "keep one of each; num_repeats says better what counts more"
+        "images with the same pixels as another",
+        "keep one of each; to weigh an image more, use num_repeats",
     ),
     "near duplicate": Kind(
         "images that look nearly the same", "keep the best, unless the series is wanted"
