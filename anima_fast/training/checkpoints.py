@@ -1,8 +1,9 @@
 """Names, saving and clean-up of the files and resume states of one run.
 
 NAME-000004.safetensors after epoch 4, NAME-step00000500.safetensors after step 500,
-NAME.safetensors at the end; states carry the same stem plus `-state`. A rolling state
-`NAME-autosave-state` is kept besides, so that a killed run can go on.
+NAME.safetensors at the end; where a running mean is kept, each has a NAME...-ema beside it.
+States carry the same stem plus `-state`. A rolling state `NAME-autosave-state` is kept besides, so
+that a killed run can go on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from anima_fast.training.position import Position
     from anima_fast.training.setup import Run
 
+# Ends the name of the file that holds the running mean.
+EMA_MARK = "-ema"
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -102,6 +105,13 @@ class Checkpoints:
 
     def save_weights(self, stem: str, position: Position) -> Path:
         """Write the LoRA, or the whole model, in the format and precision asked for."""
+        path = self._write(stem, position)
+        if self.run.ema is not None:
+            with self.run.ema.in_place():
+                self._write(f"{stem}{EMA_MARK}", position)
+        return path
+
+    def _write(self, stem: str, position: Position) -> Path:
         path = self.folder / f"{stem}.safetensors"
         network, dtype = self.run.network, SAVE_DTYPES[self.options.save_precision]
         with averaged_weights(self.run.optimizer):
@@ -129,6 +139,7 @@ class Checkpoints:
             position=position.as_dict(),
             seed=run.seed,
             fingerprint=run.fingerprint,
+            ema=run.ema,
             keep_previous=keep_previous,
         )
 
@@ -184,7 +195,8 @@ class Checkpoints:
             self._drop_state(f"{self._name('at')}-step{old:08d}")
 
     def _drop_file(self, stem: str) -> None:
-        (self.folder / f"{stem}.safetensors").unlink(missing_ok=True)
+        for name in (stem, f"{stem}{EMA_MARK}"):
+            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
 
     def _drop_state(self, stem: str) -> None:
         shutil.rmtree(self.folder / f"{stem}-state", ignore_errors=True)

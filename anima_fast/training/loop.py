@@ -190,6 +190,8 @@ def optimizer_step(
             facts["max_norm"] = {
                 "keys_scaled": scaled, "average_key_norm": mean, "max_key_norm": largest
             }  # fmt: skip
+        if run.ema is not None:
+            run.ema.update()
     run.scaler.update()
     with warnings.catch_warnings():
         # A skipped batch moves the schedule without a step of the optimizer, on purpose.

@@ -31,6 +31,7 @@ from anima_fast.option_files import to_toml
 from anima_fast.options import FinetuneOptions
 from anima_fast.training.checks import DTYPES, check_start, choose_device, uses_fused_blocks
 from anima_fast.training.conditioning import Conditioning, load_conditioning
+from anima_fast.training.ema import Ema
 from anima_fast.training.finetune import train_model
 from anima_fast.training.model_setup import install_memory_savers
 from anima_fast.training.network import Network
@@ -88,6 +89,8 @@ class Run:
     scaler: torch.amp.GradScaler
     # Whether blocks, loss and optimizer run through the project's kernels.
     fused: bool = False
+    # The running mean of the weights.
+    ema: Ema | None = None
 
     @property
     def fingerprint(self) -> dict:
@@ -148,9 +151,12 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     for notice in notices:
         say(notice)
     scaler = LossScaler(device.type, enabled=options.mixed_precision == "fp16")
+    ema = None
+    if not trains_all(options) and options.ema_decay is not None:
+        ema = Ema(network.flat, options.ema_decay)
     return Run(
         options, device, seed, plan, batches, length, dit, vae, conditioning, network, optimizer,
-        scheduler, scaler, fused,
+        scheduler, scaler, fused, ema,
     )  # fmt: skip
 
 
@@ -268,6 +274,7 @@ def resume_run(run: Run, folder: Path, *, say: Callable[[str], None]) -> Positio
         scheduler=run.scheduler,
         scaler=run.scaler,
         fingerprint=run.fingerprint,
+        ema=run.ema,
         say=say,
     )
     restored = Position(**position)

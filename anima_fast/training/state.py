@@ -24,6 +24,7 @@ import torch
 
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_folder, save_safetensors, write_json
+from anima_fast.models.checkpoint import Checkpoint
 from anima_fast.training.schedules import restore_scheduler
 from anima_fast.training.state_checks import (
     check_fingerprint,
@@ -46,6 +47,7 @@ from anima_fast.training.state_files import (
 )
 
 if TYPE_CHECKING:
+    from anima_fast.training.ema import Ema
     from anima_fast.training.network import Network
 
 __all__ = [
@@ -54,6 +56,8 @@ __all__ = [
 ]  # fmt: skip
 
 logger = logging.getLogger("anima_fast")
+
+EMA_FILE = "ema.safetensors"
 
 
 def save_state(
@@ -66,6 +70,7 @@ def save_state(
     position: Mapping,
     seed: int | None = None,
     fingerprint: Mapping | None = None,
+    ema: Ema | None = None,
     keep_previous: bool = False,
 ) -> None:
     """Write a state folder atomically.
@@ -78,6 +83,7 @@ def save_state(
         seed: the run's seed, for `state_seed`.
         fingerprint: named JSON values that must be the same in the run that resumes, such as
             `dataset_fingerprint(plan)`.
+        ema: the running mean of the weights, if there is one.
         keep_previous: keep the replaced state beside the new one as `FOLDER.prev`.
 
     Raises:
@@ -90,6 +96,8 @@ def save_state(
         write_packed(new, "optimizer", optimizer.state_dict())
         write_json(new / "scheduler.json", _scheduler_record(scheduler))
         write_json(new / "scaler.json", scaler.state_dict() if scaler is not None else {})
+        if ema is not None:
+            save_safetensors(ema.state_tensors(), new / EMA_FILE)
         record = {
             "position": dict(position),
             "seed": seed,
@@ -113,13 +121,14 @@ def load_state(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler | None = None,
     fingerprint: Mapping | None = None,
+    ema: Ema | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> dict:
     """Bring a freshly made run to the point of a state; everything is checked before.
 
     Args:
         folder: a state folder, or one of sd-scripts (of which only the network is taken).
-        network, optimizer, scheduler, scaler: of the run that resumes; changed in place.
+        network, optimizer, scheduler, scaler, ema: of the run that resumes; changed in place.
         fingerprint: as given to `save_state`; None skips the comparison.
         say: gets one line for every difference that does not prevent resuming.
 
@@ -142,6 +151,8 @@ def load_state(
     ignored = network.load(folder / NETWORK_FILE)
     if ignored:
         raise UserError(f"{folder / NETWORK_FILE} has {len(ignored)} tensors that do not fit")
+    if ema is not None:
+        _load_ema(folder / EMA_FILE, ema, say)
     new_rates = [group.get("initial_lr") for group in optimizer.param_groups]
     optimizer.load_state_dict(read_packed(folder, "optimizer"))
     tell_changed_rates(optimizer, new_rates, say)
@@ -155,6 +166,14 @@ def load_state(
         if was != version:
             say(f"{name} is {version}, the state was made with {was}: not bit-identical perhaps")
     return record["position"]
+
+
+def _load_ema(path: Path, ema: Ema, say: Callable[[str], None]) -> None:
+    if path.exists():
+        ema.load(Checkpoint.open(path))
+        return
+    ema.restart()
+    say("the state has no running mean of the weights (ema_decay): it starts from these weights")
 
 
 def state_seed(folder: str | os.PathLike) -> int | None:

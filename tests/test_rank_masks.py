@@ -1,4 +1,4 @@
-"""T-LoRA's rank masks and the running mean of the weights."""
+"""T-LoRA's rank masks, and adapters on a range of blocks."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from tiny_dit import make_dit, make_inputs, relative_error
 from anima_fast.adapters.lora import add_lora
 from anima_fast.adapters.rank_masks import rank_mask
 from anima_fast.memory.offload import install_block_runner
-from anima_fast.training.ema import Ema
 
 
 @pytest.mark.parametrize(
@@ -96,27 +95,3 @@ def test_blocks_below_the_first_adapted_one_are_not_differentiated():
         block.register_forward_hook(lambda *call: needed.append(call[2].requires_grad))
     dit(*inputs)
     assert needed == [False] * last + [True]
-
-
-def test_the_mean_follows_its_formula():
-    weights = torch.zeros(3)
-    ema = Ema(weights, 0.5)
-    mean = 0.0
-    for step, value in enumerate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0]):
-        weights.fill_(value)
-        ema.update()
-        decay = min(0.5, (1 + step) / (10 + step))
-        mean = decay * mean + (1 - decay) * value
-    assert ema.mean.tolist() == pytest.approx([mean] * 3)
-    with ema.in_place():
-        assert weights.tolist() == pytest.approx([mean] * 3)
-    assert weights.tolist() == [12.0] * 3
-
-
-def test_the_mean_of_half_precision_weights_is_kept_in_float32():
-    weights = torch.ones(2, dtype=torch.bfloat16)
-    ema = Ema(weights, 0.9999)
-    ema.updates = 10**9
-    weights.fill_(2.0)
-    ema.update()
-    assert ema.mean.tolist() == pytest.approx([1.0001] * 2, abs=1e-6)

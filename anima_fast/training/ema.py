@@ -1,0 +1,77 @@
+"""A running mean of the trained weights: mean ← mean + (1 − d)·(weights − mean), one launch.
+
+The decay d rises from 0.1 with the steps, d_t = min(decay, (1 + t) / (10 + t)), so that the first
+values, which are mostly the starting point, do not linger (as TensorFlow's
+ExponentialMovingAverage does with `num_updates`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from anima_fast.errors import UserError
+from anima_fast.models.checkpoint import Checkpoint
+
+
+class Ema:
+    """The mean of a flat buffer of weights.
+
+    Args:
+        weights: [P], any float dtype; the mean starts at its values.
+        decay: d, from 0 (no memory) to below 1.
+
+    Attributes:
+        mean: [P] float32 on the device of the weights.
+        updates: t, the updates so far.
+    """
+
+    def __init__(self, weights: Tensor, decay: float) -> None:
+        self.weights, self.decay = weights, decay
+        self.mean = weights.detach().float().clone()
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the present weights in; call it after each optimizer step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.mean.lerp_(self.weights.to(self.mean.dtype), 1 - decay)
+        self.updates += 1
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start again from the present weights."""
+        self.mean.copy_(self.weights)
+        self.updates = 0
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a resume state holds."""
+        return {"mean": self.mean, "updates": torch.tensor(self.updates)}
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take what `state_tensors` gave.
+
+        Raises:
+            UserError: a mean of another network.
+        """
+        mean = checkpoint.get("mean")
+        if mean.shape != self.mean.shape:
+            raise UserError(f"{checkpoint.name} is the running mean of another network")
+        self.mean.copy_(mean)
+        self.updates = int(checkpoint.get("updates"))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The network computes with, and saves, the mean inside this context."""
+        with torch.no_grad():
+            own = self.weights.detach().clone()
+            self.weights.copy_(self.mean)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.weights.copy_(own)
