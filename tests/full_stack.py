@@ -1,0 +1,60 @@
+"""A tiny stack with enough blocks to swap some, and options of short full fine-tuning runs."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from stack import make_config, make_images
+
+from anima_fast.options import FinetuneOptions
+from anima_fast.tiny_stack import build_stack
+
+BLOCKS = 4
+
+
+def make_full_world(folder: Path, **config: object) -> dict:
+    """Models, images and a dataset file under `folder`; the options that name them."""
+    stack = build_stack(
+        folder / "models", blocks=BLOCKS, width=32, head_dim=16, context_dim=32, adapter_layers=1
+    )
+    data = make_config(folder / "data.toml", make_images(folder / "images"), **config)
+    return {
+        "pretrained_model_name_or_path": str(stack.dit),
+        "qwen3": str(stack.qwen3),
+        "vae": str(stack.vae),
+        "t5_tokenizer_path": str(stack.t5_tokenizer),
+        "dataset_config": str(data),
+    }
+
+
+def full_options(world: dict, output: Path, **changes: object) -> FinetuneOptions:
+    """Options of a short exact CPU run; `changes` win."""
+    values = {
+        **world,
+        "output_dir": str(output),
+        "output_name": "full",
+        "learning_rate": 1e-3,
+        "mixed_precision": "no",
+        "cache_latents": True,
+        "cache_text_encoder_outputs": True,
+        "max_train_epochs": 1,
+        "seed": 7,
+        "device": "cpu",
+        **changes,
+    }
+    return FinetuneOptions(**values)
+
+
+def log_lines(result) -> list[dict]:
+    """The step records of a run."""
+    lines = result.log.read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == "step"]
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    """Whether two files hold the same tensors, bit for bit."""
+    left, right = load_file(a), load_file(b)
+    return left.keys() == right.keys() and all(
+        left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
+    )
