@@ -15,7 +15,7 @@ def records(survey: Survey) -> dict:
 
     Returns:
         plan: numbers of the run. subsets, buckets: as in `dataset.json`. images: one entry for each
-        use of a file by a dataset. captions, duplicates, tags, tag_spellings, problems, notices.
+        use of a file by a dataset. The others are named as what they hold.
     """
     plan, length = survey.plan, survey.length
     return {
@@ -39,6 +39,10 @@ def records(survey: Survey) -> dict:
             "exact": [[_name(path) for path in group] for group in survey.exact],
             "near": [[_name(path) for path in group] for group in survey.near],
         },
+        "masks": [
+            {"file": _name(mask.image), "mask": mask.source, "trained": round(mask.area, 4)}
+            for mask in survey.masks
+        ],
         "tags": [list(entry) for entry in survey.tags.most_common()],
         "tag_spellings": [[list(entry) for entry in group] for group in survey.spellings],
         "problems": [

@@ -18,6 +18,7 @@ from anima_fast.dataset_report.tags import count_tags, spelling_variants
 
 if TYPE_CHECKING:
     from anima_fast.data.caption_tokens import CaptionTokens
+    from anima_fast.dataset_report.masks import DrawnMask
     from anima_fast.models.tokenizers import Tokenizers
     from anima_fast.options import TrainOptions
     from anima_fast.training.setup import Length
@@ -33,6 +34,7 @@ class Survey:
     items: training images, then those held out, then unused regularisation images. texts: the
     rendering of each item's caption that has the most tokens, in the order of `items`. looks: what
     the pixels say, by file; empty when only headers were read. token_note: why there are no counts.
+    lost_text: what is cut off a long caption, by file. masks: filled by `masks.draw_masks`.
     """
 
     title: str
@@ -49,6 +51,7 @@ class Survey:
     tokens: CaptionTokens | None = None
     token_note: str = ""
     lost_text: dict[str, str] = field(default_factory=dict)
+    masks: list[DrawnMask] = field(default_factory=list)
 
     @property
     def notices(self) -> list[str]:
@@ -99,9 +102,10 @@ def survey_dataset(
     from anima_fast.training.setup import run_length
 
     problems: list[Problem] = []
-    if masked and not options.masked_loss:
-        options = replace(options, masked_loss=True)
-    plan = build_plan(options, problems)
+    unmasked = masked and not options.masked_loss
+    plan = build_plan(replace(options, masked_loss=True) if unmasked else options, problems)
+    if unmasked and any(s.conditioning_data_dir for d in plan.datasets for s in d.subsets):
+        plan.notices.append("masks of conditioning_data_dir count only with --masked_loss")
     items = [*plan.items, *plan.validation_items, *plan.unused]
     survey = Survey(
         title=_title(options),

@@ -17,8 +17,8 @@ from anima_fast.dataset_report import health
 from anima_fast.dataset_report.findings import lost
 from anima_fast.dataset_report.survey import Survey
 
-# Files named under a problem, crops and tags listed.
-_FILES, _CROPS, _TAGS = 5, 5, 20
+# Files named under a problem; crops, tags and masks listed.
+_FILES, _CROPS, _TAGS, _MASKS = 5, 5, 20, 20
 _BAR = 32
 
 
@@ -29,6 +29,8 @@ def show_survey(survey: Survey, console: Console) -> None:
     console.print(_buckets(survey))
     if crops := _crops(survey):
         console.print(crops)
+    if survey.masks:
+        console.print(_masks(survey))
     _show_tokens(survey, console)
     if survey.tags:
         console.print(_tags(survey))
@@ -119,7 +121,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-_LEFT = ("folder", "bucket", "image", "use", "tag", "share", "tokens", "")
+_LEFT = ("folder", "bucket", "image", "mask", "use", "tag", "share", "tokens", "")
 
 
 def _subsets(survey: Survey) -> Table:
@@ -155,6 +157,17 @@ def _crops(survey: Survey) -> Table | None:
     for item in ordered:
         size, bucket = (f"{w}x{h}" for w, h in (item.size, item.bucket))
         table.add_row(Text(item.path.name), size, bucket, f"{lost(item):.0%}")
+    return table
+
+
+def _masks(survey: Survey) -> Table:
+    shown = survey.masks[:_MASKS]
+    more = len(survey.masks) - len(shown)
+    table = _table(
+        "Masks" + (f", the {_MASKS} smallest" if more else ""), "image", "mask", "trained"
+    )
+    for mask in shown:
+        table.add_row(Text(mask.image.name), Text(mask.source), f"{mask.area:.0%}")
     return table
 
 
