@@ -25,6 +25,7 @@ from anima_fast.data.batches import Batches
 from anima_fast.data.encode import encode_dataset
 from anima_fast.data.listing import list_epoch
 from anima_fast.data.plan import DatasetPlan, build_plan
+from anima_fast.dataset_report.health import write_health
 from anima_fast.files import write_text
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.option_files import to_toml
@@ -114,6 +115,8 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
         say(notice)
     length = run_length(options, plan.batches_per_epoch)
     describe_plan(plan, length, say)
+    # Encoding may take long; the lengths of the captions are known after it.
+    write_health(options.output_dir, plan)
 
     encoded = encode_dataset(
         plan,
@@ -123,6 +126,7 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
         text_dtype=DTYPES[options.mixed_precision],
         say=say,
     )
+    write_health(options.output_dir, plan, encoded.tokens)
     batches = Batches(plan, encoded, options, seed)
 
     say("loading the DiT")
