@@ -1,0 +1,206 @@
+"""The text of a shell as commands of words: sh, cmd (batch files) and PowerShell.
+
+    split_commands('accelerate launch a.py ^\\n --vae="D:\\my files\\vae.safetensors"')
+    -> [["accelerate", "launch", "a.py", "--vae=D:\\my files\\vae.safetensors"]]
+
+Only what launch lines use is read: quotes, lines continued with \\, ^ or `, comments, several
+commands, redirections, and variables that the text itself sets. Nothing is ever run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from anima_fast.errors import UserError
+
+# Set by every shell; others might hold passwords.
+_FOLDERS = ("HOME", "USERPROFILE", "PWD")
+# A drive letter, a cmd or PowerShell continuation, or a batch file's own words.
+_WINDOWS = re.compile(
+    r"(?m)(?<![A-Za-z])[A-Za-z]:\\|\.\.?\\\w|[\^`][ \t]*$|^\s*@?echo off|^\s*@?set \w+=|\$env:"
+)
+_CONTINUED = re.compile(r"[ \t]*[\\^`][ \t]*\r?\n[ \t]*")
+_ASSIGNMENT = re.compile(
+    # sh: [export] NAME=value; PowerShell: $name = value, $env:NAME = value; cmd: set "NAME=value".
+    r"(?:export\s+)?(?P<sh>[A-Za-z_]\w*)=(?P<shv>.*)"
+    r"|\$(?:env:)?(?P<ps>[A-Za-z_]\w*)\s*=\s*(?P<psv>.*)"
+    r"|@?set\s+\"?(?P<cmd>[A-Za-z_]\w*)=(?P<cmdv>[^\"]*)\"?",
+    re.IGNORECASE,
+)
+_VARIABLE = re.compile(
+    r"\$\{(?:env:)?(?P<braced>[A-Za-z_]\w*)\}|\$(?:env:)?(?P<plain>[A-Za-z_]\w*)|%(?P<cmd>[A-Za-z_]\w*)%"
+)
+_REDIRECTION = re.compile(r"\d?>>?(&\d)?|<|&>")
+_SEPARATOR = re.compile(r"&&|\|\|?|;|&(?=\s)")
+# A continuation mark whose line break was lost in copying, or PowerShell's call operator.
+_LOST_MARK = re.compile(r"[\\^`&](?=\s|$)")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its words without quotes, the folder that a `cd` before it went to, and what
+    was exported before it and is used nowhere in the text itself."""
+
+    words: tuple[str, ...]
+    folder: str | None = None
+    exported: Mapping[str, str] = field(default_factory=dict)
+
+
+def is_windows(text: str) -> bool:
+    """Whether backslashes in a text are parts of paths."""
+    return bool(_WINDOWS.search(text))
+
+
+def split_commands(text: str) -> list[Command]:
+    """The commands of a text in order, with the variables that it sets put in.
+
+    Raises:
+        UserError: a quote that is never closed.
+    """
+    windows = is_windows(text)
+    text = _CONTINUED.sub(" ", text.replace("\r\n", "\n"))
+    variables = {name: os.environ[name] for name in _FOLDERS if name in os.environ}
+    used = {name.lower() for name in variable_names(text)}
+    exported: dict[str, str] = {}
+    folder: str | None = None
+    commands: list[Command] = []
+    for line in text.split("\n"):
+        line = line.strip()
+        if not line or _is_comment(line):
+            continue
+        if found := _assigned(line, variables, windows):
+            variables |= found
+            if line.lower().startswith(("export ", "$env:", "set ", "@set ")):
+                exported |= {k: v for k, v in found.items() if k.lower() not in used}
+            continue
+        for words in _Line(line, variables, windows).read():
+            if words[0].lower() in ("cd", "pushd", "set-location", "chdir"):
+                targets = [word for word in words[1:] if word.lower() not in ("/d", "-path")]
+                folder = targets[-1] if targets else folder
+            elif words[0].startswith("--") and commands:
+                # A line of options whose continuation mark got lost.
+                last = commands[-1]
+                commands[-1] = replace(last, words=(*last.words, *words))
+            else:
+                commands.append(Command(tuple(words), folder, dict(exported)))
+    return commands
+
+
+def variable_names(text: str) -> list[str]:
+    """Names of the shell variables that stand in a text."""
+    return [next(filter(None, match.groups())) for match in _VARIABLE.finditer(text)]
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith(("#", "::")) or line.lower().lstrip("@").split(" ")[0] == "rem"
+
+
+def _assigned(line: str, variables: Mapping[str, str], windows: bool) -> dict[str, str]:
+    """The variable that a line sets, if that is all it does."""
+    match = _ASSIGNMENT.fullmatch(line.rstrip(";"))
+    if match is None:
+        return {}
+    if match["cmd"]:
+        return {match["cmd"]: _fill(match["cmdv"], variables)}
+    name, value = (match["sh"], match["shv"]) if match["sh"] else (match["ps"], match["psv"])
+    words = _Line(value, variables, windows).read()
+    # `NAME=value command ...` sets it for that command only; PowerShell's arrays are kept as text.
+    if len(words) > 1 or (words and len(words[0]) > 1):
+        return {} if match["sh"] else {name: " ".join(words[0])}
+    return {name: words[0][0] if words and words[0] else ""}
+
+
+def _fill(text: str, variables: Mapping[str, str]) -> str:
+    def value(match: re.Match) -> str:
+        name = next(filter(None, match.groups()))
+        by_lower = {key.lower(): key for key in variables}
+        return variables[by_lower[name.lower()]] if name.lower() in by_lower else match[0]
+
+    return _VARIABLE.sub(value, text)
+
+
+class _Line:
+    """Reads one line, character by character, into commands of words."""
+
+    def __init__(self, text: str, variables: Mapping[str, str], windows: bool) -> None:
+        self.text, self.variables, self.windows = text, variables, windows
+        self.at = 0
+        self.word: list[str] | None = None
+        self.skip_next = False
+        self.commands: list[list[str]] = [[]]
+
+    def read(self) -> list[list[str]]:
+        """The commands of the line; empty ones are left out."""
+        while self.at < len(self.text):
+            if self.text[self.at] == "#" and self.word is None:
+                break
+            self._step(self.text[self.at :])
+        self._end_word()
+        return [words for words in self.commands if words]
+
+    def _step(self, rest: str) -> None:
+        if rest[0].isspace():
+            self._end_word()
+            self.at += 1
+        elif self.word is None and _LOST_MARK.match(rest):
+            self.at += 1
+        elif separator := _SEPARATOR.match(rest):
+            self._end_word()
+            self.commands.append([])
+            self.at += separator.end()
+        elif self.word is None and (mark := _REDIRECTION.match(rest)):
+            # `2>&1` is whole, `> log.txt` takes the next word along.
+            self.skip_next = mark[1] is None
+            self.at += mark.end()
+        elif rest[0] in "\"'":
+            self._quoted(rest[0])
+        elif len(rest) > 1 and self._escaped(rest):
+            self._append(rest[1], 2)
+        elif variable := _VARIABLE.match(rest):
+            self._append(_fill(variable[0], self.variables), variable.end())
+        else:
+            self._append(rest[0], 1)
+
+    def _append(self, part: str, read: int) -> None:
+        self.word = [*(self.word or []), part]
+        self.at += read
+
+    def _end_word(self) -> None:
+        if self.word is not None:
+            if not self.skip_next:
+                self.commands[-1].append("".join(self.word))
+            self.word, self.skip_next = None, False
+
+    def _escaped(self, rest: str) -> bool:
+        """Whether the first character takes its meaning from the second, outside quotes."""
+        if rest[0] == "`":
+            return True
+        plain = rest[1].isalnum() or rest[1] in "_./-"
+        return rest[0] == "\\" and not self.windows and not plain
+
+    def _quoted(self, quote: str) -> None:
+        start, out = self.at, []
+        self.at += 1
+        while self.at < len(self.text):
+            rest = self.text[self.at :]
+            if rest[0] == quote:
+                text = "".join(out)
+                self._append(text if quote == "'" else _fill(text, self.variables), 1)
+                return
+            escaped = quote == '"' and len(rest) > 1 and self._escaped_in_quotes(rest)
+            out.append(rest[escaped])
+            self.at += 1 + escaped
+        raise UserError(
+            f"the quote {quote} before {self.text[start + 1 : start + 31]!r} is never closed: put "
+            f"{quote} where the text ends"
+        )
+
+    def _escaped_in_quotes(self, rest: str) -> bool:
+        if not self.windows:
+            return rest[0] == "\\" and rest[1] in '"$`\\'
+        # In "D:\\folder\\" the last backslash belongs to the path.
+        closing = not rest[2:3].strip()
+        return (rest[0] == "`" and rest[1] in '"$`') or (rest[:2] == '\\"' and not closing)
