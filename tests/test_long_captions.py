@@ -1,9 +1,12 @@
 """Captions over 512 tokens: numerics of mixed batches, what is encoded, which caches are reused."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from encode_fakes import WIDTH, FakeTokenizers, Project, install
+from stack import make_world, train_options
 from tiny_dit import TINY, dit_weights
 
 from anima_fast.adapters.lora import add_lora
@@ -188,3 +191,43 @@ def test_limits_and_whole_captions_exclude_each_other(project):
             project.options(long_captions="whole", **{name: 300})
     with pytest.raises(UserError, match="cut, whole"):
         project.options(long_captions="all")
+
+
+def log_losses(folder):
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {
+        kind: [r["loss"] for r in records if r.get("kind") == kind]
+        for kind in ("step", "validation")
+    }
+
+
+def test_training_on_long_captions_cached_and_live(tmp_path):
+    """Batches that mix lengths, with validation: live captions give what cached ones give."""
+    from anima_fast.training.loop import train
+
+    world = make_world(tmp_path, subset="validation_split = 0.2")
+    for i in (0, 1):
+        (tmp_path / "images" / f"image{i}.txt").write_text(LONG[: 1500 + 900 * i])
+    runs = {}
+    for name, changes in {
+        "cached": {},
+        "live": {"cache_text_encoder_outputs": False, "network_train_unet_only": True},
+        "adapter": {"network_args": ("train_llm_adapter=True",)},
+        "encoder": {"cache_text_encoder_outputs": False},
+        "cut": {"long_captions": "cut"},
+    }.items():
+        out = tmp_path / name
+        options = {"long_captions": "whole", "max_train_epochs": 1, **changes}
+        train(train_options(world, out, **options))
+        runs[name] = log_losses(out)
+        long = json.loads((out / "dataset.json").read_text())["captions"]["long"]
+        assert [entry["file"].rpartition("image")[2] for entry in long] == ["1.txt", "0.txt"]
+        assert all(entry["tokens"] > 512 for entry in long)
+    cached = runs["cached"]
+    assert len(cached["step"]) >= 2 and cached["validation"]
+    for kind in ("step", "validation"):
+        assert runs["live"][kind] == pytest.approx(cached[kind], rel=1e-5)
+    # The first step sees the same weights whatever is trained beside the DiT.
+    for name in ("adapter", "encoder"):
+        assert runs[name]["step"][0] == pytest.approx(cached["step"][0], rel=1e-5)
+    assert runs["cut"]["step"] != pytest.approx(cached["step"], rel=1e-5)

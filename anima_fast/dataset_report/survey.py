@@ -15,6 +15,7 @@ from anima_fast.dataset_report.findings import plan_problems
 from anima_fast.dataset_report.folders import folder_problems, mask_problems
 from anima_fast.dataset_report.pixels import Look, look_at
 from anima_fast.dataset_report.tags import count_tags, spelling_variants
+from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
     from anima_fast.data.caption_tokens import CaptionTokens
@@ -151,9 +152,16 @@ def _count_tokens(survey: Survey, options: TrainOptions) -> None:
 
 def _tokenizers(options: TrainOptions) -> tuple[Tokenizers | None, str]:
     """The tokenizers where they are at hand, else a sentence that says how to get counts."""
-    from anima_fast.models.tokenizer_files import TokenizerMissing
+    from anima_fast.models.tokenizer_files import QWEN3, T5, TokenizerMissing, explicit_files
     from anima_fast.models.tokenizers import load_tokenizers
 
+    # A wrong path is an error also where the other tokenizer is nowhere.
+    named = ((QWEN3, options.qwen3_tokenizer_path), (T5, options.t5_tokenizer_path))
+    for source, path in named:
+        if path:
+            explicit_files(source, Path(path))
+    if options.qwen3 and not Path(options.qwen3).exists():
+        raise UserError(f"--qwen3 {options.qwen3} does not exist: check the path")
     try:
         return load_tokenizers(
             options.qwen3,

@@ -25,7 +25,7 @@ def count_tags(items: Iterable[ImageItem]) -> Counter[str]:
         seen.add(item.path)
         lines = item.caption.lines(item.subset)
         parts = (tag.strip() for line in lines for tag in _split(line, item))
-        counts.update({tag for tag in parts if tag})
+        counts.update(dict.fromkeys(tag for tag in parts if tag).keys())
     return counts
 
 

@@ -62,7 +62,7 @@ def find_files(
     fetch: ask the hub for files that are nowhere. Raises `UserError` when the explicit path holds
     none, and `TokenizerMissing` when they are nowhere and cannot be, or shall not be, fetched.
     """
-    named = _explicit_files(source, Path(explicit)) if explicit is not None else None
+    named = explicit_files(source, Path(explicit)) if explicit is not None else None
     folder = Path(qwen3_path) if qwen3_path is not None else None
     if source is QWEN3 and folder is not None and (files := _files_in(source, folder)):
         return files
@@ -78,7 +78,8 @@ def find_files(
     return _download(source, models_dir)
 
 
-def _explicit_files(source: Source, path: Path) -> list[Path]:
+def explicit_files(source: Source, path: Path) -> list[Path]:
+    """The files in a folder that the user named; `UserError` when it holds none."""
     files = _files_in(source, path)
     if files is None and path.is_file() and (path.name,) in source.layouts:
         files = [path]
