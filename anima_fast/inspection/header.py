@@ -23,6 +23,7 @@ HIGHLIGHTS = {
     "modelspec.author": "author",
     "modelspec.trigger_phrase": "trigger_phrase",
     "modelspec.date": "date",
+    "modelspec.merged_from": "merged_from",
     "ss_base_model_version": "base_model",
     "ss_sd_model_name": "trained_on",
     "ss_network_module": "network_module",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,7 @@ class Network:
         parts: by dotted module name, with their alphas (of a folded file too).
         dialect: that of its names.
         folded: whether alpha / rank stood in the weights.
+        strength: at which a merge uses it.
     """
 
     path: Path
@@ -40,13 +42,14 @@ class Network:
     dialect: str
     metadata: dict[str, str]
     folded: bool
+    strength: float = 1.0
 
     @classmethod
-    def read(cls, path: str | os.PathLike) -> Network:
+    def read(cls, path: str | os.PathLike, strength: float = 1.0) -> Network:
         """Read a file of any dialect; raises `UserError` when it is no network of this model."""
         parts, dialect, metadata = read_lora(path)
         folded = FOLDED in metadata
-        return cls(Path(path), unfold(parts, metadata), dialect, metadata, folded)
+        return cls(Path(path), unfold(parts, metadata), dialect, metadata, folded, strength)
 
     @property
     def kinds(self) -> set[str]:
@@ -147,6 +150,25 @@ def with_comment(metadata: Mapping[str, str], comment: str) -> dict[str, str]:
     old = metadata.get("ss_training_comment", "")
     known = old not in ("", "None")
     return {**metadata, "ss_training_comment": f"{old}; {comment}" if known else comment}
+
+
+def path_and_weight(text: str) -> tuple[str, float]:
+    """A word of --lora, PATH or PATH:WEIGHT; a drive letter's colon is no weight.
+
+    Raises `UserError` for a weight that is no finite number.
+    """
+    path, colon, word = text.rpartition(":")
+    if not colon or not path or Path(text).exists():
+        return text, 1.0
+    try:
+        weight = float(word)
+    except ValueError:
+        if Path(path).exists():
+            raise UserError(f"--lora {text}: the weight {word!r} is no number") from None
+        return text, 1.0
+    if not math.isfinite(weight):
+        raise UserError(f"--lora {text}: the weight must be a finite number")
+    return path, weight
 
 
 def check_output(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> Path:

@@ -1,0 +1,294 @@
+"""Commands on finished networks and checkpoints: `merge`, `extract`, `resize` and `remap`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from anima_fast.commands.app import app
+from anima_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from anima_fast.tools.report import Loss
+
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="File to write.", show_default=False)
+]
+Rank = Annotated[int | None, typer.Option(help="Largest rank.", show_default=False)]
+Energy = Annotated[
+    float | None,
+    typer.Option(
+        help="Keep this share of each module's energy (squared norm), such as 0.95.",
+        show_default=False,
+    ),
+]
+Dynamic = Annotated[
+    str | None,
+    typer.Option(
+        help="Choose each module's rank: sv_fro:P keeps the share P of the norm, sv_cumulative:P "
+        "that of the sum of singular values, sv_ratio:P values above the largest / P.",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cuda or cpu; default: a card where there is one.", show_default=False),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Tell every module.")]
+
+
+def _precision(text: str) -> typer.models.OptionInfo:
+    return typer.Option("--precision", help=text, show_default=False)
+
+
+@app.command("merge")
+def _merge(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="DiT, LLM adapter or text encoder; none merges the networks only."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora", help="Network file, as path or path:weight; may be repeated. Weight 1."
+        ),
+    ] = None,
+    output: Output = None,
+    precision: Annotated[
+        str | None,
+        _precision(
+            "bf16, fp16, fp32 or keep (default: bf16 for a checkpoint, keep for networks). Other "
+            "models in the same file keep theirs."
+        ),
+    ] = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    dynamic: Dynamic = None,
+    device: Device = None,
+    verbose: Verbose = False,
+) -> None:
+    """Build LoRA, LoHa, LoKr or DoRA files into a checkpoint, or several LoRA into one.
+
+    Into a checkpoint: in fp32; names and other tensors stay.
+    Without one: the weighted sum of the networks as one LoRA, of all their ranks,
+    or the closest of --rank, --energy or --dynamic, with the error told.
+    """
+    from anima_fast.tools.networks import path_and_weight
+
+    if not lora:
+        raise UserError("merge needs at least one --lora FILE or --lora FILE:WEIGHT")
+    networks = [path_and_weight(text) for text in lora]
+    target = _required(output)
+    if checkpoint is None:
+        _combine(networks, target, precision, (rank, dynamic, energy), device, verbose)
+    elif (rank, energy, dynamic) != (None, None, None):
+        raise UserError("--rank, --energy and --dynamic are for merging networks with each other")
+    else:
+        _merge_checkpoint(checkpoint, networks, target, precision or "bf16")
+
+
+def _merge_checkpoint(
+    checkpoint: Path, networks: list[tuple[str, float]], output: Path, precision: str
+) -> None:
+    from anima_fast.tools.merge import merge_into_checkpoint
+
+    done = merge_into_checkpoint(checkpoint, networks, output, precision=precision, say=_progress)
+    for (path, weight), used in zip(networks, done.used, strict=True):
+        typer.echo(f"{path} at {weight:g}: {used} modules")
+    for note in done.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"wrote {output}: {done.weights} weights changed")
+
+
+def _combine(
+    networks: list[tuple[str, float]],
+    output: Path,
+    precision: str | None,
+    rule: tuple[int | None, str | None, float | None],
+    device: str | None,
+    verbose: bool,
+) -> None:
+    from anima_fast.tools.combine import combine_networks
+    from anima_fast.tools.ranks import RankRule
+
+    chosen = None if rule == (None, None, None) else RankRule.of(*rule)
+    losses = combine_networks(
+        networks,
+        output,
+        rule=chosen,
+        precision=None if precision == "keep" else precision,
+        device=_device(device),
+        say=_progress,
+    )
+    _tell(losses, output, verbose)
+
+
+@app.command("extract")
+def _extract(
+    base: Annotated[Path, typer.Argument(help="Checkpoint to start from.")],
+    tuned: Annotated[Path, typer.Argument(help="Checkpoint that the LoRA leads to.")],
+    output: Output = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    dynamic: Dynamic = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Also layers whose whole dotted name matches; may be repeated."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Not layers whose whole dotted name matches; may be repeated."),
+    ] = None,
+    llm_adapter: Annotated[
+        bool,
+        typer.Option("--llm_adapter", "--llm-adapter", help="Also the layers of the LLM adapter."),
+    ] = False,
+    to: Annotated[str, typer.Option(help="Names: kohya, comfyui or diffusers.")] = "kohya",
+    precision: Annotated[str | None, _precision("fp32, fp16 or bf16 (default fp32).")] = None,
+    device: Device = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make a LoRA from the difference of two checkpoints.
+
+    Takes the layers that training adapts by default.
+    Tells the error, and what differs but cannot be in a LoRA.
+    """
+    from anima_fast.tools.extract import extract_lora
+    from anima_fast.tools.ranks import RankRule
+
+    target = _required(output)
+    _check_dialect(to)
+    found = extract_lora(
+        base,
+        tuned,
+        target,
+        RankRule.of(rank, dynamic, energy),
+        include=include or (),
+        exclude=exclude or (),
+        llm_adapter=llm_adapter,
+        dialect=to,
+        precision=precision or "fp32",
+        device=_device(device),
+        say=_progress,
+    )
+    if found.same:
+        typer.echo(f"{found.same} target layers do not differ and are left out")
+    if found.outside:
+        name, change = next(iter(found.outside.items()))
+        typer.echo(
+            f"not in the LoRA: {len(found.outside)} other tensors that differ, most of all {name} "
+            f"(by {100 * change:.3g} %); --include and --llm_adapter reach linear layers"
+        )
+        if verbose:
+            typer.echo("\n".join(f"  {n}  {100 * c:.3g} %" for n, c in found.outside.items()))
+    _tell(found.losses, target, verbose)
+
+
+@app.command("resize")
+def _resize(
+    src: Annotated[Path, typer.Argument(help="LoRA, LoHa, LoKr or DoRA file to read.")],
+    output: Output = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    dynamic: Dynamic = None,
+    precision: Annotated[
+        str | None, _precision("fp32, fp16 or bf16 (default: as in the file).")
+    ] = None,
+    device: Device = None,
+    verbose: Verbose = False,
+) -> None:
+    """Reduce the rank of a LoRA, and tell the error.
+
+    Each module keeps its scale alpha / rank; a DoRA keeps its magnitudes.
+    LoHa and LoKr become the closest plain LoRA.
+    """
+    from anima_fast.tools.ranks import RankRule
+    from anima_fast.tools.resize import resize_file
+
+    target = _required(output)
+    rule = RankRule.of(rank, dynamic, energy)
+    losses = resize_file(
+        src, target, rule, precision=precision, device=_device(device), say=_progress
+    )
+    _tell(losses, target, verbose)
+
+
+@app.command("remap")
+def _remap(
+    src: Annotated[Path, typer.Argument(help="Network file to read.")],
+    output: Output = None,
+    to: Annotated[
+        int | None,
+        typer.Option("--to", "--layers", help="Blocks of the target: 28, 40, 52 or any other."),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint of the target, which tells its blocks and widths."),
+    ] = None,
+    source: Annotated[
+        int | None,
+        typer.Option(
+            "--from", help="Blocks that the network is for (default: told from its highest block)."
+        ),
+    ] = None,
+    mapping: Annotated[
+        str | None,
+        typer.Option(
+            "--map", help="Pairs target=source or target=source*strength, or a file with them."
+        ),
+    ] = None,
+    duplicate: Annotated[
+        float,
+        typer.Option(help="Strength in blocks that were copied from another; 0 leaves them out."),
+    ] = 0.0,
+) -> None:
+    """Move a network between DiT of 28, 40 and 52 blocks.
+
+    Follows the published insertions. Blocks that the deeper model has in addition
+    get nothing, and are left out on the way back.
+    """
+    from anima_fast.tools.remap import describe, remap_file
+
+    target = _required(output)
+    done = remap_file(
+        src, target, to=to, model=model, source=source, mapping=mapping, duplicate=duplicate
+    )
+    typer.echo("\n".join(describe(done)))
+    typer.echo(f"wrote {target}: {done.modules} modules")
+
+
+def _required(output: Path | None) -> Path:
+    if output is None:
+        raise UserError("--output is required: the file to write")
+    return output
+
+
+def _check_dialect(to: str) -> None:
+    if to not in ("kohya", "comfyui", "diffusers"):
+        raise UserError(f"--to {to}: use kohya, comfyui or diffusers")
+
+
+def _device(name: str | None) -> str:
+    """The device asked for, else CUDA where there is a card."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used: {reason}; use --device cpu") from None
+    return name
+
+
+def _tell(losses: list[Loss], output: Path, verbose: bool) -> None:
+    from anima_fast.tools.report import lines
+
+    typer.echo("\n".join(lines(losses, verbose=verbose)))
+    typer.echo(f"wrote {output}")
+
+
+def _progress(text: str) -> None:
+    typer.echo(text, err=True)

@@ -1,0 +1,131 @@
+"""Model files by module: where the weight of each layer stands, under whatever prefix."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+
+from anima_fast.adapters import names
+from anima_fast.errors import UserError
+from anima_fast.models.checkpoint import (
+    FOREIGN,
+    KIND_NAMES,
+    LEFTOVERS,
+    Checkpoint,
+    detect_kind,
+    strip_prefix,
+)
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Tensors that quantised files keep beside their weights.
+QUANTISED = re.compile(
+    r".*\.(scale_weight|weight_scale(_2)?|scale_input|input_scale|comfy_quant|absmax|quant_map"
+    r"|nested_absmax|quant_state\..*|SCB|qweight|qzeros|scales)|scaled_fp8"
+)
+# The parts of the model by the prefix of their dotted module names, as messages call them.
+PARTS = {"": "the DiT", names.ADAPTER: "the LLM adapter", names.TEXT_ENCODER: "the text encoder"}
+# Both are told by a name that the DiT does not have.
+LAYER_OF_QWEN3 = re.compile(r"(.*?)layers\.\d+\.self_attn\.q_norm\.weight")
+LAYER_OF_ADAPTER = re.compile(r"((.*\.)?llm_adapter\.|)blocks\.\d+\.norm_cross_attn\.weight")
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A DiT, an LLM adapter, a text encoder, or several in one file.
+
+    Attributes:
+        checkpoint: its tensors.
+        prefixes: what stands before the names of each part that the file has, by the part's prefix
+            in dotted module names ("" is the DiT).
+    """
+
+    checkpoint: Checkpoint
+    prefixes: dict[str, str]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> ModelFile:
+        """Open a model file; raises `UserError` when it is none that networks are made for."""
+        checkpoint = Checkpoint.open(path)
+        kind = detect_kind(checkpoint)
+        if kind not in ("dit", "llm_adapter", "qwen3"):
+            raise UserError(
+                f"{path} is no checkpoint of Anima: {KIND_NAMES[kind]}; expected a DiT, LLM "
+                "adapter or text encoder file"
+            )
+        found = cls(checkpoint, _prefixes(checkpoint))
+        found._refuse_quantised()
+        return found
+
+    def key(self, module: str) -> str | None:
+        """The key of a module's weight by its dotted name; None when the file has none."""
+        part = part_of_module(module)
+        if part not in self.prefixes:
+            return None
+        key = f"{self.prefixes[part]}{module[len(part) :]}.weight"
+        return key if key in self.checkpoint.shapes else None
+
+    def part_of_key(self, key: str) -> str | None:
+        """The part that a tensor belongs to; None for leftovers and other models."""
+        # The adapter's names begin like those of the DiT around it.
+        for part in sorted(self.prefixes, key=lambda part: -len(self.prefixes[part])):
+            name = key.removeprefix(self.prefixes[part])
+            if not key.startswith(self.prefixes[part]) or LEFTOVERS.fullmatch(name):
+                continue
+            if part or not FOREIGN.fullmatch(name):
+                return part
+        return None
+
+    def named(self, *parts: str) -> Checkpoint:
+        """The tensors of some parts under their dotted names, such as `blocks.0.mlp.layer1.weight`.
+
+        Parts that the file does not have give none.
+        """
+        found = {}
+        for key in self.checkpoint.shapes:
+            part = self.part_of_key(key)
+            if part in parts:
+                found[part + key.removeprefix(self.prefixes[part])] = key
+        return self.checkpoint.renamed(found)
+
+    def _refuse_quantised(self) -> None:
+        bad = [key for key in self.checkpoint.shapes if QUANTISED.fullmatch(key)]
+        if bad:
+            raise UserError(
+                f"{self.checkpoint.name} is quantised (it has {bad[0]}): give the file in bf16, "
+                "fp16 or fp32 that it was made from"
+            )
+
+
+def part_of_module(name: str) -> str:
+    """The part of a dotted module name: "", `names.ADAPTER` or `names.TEXT_ENCODER`."""
+    return next((p for p in (names.TEXT_ENCODER, names.ADAPTER) if name.startswith(p)), "")
+
+
+def _prefixes(checkpoint: Checkpoint) -> dict[str, str]:
+    keys = checkpoint.shapes
+    found = {}
+    dit = strip_prefix(keys)
+    if dit is not None:
+        found[""] = dit
+    for part, pattern in (
+        (names.ADAPTER, LAYER_OF_ADAPTER),
+        (names.TEXT_ENCODER, LAYER_OF_QWEN3),
+    ):
+        match = next((m for key in keys if (m := pattern.fullmatch(key))), None)
+        if match:
+            found[part] = match[1]
+    return found
+
+
+def check_floats(checkpoint: Checkpoint, key: str) -> None:
+    """Refuse a weight of integers or 8-bit numbers, which cannot be computed with."""
+    dtype = checkpoint.dtype(key)
+    if dtype not in FLOATS:
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"{checkpoint.name}: {key} is {kind}, expected bf16, fp16 or fp32: give the file that "
+            "it was quantised from"
+        )

@@ -1,0 +1,199 @@
+"""A network for a DiT of another depth: `anima-fast remap`.
+
+Only block numbers change; matrices, magnitudes and everything outside the DiT's blocks stay. Blocks
+that the deeper model has in addition get nothing, since a copied block starts out as adding
+nothing; with `duplicate` they get the Δ of the block that they were copied from, at that strength.
+At strength 1 such a Δ acts twice, once in each of the two blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from anima_fast.adapters.parts import Part
+from anima_fast.errors import UserError
+from anima_fast.models.dit_config import DitConfig
+from anima_fast.tools.block_maps import DEPTHS, BlockMap, given_map, known_map
+from anima_fast.tools.checkpoints import ModelFile, part_of_module
+from anima_fast.tools.networks import Network, check_output, with_comment
+
+BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+REMAPPED = "anima_fast.remapped"
+
+
+@dataclass(frozen=True)
+class Remapped:
+    """What a remap did.
+
+    Attributes:
+        map: the map of all blocks.
+        used: {block of the target: block of the source} of blocks that got modules.
+        copied: the same of blocks that got a copy, at the strength `duplicate`.
+        dropped: blocks of the network that no block of the target is.
+        modules: number of modules written.
+        others: modules outside the DiT's blocks, which stay as they are.
+    """
+
+    map: BlockMap
+    used: dict[int, int]
+    copied: dict[int, int]
+    duplicate: float
+    dropped: list[int]
+    modules: int
+    others: int
+
+
+def remap_file(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    to: int | None = None,
+    model: str | os.PathLike | None = None,
+    source: int | None = None,
+    mapping: str | None = None,
+    duplicate: float = 0.0,
+) -> Remapped:
+    """Write a network for a DiT of another depth.
+
+    Args:
+        src, dst: files; `dst` is replaced atomically.
+        to: number of blocks of the target; `model`: a checkpoint that tells it, and whose layers
+            the modules are held against.
+        source: number of blocks that the network is for; None tells it from the highest block.
+        mapping: pairs or a file, see `given_map`; None is the published or an even map.
+        duplicate: strength of Δ in blocks that were copied from another; 0 leaves them out.
+
+    Raises:
+        UserError: no network of this model, nothing to change, blocks that do not exist, layers of
+            another width, or a DoRA whose Δ would have to be scaled.
+    """
+    check_output(dst, [src] if model is None else [src, model])
+    network = Network.read(src)
+    target = None if model is None else ModelFile.open(model)
+    to = _depth(target, to) if target is not None else to
+    blocks = _blocks(network)
+    source = _source(network, blocks, source)
+    if mapping is not None:
+        found = given_map(mapping, source, to)
+    elif to is None:
+        raise UserError("give --to (a number of blocks), --model (a checkpoint) or --map")
+    elif to == source:
+        raise UserError(f"{src} is for {source} blocks already (--from says otherwise, if need be)")
+    else:
+        found = known_map(source, to)
+    if to is not None and found.target != to:
+        raise UserError(f"--map leads to {found.target} blocks, not to {to}")
+    parts = _moved(network, found, duplicate)
+    if target is not None:
+        _check_fit(parts, network, target)
+    change = f"{found.source} to {found.target}"
+    metadata = with_comment(network.metadata, f"remapped by anima_fast from {change} blocks")
+    metadata[REMAPPED] = change
+    network.write(dst, parts, metadata)
+    used = {t: s for t, s in sorted(found.same.items()) if s in blocks}
+    copies = {t: s for t, s in sorted(found.copies.items()) if s in blocks and duplicate}
+    dropped = [block for block in found.dropped if block in blocks]
+    others = sum(BLOCK.fullmatch(name) is None for name in parts)
+    return Remapped(found, used, copies, duplicate, dropped, len(parts), others)
+
+
+def _depth(model: ModelFile, to: int | None) -> int:
+    if "" not in model.prefixes:
+        raise UserError(f"--model {model.checkpoint.name} holds no DiT: give a DiT file")
+    blocks = DitConfig.from_shapes(model.named("").shapes).num_blocks
+    if to is not None and to != blocks:
+        raise UserError(f"--to {to}: {model.checkpoint.name} has {blocks} blocks")
+    return blocks
+
+
+def _blocks(network: Network) -> set[int]:
+    found = {int(m[1]) for name in network.parts if (m := BLOCK.fullmatch(name))}
+    if not found:
+        raise UserError(f"{network.path} has no module in a block of the DiT: nothing to remap")
+    return found
+
+
+def _source(network: Network, blocks: set[int], given: int | None) -> int:
+    """The depth that a network is for: as given, else the least published one that holds it."""
+    needed = max(blocks) + 1
+    if given is not None:
+        if given < needed:
+            raise UserError(f"--from {given}: {network.path} has a block {max(blocks)}")
+        return given
+    return next((depth for depth in DEPTHS if depth >= needed), needed)
+
+
+def _moved(network: Network, found: BlockMap, duplicate: float) -> dict[str, Part]:
+    by_block: dict[int, dict[str, Part]] = {}
+    parts = {}
+    for name, part in network.parts.items():
+        if match := BLOCK.fullmatch(name):
+            by_block.setdefault(int(match[1]), {})[match[2]] = part
+        else:
+            parts[name] = part
+    for block, (origin, strength) in sorted(found.pairs(duplicate).items()):
+        for layer, part in by_block.get(origin, {}).items():
+            if part.dora_scale is not None and (strength != 1 or block in found.copies):
+                raise UserError(
+                    f"{network.path} is a DoRA, whose magnitudes belong to the weights of one "
+                    f"block: block {block} can get no share of block {origin}"
+                )
+            parts[f"blocks.{block}.{layer}"] = part if strength == 1 else part.times(strength)
+    if not any(BLOCK.fullmatch(name) for name in parts):
+        raise UserError(
+            f"none of the blocks of {network.path} is in the target: nothing would be left"
+        )
+    return parts
+
+
+def _check_fit(parts: dict[str, Part], network: Network, target: ModelFile) -> None:
+    for name, part in parts.items():
+        if part_of_module(name) not in target.prefixes:
+            continue
+        key = target.key(name)
+        shape = None if key is None else tuple(target.checkpoint.shapes[key])
+        if shape != part.shape:
+            has = f"one of {list(shape)}" if shape else "none"
+            raise UserError(
+                f"{network.path} does not fit {target.checkpoint.name}: {name} is for a weight of "
+                f"{list(part.shape)}, the model has {has}"
+            )
+
+
+def describe(done: Remapped) -> list[str]:
+    """What went where, for people."""
+    found = done.map
+    lines = [
+        f"{found.source} to {found.target} blocks ({found.origin}):",
+        *(f"  {text}" for text in _runs(done.used)),
+    ]
+    if done.copied:
+        told = ", ".join(f"{origin} to {block}" for block, origin in done.copied.items())
+        lines.append(f"  copied at strength {done.duplicate:g}: blocks {told}")
+    if empty := sorted(set(range(found.target)) - {*found.same, *done.copied}):
+        lines.append(f"  nothing for blocks {_numbers(empty)}, which the network knows no block for")
+    if done.dropped:
+        lines.append(f"  left out: blocks {_numbers(done.dropped)}, which the target does not have")
+    if done.others:
+        lines.append(f"  unchanged: {done.others} modules outside the blocks of the DiT")
+    return lines
+
+
+def _runs(used: dict[int, int]) -> list[str]:
+    """Runs of blocks that move together: "blocks 2 to 4 become 3 to 5"."""
+    runs: list[list[int]] = []
+    for block, origin in used.items():
+        if runs and (block, origin) == (runs[-1][1] + 1, runs[-1][3] + 1):
+            runs[-1][1], runs[-1][3] = block, origin
+        else:
+            runs.append([block, block, origin, origin])
+    return [
+        f"block {c} becomes {a}" if a == b else f"blocks {c} to {d} become {a} to {b}"
+        for a, b, c, d in runs
+    ]
+
+
+def _numbers(values: list[int]) -> str:
+    return ", ".join(map(str, values))
