@@ -8,8 +8,10 @@ their mean colours agree. Of those with equal size the decoded pixels are then c
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -65,16 +67,34 @@ def _alike(looks: Sequence[Look]) -> Iterator[tuple[int, int]]:
 
 
 def _exact_groups(pairs: Sequence[tuple[Path, Path]]) -> list[list[Path]]:
-    by_pixels: dict[bytes, list[Path]] = defaultdict(list)
-    for path in sorted({path for pair in pairs for path in pair}):
-        try:
-            pixels = images.read_image(path, "RGBA")
-        except UserError:
-            continue
-        digest = hashlib.blake2b(pixels.tobytes(), digest_size=16)
-        digest.update(str(pixels.shape).encode())
-        by_pixels[digest.digest()].append(path)
-    return [group for group in by_pixels.values() if len(group) > 1]
+    paths = sorted({path for pair in pairs for path in pair})
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        contents = list(pool.map(_file_digest, paths))
+        # Copies of a file need not be decoded to be told the same.
+        distinct = dict(zip(contents, paths, strict=True))
+        pixels = dict(zip(distinct, pool.map(_pixel_digest, distinct.values()), strict=True))
+    groups: dict[bytes, list[Path]] = defaultdict(list)
+    for path, content in zip(paths, contents, strict=True):
+        groups[pixels[content]].append(path)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _file_digest(path: Path) -> bytes:
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+    except OSError:
+        return str(path).encode("utf-8", "surrogateescape")
+
+
+def _pixel_digest(path: Path) -> bytes:
+    """Equal for files that decode to the same pixels."""
+    try:
+        pixels = images.read_image(path, "RGBA")
+    except UserError:
+        return str(path).encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(str(pixels.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(pixels))
+    return digest.digest()
 
 
 def _groups(pairs: Sequence[tuple[Path, Path]]) -> list[list[Path]]:
