@@ -6,7 +6,8 @@
 | comfyui | `diffusion_model.blocks.0.self_attn.q_proj` | `lora_A`, `lora_B` | `.alpha` |
 | diffusers | `transformer.transformer_blocks.0.attn1.to_q` | `lora_A`, `lora_B` | none |
 
-LoHa, LoKr and DoRA keep their suffixes in every dialect; diffusers does not load them.
+LoHa, LoKr and DoRA keep their suffixes in every dialect; diffusers does not load them. Names of
+LyCORIS' wrapper and of PEFT are read too (names.py), but not written.
 
 A file without `.alpha` means alpha = rank. Folding multiplies alpha / rank into one matrix (the up
 matrix of a LoRA) and records the alphas in the metadata, so that unfolding restores the
@@ -39,6 +40,8 @@ SUFFIXES = {
     "comfyui": {"down": "lora_A.weight", "up": "lora_B.weight"},
     "diffusers": {"down": "lora_A.weight", "up": "lora_B.weight"},
 }
+# Some tools keep lora_down/lora_up in dotted names; both spellings mean the same.
+OURS = {theirs: ours for own in SUFFIXES.values() for ours, theirs in own.items()}
 # Tensors of other networks keep their suffix in every dialect.
 OTHER_SUFFIXES = ("hada_", "lokr_", "dora_scale")
 # What a module must hold to be complete, one of these.
@@ -68,9 +71,6 @@ def read_tensors(
         raise wrong_kind(checkpoint, "an Anima LoRA")
     if dialect is None:
         raise UserError(f"{path} is no Anima LoRA: none of its keys has a known prefix")
-    ours = {theirs: name for name, theirs in SUFFIXES[dialect].items()}
-    # Some tools keep lora_down/lora_up in dotted names; both spellings mean the same.
-    ours |= {theirs: name for name, theirs in SUFFIXES["kohya"].items()}
     modules: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key in checkpoint.shapes:
@@ -79,7 +79,8 @@ def read_tensors(
         if name is None:
             unknown.append(key)
             continue
-        modules.setdefault(name, {})[ours.get(suffix, suffix)] = checkpoint.get(key)
+        suffix, tensor = _ours(suffix, checkpoint.get(key))
+        modules.setdefault(name, {})[suffix] = tensor
     if ignored is not None:
         ignored += unknown
     elif unknown:
@@ -93,6 +94,15 @@ def read_tensors(
         if "alpha" in tensors and tensors["alpha"].numel() != 1:
             raise UserError(f"{path}: the alpha of {name} is not one number: the file is damaged")
     return modules, dialect, checkpoint.metadata
+
+
+def _ours(suffix: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """A tensor's suffix as it is called here, and the tensor in the shape that it has here."""
+    # PEFT puts the name of the adapter in between.
+    suffix = suffix.replace(".default", "")
+    if suffix.startswith("lora_magnitude_vector"):
+        return "dora_scale", tensor.reshape(-1, 1)
+    return OURS.get(suffix, suffix), tensor
 
 
 def split_key(key: str) -> tuple[str, str]:

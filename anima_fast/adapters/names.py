@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable
 
 DIALECTS = ("kohya", "comfyui", "diffusers")
+# Names that are read here but not by image programs, so they are never written.
+OTHER = "other"
 TEXT_ENCODER = "text_encoder."
 ADAPTER = "llm_adapter."
 
@@ -83,6 +85,13 @@ DIFFUSERS_TOP = {
 DIFFUSERS_TEXT = "text_conditioner."
 DIFFUSERS_DIT = "transformer."
 
+# LyCORIS' own wrapper, on our modules or (SimpleTuner) on those of diffusers.
+LYCORIS = "lycoris_"
+PEFT = "base_model.model."
+# What other tools leave before a module's own name.
+OTHER_PREFIXES = ("diffusion_model.", DIFFUSERS_DIT, "net.", "")
+WEIGHTS_OF_NETWORKS = (".lora_", ".hada_", ".lokr_")
+
 
 def flat_name(name: str) -> str:
     """Dotted → the flat name of sd-scripts (`lora_unet_...`, `lora_te_...`)."""
@@ -143,14 +152,37 @@ def from_diffusers(name: str) -> str | None:
     return {v: k for k, v in DIFFUSERS_TOP.items()}.get(name)
 
 
+def from_other(name: str) -> str | None:
+    """A name of LyCORIS' wrapper or of PEFT, or with a checkpoint's prefix or none → dotted."""
+    if name.startswith(LYCORIS):
+        flat = name[len(LYCORIS) :]
+        return from_flat(f"lora_unet_{flat}") or _from_flat_diffusers(flat)
+    name = name.removeprefix(PEFT)
+    for prefix in OTHER_PREFIXES:
+        if name.startswith(prefix):
+            name = name[len(prefix) :]
+            return from_diffusers(DIFFUSERS_DIT + name) or name
+    return None
+
+
+def _from_flat_diffusers(flat: str) -> str | None:
+    if match := re.fullmatch(r"transformer_blocks_(\d+)_(.+)", flat):
+        module = {v.replace(".", "_"): k for k, v in DIFFUSERS_BLOCK.items()}.get(match[2])
+        return f"blocks.{match[1]}.{module}" if module else None
+    return {v.replace(".", "_"): k for k, v in DIFFUSERS_TOP.items()}.get(flat)
+
+
 def to_dialect(name: str, dialect: str) -> str | None:
     """A dotted name in a dialect; None when the dialect has no name for it."""
     return {"kohya": flat_name, "comfyui": comfyui_name, "diffusers": diffusers_name}[dialect](name)
 
 
 def detect_dialect(keys: Iterable[str]) -> str | None:
-    """The dialect of a file's keys; None for no LoRA of this model."""
+    """The dialect of a file's keys, or `OTHER`; None for no LoRA of this model."""
     keys = list(keys)
+    # `transformer.blocks.` is no name of diffusers, whatever the other keys are.
+    if any(key.startswith(f"{DIFFUSERS_DIT}blocks.") for key in keys):
+        return OTHER
     for dialect, prefixes in (
         ("kohya", ("lora_unet_", "lora_te_")),
         ("comfyui", tuple(theirs for _, theirs in COMFYUI_PREFIXES)),
@@ -158,12 +190,20 @@ def detect_dialect(keys: Iterable[str]) -> str | None:
     ):
         if any(key.startswith(prefixes) for key in keys):
             return dialect
-    return None
+    others = (LYCORIS, PEFT, "net.blocks.", "blocks.")
+    # A checkpoint has such names too, but no matrices of a network.
+    own = (k for k in keys if any(mark in k for mark in WEIGHTS_OF_NETWORKS))
+    return OTHER if any(key.startswith(others) for key in own) else None
 
 
 def from_dialect(name: str, dialect: str) -> str | None:
     """The dotted name of a module of a dialect; None when Anima has no such module."""
-    reverse = {"kohya": from_flat, "comfyui": from_comfyui, "diffusers": from_diffusers}[dialect]
+    reverse = {
+        "kohya": from_flat,
+        "comfyui": from_comfyui,
+        "diffusers": from_diffusers,
+        OTHER: from_other,
+    }[dialect]
     dotted = reverse(name)
     # Other models use the same prefixes: only a name that the table of modules has is taken.
     return dotted if dotted and from_flat(flat_name(dotted)) == dotted else None
