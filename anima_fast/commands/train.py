@@ -53,6 +53,11 @@ def _run(cls: type, values: dict[str, Any]) -> None:
     )
     for notice in notices:
         log.warning(notice)
+    if getattr(options, "plan_memory", False):
+        from anima_fast.training.memory_check import show_memory
+
+        show_memory(options, say=typer.echo)
+        return
     from anima_fast.training.loop import train
 
     result = train(options)

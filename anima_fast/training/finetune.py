@@ -63,7 +63,7 @@ def train_model(
         UserError: nothing to train, or an optimizer that cannot work this way.
     """
     adapter = conditioning.adapter if options.trains_llm_adapter else None
-    base, bundled = base_tensors(options)
+    base, bundled = base_tensors(options.pretrained_model_name_or_path, options.llm_adapter_path)
     network = train_everything(
         dit,
         adapter,
@@ -96,14 +96,14 @@ def training_dtype(options: FinetuneOptions) -> torch.dtype:
     return torch.float16 if options.full_fp16 else torch.float32
 
 
-def base_tensors(options: FinetuneOptions) -> tuple[Checkpoint, bool]:
-    """The tensors that the run starts from, and whether the DiT's file has the adapter inside.
+def base_tensors(path: str, adapter_path: str | None) -> tuple[Checkpoint, bool]:
+    """The tensors that a run starts from, and whether the DiT's file has the adapter inside.
 
-    The adapter is that of `llm_adapter_path` when it is given. Files are mapped, nothing is read.
+    The adapter is that of `adapter_path` when it is given. Files are mapped, nothing is read.
     """
-    source = Checkpoint.open(options.pretrained_model_name_or_path)
+    source = Checkpoint.open(path)
     dit, bundled = dit_tensors(source), adapter_tensors(source)
-    separate = Checkpoint.open(options.llm_adapter_path) if options.llm_adapter_path else None
+    separate = Checkpoint.open(adapter_path) if adapter_path else None
     adapter = bundled if separate is None else adapter_tensors(separate)
     shapes = dict(dit.shapes)
     if adapter is not None:

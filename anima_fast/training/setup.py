@@ -34,6 +34,7 @@ from anima_fast.training.checks import DTYPES, check_start, choose_device, uses_
 from anima_fast.training.conditioning import Conditioning, load_conditioning
 from anima_fast.training.ema import Ema
 from anima_fast.training.finetune import train_model
+from anima_fast.training.memory_check import check_memory
 from anima_fast.training.model_setup import install_memory_savers
 from anima_fast.training.network import Network
 from anima_fast.training.optimizers import build_optimizer
@@ -115,6 +116,8 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
         say(notice)
     length = run_length(options, plan.batches_per_epoch)
     describe_plan(plan, length, say)
+    if trains_all(options):
+        check_memory(options, plan, device, say=say)
     # Encoding may take long; the lengths of the captions are known after it.
     write_health(options.output_dir, plan)
 

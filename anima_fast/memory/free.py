@@ -1,0 +1,61 @@
+"""How much memory is free: on a card, and in the host."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def device_free(device: torch.device) -> int | None:
+    """Bytes that are free on a card; None for another device."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def host_free() -> int | None:
+    """Bytes of host memory that programs can still take without swapping; None if unknown."""
+    if os.name == "nt":
+        return _windows_free()
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        found = dict(line.split(":", 1) for line in lines if ":" in line)
+        return min(int(found["MemAvailable"].split()[0]) * 1024, _limit() or 2**63)
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _limit() -> int | None:
+    """What the control group of a container leaves; None without a limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
+        used = int((folder / "memory.current").read_text(encoding="utf-8"))
+        return None if limit == "max" else max(0, int(limit) - used)
+    except (OSError, ValueError):
+        return None
+
+
+def _windows_free() -> int | None:
+    import ctypes
+
+    class Status(ctypes.Structure):
+        _fields_ = [
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            *[
+                (name, ctypes.c_ulonglong)
+                for name in (
+                    "total", "available", "page_total", "page_available", "virtual_total",
+                    "virtual_available", "extended",
+                )
+            ],
+        ]  # fmt: skip
+
+    status = Status()
+    status.length = ctypes.sizeof(Status)
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    return status.available
