@@ -170,11 +170,12 @@ def to_toml(options: Any, *, only_changed: bool = False) -> str:
         if value is None or spec.secret or (only_changed and value == spec.default):
             continue
         plain = list(value) if isinstance(value, tuple) else value
-        sections.setdefault(_section(spec), {})[name] = plain
+        sections.setdefault(section_name(spec), {})[name] = plain
     return tomli_w.dumps(sections)
 
 
-def _section(spec: Spec) -> str:
+def section_name(spec: Spec) -> str:
+    """The TOML section of an option: its help group in small letters."""
     return "".join(c if c.isalnum() else "_" for c in spec.group.lower())
 
 
