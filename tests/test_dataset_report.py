@@ -199,6 +199,8 @@ def test_training_refuses_what_the_report_says_stops_it(broken):
     ("words", "message"),
     [
         (["absent.toml"], "does not exist"),
+        (["{root}"], "--train_data_dir"),
+        (["{config}", "--html", "{config}/page.html"], "cannot write"),
         ([], "no training data"),
         (["{config}", "--html", "{root}"], "is a folder"),
         (["{config}", "--masks", "{config}"], "is a file"),

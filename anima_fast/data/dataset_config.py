@@ -120,6 +120,11 @@ def load_dataset_config(path: str | os.PathLike) -> dict:
         UserError: no such file, not TOML or JSON, or a key or value that the schema refuses.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder, expected a dataset configuration (.toml or .json); folders named "
+            "like '10_name' are read with --train_data_dir"
+        )
     parse = {".toml": tomllib.loads, ".json": json.loads}.get(path.suffix.lower())
     if parse is None:
         raise UserError(f"{path}: a dataset configuration is a .toml or a .json file: rename it")

@@ -16,6 +16,7 @@ from anima_fast.dataset_report.records import records
 from anima_fast.dataset_report.survey import OnProgress, survey_dataset
 from anima_fast.dataset_report.terminal import show_survey
 from anima_fast.errors import UserError
+from anima_fast.files import atomic_write
 
 if TYPE_CHECKING:
     from anima_fast.options import TrainOptions
@@ -77,6 +78,11 @@ def _check_targets(html: str | None, masks: str | None) -> None:
     """Refuse places that cannot be what they are named for, before minutes of reading."""
     if html is not None and Path(html).is_dir():
         raise UserError(f"--html {html} is a folder: give the name of a file, such as data.html")
+    if html is not None:
+        probe = Path(html).with_name(".write_test")
+        with atomic_write(probe) as file:
+            file.write(b"ok")
+        probe.unlink()
     if masks is not None and Path(masks).is_file():
         raise UserError(f"--masks {masks} is a file: give the name of a folder")
 
