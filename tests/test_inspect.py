@@ -310,7 +310,7 @@ def test_lora_of_several_ranks_with_text_encoder(tmp_path):
 def test_other_networks(tmp_path, title, tensors, sd_scripts):
     path = lora_file(tmp_path / "net.safetensors", alpha=torch.tensor(1.0), **tensors)
     found = look(path)
-    assert found["title"] == f"{title} for Anima" and found["option"] is None
+    assert found["title"] == f"{title} for Anima" and "sample --lora" in found["option"]
     full = "lokr_w2" in tensors
     assert found["facts"]["rank"] == ("none: both factors are stored whole" if full else "2")
     assert found["facts"]["scale"] == ("1" if full else "0.5")
@@ -318,7 +318,29 @@ def test_other_networks(tmp_path, title, tensors, sd_scripts):
     assert programs["ComfyUI"].startswith("yes")
     assert ("ignores alpha" in programs["ComfyUI"]) == full
     assert programs["sd-scripts"] == f"yes, with --network_module {sd_scripts}"
-    assert programs["diffusers"].startswith("no") and programs["anima-fast"].startswith("no")
+    assert programs["diffusers"].startswith("no") and programs["anima-fast"] == "yes"
+    assert found["facts"]["dit_width"] == read_lora(path)[0]["blocks.0.self_attn.q_proj"].shape[1]
+
+
+@pytest.mark.parametrize(
+    "module", ["lycoris_blocks_0_self_attn_q_proj", "base_model.model.blocks.0.self_attn.q_proj"]
+)
+def test_names_that_no_image_program_reads(tmp_path, module):
+    path = tmp_path / "net.safetensors"
+    lora_file(
+        path, None, (module,), lora_A__weight=torch.ones(2, 8), lora_B__weight=torch.ones(8, 2)
+    )
+    found = look(path)
+    assert found["facts"]["names"] == "other" and found["facts"]["dit_width"] == 8
+    assert any("adapter_config" in note for note in found["notes"]) == ("base" in module)
+    programs = found["programs"]
+    assert programs["anima-fast"] == "yes" and programs["ComfyUI"].startswith("no: convert")
+    assert programs["sd-scripts"] == "no: convert --to kohya"
+    # The remedies are ones that `convert` accepts.
+    convert_file(path, tmp_path / "a.safetensors", to="diffusers")
+    assert look(tmp_path / "a.safetensors")["programs"]["diffusers"] == "yes"
+    convert_file(path, tmp_path / "b.safetensors", to="comfyui")
+    assert look(tmp_path / "b.safetensors")["programs"]["ComfyUI"] == "yes"
 
 
 def test_lora_that_is_not_all_anima(tmp_path):
@@ -351,6 +373,16 @@ def test_lora_that_is_not_all_anima(tmp_path):
             "lora_down__weight": torch.ones(2, 8),
             "lora_up__weight": torch.ones(8, 2),
             "alpha": torch.ones(2),
+        },
+        {"lokr_w1": torch.ones(2, 2)},
+        {"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(4, 2)},
+        {f"hada_w{i}_{side}": torch.ones(2, 2) for i, side in ("1a", "1b", "2a")},
+        {f"hada_w{i}": torch.ones(2, 2) for i in ("1_a", "1_b", "2_a")}
+        | {"hada_w2_b": torch.ones(3, 2)},
+        {
+            "lora_down__weight": torch.ones(2, 8),
+            "lora_up__weight": torch.ones(8, 2),
+            "dora_scale": torch.ones(3, 1),
         },
     ],
 )

@@ -42,6 +42,7 @@ SUFFIXES = {
 }
 # Some tools keep lora_down/lora_up in dotted names; both spellings mean the same.
 OURS = {theirs: ours for own in SUFFIXES.values() for ours, theirs in own.items()}
+PEFT_MAGNITUDES = "lora_magnitude_vector"
 # Tensors of other networks keep their suffix in every dialect.
 OTHER_SUFFIXES = ("hada_", "lokr_", "dora_scale")
 # What a module must hold to be complete, one of these.
@@ -79,8 +80,10 @@ def read_tensors(
         if name is None:
             unknown.append(key)
             continue
-        suffix, tensor = _ours(suffix, checkpoint.get(key))
-        modules.setdefault(name, {})[suffix] = tensor
+        tensor, own = checkpoint.get(key), our_suffix(suffix)
+        # PEFT keeps magnitudes as a vector; those of the outputs are [out, 1] elsewhere.
+        vector = own == "dora_scale" and suffix != own
+        modules.setdefault(name, {})[own] = tensor.reshape(-1, 1) if vector else tensor
     if ignored is not None:
         ignored += unknown
     elif unknown:
@@ -96,13 +99,11 @@ def read_tensors(
     return modules, dialect, checkpoint.metadata
 
 
-def _ours(suffix: str, tensor: Tensor) -> tuple[str, Tensor]:
-    """A tensor's suffix as it is called here, and the tensor in the shape that it has here."""
+def our_suffix(suffix: str) -> str:
+    """A tensor's suffix as it is called here: `down`, `up`, or unchanged."""
     # PEFT puts the name of the adapter in between.
     suffix = suffix.replace(".default", "")
-    if suffix.startswith("lora_magnitude_vector"):
-        return "dora_scale", tensor.reshape(-1, 1)
-    return OURS.get(suffix, suffix), tensor
+    return "dora_scale" if suffix.startswith(PEFT_MAGNITUDES) else OURS.get(suffix, suffix)
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -1,11 +1,11 @@
-"""What a LoRA file holds, and which programs load it.
+"""What a LoRA, LoHa, LoKr or DoRA file holds, and which programs load it.
 
-| program | kohya names | comfyui names | diffusers names | LoHa, LoKr |
-|---|---|---|---|---|
-| ComfyUI, Forge Neo, SwarmUI | yes | yes | no | yes |
-| diffusers | no | only without `.alpha` | only without `.alpha` | no |
-| sd-scripts (`--network_weights`) | yes | no | no | kohya names, with their own module |
-| anima-fast | yes | yes | yes | inspect and convert |
+| program | kohya names | comfyui names | diffusers names | other names | LoHa, LoKr, DoRA |
+|---|---|---|---|---|---|
+| ComfyUI, Forge Neo, SwarmUI | yes | yes | no | no | yes |
+| diffusers | no | only without `.alpha` | only without `.alpha` | no | no |
+| sd-scripts (`--network_weights`) | yes | no | no | no | kohya names, with their own module |
+| anima-fast | yes | yes | yes | yes | yes |
 
 A file without `.alpha` means alpha = rank, so it means the same in every program that reads it.
 """
@@ -17,14 +17,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
+import torch
+
 from anima_fast.adapters import names
-from anima_fast.adapters.formats import FOLDED, split_key
+from anima_fast.adapters.formats import COMPLETE, FOLDED, our_suffix, split_key
+from anima_fast.adapters.parts import Part, part_of
 from anima_fast.models.checkpoint import Checkpoint
 
-# Where the rank stands: first dimension of these tensors.
-RANK_SUFFIXES = ("lora_down.weight", "lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 # sd-scripts needs another --network_module for these.
 MODULES = {"LoHa": "networks.loha", "LoKr": "networks.lokr", "DoRA": "lycoris.kohya"}
 MOST_VALUES = 5
@@ -61,7 +63,7 @@ class LoRAFile:
     @property
     def network(self) -> str:
         """LoRA, LoHa, LoKr or DoRA."""
-        if "dora_scale" in self.suffixes:
+        if "dora_scale" in map(our_suffix, self.suffixes):
             return "DoRA"
         marks = {"LoHa": "hada_", "LoKr": "lokr_"}
         found = [k for k, mark in marks.items() if any(s.startswith(mark) for s in self.suffixes)]
@@ -73,16 +75,27 @@ class LoRAFile:
         parts = (next(p for p, prefix in PARTS if name.startswith(prefix)) for name in self.modules)
         return dict(Counter(parts))
 
+    @cached_property
+    def parts(self) -> dict[str, Part | None]:
+        """Each module as a part without data; None where a tensor lacks or does not fit."""
+        return {name: self._part(own) for name, own in self.modules.items()}
+
+    def _part(self, own: Mapping[str, str]) -> Part | None:
+        shape = self.checkpoint.shape
+        tensors = {our_suffix(s): torch.empty(shape(key), device="meta") for s, key in own.items()}
+        whole = any(needed <= tensors.keys() for needed in COMPLETE)
+        if not whole or ("alpha" in tensors and tensors["alpha"].numel() != 1):
+            return None
+        try:
+            return part_of(tensors)
+        except ValueError:
+            return None
+
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank by module; a LoKr whose second factor is stored whole has none."""
-        found = {}
-        for name, own in self.modules.items():
-            shapes = (self.checkpoint.shape(own[s]) for s in RANK_SUFFIXES if s in own)
-            rank = next((shape[0] for shape in shapes if shape), 0)
-            if rank > 0:
-                found[name] = rank
-        return found
+        """Rank by module; a LoKr whose factors are both whole has none."""
+        parts = ((name, part) for name, part in self.parts.items() if part is not None)
+        return {name: part.rank for name, part in parts if part.rank}
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -102,31 +115,18 @@ class LoRAFile:
 
     @property
     def width(self) -> int | None:
-        """Width of the DiT that a plain LoRA is made for; None when no module tells it."""
-        for name, own in self.modules.items():
-            down = own.get("lora_down.weight") or own.get("lora_A.weight")
-            shape = self.checkpoint.shape(down) if down else ()
+        """Width of the DiT that a network is made for; None when no module tells it."""
+        for name, part in self.parts.items():
             # Inputs of these are as wide as the DiT.
             inner = name.startswith("blocks.") and name.endswith(("attn.q_proj", "mlp.layer1"))
-            if inner and len(shape) == 2:
-                return shape[1]
+            if inner and part is not None:
+                return part.shape[1]
         return None
 
     @property
     def broken(self) -> list[str]:
-        """Modules of a plain LoRA that lack a matrix, or whose tensors do not fit."""
-        if self.network != "LoRA":
-            return []
-        return [name for name, own in self.modules.items() if not self._is_whole(own)]
-
-    def _is_whole(self, own: Mapping[str, str]) -> bool:
-        shape = self.checkpoint.shape
-        down = own.get("lora_down.weight") or own.get("lora_A.weight")
-        up = own.get("lora_up.weight") or own.get("lora_B.weight")
-        if not down or not up or len(shape(down)) != 2 or len(shape(up)) != 2:
-            return False
-        one = "alpha" not in own or prod(shape(own["alpha"])) == 1
-        return one and 0 < shape(down)[0] == shape(up)[1]
+        """Modules that lack a matrix, or whose tensors do not fit."""
+        return [name for name, part in self.parts.items() if part is None]
 
 
 def describe_lora(checkpoint: Checkpoint) -> dict:
@@ -152,6 +152,11 @@ def describe_lora(checkpoint: Checkpoint) -> dict:
         notes.append(
             f"incomplete or damaged modules: {len(file.broken)}, the first is {file.broken[0]}; "
             "loading is refused, copy or download the file again"
+        )
+    if any(key.startswith(names.PEFT) for key in checkpoint.shapes) and not file.alphas:
+        notes.append(
+            "PEFT keeps lora_alpha in adapter_config.json: without .alpha in the file it counts as "
+            "the rank here and elsewhere"
         )
     return {
         "title": f"{file.network} for Anima",
@@ -197,19 +202,16 @@ def _modules(count: int) -> str:
 
 def programs(file: LoRAFile) -> dict[str, str]:
     """What each program does with a file: "yes" or "no", and the reason or remedy."""
-    plain = file.network == "LoRA"
-    module = "" if plain else f", with --network_module {MODULES[file.network]}"
+    module = MODULES.get(file.network)
+    module = f", with --network_module {module}" if module else ""
     if file.broken:
         return {"anima-fast": "no: see the note"}
-    ours = "yes" if plain else "no: inspect and convert only"
-    if file.unknown:
-        ours = "yes, for --network_weights only" if plain else "no: inspect only"
     found = {
         "ComfyUI": _comfyui(file),
         "Forge Neo, SwarmUI": _comfyui(file),
         "diffusers": _diffusers(file),
         "sd-scripts": f"yes{module}" if file.dialect == "kohya" else "no: convert --to kohya",
-        "anima-fast": ours,
+        "anima-fast": "yes, for --network_weights only" if file.unknown else "yes",
     }
     if file.unknown:
         # It cannot be converted either.
@@ -218,7 +220,7 @@ def programs(file: LoRAFile) -> dict[str, str]:
 
 
 def _comfyui(file: LoRAFile) -> str:
-    if file.dialect == "diffusers":
+    if file.dialect in ("diffusers", names.OTHER):
         return "no: convert --to comfyui or kohya"
     if file.dialect == "kohya" and "text_encoder" in file.counts:
         return "yes (the text encoder part in versions since May 2026, or convert --to comfyui)"
@@ -230,7 +232,7 @@ def _comfyui(file: LoRAFile) -> str:
 def _diffusers(file: LoRAFile) -> str:
     if file.network != "LoRA":
         return "no: it reads plain LoRA only"
-    if file.dialect == "kohya":
+    if file.dialect in ("kohya", names.OTHER):
         # diffusers has no names for the text encoder.
         first = "" if "text_encoder" in file.counts else "--to diffusers, or "
         return f"no: convert {first}--to comfyui --fold_alpha"
