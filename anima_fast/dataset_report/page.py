@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import html
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anima_fast.data.cache_folders import printable
 from anima_fast.data.problems import KINDS, Problem
-from anima_fast.dataset_report import health, thumbs
-from anima_fast.dataset_report.findings import lost, scale
+from anima_fast.dataset_report import health, page_parts, thumbs
+from anima_fast.dataset_report.findings import lost
+from anima_fast.dataset_report.page_parts import count_of
 from anima_fast.dataset_report.survey import Survey
-from anima_fast.dataset_report.terminal import facts, heading, histogram
+from anima_fast.dataset_report.terminal import heading
 from anima_fast.dataset_report.thumbs import Thumbs
 from anima_fast.files import write_text
 from anima_fast.report import STYLE
@@ -21,29 +22,10 @@ from anima_fast.report import STYLE
 if TYPE_CHECKING:
     from anima_fast.data.plan import ImageItem
 
-# Files named under a kind of problem, thumbnails beside them, tags and rows of the last table.
-_FILES, _PICTURES, _TAGS, _ROWS, _GROUPS = 100, 24, 60, 3000, 40
+# Files named under a kind of problem, thumbnails beside them, groups of likes.
+_FILES, _PICTURES, _GROUPS = 100, 24, 40
 # Up to this many thumbnails the buckets are unfolded.
 _OPEN = 60
-
-_STYLE = """
-section.finding { border-left: 3px solid var(--line); padding: 2px 0 2px 14px; margin: 18px 0; }
-section.stops { border-color: var(--b); }
-section.finding h3 { font-size: 15px; margin: 0; } section.finding p { margin: 0 0 8px; }
-p.remedy, .soft { color: var(--soft); }
-ul.files { margin: 4px 0 8px; padding-left: 18px; overflow-wrap: anywhere; }
-.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 3px 10px;
-  align-items: center; max-width: 720px; }
-.bars i { display: block; height: 10px; border-radius: 2px; background: var(--a);
-  min-width: 2px; }
-.bars i.second { background: var(--c); margin-top: 2px; } .bars .end { color: var(--soft); }
-details { margin: 8px 0; } summary { cursor: pointer; }
-.scroll { overflow-x: auto; } .scroll td, .scroll th { padding-right: 14px; white-space: nowrap; }
-.columns { columns: 260px; } .columns div { break-inside: avoid; display: flex; gap: 10px;
-  justify-content: space-between; } .columns div span { overflow-wrap: anywhere; }
-@media (max-width: 460px) { .thumbs { grid-template-columns: repeat(3, 1fr); }
-  body { padding: 16px 12px; } table.facts th { padding-right: 12px; white-space: normal; } }
-"""
 
 
 def write_page(survey: Survey, path: Path, *, most_images: int) -> Path:
@@ -53,15 +35,15 @@ def write_page(survey: Survey, path: Path, *, most_images: int) -> Path:
     """
     pictures = Thumbs(survey, most_images)
     parts = [
-        _facts(survey),
+        page_parts.facts_table(survey),
         _findings(survey, pictures),
         _buckets(survey, pictures),
         _crops(survey, pictures),
-        _tokens(survey),
+        page_parts.token_chart(survey),
         _groups("Same pixels", survey.exact, pictures),
         _groups("Nearly the same", survey.near, pictures),
-        _tags(survey),
-        _table(survey),
+        page_parts.tag_list(survey),
+        page_parts.image_table(survey),
     ]
     shown = "\n".join(part for part in parts if part)
     title = html.escape(printable(survey.title))
@@ -73,7 +55,7 @@ def write_page(survey: Survey, path: Path, *, most_images: int) -> Path:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>{STYLE}{thumbs.STYLE}{_STYLE}
+<style>{STYLE}{thumbs.STYLE}{page_parts.STYLE}
 {pictures.rules()}
 </style>
 </head>
@@ -96,35 +78,6 @@ def _lead(survey: Survey, pictures: Thumbs) -> str:
     if len(pictures) < files:
         lead += f" {len(pictures)} of them are shown."
     return f"{lead} Striped parts of a picture are cut off by its bucket."
-
-
-def _facts(survey: Survey) -> str:
-    rows = "\n".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-        for name, value in facts(survey).items()
-    )
-    notes = "\n".join(f"<p>{html.escape(printable(note))}</p>" for note in survey.notices)
-    subsets = "\n".join(
-        f"<tr><td>{html.escape(entry['folder'])}</td>"
-        f"<td>{'regularisation' if entry['is_reg'] else 'training'}</td>"
-        + "".join(f"<td>{entry[n]}</td>" for n in _SUBSET_COLUMNS)
-        + "</tr>"
-        for entry in health.subsets(survey.plan)
-    )
-    heads = "".join(f"<th>{name}</th>" for name in _SUBSET_COLUMNS.values())
-    return (
-        f'<table class="facts">{rows}</table>\n{notes}\n<h2>Subsets</h2><div class="scroll">'
-        f"<table><tr><th>folder</th><th>use</th>{heads}</tr>{subsets}</table></div>"
-    )
-
-
-_SUBSET_COLUMNS = {
-    "images": "images",
-    "repeats": "repeats",
-    "uses": "uses",
-    "validation": "held out",
-    "unused": "unused",
-}
 
 
 def _findings(survey: Survey, pictures: Thumbs) -> str:
@@ -176,24 +129,6 @@ def _finding(
     )
 
 
-def _bars(rows: Iterable[tuple[str, Sequence[int], str]]) -> str:
-    """Labelled horizontal bars: (label, one or two counts, text at the end)."""
-    rows = list(rows)
-    most = max((max(counts) for _, counts, _ in rows), default=1) or 1
-    cells = []
-    for label, counts, end in rows:
-        bars = "".join(
-            f'<i class="{"second" if i else "first"}" style="width:{100 * n / most:.1f}%"></i>'
-            for i, n in enumerate(counts)
-            if n
-        )
-        cells.append(
-            f"<span>{html.escape(label)}</span><div>{bars}</div>"
-            f'<span class="end">{html.escape(end)}</span>'
-        )
-    return f'<div class="bars">{"".join(cells)}</div>'
-
-
 def _buckets(survey: Survey, pictures: Thumbs) -> str:
     entries = health.buckets(survey.plan.items)
     several = len(survey.plan.datasets) > 1
@@ -205,7 +140,7 @@ def _buckets(survey: Survey, pictures: Thumbs) -> str:
     for entry in entries:
         label = f"{entry['width']}x{entry['height']}"
         label = f"dataset {entry['dataset']}: {label}" if several else label
-        counts = f"{_count(entry['images'], 'image')}, {_count(entry['repeats'], 'use')}"
+        counts = f"{count_of(entry['images'], 'image')}, {count_of(entry['repeats'], 'use')}"
         bars.append((label, [entry["repeats"]], counts))
         mine = members[entry["dataset"], entry["width"], entry["height"]]
         shown = [item for item in mine if item.path in pictures]
@@ -216,11 +151,7 @@ def _buckets(survey: Survey, pictures: Thumbs) -> str:
             f'<div class="thumbs">{figures}</div></details>'
         )
     body = "".join(galleries) if len(pictures) else ""
-    return f"<h2>Buckets</h2>{_bars(bars)}{body}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"<h2>Buckets</h2>{page_parts.bar_chart(bars)}{body}"
 
 
 def _about(item: ImageItem) -> str:
@@ -249,15 +180,6 @@ def _crops(survey: Survey, pictures: Thumbs) -> str:
     return f'<h2>Largest crops</h2><div class="thumbs">{figures}</div>'
 
 
-def _tokens(survey: Survey) -> str:
-    rows = histogram(survey)
-    if not rows:
-        return f"<h2>Captions by tokens</h2><p>{html.escape(survey.token_note)}</p>"
-    bars = _bars((name, (qwen, t5), f"{qwen}, {t5}") for name, qwen, t5 in rows)
-    legend = '<p class="soft">Captions with this many tokens of Qwen3 (upper bar) and T5.</p>'
-    return f"<h2>Captions by tokens</h2>{legend}{bars}"
-
-
 def _groups(title: str, groups: Sequence[Sequence[Path]], pictures: Thumbs) -> str:
     if not groups:
         return ""
@@ -269,36 +191,3 @@ def _groups(title: str, groups: Sequence[Sequence[Path]], pictures: Thumbs) -> s
     )
     more = f"<p>and {len(groups) - _GROUPS} more groups</p>" if len(groups) > _GROUPS else ""
     return f"<details><summary>{title}: {len(groups)} groups</summary>{shown}{more}</details>"
-
-
-def _tags(survey: Survey) -> str:
-    if not survey.tags:
-        return ""
-    rows = "".join(
-        f"<div><span>{html.escape(printable(tag[:80]))}</span><span>{count}</span></div>"
-        for tag, count in survey.tags.most_common(_TAGS)
-    )
-    note = f" (the {_TAGS} most frequent of {len(survey.tags)})" if len(survey.tags) > _TAGS else ""
-    return f'<h2>Tags{note}</h2><div class="columns">{rows}</div>'
-
-
-def _table(survey: Survey) -> str:
-    uses = survey.uses()
-    names = ("file", "use", "size", "bucket", "cut off", "scale", "repeats", "tokens")
-    rows = []
-    for item, text in list(zip(survey.items, survey.texts, strict=True))[:_ROWS]:
-        tokens = "" if survey.tokens is None else str(survey.tokens.lengths[text].longest)
-        (width, height), bucket = item.size, item.bucket
-        cells = (
-            html.escape(printable(item.path.name)), uses[id(item)], f"{width}x{height}",
-            f"{bucket[0]}x{bucket[1]}", f"{lost(item):.0%}", f"{scale(item):.2f}",
-            str(item.repeats), tokens,
-        )  # fmt: skip
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = "".join(f"<th>{name}</th>" for name in names)
-    more = len(survey.items) - _ROWS
-    note = f"<p>and {more} more: --json lists all</p>" if more > 0 else ""
-    return (
-        f"<h2>Images</h2><details><summary>All images as a table</summary>"
-        f'<div class="scroll"><table><tr>{heads}</tr>{"".join(rows)}</table></div>{note}</details>'
-    )
