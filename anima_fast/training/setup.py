@@ -32,6 +32,7 @@ from anima_fast.option_files import to_toml
 from anima_fast.options import FinetuneOptions
 from anima_fast.training.checks import DTYPES, check_start, choose_device, uses_fused_blocks
 from anima_fast.training.conditioning import Conditioning, load_conditioning
+from anima_fast.training.disk_check import check_disk
 from anima_fast.training.ema import Ema
 from anima_fast.training.finetune import train_model
 from anima_fast.training.memory_check import check_memory
@@ -118,6 +119,7 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     describe_plan(plan, length, say)
     if trains_all(options):
         check_memory(options, plan, device, say=say)
+        check_disk(options, device, say=say)
     # Encoding may take long; the lengths of the captions are known after it.
     write_health(options.output_dir, plan)
 

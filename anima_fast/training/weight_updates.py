@@ -71,6 +71,8 @@ class WeightUpdates(torch.optim.Optimizer):
         self.gradients = Gradients(weights, device, wide=wide_gradients, use=use)
         self._factor: Tensor | None = None
         self._loss_scale: Tensor | None = None
+        # Of a fused backward pass: whether its first gradient was finite, None before it.
+        self._sound: bool | None = None
 
     @property
     def stands_for(self) -> type:
@@ -125,7 +127,7 @@ class WeightUpdates(torch.optim.Optimizer):
     def clear_gradients(self) -> None:
         """Forget the gradients of this step."""
         self.gradients.clear()
-        self._factor = self._loss_scale = None
+        self._factor = self._loss_scale = self._sound = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -180,7 +182,13 @@ class WeightUpdates(torch.optim.Optimizer):
     def _use(self, weight: Weight, grad: Tensor) -> None:
         """The step of one weight, inside backward."""
         norm = self.gradients.norms[weight]
-        # A gradient that is not finite changes nothing but what the optimizer remembers; the
+        if self._sound is None:
+            # One wait for the device a step: a loss that is not finite is so in its first gradient,
+            # and nothing of this batch is used.
+            self._sound = bool(torch.isfinite(norm))
+        if not self._sound:
+            return
+        # A later gradient that is not finite changes nothing but what the optimizer remembers; the
         # loop counts the batch as bad by the norm.
         factor = torch.isfinite(norm).to(torch.float32)
         if self.max_grad_norm:
