@@ -38,6 +38,7 @@ class Ledger:
         taken, changed, dropped: the lists that the user sees.
         added: options that the source does not have, each with the reason.
         todo: what the user has to do by hand before training.
+        dataset: a dataset file to write beside the options; None when there is nothing to write.
     """
 
     source: dict[str, Any] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Ledger:
     dropped: list[Entry] = field(default_factory=list)
     added: list[Entry] = field(default_factory=list)
     todo: list[str] = field(default_factory=list)
+    dataset: dict[str, Any] | None = None
     _open: dict[str, None] = field(default_factory=dict)
 
     def extend(self, keys: Mapping[str, Any], prefix: str = "") -> None:
@@ -89,10 +91,17 @@ class Ledger:
         self._settle(key, self.dropped, why=why)
 
     def add(self, option: str, value: Any, why: str) -> None:
-        """An option that the source leaves out and that must be written all the same."""
+        """An option that the source leaves out and that must be written all the same.
+
+        What is in the options already stays.
+        """
         if option not in self.options:
-            self.options[option] = value
-            self.added.append(Entry("", "", option, show(value), why))
+            self.put(option, value, why)
+
+    def put(self, option: str, value: Any, why: str) -> None:
+        """Set an option that follows from several keys together."""
+        self.options[option] = value
+        self.added.append(Entry("", "", option, show(value), why))
 
     def close(self, why: str) -> None:
         """Drop whatever is left."""

@@ -1,0 +1,174 @@
+"""`anima-fast import-kohya`: from a source to TOML files that `train` or `finetune` reads."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from anima_fast import __version__
+from anima_fast.errors import UserError
+from anima_fast.files import write_text
+from anima_fast.migrate import diffusion_pipe, onetrainer, sd_scripts_source
+from anima_fast.migrate.command import Launch, read_arguments
+from anima_fast.migrate.launcher import settle_launch
+from anima_fast.migrate.ledger import Ledger
+from anima_fast.migrate.sd_scripts import CLASSES
+from anima_fast.migrate.source import Source, open_source
+from anima_fast.migrate.words import variable_names
+from anima_fast.migrate.write import dataset_text, list_lines, options_text
+from anima_fast.option_files import resolve_train_options
+from anima_fast.option_groups.base import specs
+from anima_fast.option_rules import REQUIRED
+
+TITLES = {
+    "sd-scripts": "sd-scripts", "kohya-gui": "kohya_ss' GUI", "diffusion-pipe": "diffusion-pipe",
+    "onetrainer": "OneTrainer",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A converted source: the `command` here, the ledger, and a name for the files."""
+
+    source: Source
+    command: str
+    ledger: Ledger
+    name: str
+
+
+def import_config(
+    text: str | tuple[str, ...],
+    out: Path | None = None,
+    *,
+    folder: Path | None = None,
+    force: bool = False,
+    say: Callable[[str], object] = print,
+) -> list[Path]:
+    """Convert a source and write the files.
+
+    Args:
+        text: a command line, the path of a file, or `-`; see `open_source`.
+        out: the TOML file to write, or a folder for it (default: the current one).
+        folder: where the other trainer was started, for relative paths.
+        force: overwrite files.
+        say: called with each line for the user.
+    Returns:
+        the written files, the options first.
+    Raises:
+        UserError: what cannot be read or converted, and files that exist. Nothing is written then.
+    """
+    imported = convert(open_source(text, folder))
+    target, data = _targets(imported, out, force)
+    if data is not None:
+        imported.ledger.options["dataset_config"] = str(data)
+    texts = {target: _options_text(imported, target)}
+    _check(imported, texts[target])
+    if data is not None:
+        head = [f"Imported from {TITLES[imported.source.trainer]}; {target.name} names this file."]
+        texts[data] = dataset_text(imported.ledger.dataset or {}, head)
+    for line in list_lines(imported.ledger):
+        say(line)
+    for path, content in reversed(texts.items()):
+        write_text(path, content)
+    say("")
+    for path in texts:
+        say(f"wrote {path}")
+    say(f"start it with: {_start(imported.command, target)}")
+    return list(texts)
+
+
+def convert(source: Source) -> Imported:
+    """A source as options; see `Ledger` for what is in it."""
+    ledger = Ledger()
+    convert_one = {
+        "sd-scripts": sd_scripts_source.convert,
+        "kohya-gui": sd_scripts_source.convert_gui,
+        "diffusion-pipe": diffusion_pipe.convert,
+        "onetrainer": onetrainer.convert,
+    }[source.trainer]
+    if source.launch is not None:
+        launch = source.launch
+        ledger.extend({f"{launch.starter} {k}": v for k, v in launch.launcher.items()})
+        ledger.extend({f"environment {k}": v for k, v in launch.environment.items()})
+        settle_launch(launch, ledger)
+        if source.trainer in ("diffusion-pipe", "onetrainer"):
+            _settle_arguments(launch, ledger)
+    command = convert_one(source, ledger)
+    ledger.close("it is unknown here")
+    _todo(source, ledger, command)
+    name = ledger.options.get("output_name") or (source.file.stem if source.file else "imported")
+    return Imported(source, command, ledger, str(name))
+
+
+def _settle_arguments(launch: Launch, ledger: Ledger) -> None:
+    """Arguments of diffusion-pipe's and OneTrainer's train.py."""
+    given, _ = read_arguments(launch.arguments, {})
+    for item in given:
+        ledger.extend({item.label: item.value})
+        read = item.name in ("config", "config_path")
+        ledger.drop(item.label, "read, and its keys are listed" if read else "not needed here")
+
+
+def _todo(source: Source, ledger: Ledger, command: str) -> None:
+    """What a run still needs."""
+    cls = CLASSES[command]
+    for name in REQUIRED:
+        if not ledger.options.get(name):
+            ledger.todo.append(f"write {name} into the file: {specs(cls)[name].help}")
+    data = ("dataset_config", "train_data_dir", "in_json")
+    if ledger.dataset is None and not any(ledger.options.get(name) for name in data):
+        ledger.todo.append("write dataset_config into the file: the source names no data")
+    for name in ledger.options if source.unset else ():
+        missing = [v for v in variable_names(str(ledger.options[name])) if v in source.unset]
+        if missing:
+            ledger.todo.append(
+                f"{name}: ${missing[0]} is a variable of your shell, which the text does not set"
+            )
+
+
+def _targets(imported: Imported, out: Path | None, force: bool) -> tuple[Path, Path | None]:
+    """The file of the options, and that of the dataset if there is one."""
+    stem = "".join(c if c.isalnum() or c in "-_. " else "_" for c in imported.name).strip(". ")
+    out = out or Path(".")
+    target = out if out.suffix == ".toml" else out / f"{stem or 'imported'}_anima.toml"
+    target = Path(os.path.abspath(target))
+    data = target.with_name(f"{target.stem}_dataset.toml") if imported.ledger.dataset else None
+    source = imported.source.file
+    for path in filter(None, (target, data)):
+        if source is not None and path.exists() and path.samefile(source):
+            raise UserError(f"{path} is the source itself: choose another file with --out")
+        if path.exists() and not force:
+            raise UserError(f"{path} exists: give --force to overwrite it, or --out FILE.toml")
+    return target, data
+
+
+def _options_text(imported: Imported, target: Path) -> str:
+    source = imported.source
+    origin = source.file.name if source.file else "a command line"
+    head = [
+        f"Imported from {TITLES[source.trainer]} ({origin}) by anima_fast {__version__}.",
+        f"Start: {_start(imported.command, target)}",
+    ]
+    return options_text(imported.ledger, CLASSES[imported.command], head)
+
+
+def _start(command: str, target: Path) -> str:
+    words = ["anima-fast", command, "--config_file", str(target)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def _check(imported: Imported, text: str) -> None:
+    """The written options must be ones that the command accepts."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "imported.toml"
+        path.write_text(text, encoding="utf-8")
+        try:
+            resolve_train_options({}, path, complete=False, cls=CLASSES[imported.command])
+        except UserError as error:
+            why = str(error).removeprefix("imported.toml: ")
+            raise UserError(f"the settings do not work together: {why}") from None

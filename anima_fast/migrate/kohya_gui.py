@@ -1,0 +1,143 @@
+"""The JSON that kohya_ss' GUI (bmaltais) saves: sd-scripts' options under the names of its fields.
+
+The GUI writes every field, also those of other models; zero and an empty text mean "not given"
+there. LyCORIS networks are described by fields of their own.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from anima_fast.errors import UserError
+from anima_fast.migrate.ledger import Ledger
+from anima_fast.migrate.sd_scripts import Item
+from anima_fast.migrate.values import is_off
+
+# Field -> option of sd-scripts; fields of the Anima panel begin with `anima_` as well.
+RENAMED = {
+    "epoch": "max_train_epochs", "optimizer": "optimizer_type", "max_resolution": "resolution",
+}  # fmt: skip
+# Value of LoRA_type -> network module; LyCORIS ones name their algorithm after the slash.
+MODULES = {
+    "Anima": "networks.lora_anima", "LoHa": "networks.loha", "LoKr": "networks.lokr",
+    "Standard": "networks.lora_anima",
+}  # fmt: skip
+# Fields that are words of network_args.
+NETWORK_FIELDS = (
+    "factor", "decompose_both", "dora_wd", "rank_dropout", "module_dropout", "loraplus_lr_ratio",
+    "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "use_scalar", "train_norm",
+    "train_llm_adapter", "exclude_patterns", "include_patterns", "network_reg_dims",
+    "network_reg_lrs", "conv_dim", "conv_alpha", "use_tucker", "use_cp", "bypass_mode",
+)  # fmt: skip
+LAUNCHER_FIELDS = (
+    "num_processes", "num_machines", "num_cpu_threads_per_process", "multi_gpu", "gpu_ids",
+    "main_process_port", "dynamo_backend", "dynamo_mode", "dynamo_use_dynamic",
+    "dynamo_use_fullgraph", "extra_accelerate_launch_args", "same_network", "machine_rank",
+)  # fmt: skip
+OTHER_PANELS = ("flux1_", "sd3_", "sdxl_", "lumina_", "hunyuan_", "chroma_")
+
+
+def items(config: Mapping[str, Any], ledger: Ledger) -> tuple[str, list[Item]]:
+    """The command here, and the options of sd-scripts that the fields mean.
+
+    Raises:
+        UserError: a file for another model.
+    """
+    lora_type = str(config.get("LoRA_type") or "")
+    if not config.get("anima_checkbox") and not lora_type.startswith("Anima"):
+        other = next((k[:-9] for k in config if k.endswith("_checkbox") and config[k]), "")
+        if other or config.get("sdxl") or lora_type or not config.get("anima_qwen3"):
+            model = other or ("SDXL" if config.get("sdxl") else lora_type or "Stable Diffusion")
+            raise UserError(f"this file is for {model}: anima_fast trains the Anima model only")
+    ledger.extend(config)
+    found: dict[str, Item] = {}
+    for key in ledger.open_keys():
+        _field(key, config, ledger, found)
+    _network(config, lora_type, ledger, found)
+    return ("train" if lora_type else "finetune"), list(found.values())
+
+
+def _field(key: str, config: Mapping[str, Any], ledger: Ledger, found: dict[str, Item]) -> None:
+    value = config[key]
+    name = RENAMED.get(key, key.removeprefix("anima_"))
+    if key in LAUNCHER_FIELDS:
+        ledger.drop(key, "it is about accelerate, which is not used here")
+    elif key in NETWORK_FIELDS or key in ("LoRA_type", "anima_checkbox"):
+        return
+    elif key == "xformers" and isinstance(value, str):
+        _attention(key, value, config, ledger, found)
+    elif key == "lr_warmup":
+        _warmup(key, value, ledger, found)
+    elif key.startswith(OTHER_PANELS):
+        ledger.drop(key, "it is about another model")
+    elif is_off(value) and not isinstance(value, bool) and name not in ("seed", "network_alpha"):
+        # Where the GUI shows zero, it passes nothing on.
+        ledger.drop(key, "it is not set")
+    elif isinstance(value, bool) and not value:
+        ledger.drop(key, "it is off")
+    elif name in found or (key != name and config.get(name) and name not in ("vae",)):
+        ledger.drop(key, f"{name} is given as well, and beats it")
+    else:
+        words = name in ("optimizer_args", "lr_scheduler_args", "network_args")
+        split = shlex.split(value) if words and isinstance(value, str) else value
+        found[name] = Item(key, name, split)
+
+
+def _attention(
+    key: str, value: str, config: Mapping[str, Any], ledger: Ledger, found: dict[str, Item]
+) -> None:
+    """The field `xformers` chooses among xformers, sdpa and none."""
+    if config.get("anima_attn_mode") or value not in ("xformers", "sdpa"):
+        beaten = "anima_attn_mode chooses" if config.get("anima_attn_mode") else "it is off"
+        ledger.drop(key, beaten)
+    else:
+        found[value] = Item(key, value, True)
+
+
+def _warmup(key: str, value: Any, ledger: Ledger, found: dict[str, Item]) -> None:
+    """`lr_warmup` is a percentage of all steps."""
+    if is_off(value) or ledger.get("lr_warmup_steps"):
+        ledger.drop(key, "lr_warmup_steps is given" if not is_off(value) else "it is not set")
+    else:
+        found["lr_warmup_steps"] = Item(key, "lr_warmup_steps", float(value) / 100)
+
+
+def _network(
+    config: Mapping[str, Any], lora_type: str, ledger: Ledger, found: dict[str, Item]
+) -> None:
+    """LoRA_type and the fields of the network as network_module and network_args."""
+    family, _, algorithm = lora_type.partition("/")
+    words = [f"algo={algorithm.lower()}"] if family == "LyCORIS" and algorithm else []
+    module = "lycoris.kohya" if words else MODULES.get(lora_type, "networks.lora_anima")
+    if ledger.has("LoRA_type"):
+        if lora_type:
+            found["network_module"] = Item("LoRA_type", "network_module", module)
+        else:
+            ledger.drop("LoRA_type", "it is empty")
+    for key in NETWORK_FIELDS:
+        if not ledger.has(key):
+            continue
+        known = module != "networks.lora_anima" or key not in ("factor", "decompose_both")
+        if is_off(config[key]) or not known or (key == "factor" and config[key] == -1):
+            ledger.drop(key, "it is not set")
+        elif key.startswith(("conv_", "use_tucker", "use_cp")):
+            ledger.drop(key, "the DiT has no convolutions")
+        else:
+            words.append(f"{key}={config[key]}")
+            ledger.take_elsewhere(key, "network_args")
+    if ledger.has("anima_checkbox"):
+        ledger.drop("anima_checkbox", "it chose the script, which is known")
+    if words:
+        _join_words(words, ledger, found)
+
+
+def _join_words(words: list[str], ledger: Ledger, found: dict[str, Item]) -> None:
+    if "network_args" in found:
+        item = found.pop("network_args")
+        words += item.value if isinstance(item.value, list) else [str(item.value)]
+        ledger.take_elsewhere(item.key, "network_args")
+    key = "fields of the network"
+    ledger.extend({key: words})
+    found["network_args"] = Item(key, "network_args", words)

@@ -1,0 +1,2 @@
+def convert(source, ledger):
+    raise NotImplementedError

@@ -1,0 +1,90 @@
+"""Optimizers of diffusion-pipe and OneTrainer by our names, with the arguments that they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Known:
+    """Our optimizer for another trainer's.
+
+    Attributes:
+        name: the value of `optimizer_type`.
+        why: what is different; "" where nothing is.
+        defaults: the other trainer's arguments where ours has others.
+        accepts: arguments that pass, beside the betas, eps and weight_decay.
+        betas: how many betas it has.
+    """
+
+    name: str
+    why: str = ""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    accepts: tuple[str, ...] = ()
+    betas: int = 2
+
+
+_KAHAN = "it sums in a way that 16-bit weights need; LoRA weights are float32 here"
+_OPTIMI = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0}
+_D = ("d0", "d_coef", "growth_rate", "decouple", "use_bias_correction", "safeguard_warmup")
+_FACTOR = ("clip_threshold", "decay_rate", "scale_parameter", "relative_step", "warmup_init")
+_BITS = ("min_8bit_size", "percentile_clipping", "block_wise", "amsgrad")
+
+# Type in [optimizer] of diffusion-pipe, in small letters.
+DIFFUSION_PIPE = {
+    "adamw": Known("AdamW", accepts=("amsgrad",)),
+    "adamw8bit": Known("AdamW8bit", accepts=_BITS),
+    "adamw_optimi": Known("AdamW", _KAHAN, _OPTIMI),
+    "stableadamw": Known("AdamW", "StableAdamW's clipping of updates does not exist here", _OPTIMI),
+    "adamw8bitkahan": Known("AdamW8bit", _KAHAN, accepts=_BITS),
+    "offload": Known("AdamW", "optimizer states stay on the card here, as a LoRA's are small"),
+    "sgd": Known("SGD", accepts=("momentum", "dampening", "nesterov"), betas=0),
+    "prodigy": Known("Prodigy", accepts=_D),
+    "lion": Known("Lion"),
+    "adafactor": Known("AdaFactor", accepts=_FACTOR, betas=0),
+}
+
+# `optimizer` in OneTrainer.
+ONETRAINER = {
+    "ADAMW": Known("AdamW", accepts=("amsgrad",)),
+    "ADAM": Known("Adam", accepts=("amsgrad",)),
+    "ADAMW_8BIT": Known("AdamW8bit", accepts=_BITS),
+    "ADAM_8BIT": Known("bitsandbytes.optim.Adam8bit", accepts=_BITS),
+    "ADEMAMIX": Known("bitsandbytes.optim.AdEMAMix", accepts=("alpha",), betas=3),
+    "ADEMAMIX_8BIT": Known("bitsandbytes.optim.AdEMAMix8bit", accepts=("alpha",), betas=3),
+    "SGD": Known("SGD", accepts=("momentum", "dampening", "nesterov"), betas=0),
+    "SGD_8BIT": Known("bitsandbytes.optim.SGD8bit", accepts=("momentum", "nesterov"), betas=0),
+    "ADAGRAD": Known("Adagrad", accepts=("lr_decay", "initial_accumulator_value"), betas=0),
+    "RMSPROP": Known("RMSprop", accepts=("alpha", "momentum", "centered"), betas=0),
+    "LION": Known("Lion", defaults={"betas": (0.9, 0.99), "weight_decay": 0.0}),
+    "LION_8BIT": Known("Lion8bit", accepts=("min_8bit_size", "percentile_clipping")),
+    "PRODIGY": Known(
+        "Prodigy", accepts=(*_D, "slice_p"), defaults={"weight_decay": 0.0, "decouple": True}
+    ),
+    "DADAPT_ADAM": Known("DAdaptAdam", accepts=("d0", "growth_rate", "decouple", "log_every")),
+    "DADAPT_ADAN": Known("DAdaptAdan", accepts=("d0", "growth_rate", "no_prox"), betas=3),
+    "DADAPT_ADA_GRAD": Known("DAdaptAdaGrad", accepts=("d0", "growth_rate", "momentum"), betas=0),
+    "DADAPT_SGD": Known("DAdaptSGD", accepts=("d0", "growth_rate", "momentum"), betas=0),
+    "DADAPT_LION": Known("DAdaptLion", accepts=("d0", "log_every")),
+    "ADAFACTOR": Known(
+        "AdaFactor",
+        accepts=_FACTOR,
+        betas=0,
+        defaults={"relative_step": False, "scale_parameter": False, "warmup_init": False},
+    ),
+    "SCHEDULE_FREE_ADAMW": Known("AdamWScheduleFree", accepts=("r", "weight_lr_power")),
+    "SCHEDULE_FREE_SGD": Known(
+        "SGDScheduleFree", accepts=("r", "weight_lr_power", "momentum"), betas=0
+    ),
+}
+
+
+def argument_words(arguments: dict[str, Any]) -> list[str]:
+    """key=value words of `optimizer_args`; a tuple is written with commas."""
+    words = []
+    for key, value in arguments.items():
+        if isinstance(value, (list, tuple)):
+            value = ",".join(f"{v:g}" for v in value)
+        words.append(f"{key}={value}")
+    return words

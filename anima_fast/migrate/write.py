@@ -1,0 +1,103 @@
+"""The lists of a ledger for the reader, and the TOML files with them as comments."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+import tomli_w
+
+from anima_fast.migrate.ledger import Entry, Ledger
+from anima_fast.option_files import section_name
+from anima_fast.option_groups.base import specs
+
+WIDTH = 96
+
+
+def list_lines(ledger: Ledger) -> list[str]:
+    """The lists as lines of at most about 96 characters: to do, taken, changed, dropped, added."""
+    lines = []
+    if ledger.todo:
+        lines += ["To do before training:", *_wrapped(f"- {text}" for text in ledger.todo), ""]
+    lines += [f"Taken over ({len(ledger.taken)}):", *_taken(ledger.taken), ""]
+    changed = [
+        f"{e.key} = {e.shown}" + (f" -> {e.option} = {e.new}" if e.option else "") + f": {e.why}"
+        for e in ledger.changed
+    ]
+    lines += [f"Changed ({len(changed)}):", *_wrapped(changed or ["nothing"]), ""]
+    dropped = _dropped(ledger.dropped)
+    lines += [f"Dropped ({len(ledger.dropped)}):", *_wrapped(dropped or ["nothing"]), ""]
+    if ledger.added:
+        lines += [f"Added, as the source does not say ({len(ledger.added)}):"]
+        lines += [*_wrapped(f"{e.option} = {e.new}: {e.why}" for e in ledger.added), ""]
+    return lines[:-1]
+
+
+def options_text(ledger: Ledger, cls: type, header: Iterable[str]) -> str:
+    """A TOML file of the options of `cls`, a section for each group, with comments above."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, spec in specs(cls).items():
+        if name in ledger.options and not spec.secret:
+            sections.setdefault(section_name(spec), {})[name] = ledger.options[name]
+    return f"{_comments([*header, '', *list_lines(ledger)])}\n\n{tomli_w.dumps(sections)}"
+
+
+def dataset_text(dataset: dict[str, Any], header: Iterable[str]) -> str:
+    """A dataset file: `[general]`, then each dataset with its subsets."""
+    general = {"general": dataset["general"]} if dataset.get("general") else {}
+    return f"{_comments(header)}\n\n{tomli_w.dumps({**general, 'datasets': dataset['datasets']})}"
+
+
+def _comments(lines: Iterable[str]) -> str:
+    # A control character would end the comment, or make the file invalid.
+    clean = ("".join(c if c.isprintable() else " " for c in line) for line in lines)
+    return "\n".join(f"# {line}".rstrip() for line in clean)
+
+
+def _taken(entries: list[Entry]) -> list[str]:
+    same = [e.option for e in entries if e.option == _name(e.key)]
+    renamed = [
+        f"{e.key} -> {e.option}" + (f" = {e.new}" if e.new else "")
+        for e in entries
+        if e.option != _name(e.key)
+    ]
+    return _wrapped([*([", ".join(same)] if same else []), *renamed] or ["nothing"])
+
+
+def _name(key: str) -> str:
+    return key.rsplit(".", 1)[-1].lstrip("-").replace("-", "_")
+
+
+def _dropped(entries: list[Entry]) -> list[str]:
+    """A line for each reason; many keys of one table are written as `table.*`."""
+    by_reason: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_reason.setdefault(entry.why, []).append(entry)
+    return [f"{', '.join(_folded(members))}: {why}" for why, members in by_reason.items()]
+
+
+def _folded(entries: list[Entry]) -> list[str]:
+    tables: dict[str, list[Entry]] = {}
+    for entry in entries:
+        table = re.sub(r"[^.]+$", "", entry.key) or entry.key
+        tables.setdefault(table if table.endswith(".") else entry.key, []).append(entry)
+    shown = []
+    for table, members in tables.items():
+        if len(members) > 3 and table.endswith("."):
+            shown.append(f"{table}* ({len(members)} keys)")
+        else:
+            shown += [f"{e.key} = {e.shown}" if len(entries) <= 6 else e.key for e in members]
+    return shown
+
+
+def _wrapped(texts: Iterable[str]) -> list[str]:
+    return [
+        line
+        for text in texts
+        for line in textwrap.wrap(
+            text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False,
+            break_on_hyphens=False,
+        )
+    ]  # fmt: skip
