@@ -46,8 +46,18 @@ class Network:
 
     @classmethod
     def read(cls, path: str | os.PathLike, strength: float = 1.0) -> Network:
-        """Read a file of any dialect; raises `UserError` when it is no network of this model."""
+        """Read a file of any dialect.
+
+        Raises `UserError` when it is no network of this model, or holds numbers that are not
+        finite.
+        """
         parts, dialect, metadata = read_lora(path)
+        for name, part in parts.items():
+            if not all(torch.isfinite(tensor).all() for tensor in part.fields().values()):
+                raise UserError(
+                    f"{path}: {name} holds numbers that are not finite: its training failed, take "
+                    "an earlier file"
+                )
         folded = FOLDED in metadata
         return cls(Path(path), unfold(parts, metadata), dialect, metadata, folded, strength)
 

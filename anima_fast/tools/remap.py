@@ -173,7 +173,9 @@ def describe(done: Remapped) -> list[str]:
         told = ", ".join(f"{origin} to {block}" for block, origin in done.copied.items())
         lines.append(f"  copied at strength {done.duplicate:g}: blocks {told}")
     if empty := sorted(set(range(found.target)) - {*found.same, *done.copied}):
-        lines.append(f"  nothing for blocks {_numbers(empty)}, which the network knows no block for")
+        lines.append(
+            f"  nothing for blocks {_numbers(empty)}, which the network knows no block for"
+        )
     if done.dropped:
         lines.append(f"  left out: blocks {_numbers(done.dropped)}, which the target does not have")
     if done.others:
