@@ -324,3 +324,102 @@ def test_cached_states_are_those_that_the_adapter_reads(world, tmp_path):
         run = prepared(full_options(world, tmp_path, llm_adapter_lr=rate))
         assert choose_text_mode(run.options) == mode
         assert (run.conditioning.adapter is None) == (mode == "context")
+
+
+def test_diffusers_opens_a_saved_model(world, tmp_path):
+    """Its own converter makes its names of ours, and its transformer computes the same."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.loaders.single_file_utils import (
+        convert_cosmos_transformer_checkpoint_to_diffusers as convert,
+    )
+
+    result = train(full_options(world, tmp_path))
+    dit = load_dit(result.output, dtype=torch.float32)
+    config = dit.config
+    theirs = diffusers.CosmosTransformer3DModel(
+        # The padding mask goes in as the 17th channel: its own way to it needs torchvision.
+        in_channels=17,
+        out_channels=16,
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        num_layers=config.num_blocks,
+        mlp_ratio=config.mlp_hidden / config.model_channels,
+        text_embed_dim=config.context_dim,
+        adaln_lora_dim=config.adaln_rank,
+        rope_scale=(1.0, 4.0, 4.0),
+        concat_padding_mask=False,
+        extra_pos_embed_type=None,
+    ).eval()
+    # The adapter is a model of its own there, and taken out first.
+    tensors = {k: v for k, v in load_file(result.output).items() if ".llm_adapter." not in k}
+    theirs.load_state_dict(convert(tensors), strict=True)
+    latents, sigma = torch.randn(2, 16, 8, 8), torch.tensor([0.2, 0.7])
+    context = torch.randn(2, 6, 32)
+    image = torch.cat([latents[:, :, None], torch.zeros(2, 1, 1, 8, 8)], 1)
+    with torch.no_grad():
+        expected = theirs(image, sigma, context).sample[:, :, 0]
+        torch.testing.assert_close(dit(latents, sigma, context), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_bad_batch_changes_nothing(world, tmp_path, monkeypatch, fused):
+    """Weights and optimizer state after a loss that is not finite are those before it."""
+    seen = {}
+
+    def poisoned(run, batch, settings, *, step, micro):
+        losses = micro_step(run, batch, settings, step=step, micro=micro)
+        weights = torch.cat([w.truth.flatten() for w in run.network.weights]).clone()
+        state = [v.clone() for s in run.optimizer.state.values() for v in s.values()]
+        seen[step] = weights, state
+        return losses * float("nan") if step == 1 else losses
+
+    monkeypatch.setattr("anima_fast.training.loop.micro_step", poisoned)
+    result = train(full_options(world, tmp_path, fused_backward_pass=fused))
+    assert [line["loss"] is None for line in log_lines(result)] == [False, True, False, False]
+    assert torch.equal(seen[1][0], seen[2][0])
+    assert all(torch.equal(a, b) for a, b in zip(seen[1][1], seen[2][1], strict=True))
+    assert not torch.equal(seen[2][0], seen[3][0])
+
+
+def test_a_late_gradient_that_is_not_finite_leaves_weights_finite(world, tmp_path):
+    """Inside a fused backward pass other weights are updated already when it comes."""
+    run = prepared(full_options(world, tmp_path, fused_backward_pass=True))
+    batch = run.batches.load(run.plan.epoch_batches(1, 7)[0], epoch=1, step=0)
+    run.dit.blocks[0].mlp.layer1.weight.register_hook(lambda grad: grad * float("inf"))
+    losses = micro_step(run, batch, FlowSettings.from_options(run.options), step=0, micro=0)
+    losses.mean().backward()
+    assert not torch.isfinite(run.optimizer.clip_gradients(1.0))
+    assert all(w.truth.isfinite().all() for w in run.network.weights)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"full_bf16": True},
+        {"full_bf16": True, "optimizer_type": "AdamW8bit"},
+        {"full_bf16": True, "optimizer_type": "AdaFactor", "fused_backward_pass": True},
+        {"mixed_precision": "bf16", "gradient_accumulation_steps": 2},
+    ],
+    ids=["stochastic", "8bit", "fused", "masters"],
+)
+def test_block_swap_on_a_card(world, tmp_path, changes):
+    """The same numbers, and everything of a swapped block in pinned host memory."""
+    changes = {"device": "cuda", "recompute": "block", "max_grad_norm": 0.0, **changes}
+    plain = train(full_options(world, tmp_path / "plain", **changes))
+    swapped = train(full_options(world, tmp_path / "swap", blocks_to_swap=2, **changes))
+    left, right = load_file(plain.output), load_file(swapped.output)
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], atol=1e-3, rtol=1e-2)
+    run = prepared(full_options(world, tmp_path / "run", blocks_to_swap=2, **changes))
+    batch = run.batches.load(run.plan.epoch_batches(1, 7)[0], epoch=1, step=0)
+    micro_step(
+        run, batch, FlowSettings.from_options(run.options), step=0, micro=0
+    ).mean().backward()
+    run.optimizer.clip_gradients(0.0)
+    run.optimizer.step()
+    for weight in (w for w in run.network.weights if w.swapped):
+        assert not weight.param.is_cuda and weight.param.data.is_pinned()
+        assert weight.master is None or not weight.master.is_cuda
+        large = [v for v in weight.state_home.values() if v.numel() >= 4096]
+        assert not any(v.is_cuda for v in large)

@@ -29,6 +29,7 @@ from anima_fast.training.optimizers import build_optimizer, is_schedule_free
 from anima_fast.training.weight_updates import WeightUpdates
 
 if TYPE_CHECKING:
+    from anima_fast.data.plan import DatasetPlan
     from anima_fast.options import FinetuneOptions
     from anima_fast.training.conditioning import Conditioning
 
@@ -87,6 +88,13 @@ def train_model(
 def swaps(options: FinetuneOptions) -> bool:
     """Whether some blocks live in host memory."""
     return bool(options.blocks_to_swap)
+
+
+def data_notices(plan: DatasetPlan) -> list[str]:
+    """What the dataset asks for and only a LoRA has."""
+    if all(item.dataset.network_multiplier == 1 for item in plan.items):
+        return []
+    return ["network_multiplier has no effect: full fine-tuning has no network to scale"]
 
 
 def training_dtype(options: FinetuneOptions) -> torch.dtype:

@@ -34,12 +34,13 @@ from anima_fast.training.checks import DTYPES, check_start, choose_device, uses_
 from anima_fast.training.conditioning import Conditioning, load_conditioning
 from anima_fast.training.disk_check import check_disk
 from anima_fast.training.ema import Ema
-from anima_fast.training.finetune import train_model
+from anima_fast.training.finetune import data_notices, train_model
 from anima_fast.training.memory_check import check_memory
 from anima_fast.training.model_setup import install_memory_savers
 from anima_fast.training.network import Network
 from anima_fast.training.optimizers import build_optimizer
 from anima_fast.training.position import Position
+from anima_fast.training.previews import Previews, prepare_previews
 from anima_fast.training.schedules import build_scheduler
 from anima_fast.training.state import dataset_fingerprint, load_state
 from anima_fast.training.weight_updates import WeightUpdates
@@ -94,6 +95,7 @@ class Run:
     fused: bool = False
     # The running mean of the weights.
     ema: Ema | None = None
+    previews: Previews | None = None
 
     @property
     def fingerprint(self) -> dict:
@@ -120,6 +122,8 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     if trains_all(options):
         check_memory(options, plan, device, say=say)
         check_disk(options, device, say=say)
+        for notice in data_notices(plan):
+            say(notice)
     # Encoding may take long; the lengths of the captions are known after it.
     write_health(options.output_dir, plan)
 
@@ -133,6 +137,9 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     )
     write_health(options.output_dir, plan, encoded.tokens)
     batches = Batches(plan, encoded, options, seed)
+    previews = prepare_previews(
+        options, encoded.text_mode, device=device, dtype=DTYPES[options.mixed_precision], say=say
+    )
 
     say("loading the DiT")
     dit = load_dit(
@@ -165,7 +172,7 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
         ema = Ema(network.flat, options.ema_decay)
     return Run(
         options, device, seed, plan, batches, length, dit, vae, conditioning, network, optimizer,
-        scheduler, scaler, fused, ema,
+        scheduler, scaler, fused, ema, previews,
     )  # fmt: skip
 
 

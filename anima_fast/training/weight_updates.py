@@ -215,8 +215,9 @@ class WeightUpdates(torch.optim.Optimizer):
     def _open(self, weight: Weight) -> None:
         truth = weight.truth
         dtype = truth.dtype if self.update == "plain" else torch.float32
-        weight.param.data = truth.to(self.device, dtype, non_blocking=True)
-        grad = self.gradients.kept.pop(weight).to(self.device, dtype, non_blocking=True)
+        # In two steps each: in one, the processor would convert before it copies.
+        weight.param.data = truth.to(self.device, non_blocking=True).to(dtype)
+        grad = self.gradients.kept.pop(weight).to(self.device, non_blocking=True).to(dtype)
         if self._factor is not None and not self.fused:
             grad = grad.mul_(self._factor.to(grad))
         weight.param.grad = grad
@@ -233,7 +234,7 @@ class WeightUpdates(torch.optim.Optimizer):
             generator = rounding_generator(self.device, self.seed, self.rounds, weight.name)
             computed.copy_(stochastic_round(updated, generator), non_blocking=True)
         elif updated is not computed:
-            computed.copy_(updated, non_blocking=True)
+            computed.copy_(updated.to(computed.dtype), non_blocking=True)
         if weight.swapped:
             self._send_state_home(weight)
 

@@ -49,7 +49,8 @@ class Weight:
         """Take a new value: into the master and, rounded, into what the model computes with."""
         if self.master is not None and self.master is not value:
             self.master.copy_(value, non_blocking=True)
-        self.param.data.copy_(value, non_blocking=True)
+        # Converted where it is: a copy between devices that converts does it on the processor.
+        self.param.data.copy_(value.to(self.param.dtype), non_blocking=True)
 
     def keep_master(self, value: Tensor) -> None:
         """Keep a float32 copy of `value`, beside the weight."""
@@ -108,7 +109,7 @@ class Gradients:
             grad = grad.to(torch.float32)
         before = self.kept.get(weight)
         if before is not None:
-            grad = before.to(self.device).add_(grad)
+            grad = before.to(self.device, non_blocking=True).add_(grad)
         if not weight.swapped:
             self.kept[weight] = grad
             return
