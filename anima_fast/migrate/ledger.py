@@ -6,10 +6,13 @@ forgets is dropped as unknown when the ledger is closed, so that no key can get 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from anima_fast.errors import UserError
 
 # Values of keys with such names are neither written nor shown.
 SECRET = re.compile(r"(?i)(api_?key|(^|[._-])token$|password|secret|credential)")
@@ -64,6 +67,26 @@ class Ledger:
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key of the source, settled or not."""
         return self.source.get(key, default)
+
+    def number(self, key: str, default: float = 0.0) -> float:
+        """The value of a key as a number; `UserError` for anything else."""
+        value = self.source.get(key)
+        if value is None or value == "":
+            return default
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number) or isinstance(value, bool):
+            raise UserError(f"{key}: expected a number, got {show(value)!r}")
+        return number
+
+    def table(self, key: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A table of a source that may leave it out; `UserError` for anything else."""
+        value = config.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise UserError(f"{key}: expected a table of settings, got {show(value)!r}")
+        return value
 
     def open_keys(self, prefix: str = "") -> list[str]:
         """The keys that begin with `prefix` and are not settled."""
@@ -149,5 +172,5 @@ def show(value: Any) -> str:
     else:
         text = str(value)
     text = "".join(c if c.isprintable() else " " for c in SECRET_VALUE.sub(HIDDEN, text))
-    text = " ".join(text.split())
+    text = " ".join(text.split()) or "(empty)"
     return text if len(text) <= 120 else text[:117] + "..."

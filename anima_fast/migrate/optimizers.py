@@ -25,7 +25,7 @@ class Known:
     betas: int = 2
 
 
-_KAHAN = "it sums in a way that 16-bit weights need; LoRA weights are float32 here"
+_KAHAN = "its Kahan sums are for 16-bit weights, which are float32 or rounded at random here"
 _OPTIMI = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0}
 _D = ("d0", "d_coef", "growth_rate", "decouple", "use_bias_correction", "safeguard_warmup")
 _FACTOR = ("clip_threshold", "decay_rate", "scale_parameter", "relative_step", "warmup_init")

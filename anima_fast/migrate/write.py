@@ -46,8 +46,33 @@ def options_text(ledger: Ledger, cls: type, header: Iterable[str]) -> str:
 
 def dataset_text(dataset: dict[str, Any], header: Iterable[str]) -> str:
     """A dataset file: `[general]`, then each dataset with its subsets."""
-    general = {"general": dataset["general"]} if dataset.get("general") else {}
-    return f"{_comments(header)}\n\n{tomli_w.dumps({**general, 'datasets': dataset['datasets']})}"
+    parts = [_comments(header) + "\n"]
+    if dataset.get("general"):
+        parts.append(tomli_w.dumps({"general": dataset["general"]}))
+    for entry in dataset["datasets"]:
+        own = {key: value for key, value in entry.items() if key != "subsets"}
+        parts.append(_array_table("datasets", own))
+        parts += [_array_table("datasets.subsets", subset) for subset in entry.get("subsets", [])]
+    return "\n".join(parts)
+
+
+def _array_table(name: str, values: dict[str, Any]) -> str:
+    """One `[[name]]`; tables in it are written inline, as headers would end it."""
+    lines = [
+        f"{key} = {_inline(value)}" if isinstance(value, dict) else tomli_w.dumps({key: value})
+        for key, value in values.items()
+    ]
+    return "\n".join([f"[[{name}]]", *(line.rstrip("\n") for line in lines), ""])
+
+
+def _inline(table: dict[str, Any]) -> str:
+    pairs = [
+        f"{key} = {_inline(value)}"
+        if isinstance(value, dict)
+        else tomli_w.dumps({key: value}).strip()
+        for key, value in table.items()
+    ]
+    return "{ " + ", ".join(pairs) + " }" if pairs else "{}"
 
 
 def _comments(lines: Iterable[str]) -> str:

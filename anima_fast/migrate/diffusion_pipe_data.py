@@ -1,0 +1,220 @@
+"""diffusion-pipe's dataset TOML as ours.
+
+There every image of a directory is trained at every resolution, so each resolution becomes a
+dataset with all directories in it. Aspect ratios between two limits become limits of the sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anima_fast.errors import UserError
+from anima_fast.migrate.ledger import Ledger
+from anima_fast.migrate.paths import Paths
+from anima_fast.migrate.values import is_off
+
+STEP = 64
+# A key of a level of the file, and why it has no counterpart.
+DROPPED = {
+    "frame_buckets": "it is about videos", "shuffle_metadata": "images are shuffled every epoch",
+    "num_ar_buckets": "buckets are all multiples of 64 pixels between the limits here",
+    "subsample_ratio": "all images of a folder are trained here",
+    "skip_empty_caption": "an image without a caption is trained with an empty one here",
+    "default_mask_file": "an image without a mask is trained whole here",
+    "control_path": "training on pairs of images is not supported",
+    "online_captions": "captions are read from .txt files here",
+    "cache_shuffle_delimiter": "it is about cache_shuffle_num, which is off",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Images a batch: one number (side 0), or several by the side of the resolution."""
+
+    pairs: tuple[tuple[float, int], ...] = ((0.0, 1),)
+
+    @classmethod
+    def read(cls, ledger: Ledger) -> BatchSizes:
+        """From the main file's keys, which are settled; those for images beat the others."""
+        own, shared = "image_micro_batch_size_per_gpu", "micro_batch_size_per_gpu"
+        key = own if ledger.has(own) else shared
+        if not ledger.has(key):
+            return cls()
+        value = ledger.get(key)
+        try:
+            rows = value if isinstance(value, list) else [[0, value]]
+            pairs = tuple((float(side), max(1, int(size))) for side, size in rows)
+        except (TypeError, ValueError):
+            raise UserError(f"{key}: expected a number or [[side, number], ...]") from None
+        ledger.take_elsewhere(key, "batch_size of the datasets")
+        if key == own and ledger.has(shared):
+            ledger.drop(shared, "it was for videos: images have a size of their own")
+        return cls(pairs or ((0.0, 1),))
+
+    @property
+    def largest(self) -> int:
+        """Images of the largest batch."""
+        return max(size for _, size in self.pairs)
+
+    def of(self, side: float) -> int:
+        """The batch size of the nearest resolution."""
+        return min(self.pairs, key=lambda pair: abs(pair[0] - side))[1]
+
+
+def convert_dataset(
+    config: Any, name: str, ledger: Ledger, folders: tuple[Path, ...], sizes: BatchSizes
+) -> None:
+    """Settle the keys of a dataset file and put the datasets into the ledger."""
+    rows = config.get("directory") if isinstance(config, Mapping) else None
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise UserError(f"{name} has no [[directory]]: it is no dataset file of diffusion-pipe")
+    prefix = f"{name}: "
+    ledger.extend(config, prefix)
+    texts = [str(row.get(key, "")) for row in rows for key in ("path", "mask_path")]
+    paths = Paths.find(texts, folders)
+    shared = {key: value for key, value in config.items() if key != "directory"}
+    datasets: dict[str, dict[str, Any]] = {}
+    for i, row in enumerate(rows):
+        merged = {**shared, **row}
+        subset = _subset(merged, row, f"{prefix}directory[{i}].", ledger, paths)
+        for resolution in _resolutions(merged, name):
+            entry = _entry(merged, resolution, sizes, name)
+            datasets.setdefault(repr(entry), {**entry, "subsets": []})["subsets"].append(subset)
+    ledger.dataset = {"general": _general(shared, prefix, ledger), "datasets": [*datasets.values()]}
+    _settle_sizes(prefix, ledger)
+
+
+def _resolutions(merged: Mapping[str, Any], name: str) -> list[list[int]]:
+    """Sizes as [width, height]; of explicit size buckets, the largest area."""
+    if buckets := merged.get("size_buckets"):
+        widest = max(buckets, key=lambda b: float(b[0]) * float(b[1]))
+        return [[int(widest[0]), int(widest[1])]]
+    found = []
+    for value in merged.get("resolutions") or [512]:
+        pair = value if isinstance(value, list) else [value, value]
+        if len(pair) != 2 or not all(isinstance(v, (int, float)) and v >= 16 for v in pair):
+            raise UserError(f"{name}: resolutions: {value!r} is no side and no [width, height]")
+        found.append([int(v) for v in pair])
+    return found
+
+
+def _entry(
+    merged: Mapping[str, Any], size: list[int], sizes: BatchSizes, name: str
+) -> dict[str, Any]:
+    """The keys of a dataset at one resolution."""
+    width, height = size
+    side = math.sqrt(width * height)
+    entry: dict[str, Any] = {"resolution": width if width == height else size}
+    entry["batch_size"] = sizes.of(side)
+    if not merged.get("enable_ar_bucket") and not merged.get("size_buckets"):
+        square = max(16, round(side / 16) * 16)
+        return entry | {"resolution": square, "enable_bucket": False}
+    ratios = _ratios(merged, name)
+    shortest = min(min(side * math.sqrt(r), side / math.sqrt(r)) for r in ratios)
+    longest = max(max(side * math.sqrt(r), side / math.sqrt(r)) for r in ratios)
+    entry["enable_bucket"] = True
+    entry["min_bucket_reso"] = max(STEP, int(min(shortest, *size)) // STEP * STEP)
+    entry["max_bucket_reso"] = math.ceil(max(longest, *size) / STEP) * STEP
+    return entry
+
+
+def _ratios(merged: Mapping[str, Any], name: str) -> list[float]:
+    given = merged.get("ar_buckets") or merged.get("size_buckets")
+    given = given or [merged.get("min_ar", 0.5), merged.get("max_ar", 2.0)]
+    try:
+        ratios = [v[0] / v[1] if isinstance(v, list) else float(v) for v in given]
+    except (TypeError, ValueError, IndexError, ZeroDivisionError):
+        ratios = []
+    if not ratios or min(ratios) <= 0:
+        raise UserError(f"{name}: aspect ratios must be numbers above 0, or pairs of sides")
+    return ratios
+
+
+def _subset(
+    merged: Mapping[str, Any], own: Mapping[str, Any], prefix: str, ledger: Ledger, paths: Paths
+) -> dict[str, Any]:
+    """The keys of a subset; settles the directory's own keys."""
+    if not merged.get("path"):
+        raise UserError(f"{prefix[:-1]} has no path: every directory of diffusion-pipe has one")
+    found: dict[str, Any] = {}
+    for key, option in (("path", "image_dir"), ("mask_path", "conditioning_data_dir")):
+        if key in own:
+            found[option], why = paths.resolve(str(own[key]))
+            if why:
+                ledger.change(f"{prefix}{key}", None, None, f"{option} {found[option]}: {why}")
+            else:
+                ledger.take_elsewhere(f"{prefix}{key}", option)
+    if "conditioning_data_dir" in found:
+        ledger.options["masked_loss"] = True
+        ledger.add("masked_loss", True, "mask_path is given")
+    found |= _repeats(merged, own, prefix, ledger)
+    found |= _captions(own, prefix, ledger)
+    return found
+
+
+def _repeats(
+    merged: Mapping[str, Any], own: Mapping[str, Any], prefix: str, ledger: Ledger
+) -> dict[str, int]:
+    value = merged.get("num_repeats", 1)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise UserError(f"{prefix}num_repeats: expected a number, got {value!r}")
+    whole = max(1, round(value))
+    if "num_repeats" in own and whole != value:
+        why = "repeats are whole numbers here"
+        ledger.change(f"{prefix}num_repeats", None, None, f"num_repeats {whole}: {why}")
+    elif "num_repeats" in own:
+        ledger.take_elsewhere(f"{prefix}num_repeats", "num_repeats")
+    return {"num_repeats": whole}
+
+
+def _captions(own: Mapping[str, Any], prefix: str, ledger: Ledger) -> dict[str, Any]:
+    """Keys about captions of one level."""
+    found: dict[str, Any] = {}
+    if (key := "caption_prefix") in own and own[key]:
+        found[key] = str(own[key]).rstrip(" ")
+        ledger.take_elsewhere(f"{prefix}{key}", key)
+    number = int(ledger.number(f"{prefix}cache_shuffle_num"))
+    if number or own.get("shuffle_tags"):
+        found["shuffle_caption"] = True
+        for name in ("cache_shuffle_num", "shuffle_tags"):
+            if name in own:
+                ledger.take_elsewhere(f"{prefix}{name}", "shuffle_caption")
+        ledger.add("caption_variants", max(number, 1), "cache_shuffle_num: renderings of a caption")
+        if (key := "cache_shuffle_delimiter") in own:
+            found["caption_separator"] = str(own[key]).strip() or " "
+            ledger.take_elsewhere(f"{prefix}{key}", "caption_separator")
+    for name in ("caption_prefix", "cache_shuffle_num", "shuffle_tags"):
+        if ledger.has(f"{prefix}{name}") and is_off(own.get(name)):
+            ledger.drop(f"{prefix}{name}", "it is off")
+    return found
+
+
+def _general(shared: Mapping[str, Any], prefix: str, ledger: Ledger) -> dict[str, Any]:
+    found = _captions(shared, prefix, ledger)
+    if ledger.has(f"{prefix}num_repeats"):
+        ledger.take_elsewhere(f"{prefix}num_repeats", "num_repeats of every subset")
+    return found
+
+
+def _settle_sizes(prefix: str, ledger: Ledger) -> None:
+    """Keys of any level about sizes, and those without a counterpart."""
+    for key in ledger.open_keys(prefix):
+        name = key.removeprefix(prefix).rsplit(".", 1)[-1]
+        if name == "resolutions":
+            ledger.take_elsewhere(key, "a dataset for each, with all images")
+        elif name == "enable_ar_bucket":
+            ledger.take_elsewhere(key, "enable_bucket")
+        elif name in ("min_ar", "max_ar", "ar_buckets"):
+            why = "min_bucket_reso and max_bucket_reso: limits are sides of images here"
+            ledger.change(key, None, None, why)
+        elif name == "size_buckets":
+            why = "buckets around the largest of these areas: sizes cannot be listed here"
+            ledger.change(key, None, None, why)
+        elif name in DROPPED:
+            ledger.drop(key, DROPPED[name])
+            if name in ("control_path", "online_captions") and not is_off(ledger.get(key)):
+                ledger.todo.append(f"{name}: {DROPPED[name]}")
