@@ -293,9 +293,24 @@ def _logging(draft: Draft) -> None:
         draft.set("logging_dir", f"{draft.output_dir.rstrip('/')}/logs")
 
 
+def _previews(draft: Draft) -> None:
+    prompts = draft.sample_prompts or draft.sample_prompt
+    wanted = draft.sample_every_n_steps or draft.sample_every_n_epochs or draft.sample_at_first
+    if wanted and not prompts:
+        raise UserError("previews need --sample_prompts FILE or --sample_prompt \"TEXT\"")
+    if prompts and not wanted:
+        draft.set("sample_every_n_epochs", 1, "previews: one of each prompt every epoch")
+
+
+def _early_stop(draft: Draft) -> None:
+    held_out = draft.validation_split or draft.dataset_config
+    if draft.early_stop_patience and not held_out:
+        raise UserError("--early_stop_patience needs images that are held out: --validation_split")
+
+
 # For every run, and for a LoRA only; finetune_rules.py has those of full fine-tuning.
 SHARED_RULES = (
     _text_cache, _long_captions, _latent_cache, _data, _vae, _precision, _memory, _attention,
-    _schedule, _flow, _saving, _logging,
+    _schedule, _flow, _saving, _logging, _previews, _early_stop,
 )  # fmt: skip
 NETWORK_RULES = (_network, _trained_parts, _cached_text_is_frozen)

@@ -28,6 +28,7 @@ from anima_fast.option_groups.output import (
     LengthOptions,
     LogOptions,
     MetadataOptions,
+    PreviewOptions,
     SaveOptions,
     ValidationOptions,
 )
@@ -116,8 +117,8 @@ class _Data(
 
 @dataclass(frozen=True)
 class _Learning(
-    MetadataOptions, ValidationOptions, LogOptions, SaveOptions, MaskOptions, MemoryOptions,
-    FlowOptions, SchedulerOptions, OptimizerOptions,
+    MetadataOptions, PreviewOptions, ValidationOptions, LogOptions, SaveOptions, MaskOptions,
+    MemoryOptions, FlowOptions, SchedulerOptions, OptimizerOptions,
 ):  # fmt: skip
     """How it is trained, saved and logged."""
 

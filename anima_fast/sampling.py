@@ -174,20 +174,19 @@ def attach_lora(
         return None
     example = next(model for model in owners.values() if model is not None)
     weight = next(example.parameters())
-    network = add_lora(
-        dit,
-        train_dit=dit is not None,
-        llm_adapter=llm_adapter,
-        text_encoder=text_encoder,
-        modules_from=parts,
-        dtype=weight.dtype,
-    )
-    for name, part in parts.items():
-        module = network.modules_by_name.get(name)
-        sizes = (part.down.shape, part.up.shape)
-        if module is None or (module.down.shape, module.up.shape) != sizes:
-            raise UserError(f"{lora.path}: {name} does not fit this model: it is made for another")
-    network.load(lora.path)
+    plain = all(part.network == "LoRA" for part in parts.values())
+    try:
+        network = add_lora(
+            dit,
+            train_dit=dit is not None,
+            llm_adapter=llm_adapter,
+            text_encoder=text_encoder,
+            modules_from=parts,
+            # Products of LoHa and LoKr and norms of DoRA are taken of what was trained.
+            dtype=weight.dtype if plain else torch.float32,
+        )
+    except UserError as error:
+        raise UserError(f"{lora.path}: {error}") from None
     network.multiplier = lora.weight
     return network.to(weight.device).eval()
 

@@ -710,3 +710,16 @@ def test_loading_ignores_keys_of_no_module_and_reports_them(tmp_path):
     other = add_lora(make_dit())
     assert other.load(tmp_path / "more.safetensors") == [key]
     assert torch.equal(other.flat, network.flat)
+
+
+def test_modules_from_leaves_parts_of_models_that_are_not_given(tmp_path):
+    """A file with a text encoder trains on without it; a layer that does not fit is refused."""
+    parts = make_network().parts()
+    foreign = {"text_encoder.layers.0.mlp.up_proj": next(iter(parts.values()))}
+    again = add_lora(make_dit(), modules_from=parts | foreign)
+    assert again.modules_by_name.keys() == parts.keys()
+    with pytest.raises(UserError, match="does not fit this model"):
+        add_lora(make_dit(), modules_from=parts | {"blocks.99.mlp.layer1": parts[LAYER]})
+    wrong = {LAYER: parts["blocks.0.self_attn.q_proj"]}
+    with pytest.raises(UserError, match="does not fit this model"):
+        add_lora(make_dit(), modules_from=wrong)

@@ -286,7 +286,8 @@ def add_lora(
         The network, in train mode, on the CPU (`network.to(device)` before making an optimizer).
 
     Raises:
-        UserError: rank below 1, a bad pattern, a block that does not exist, or nothing to train.
+        UserError: rank below 1, a bad pattern, a block that does not exist, nothing to train, or
+            parts of a file that do not fit the layers.
     """
     if rank < 1:
         raise UserError(f"--network_dim {rank}: the rank must be at least 1")
@@ -299,7 +300,9 @@ def add_lora(
         blocks=blocks,
     )
     if modules_from is not None:
-        targets = [t for t in targets if t.name in modules_from]
+        owners = {names.TEXT_ENCODER: text_encoder, names.ADAPTER: llm_adapter}
+        left_out = tuple(prefix for prefix, model in owners.items() if model is None)
+        targets = _matching(targets, modules_from, left_out, train_dit)
     if not targets:
         raise UserError("no module is left to train: loosen exclude_patterns")
     dropouts = Dropouts(dropout, rank_dropout, module_dropout)
@@ -334,6 +337,26 @@ def add_lora(
     for adapter in network.adapters:
         adapter.attach()
     return network
+
+
+def _matching(
+    targets: Sequence[Target], parts: Mapping[str, Part], left_out: tuple[str, ...], dit: bool
+) -> list[Target]:
+    """The layers that a file has parts for; raises `UserError` where the two do not fit.
+
+    Parts of models that are not adapted here (prefixes `left_out`; the DiT without `dit`) may be in
+    the file.
+    """
+    by_name = {target.name: target for target in targets}
+    others = (names.TEXT_ENCODER, names.ADAPTER)
+    for name, part in parts.items():
+        if name.startswith(left_out) or not (dit or name.startswith(others)):
+            continue
+        target = by_name.get(name)
+        layer = target and (target.linear.out_features, target.linear.in_features)
+        if target is None or tuple(part.shape) != layer:
+            raise UserError(f"{name} does not fit this model: it is made for another")
+    return [target for target in targets if target.name in parts]
 
 
 def _initial(

@@ -11,6 +11,7 @@ _length = partial(option, "Length")
 _save = partial(option, "Saving and resuming")
 _log = partial(option, "Logging")
 _validation = partial(option, "Validation")
+_preview = partial(option, "Previews")
 _meta = partial(option, "Metadata of the saved file")
 
 
@@ -105,6 +106,29 @@ class ValidationOptions:
         None, "Validate every so many epochs (default: every epoch).", low=1
     )
     max_validation_steps: int | None = _validation(None, "Most batches used (default: all).", low=1)
+    early_stop_patience: int | None = _validation(
+        None, "Stop after so many validations in a row without a better loss.", low=1
+    )
+    early_stop_min_delta: float = _validation(
+        0.0, "How much lower a validation loss must be to count as better.", low=0
+    )
+
+
+@dataclass(frozen=True)
+class PreviewOptions:
+    """Pictures while it trains."""
+
+    sample_prompts: str | None = _preview(
+        None, "File with prompts: .txt with one a line, .toml or .json. Settings behind a prompt: "
+        "--n negative, --w, --h, --d seed, --s steps, --l guidance, --fs shift; by default as in "
+        "ComfyUI (1024x1024, 30 steps, guidance 4, shift 3).",
+    )  # fmt: skip
+    sample_prompt: tuple[str, ...] = _preview((), "Single prompts, in quotes, written likewise.")
+    sample_every_n_steps: int = _preview(0, "Pictures every so many steps; 0 = off.", low=0)
+    sample_every_n_epochs: int = _preview(
+        0, "Pictures every so many epochs; 0 = off. Wins over steps.", low=0
+    )
+    sample_at_first: bool = _preview(False, "Pictures before the first step.")
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,6 @@ IGNORED = {
     "ddp_static_graph": "one device is used",
 }
 
-_PREVIEW = "previews during training are not built yet; `anima-fast sample` renders saved files"
 _FP8 = "8-bit base weights are not supported yet; use --blocks_to_swap to save memory"
 _COMPILE = "use --compile, which compiles block by block"
 _UPLOAD = "uploads are out of scope; use `hf upload` after the run"
@@ -77,10 +76,6 @@ REFUSED = {
     "fp8_base": _FP8,
     "fp8_base_unet": _FP8,
     "fp8_scaled": _FP8,
-    "sample_prompts": _PREVIEW,
-    "sample_every_n_steps": _PREVIEW,
-    "sample_every_n_epochs": _PREVIEW,
-    "sample_at_first": _PREVIEW,
     "torch_compile": _COMPILE,
     "dynamo_backend": _COMPILE,
     "fused_backward_pass": _WHOLE,

@@ -105,6 +105,14 @@ class RunLog:
         }
         self._write("validation", step, record, scalars)
 
+    def preview(self, step: int, epoch: int, files: list[str]) -> None:
+        """Log pictures, named relative to the output folder."""
+        self._write("preview", step, {"epoch": epoch, "files": files}, {})
+
+    def event(self, step: int, text: str) -> None:
+        """Log something that changed how the run goes on."""
+        self._write("event", step, {"text": text}, {})
+
     def close(self) -> None:
         """Close the file and the trackers."""
         self._file.close()
@@ -116,7 +124,8 @@ class RunLog:
         self, kind: str, step: int, record: Mapping, scalars: Mapping[str, float | None]
     ) -> None:
         # The end of an epoch is repeated when a run resumes from a state saved just there.
-        if (kind, step) in self._written:
+        # Events are another matter: several may belong to a step.
+        if kind != "event" and (kind, step) in self._written:
             return
         self._written.add((kind, step))
         line = json.dumps(_finite({"kind": kind, "step": step, **record}), allow_nan=False)

@@ -110,6 +110,9 @@ def run_steps(
     checkpoints = Checkpoints(run)
     network.train()
     train_mode(run.optimizer)
+    previews = run.previews
+    if previews and previews.due_at_first(position):
+        log_previews(run, "000000", position, log, progress, stop)
     progress.start(position.step, length.steps)
 
     while position.step < length.steps:
@@ -137,6 +140,8 @@ def run_steps(
             checkpoints.after_step(position)
             if is_due(position.step, options.validate_every_n_steps):
                 log_validation(run, settings, position, log, progress)
+            if previews and previews.due_after_step(position.step):
+                log_previews(run, f"{position.step:06d}", position, log, progress, stop)
             if stop.received or position.step >= length.steps:
                 break
             group, started = [], time.perf_counter()
@@ -155,7 +160,10 @@ def run_steps(
             log.epoch(position.step, position.epoch, position.loss_average)
             # A state saved here goes on with the next epoch.
             position.next_epoch()
-            checkpoints.after_epoch(position, finished_epoch=position.epoch - 1)
+            finished = position.epoch - 1
+            checkpoints.after_epoch(position, finished_epoch=finished)
+            if previews and previews.due_after_epoch(finished):
+                log_previews(run, f"e{finished:06d}", position, log, progress, stop)
 
     path = checkpoints.final(position)
     progress.say(f"saved {path}")
@@ -235,6 +243,16 @@ def log_validation(
     if loss is not None:
         log.validation(position.step, position.epoch, loss, position.loss_average)
         progress.say(f"step {position.step}: validation loss {loss:.4f}")
+
+
+def log_previews(
+    run: Run, stage: str, position: Position, log: RunLog, progress: Progress, stop: StopSignal
+) -> None:
+    """Render, log and name the previews of this moment."""
+    files = run.previews.make(run, stage, say=progress.say, stopped=lambda: bool(stop.received))
+    if files:
+        log.preview(position.step, position.last_epoch, files)
+        progress.say(f"{len(files)} previews in {run.options.output_dir}/sample")
 
 
 def result(

@@ -1,0 +1,240 @@
+"""Pictures while it trains: the same as `anima-fast sample` makes with the LoRA of that moment.
+
+Texts are encoded at the start, with the models that the captions need anyway; what is trained of
+the text path runs again at each preview. Dropouts are off, schedule-free optimizers show their
+averaged weights, the random state is put back, and whatever goes wrong is one warning: training
+goes on.
+
+Files: OUTPUT_DIR/sample/ + [NAME_] + e000004 or 000500 + _IDX_TIMESTAMP[_SEED].png
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from anima_fast.data.batches import TextInputs, zero_key_counts
+from anima_fast.data.encode_models import TextModels, free_memory, load_run_tokenizers
+from anima_fast.errors import UserError
+from anima_fast.models.vae import load_vae
+from anima_fast.pictures import save_png, to_image, unescape
+from anima_fast.prompts import Prompt, parse_prompt, read_prompts
+from anima_fast.training.optimizers import averaged_weights
+
+if TYPE_CHECKING:
+    from anima_fast.options import TrainOptions
+    from anima_fast.training.position import Position
+    from anima_fast.training.setup import Run
+
+FOLDER = "sample"
+Say = Callable[[str], None]
+
+
+@dataclass
+class Previews:
+    """The prompts of a run and their encoded texts.
+
+    Attributes:
+        prompts: as read at the start.
+        texts: what the text path needs, by text; empty where it runs whole at each preview.
+    """
+
+    options: TrainOptions
+    prompts: list[Prompt]
+    texts: Mapping[str, TextInputs] = field(default_factory=dict)
+    live: bool = False
+
+    def due_at_first(self, position: Position) -> bool:
+        """Whether pictures are wanted before the first step."""
+        return self.options.sample_at_first and position.step == 0
+
+    def due_after_step(self, step: int) -> bool:
+        """Whether pictures are wanted now; epochs win where both are given."""
+        every = self.options.sample_every_n_steps
+        return bool(every) and not self.options.sample_every_n_epochs and step % every == 0
+
+    def due_after_epoch(self, epoch: int) -> bool:
+        """Whether pictures are wanted after an epoch, counted from 1."""
+        every = self.options.sample_every_n_epochs
+        return bool(every) and epoch % every == 0
+
+    def make(
+        self, run: Run, stage: str, *, say: Say, stopped: Callable[[], bool] = lambda: False
+    ) -> list[str]:
+        """Render every prompt.
+
+        Args:
+            run: the run, whose network is used as it is now.
+            stage: e000004 after epoch 4, 000500 after step 500.
+            say: gets one line for what went wrong.
+            stopped: asked between pictures.
+
+        Returns:
+            The files made, relative to the output folder.
+        """
+        made = []
+        run.network.eval()
+        run.network.multiplier = 1.0
+        try:
+            devices = [run.device] if run.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), averaged_weights(run.optimizer), torch.no_grad():
+                for index, prompt in enumerate(self.current(say)):
+                    if stopped():
+                        break
+                    made.append(self._make_one(run, prompt, stage, index))
+        # A preview is a help, and no reason to lose a run.
+        except Exception as error:
+            say(f"no preview: {one_line(error)}")
+        finally:
+            run.network.train()
+            free_memory(run.device, keep_cached=run.options.highvram)
+        return made
+
+    def current(self, say: Say) -> list[Prompt]:
+        """The prompts as they are in their file now; what cannot be had is said and left out."""
+        try:
+            prompts = collect_prompts(self.options)
+        except UserError as error:
+            say(f"the prompts of the start are used: {error}")
+            prompts = self.prompts
+        if self.live:
+            return prompts
+        known = [p for p in prompts if all(unescape(text) in self.texts for text in p.texts)]
+        if len(known) < len(prompts):
+            say(f"{len(prompts) - len(known)} prompts are new: they are shown when the run resumes")
+        return known
+
+    def _make_one(self, run: Run, prompt: Prompt, stage: str, index: int) -> str:
+        seed = secrets.randbelow(2**32) if prompt.seed is None else prompt.seed
+        pixels = decode(run, self._sample(run, prompt, seed))
+        stamp = time.strftime("%Y%m%d%H%M%S")
+        name = f"{stage}_{index:02d}_{stamp}"
+        name = f"{self.options.output_name}_{name}" if self.options.output_name else name
+        name = name if prompt.seed is None else f"{name}_{seed}"
+        path = Path(self.options.output_dir) / FOLDER / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(path, to_image(pixels), self._describe(prompt, seed))
+        return f"{FOLDER}/{path.name}"
+
+    def _sample(self, run: Run, prompt: Prompt, seed: int) -> Tensor:
+        from anima_fast.sampling import euler_sample, start_noise
+
+        contexts = [run.conditioning(self._text(text)) for text in prompt.texts]
+        return euler_sample(
+            run.dit,
+            start_noise(seed, prompt.width, prompt.height),
+            contexts[0][0],
+            contexts[1][0] if len(contexts) > 1 else None,
+            steps=prompt.steps,
+            shift=prompt.shift,
+            guidance=prompt.cfg,
+            zero_keys=contexts[0][1],
+            negative_zero_keys=contexts[-1][1],
+        )
+
+    def _text(self, text: str) -> TextInputs:
+        text = unescape(text)
+        return TextInputs(captions=[text]) if self.live else self.texts[text]
+
+    def _describe(self, prompt: Prompt, seed: int) -> str:
+        from anima_fast.options import SampleOptions
+        from anima_fast.pictures import describe
+
+        options = SampleOptions(
+            dit=self.options.pretrained_model_name_or_path,
+            prompt=prompt.text,
+            negative_prompt=prompt.negative,
+            steps=prompt.steps,
+            cfg=prompt.cfg,
+            shift=prompt.shift,
+            width=prompt.width,
+            height=prompt.height,
+        )
+        return describe(options, seed)
+
+
+def collect_prompts(options: TrainOptions) -> list[Prompt]:
+    """The prompts of the file and of the command line; raises `UserError` for wrong ones."""
+    prompts = read_prompts(options.sample_prompts) if options.sample_prompts else []
+    return prompts + [parse_prompt(text, where="--sample_prompt") for text in options.sample_prompt]
+
+
+def prepare_previews(
+    options: TrainOptions, text_mode: str, *, device: torch.device, dtype: torch.dtype, say: Say
+) -> Previews | None:
+    """Read the prompts and encode their texts; None when no previews are asked for.
+
+    Args:
+        options: of the run.
+        text_mode: of `load_conditioning`: context, states or live.
+        device, dtype: of the text models.
+        say: gets notices.
+
+    Raises:
+        UserError: prompts that cannot be read.
+    """
+    prompts = collect_prompts(options)
+    if not prompts:
+        return None
+    ignored = sorted({name for prompt in prompts for name in prompt.ignored})
+    if ignored:
+        say(f"prompts: {', '.join(ignored)} has no effect on Anima")
+    if text_mode == "live":
+        return Previews(options, prompts, live=True)
+    say("encoding the prompts of previews")
+    texts = [unescape(text) for prompt in prompts for text in prompt.texts]
+    encoded = encode_texts(options, list(dict.fromkeys(texts)), text_mode, device, dtype)
+    return Previews(options, prompts, encoded)
+
+
+@torch.no_grad()
+def encode_texts(
+    options: TrainOptions,
+    texts: list[str],
+    text_mode: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, TextInputs]:
+    """Text inputs of one sample each, on the CPU, by text."""
+    tokenizers, models = load_run_tokenizers(options), TextModels(options, device, dtype)
+    found = {}
+    for text in texts:
+        tokens = tokenizers.encode([text], *options.token_limits)
+        qwen_mask, t5_mask = tokens.qwen_mask.to(device), tokens.t5_mask.to(device)
+        states = models.encoder()(tokens.qwen_ids.to(device), qwen_mask)
+        if text_mode == "states":
+            found[text] = TextInputs(
+                source_states=states.cpu(),
+                source_mask=tokens.qwen_mask,
+                t5_ids=tokens.t5_ids,
+                t5_mask=tokens.t5_mask,
+            )
+        else:
+            context = models.adapter()(tokens.t5_ids.to(device), t5_mask, states, qwen_mask)
+            counts = tokens.t5_mask.sum(1).tolist()
+            found[text] = TextInputs(context=context.cpu(), zero_keys=zero_key_counts(counts))
+    models.free()
+    return found
+
+
+def decode(run: Run, latents: Tensor) -> Tensor:
+    """[1, 16, 1, h, w] → pixels [3, H, W]; the VAE is loaded for it and freed."""
+    if not torch.isfinite(latents).all():
+        raise UserError("the sampled latents are not finite")
+    # In half precision flat areas of the picture show steps, so it is float32 as in `sample`.
+    vae = load_vae(run.options.vae, device=run.device, dtype=torch.float32)
+    return vae.decode(latents.squeeze(2), chunk_rows=run.options.vae_chunk_size)[0]
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, for a line at the console."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory: use smaller --w and --h in the prompts, or --vae_chunk_size 64"
+    return f"{' '.join(str(error).split())[:300] or type(error).__name__}"

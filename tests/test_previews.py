@@ -1,0 +1,221 @@
+"""Previews: their prompts, their times, that they are what `sample` makes and do no harm."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from stack import make_world, train_options
+
+from anima_fast.errors import UserError
+from anima_fast.options import SampleOptions, TrainOptions
+from anima_fast.prompts import Prompt, parse_prompt, read_prompts
+from anima_fast.sampling import run_sample
+from anima_fast.training import previews
+from anima_fast.training.loop import train
+
+SMALL = "a cat, green eyes --n ugly --w 80 --h 64 --s 3 --l 3.5 --fs 2 --d 11"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def records(folder, kind):
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+# Prompts
+
+
+def test_a_line_with_settings():
+    prompt = parse_prompt("one, well--known -- thing --n bad, worse --w 700 --h 65 --l 1 --ss x")
+    assert prompt == Prompt("one, well--known -- thing", "bad, worse", 688, 64, cfg=1.0)
+    assert prompt.ignored == ("--ss",)
+    assert prompt.texts == ("one, well--known -- thing",)
+
+
+def test_what_is_not_given_is_as_in_comfyui():
+    assert parse_prompt("x") == Prompt("x", "", 1024, 1024, None, 30, 4.0, 3.0)
+
+
+def test_files_say_the_same_in_all_forms(tmp_path):
+    (tmp_path / "a.txt").write_text(
+        "\ufeff# comment\none --w 64 --h 64 --d 3\n\ntwo --w 64 --h 64 --n no --d 4\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "a.toml").write_text(
+        '[prompt]\nwidth = 64\nheight = 64\nseed = 3\nnegative_prompt = ""\n'
+        '[[prompt.subset]]\nprompt = "one"\n'
+        '[[prompt.subset]]\nprompt = "two"\nseed = 4\nnegative_prompt = "no"\n',
+        encoding="utf-8",
+    )
+    listed = [{"prompt": "one", "width": 64, "height": 64, "seed": 3}]
+    (tmp_path / "a.json").write_text(
+        json.dumps([*listed, "two --w 64 --h 64 --n no --d 4"]), encoding="utf-8"
+    )
+    expected = [Prompt("one", "", 64, 64, 3), Prompt("two", "no", 64, 64, 4)]
+    for suffix in ("txt", "toml", "json"):
+        assert read_prompts(tmp_path / f"a.{suffix}") == expected, suffix
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("a.txt", "x --w wide", r"line 1: --w 'wide' is no number"),
+        ("a.txt", "x\ny --q 3", r"line 2: --q is unknown"),
+        ("a.txt", "x --s 0", "out of range"),
+        ("a.txt", "x --l nan", "out of range"),
+        ("a.txt", "x --w 99999", "at most 16384"),
+        ("a.toml", "[prompt", "not valid TOML"),
+        ("a.json", '[{"width": 3}]', "prompt is missing"),
+        ("a.json", '[{"prompt": "x", "widht": 3}]', "widht is unknown"),
+        ("a.json", "[3]", "expected a table or a line"),
+        ("a.yaml", "x", "rename it"),
+    ],
+)
+def test_wrong_prompts_name_their_place(tmp_path, name, text, match):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=match):
+        read_prompts(tmp_path / name)
+
+
+def test_options_that_need_prompts():
+    with pytest.raises(UserError, match="previews need --sample_prompts"):
+        TrainOptions(sample_every_n_steps=5)
+    options = TrainOptions(sample_prompt=("x",))
+    assert options.sample_every_n_epochs == 1
+
+
+# Runs
+
+
+def test_when_they_are_made_and_what_they_are_called(world, tmp_path):
+    (tmp_path / "p.txt").write_text(f"{SMALL}\nplain --w 64 --h 64 --s 1\n", encoding="utf-8")
+    out = tmp_path / "out"
+    train(train_options(
+        world, out, max_train_epochs=2, sample_prompts=str(tmp_path / "p.txt"),
+        sample_every_n_epochs=1, sample_every_n_steps=1, sample_at_first=True,
+    ))  # fmt: skip
+    found = records(out, "preview")
+    steps = records(out, "step")
+    per_epoch = len(steps) // 2
+    assert [(r["step"], r["epoch"]) for r in found] == [(0, 0), (per_epoch, 1), (2 * per_epoch, 2)]
+    names = [name for r in found for name in r["files"]]
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*.png")) == sorted(names)
+    for name, stage in zip(names[::2], ("000000", "e000001", "e000002"), strict=True):
+        assert name.startswith(f"sample/lora_{stage}_00_") and name.endswith("_11.png")
+    assert all(n.split("_")[2] == "01" and len(n.split("_")) == 4 for n in names[1::2])
+    image = Image.open(out / names[0])
+    assert image.size == (80, 64)
+    assert "Seed: 11" in image.text["parameters"] and "ugly" in image.text["parameters"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"cache_text_encoder_outputs": False, "text_encoder_lr": (1e-3,), "learning_rate": 1e-2},
+        {"network_args": ("train_llm_adapter=True", "rank_dropout=0.5"), "network_dropout": 0.3},
+        {"network_module": "networks.lokr", "network_args": ("dora_wd=True",)},
+        {"cache_latents": False},
+        {"optimizer_type": "AdamWScheduleFree"},
+        {"blocks_to_swap": 0, "recompute": "block", "kernels": "eager"},
+        {"tlora_min_rank": 1},
+    ],
+    ids=["plain", "text encoder", "adapter, dropout", "lokr", "live", "averaged", "block", "tlora"],
+)
+def test_a_preview_is_what_sample_makes_with_the_checkpoint(world, tmp_path, given):
+    if "AdamWScheduleFree" in str(given):
+        pytest.importorskip("schedulefree")
+    out = tmp_path / "out"
+    options = train_options(
+        world, out,
+        **{"learning_rate": 0.05, "max_train_epochs": None, "max_train_steps": 2,
+           "save_every_n_steps": 1, "sample_prompt": (SMALL,), "sample_every_n_steps": 1, **given},
+    )  # fmt: skip
+    train(options)
+    shown = records(out, "preview")
+    assert [r["step"] for r in shown] == [1, 2]
+    images = [pixels(out / r["files"][0]) for r in shown]
+    assert not np.array_equal(*images)
+    for image, name in zip(images, ("lora-step00000001", "lora"), strict=True):
+        path = run_sample(
+            SampleOptions(
+                dit=world["pretrained_model_name_or_path"], qwen3=world["qwen3"], vae=world["vae"],
+                t5_tokenizer_path=world["t5_tokenizer_path"],
+                lora=(str(out / f"{name}.safetensors"),),
+                prompt="a cat, green eyes", negative_prompt="ugly", width=80, height=64, steps=3,
+                cfg=3.5, shift=2.0, seed=11, dtype="fp32", device="cpu",
+                output=str(tmp_path / f"{name}.png"),
+            ),
+            quiet=True,
+        )  # fmt: skip
+        # A level of 255 may tip over where sums are made in another order.
+        assert np.abs(pixels(path).astype(int) - image).max() <= 1
+
+
+def test_previews_do_not_change_the_run(world, tmp_path):
+    given = {"network_dropout": 0.5, "max_train_epochs": 2, "learning_rate": 0.01}
+    train(train_options(world, tmp_path / "a", **given))
+    train(train_options(
+        world, tmp_path / "b", sample_prompt=(SMALL,), sample_at_first=True,
+        sample_every_n_steps=1, **given,
+    ))  # fmt: skip
+    first, second = (load_file(tmp_path / n / "lora.safetensors") for n in "ab")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    losses = [[r["loss"] for r in records(tmp_path / n, "step")] for n in "ab"]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), ValueError("odd"), OSError(28)])
+def test_a_failed_preview_is_one_warning(world, tmp_path, monkeypatch, capsys, error):
+    def fail(*_args):
+        raise error
+
+    monkeypatch.setattr(previews, "decode", fail)
+    train(train_options(world, tmp_path, sample_prompt=(SMALL,), sample_every_n_epochs=1))
+    said = capsys.readouterr().err
+    assert said.count("no preview:") == 2
+    assert (tmp_path / "lora.safetensors").exists() and not records(tmp_path, "preview")
+
+
+def test_a_changed_file_of_prompts(world, tmp_path, monkeypatch, capsys):
+    """New settings count at once, a new text waits, a broken file leaves the old prompts."""
+    file, versions = tmp_path / "p.txt", [
+        "x --w 64 --h 64 --s 1 --d 1\n", "x --w 96 --h 64 --s 1 --d 2\nnew --w 64 --h 64 --s 1\n",
+        "x --w broken\n",
+    ]  # fmt: skip
+    file.write_text(versions[0], encoding="utf-8")
+    real, calls = previews.Previews.make, []
+
+    def make(self, *args, **kwargs):
+        file.write_text(versions[len(calls)], encoding="utf-8")
+        calls.append(1)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(previews.Previews, "make", make)
+    out = tmp_path / "out"
+    train(train_options(
+        world, out, sample_prompts=str(file), sample_every_n_epochs=1, max_train_epochs=3
+    ))  # fmt: skip
+    found = [r["files"] for r in records(out, "preview")]
+    sizes = [[Image.open(out / name).size for name in files] for files in found]
+    assert sizes == [[(64, 64)], [(96, 64)], [(64, 64)]]
+    said = capsys.readouterr().err
+    assert "1 prompts are new" in said and "the prompts of the start are used" in said
+
+
+def test_a_missing_file_of_prompts_stops_before_anything_is_encoded(world, tmp_path):
+    with pytest.raises(UserError, match="cannot read the prompts"):
+        train(
+            train_options(world, tmp_path / "o", sample_prompts="absent.txt", sample_at_first=True)
+        )
