@@ -206,3 +206,16 @@ def test_a_weight_without_a_gradient_stays():
     assert [torch.equal(w.param, b) for w, b in zip(weights, before, strict=True)] == [
         False, True, True, True,
     ]  # fmt: skip
+
+
+def test_each_weight_has_random_numbers_of_its_own():
+    weights = weights_of(shapes={"a": (4000,), "b": (4000,)})
+    for weight in weights:
+        weight.param.data.fill_(1.0)
+    groups = [{"params": [w.param for w in weights], "lr": 1e-3}]
+    inner = torch.optim.SGD(groups)
+    updates = WeightUpdates(inner, weights, CPU, update="stochastic", seed=3)
+    for weight in weights:
+        updates.gradients.take(weight, torch.full((4000,), -3.0).bfloat16())
+    updates.step()
+    assert not torch.equal(weights[0].param, weights[1].param)
