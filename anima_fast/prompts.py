@@ -17,9 +17,12 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anima_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from anima_fast.options import TrainOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -119,6 +122,12 @@ def parse_prompt(line: str, defaults: Prompt | None = None, where: str = "prompt
         name, _, value = part.strip().partition(" ")
         prompt = _with(prompt, name, value.strip(), where)
     return prompt
+
+
+def collect_prompts(options: TrainOptions) -> list[Prompt]:
+    """The prompts of the file and of the command line; raises `UserError` for wrong ones."""
+    prompts = read_prompts(options.sample_prompts) if options.sample_prompts else []
+    return prompts + [parse_prompt(text, where="--sample_prompt") for text in options.sample_prompt]
 
 
 def _from_tables(content: Any, defaults: Prompt, where: str) -> Iterable[Prompt]:

@@ -14,6 +14,7 @@ from anima_fast.memory.offload import check_policies
 from anima_fast.memory.swap import swapped_indices
 from anima_fast.models.attention import check_attn_mode, check_torch_version, check_triton
 from anima_fast.models.model_files import check_lora_files, check_model_files
+from anima_fast.prompts import collect_prompts
 
 if TYPE_CHECKING:
     from anima_fast.options import SampleOptions, TrainOptions
@@ -52,6 +53,7 @@ def check_start(options: TrainOptions, device: torch.device) -> None:
     dit = check_model_files(options)
     if hasattr(options, "network_weights"):
         check_lora_files(options)
+    collect_prompts(options)
     swapped_indices(dit.num_blocks, options.blocks_to_swap or 0)
     check_policies(options.recompute or "none", dit.num_blocks, fused=fused)
     if options.mixed_precision == "bf16" and device.type == "cuda":

@@ -36,6 +36,7 @@ from anima_fast.training.optimizers import (
 )
 from anima_fast.training.position import Position
 from anima_fast.training.progress import Progress
+from anima_fast.training.run_files import ConsoleLog, RunFile
 from anima_fast.training.setup import (
     Run,
     choose_seed,
@@ -82,7 +83,8 @@ def train(options: TrainOptions) -> TrainResult | None:
     state = resolve_resume(options.resume, options.output_dir, options.output_stem)
     saved_seed = state_seed(state) if state else None
     seed = choose_seed(options) if saved_seed is None else saved_seed
-    with Progress(options) as progress:
+    folder = None if options.debug_dataset else options.output_dir
+    with Progress(options, log=ConsoleLog(folder, fresh=state is None)) as progress:
         if options.debug_dataset:
             show_dataset(options, seed, say=progress.say)
             return None
@@ -90,8 +92,13 @@ def train(options: TrainOptions) -> TrainResult | None:
         run = prepare(options, seed=seed, say=progress.say)
         position = resume_run(run, state, say=progress.say) if state else Position()
         write_run_file(options)
-        with RunLog(options, first_step=position.step) as log, StopSignal() as stop:
+        with (
+            RunFile(run, position.step) as file,
+            RunLog(options, first_step=position.step) as log,
+            StopSignal() as stop,
+        ):
             outcome = run_steps(run, position, log=log, progress=progress, stop=stop)
+            file.finish(outcome)
         try:
             report_run(options, outcome)
         except UserError as error:

@@ -25,7 +25,7 @@ from anima_fast.data.encode_models import TextModels, free_memory, load_run_toke
 from anima_fast.errors import UserError
 from anima_fast.models.vae import load_vae
 from anima_fast.pictures import save_png, to_image, unescape
-from anima_fast.prompts import Prompt, parse_prompt, read_prompts
+from anima_fast.prompts import Prompt, collect_prompts
 from anima_fast.training.optimizers import averaged_weights
 
 if TYPE_CHECKING:
@@ -158,12 +158,6 @@ class Previews:
             height=prompt.height,
         )
         return describe(options, seed)
-
-
-def collect_prompts(options: TrainOptions) -> list[Prompt]:
-    """The prompts of the file and of the command line; raises `UserError` for wrong ones."""
-    prompts = read_prompts(options.sample_prompts) if options.sample_prompts else []
-    return prompts + [parse_prompt(text, where="--sample_prompt") for text in options.sample_prompt]
 
 
 def prepare_previews(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from anima_fast.options import TrainOptions
+    from anima_fast.training.run_files import ConsoleLog
 
 logger = logging.getLogger("anima_fast")
 SMOOTHING = 0.9
@@ -29,11 +30,18 @@ class Progress:
     Args:
         options: `console_log_simple` asks for plain lines on a terminal too.
         console: where to write; stderr when None.
+        log: a file that gets the plain lines too.
     """
 
-    def __init__(self, options: TrainOptions | None = None, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        options: TrainOptions | None = None,
+        console: Console | None = None,
+        log: ConsoleLog | None = None,
+    ) -> None:
         from rich.console import Console
 
+        self.log = log
         self.console = console or Console(stderr=True)
         # Rich would end the program when its pipe is closed.
         self.console.on_broken_pipe = _closed
@@ -57,6 +65,8 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a message, above the live display if there is one."""
         self._try(self._print, text)
+        if self.log is not None:
+            self.log.write(text)
 
     def start(self, step: int, total: int) -> None:
         """Begin to count steps at `step` of `total`."""
@@ -79,9 +89,12 @@ class Progress:
         text = describe(record, self.step_s, self.total)
         if self._display is not None:
             self._try(self._display.update, self._task, completed=step, facts=text)
-        elif self._is_due(step):
+        if self._is_due(step):
             self._last_line = time.monotonic()
-            self._try(self._print, f"step {step}/{self.total} | {text}")
+            if self._display is None:
+                self._try(self._print, f"step {step}/{self.total} | {text}")
+            if self.log is not None:
+                self.log.write(f"step {step}/{self.total} | {text}")
 
     def _start_display(self) -> None:
         self._display = make_display(self.console)
