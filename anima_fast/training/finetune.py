@@ -25,7 +25,7 @@ from anima_fast.training.full_network import (
 )
 from anima_fast.training.model_setup import install_memory_savers
 from anima_fast.training.optimizer_names import Recipe, find_optimizer
-from anima_fast.training.optimizers import build_optimizer, is_schedule_free
+from anima_fast.training.optimizers import build_optimizer
 from anima_fast.training.weight_updates import WeightUpdates
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def build_updates(
 ) -> tuple[WeightUpdates, list[str]]:
     """The optimizer of the trained weights, and notices for the user.
 
-    Raises `UserError` for one that needs what this run does not have.
+    Raises `UserError` for arguments that its class refuses.
     """
     kind = options.optimizer_type
     recipe, _ = find_optimizer(kind)
@@ -146,7 +146,6 @@ def build_updates(
         max_grad_norm=options.max_grad_norm,
         wide_gradients=not half and options.gradient_accumulation_steps > 1,
     )
-    _check_optimizer(options, recipe, updates)
     return updates, notices
 
 
@@ -155,9 +154,16 @@ def looks_at_all(recipe: Recipe) -> bool:
     return recipe.adaptive or recipe.module not in SEPARABLE
 
 
-def _check_optimizer(options: FinetuneOptions, recipe: Recipe, updates: WeightUpdates) -> None:
+def check_optimizer(options: FinetuneOptions) -> None:
+    """Refuse an optimizer that cannot work with how the weights are kept and updated.
+
+    Raises `UserError`, also for an unknown or missing optimizer.
+    """
     kind = options.optimizer_type
-    if is_schedule_free(updates) and not updates.in_place:
+    recipe, cls = find_optimizer(kind)
+    in_place = options.mixed_precision == "no" or options.weight_update == "plain"
+    averages = callable(getattr(cls, "train", None)) and callable(getattr(cls, "eval", None))
+    if averages and (options.blocks_to_swap or not in_place):
         raise UserError(
             f"--optimizer_type {kind} keeps its average in the weights themselves: use it with "
             "--mixed_precision no and without --blocks_to_swap, or take AdamW"

@@ -13,6 +13,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ from anima_fast.training.checks import DTYPES, check_start, choose_device, uses_
 from anima_fast.training.conditioning import Conditioning, load_conditioning
 from anima_fast.training.disk_check import check_disk
 from anima_fast.training.ema import Ema
-from anima_fast.training.finetune import data_notices, train_model
+from anima_fast.training.finetune import check_optimizer, data_notices, train_model
 from anima_fast.training.memory_check import check_memory
 from anima_fast.training.model_setup import install_memory_savers
 from anima_fast.training.network import Network
@@ -42,6 +43,7 @@ from anima_fast.training.optimizers import build_optimizer
 from anima_fast.training.position import Position
 from anima_fast.training.previews import Previews, prepare_previews
 from anima_fast.training.schedules import build_scheduler
+from anima_fast.training.sigma_bins import SigmaBins
 from anima_fast.training.state import dataset_fingerprint, load_state
 from anima_fast.training.weight_updates import WeightUpdates
 
@@ -97,6 +99,11 @@ class Run:
     ema: Ema | None = None
     previews: Previews | None = None
 
+    @cached_property
+    def sigma_bins(self) -> SigmaBins:
+        """Training losses by noise level."""
+        return SigmaBins(self.device)
+
     @property
     def fingerprint(self) -> dict:
         """What a run that resumes must share with the one that was saved."""
@@ -120,6 +127,7 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     length = run_length(options, plan.batches_per_epoch)
     describe_plan(plan, length, say)
     if trains_all(options):
+        check_optimizer(options)
         check_memory(options, plan, device, say=say)
         check_disk(options, device, say=say)
         for notice in data_notices(plan):
