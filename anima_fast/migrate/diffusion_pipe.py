@@ -28,11 +28,15 @@ from anima_fast.migrate.diffusion_pipe_tables import (
     SAME,
 )
 from anima_fast.migrate.ledger import Ledger
+from anima_fast.migrate.onetrainer_run import KERNELS
 from anima_fast.migrate.paths import Paths
 from anima_fast.migrate.sd_scripts import CLASSES
 from anima_fast.migrate.source import Source, parse_file
 from anima_fast.migrate.values import is_nothing, is_off, plain
 from anima_fast.option_groups.base import specs
+
+# Options whose 0 or false says nothing.
+OFF_AT_ZERO = ("blocks_to_swap", "compile", "caption_dropout_rate")
 
 
 def convert(source: Source, ledger: Ledger) -> str:
@@ -131,10 +135,12 @@ def _same(ledger: Ledger, command: str) -> None:
         if not ledger.has(key):
             continue
         value = plain(known[option], ledger.get(key))
-        if is_nothing(known[option], value) or (value == 0 and option == "blocks_to_swap"):
+        if is_nothing(known[option], value) or (not value and option in OFF_AT_ZERO):
             ledger.drop(key, "it is off")
         elif option in ledger.options:
             ledger.drop(key, f"{option} is given by another key")
+        elif option == "compile" and command == "train":
+            ledger.drop(key, KERNELS)
         else:
             ledger.take(key, option, value)
     key = "monitoring.enable_wandb"

@@ -121,7 +121,8 @@ def _todo(source: Source, ledger: Ledger, command: str) -> None:
         if not ledger.options.get(name):
             ledger.todo.append(f"write {name} into the file: {specs(cls)[name].help}")
     data = ("dataset_config", "train_data_dir", "in_json")
-    if ledger.dataset is None and not any(ledger.options.get(name) for name in data):
+    named = ledger.dataset is not None or any(ledger.options.get(name) for name in data)
+    if not named and not any("dataset_config" in text for text in ledger.todo):
         ledger.todo.append("write dataset_config into the file: the source names no data")
     for name in ledger.options if source.unset else ():
         missing = [v for v in variable_names(str(ledger.options[name])) if v in source.unset]

@@ -83,7 +83,8 @@ def open_source(text: str | tuple[str, ...], folder: Path | None = None) -> Sour
         if suffix in _OTHER_FILES:
             raise UserError(f"{path.name}: {_OTHER_FILES[suffix]}; importing reads {TRAINERS}")
         content = _read(path)
-        folders = here if folder else (*here, path.resolve().parent)
+        # Configurations lie in a folder of the trainer, or a folder in it.
+        folders = here if folder else (*here, *path.resolve().parents[:3])
         if suffix in CONFIGS or _looks_like_json(content):
             return _config(path, content, folders)
         return _commands(content, path, folders)
