@@ -6,11 +6,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from anima_fast.models.dit_layers import Shared
 
 POLICIES = ("none", "mlp", "block")
@@ -42,6 +40,10 @@ def recomputed(
 
     With `pack` and `unpack`, x waits in the form that `pack` gives it.
     """
+    # Not at the top: the options read the names above, and a help page shall not wait for torch.
+    from torch.autograd.graph import saved_tensors_hooks
+    from torch.utils.checkpoint import checkpoint
+
     # The hooks see one tensor only, the input that checkpoint keeps: inside the block its own
     # hooks are in force.
     with nullcontext() if pack is None else saved_tensors_hooks(pack, unpack):
