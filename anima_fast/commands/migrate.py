@@ -31,6 +31,7 @@ class _TakesCommandLines(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+@app.command("import", cls=_TakesCommandLines, hidden=True)
 @app.command("import-kohya", cls=_TakesCommandLines)
 def _import(
     context: typer.Context,

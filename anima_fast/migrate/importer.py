@@ -71,10 +71,11 @@ def import_config(
     if data is not None:
         head = [f"Imported from {TITLES[imported.source.trainer]}; {target.name} names this file."]
         texts[data] = dataset_text(imported.ledger.dataset or {}, head)
-    for line in list_lines(imported.ledger):
-        say(line)
+    # The options come last: they name the dataset file.
     for path, content in reversed(texts.items()):
         write_text(path, content)
+    for line in list_lines(imported.ledger):
+        say(line)
     say("")
     for path in texts:
         say(f"wrote {path}")

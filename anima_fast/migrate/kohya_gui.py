@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from anima_fast.errors import UserError
+from anima_fast.migrate.command import read_arguments
 from anima_fast.migrate.ledger import Ledger
 from anima_fast.migrate.sd_scripts import Item
 from anima_fast.migrate.values import is_off
+from anima_fast.option_groups.base import specs
+from anima_fast.options import FinetuneOptions, TrainOptions
 
 # Field -> option of sd-scripts; fields of the Anima panel begin with `anima_` as well.
 RENAMED = {
@@ -36,6 +39,11 @@ LAUNCHER_FIELDS = (
     "main_process_port", "dynamo_backend", "dynamo_mode", "dynamo_use_dynamic",
     "dynamo_use_fullgraph", "extra_accelerate_launch_args", "same_network", "machine_rank",
 )  # fmt: skip
+# A rate of 0, when the other one is set, means that only the other part is trained.
+ONLY = {
+    "text_encoder_lr": ("unet_lr", "network_train_unet_only"),
+    "unet_lr": ("text_encoder_lr", "network_train_text_encoder_only"),
+}
 OTHER_PANELS = ("flux1_", "sd3_", "sdxl_", "lumina_", "hunyuan_", "chroma_")
 
 
@@ -53,7 +61,9 @@ def items(config: Mapping[str, Any], ledger: Ledger) -> tuple[str, list[Item]]:
             raise UserError(f"this file is for {model}: anima_fast trains the Anima model only")
     ledger.extend(config)
     found: dict[str, Item] = {}
-    for key in ledger.open_keys():
+    keys = ledger.open_keys()
+    # The extra parameters come last, as they beat the fields.
+    for key in sorted(keys, key="additional_parameters".__eq__):
         _field(key, config, ledger, found)
     _network(config, lora_type, ledger, found)
     return ("train" if lora_type else "finetune"), list(found.values())
@@ -68,6 +78,10 @@ def _field(key: str, config: Mapping[str, Any], ledger: Ledger, found: dict[str,
         return
     elif key == "xformers" and isinstance(value, str):
         _attention(key, value, config, ledger, found)
+    elif key in ONLY and is_off(value) and not is_off(config.get(ONLY[key][0])):
+        found[ONLY[key][1]] = Item(key, ONLY[key][1], True)
+    elif key == "additional_parameters" and value:
+        _parameters(key, str(value), ledger, found)
     elif key == "lr_warmup":
         _warmup(key, value, ledger, found)
     elif key.startswith(OTHER_PANELS):
@@ -83,6 +97,22 @@ def _field(key: str, config: Mapping[str, Any], ledger: Ledger, found: dict[str,
         words = name in ("optimizer_args", "lr_scheduler_args", "network_args")
         split = shlex.split(value) if words and isinstance(value, str) else value
         found[name] = Item(key, name, split)
+
+
+def _parameters(key: str, value: str, ledger: Ledger, found: dict[str, Item]) -> None:
+    """`additional_parameters` is the end of the command line, which beats the fields."""
+    known = {**specs(TrainOptions), **specs(FinetuneOptions)}
+    given, _ = read_arguments(tuple(shlex.split(value)), known)
+    for option in given:
+        label = f"{key} {option.label}"
+        ledger.extend({label: option.value})
+        beaten = found.pop(option.name, None)
+        if beaten is not None and ledger.has(beaten.key):
+            ledger.drop(beaten.key, f"{option.label} in additional_parameters beats it")
+        is_list = option.name in known and known[option.name].is_list
+        words = list(option.words) if is_list else option.value
+        found[option.name] = Item(label, option.name, words)
+    ledger.take_elsewhere(key, "the options in it")
 
 
 def _attention(

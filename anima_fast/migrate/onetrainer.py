@@ -14,7 +14,12 @@ from anima_fast.migrate.ledger import Ledger
 from anima_fast.migrate.onetrainer_data import convert_concepts
 from anima_fast.migrate.onetrainer_flow import convert_loss, convert_noise
 from anima_fast.migrate.onetrainer_learning import convert_optimizer, convert_rate
-from anima_fast.migrate.onetrainer_network import convert_ema, convert_layers, convert_network
+from anima_fast.migrate.onetrainer_network import (
+    convert_ema,
+    convert_layers,
+    convert_network,
+    freeze_parts,
+)
 from anima_fast.migrate.onetrainer_run import convert_length, convert_memory
 from anima_fast.migrate.onetrainer_tables import (
     DROPPED,
@@ -55,8 +60,11 @@ def convert(source: Source, ledger: Ledger) -> str:
         convert_network(ledger, paths)
         convert_layers(ledger)
         convert_ema(ledger)
-    elif ledger.get("ema", "OFF") != "OFF":
-        ledger.drop("ema", "full fine-tuning keeps no running mean here")
+    else:
+        freeze_parts(ledger)
+        if ledger.has("ema"):
+            off = str(ledger.get("ema")) == "OFF"
+            ledger.drop("ema", "it is off" if off else "only a LoRA has a running mean here")
     convert_rate(ledger)
     convert_optimizer(ledger, command)
     convert_noise(ledger)

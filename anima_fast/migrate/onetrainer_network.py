@@ -133,6 +133,32 @@ def _patterns(parts: list[str]) -> tuple[list[str], str]:
     return [f"exclude_patterns={left_out}"], "the same layers under their names here"
 
 
+def freeze_parts(ledger: Ledger) -> None:
+    """Full fine-tuning: layer_filter chooses what is trained, and the LLM adapter never is."""
+    ledger.add("llm_adapter_lr", 0.0, "OneTrainer does not train the LLM adapter")
+    text = str(ledger.get("layer_filter", "") or "")
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if "attn" in parts:
+        parts += ["attn1", "attn2"]
+    whole = not parts or "transformer_block" in parts
+    rates = {"attn1": "self_attn_lr", "attn2": "cross_attn_lr", "ff": "mlp_lr"}
+    if ledger.has("layer_filter_regex"):
+        ledger.drop("layer_filter_regex", "it says how layer_filter is read")
+    if whole:
+        why = "layers outside the blocks are trained too here" if parts else "all layers"
+    elif set(parts) <= {*FILTERS} and not ledger.get("layer_filter_regex"):
+        why = "rates of 0 freeze the other parts; layers outside the blocks are trained too here"
+        for part, option in rates.items():
+            if part not in parts:
+                ledger.add(option, 0.0, "not in layer_filter")
+        ledger.add("mod_lr", 0.0, "not in layer_filter")
+    else:
+        why = "its names are others here: all parts are trained"
+        ledger.todo.append(f"layer_filter {text!r}: freeze parts with rates such as mlp_lr = 0")
+    if ledger.has("layer_filter"):
+        ledger.change("layer_filter", None, None, why)
+
+
 def convert_ema(ledger: Ledger) -> None:
     """The running mean of the adapter."""
     if not ledger.has("ema"):

@@ -75,6 +75,8 @@ def open_source(text: str | tuple[str, ...], folder: Path | None = None) -> Sour
     here = (folder,) if folder else (Path.cwd(),)
     if isinstance(text, tuple):
         return _launched(find_launch([Command(text)]), None, here, ())
+    if not text.strip():
+        raise UserError(f"the source is empty: expected a file, or something like {EXAMPLE}")
     if text == "-":
         return _commands(sys.stdin.read(), None, here)
     path = Path(text.strip().strip("\"'")).expanduser()
