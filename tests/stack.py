@@ -47,9 +47,9 @@ image_dir = {str(image_dir)!r}
     return path
 
 
-def make_world(folder: Path, **config: object) -> dict:
+def make_world(folder: Path, blocks: int = 2, **config: object) -> dict:
     """Build stack, images and config under `folder`; returns the options that name them."""
-    stack = build_stack(folder / "models", blocks=2, width=64, head_dim=32, context_dim=32)
+    stack = build_stack(folder / "models", blocks=blocks, width=64, head_dim=32, context_dim=32)
     data = make_config(folder / "data.toml", make_images(folder / "images"), **config)
     return {
         "pretrained_model_name_or_path": str(stack.dit),

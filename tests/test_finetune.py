@@ -373,7 +373,7 @@ def test_a_bad_batch_changes_nothing(world, tmp_path, monkeypatch, fused):
         seen[step] = weights, state
         return losses * float("nan") if step == 1 else losses
 
-    monkeypatch.setattr("anima_fast.training.loop.micro_step", poisoned)
+    monkeypatch.setattr("anima_fast.training.oom.micro_step", poisoned)
     result = train(full_options(world, tmp_path, fused_backward_pass=fused))
     assert [line["loss"] is None for line in log_lines(result)] == [False, True, False, False]
     assert torch.equal(seen[1][0], seen[2][0])

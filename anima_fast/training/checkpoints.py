@@ -79,6 +79,10 @@ class Checkpoints:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         return path
 
+    def best(self, position: Position) -> Path:
+        """The weights of the lowest validation loss so far, NAME-best.safetensors."""
+        return self.save_weights(f"{self._name('last')}-best", position)
+
     def interrupted(self, position: Position) -> Path:
         """On Ctrl-C or SIGTERM: the weights as they are and the state to go on from."""
         path = self.save_weights(f"{self._name('at')}-step{position.step:08d}", position)

@@ -1,8 +1,10 @@
 """What a run writes about itself: `log.jsonl` always, TensorBoard and wandb when asked for.
 
-Each line of `log.jsonl` is one JSON object with `kind` (step, epoch, validation) and `step`; a
-number that is not finite is null. The file never holds the same step twice: when a run resumes,
-the lines after the resumed step are dropped first.
+Each line of `log.jsonl` is one JSON object with `kind` and `step`; a number that is not finite is
+null. Kinds: step; epoch; validation (`loss`, `divergence`, `per_sigma`); sigma_bins (`means` and
+`counts` of the training loss in ten bins of sigma); preview (`files`); event (`text`: what changed
+how the run goes on). The file never holds the same step twice: when a run resumes, the lines after
+the resumed step are dropped first.
 """
 
 from __future__ import annotations
@@ -93,17 +95,28 @@ class RunLog:
         self._write("epoch", step, record, {"loss/epoch_average": loss_average})
 
     def validation(
-        self, step: int, epoch: int, loss: float, loss_average: float | None = None
+        self,
+        step: int,
+        epoch: int,
+        loss: float,
+        loss_average: float | None = None,
+        per_sigma: Mapping[str, float] | None = None,
     ) -> None:
         """Log a validation loss; its divergence is the distance from the training average."""
         divergence = None if loss_average is None else loss - loss_average
         per = "step" if self.options.validate_every_n_steps else "epoch"
         record = {"epoch": epoch, "loss": loss, "divergence": divergence}
+        record |= {"per_sigma": dict(per_sigma)} if per_sigma else {}
         scalars = {
             f"loss/validation/{per}_average": loss,
             f"loss/validation/{per}_divergence": divergence,
+            **{f"loss/validation/sigma_{s}": value for s, value in (per_sigma or {}).items()},
         }
         self._write("validation", step, record, scalars)
+
+    def sigma_bins(self, step: int, epoch: int, bins: Mapping[str, list]) -> None:
+        """Log the mean training loss by noise level since the last time."""
+        self._write("sigma_bins", step, {"epoch": epoch, **bins}, {})
 
     def preview(self, step: int, epoch: int, files: list[str]) -> None:
         """Log pictures, named relative to the output folder."""

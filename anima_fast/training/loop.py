@@ -28,6 +28,7 @@ from anima_fast.training.flow import FlowSettings
 from anima_fast.training.health import BadBatchTracker
 from anima_fast.training.logs import RunLog
 from anima_fast.training.memory import peak_memory_mib
+from anima_fast.training.oom import MemoryPolicies, run_group
 from anima_fast.training.optimizers import (
     clip_flat_grad,
     effective_rates,
@@ -47,7 +48,6 @@ from anima_fast.training.setup import (
 )
 from anima_fast.training.signals import StopSignal
 from anima_fast.training.state import resolve_resume, state_seed
-from anima_fast.training.step import micro_step
 from anima_fast.training.validation import validate
 
 if TYPE_CHECKING:
@@ -114,7 +114,12 @@ def run_steps(
     options, length, network = run.options, run.length, run.network
     settings = FlowSettings.from_options(options)
     bad_batches = BadBatchTracker(options)
-    checkpoints = Checkpoints(run)
+    checkpoints, policies = Checkpoints(run), MemoryPolicies(run)
+
+    def tell(text: str) -> None:
+        progress.say(text)
+        log.event(position.step, text)
+
     network.train()
     train_mode(run.optimizer)
     previews = run.previews
@@ -127,15 +132,21 @@ def run_steps(
         batches = run.batches.iterate(
             order[position.batch :], epoch=position.epoch, first_step=position.batch
         )
-        group, started = [], time.perf_counter()
+        waiting, started = [], time.perf_counter()
         for batch in batches:
-            # Forward and backward of one micro-batch; gradients add up in the flat buffer.
-            losses = micro_step(run, batch, settings, step=position.step, micro=len(group))
-            run.scaler.scale(losses.mean() / length.accumulation).backward()
-            group.append((batch, losses.detach()))
-            position.batch += 1
-            if len(group) < length.accumulation and position.batch < len(order):
+            waiting.append(batch)
+            full = len(waiting) == length.accumulation
+            if not full and position.batch + len(waiting) < len(order):
                 continue
+
+            # Forward and backward of each micro-batch; gradients add up in the flat buffer.
+            try:
+                group = run_group(run, waiting, settings, policies, step=position.step, tell=tell)
+            except UserError:
+                # Nothing of this step is done: whoever has a remedy can go on from here.
+                checkpoints.autosave(position)
+                raise
+            position.batch += len(waiting)
 
             # Clip, step, schedule, zero; then log, save, validate, and stop when asked to.
             facts = optimizer_step(run, group, bad_batches, say=progress.say)
@@ -144,14 +155,17 @@ def run_steps(
             record = step_record(run, position, group, facts, time.perf_counter() - started)
             log.step(record)
             progress.step(record)
-            checkpoints.after_step(position)
             if is_due(position.step, options.validate_every_n_steps):
-                log_validation(run, settings, position, log, progress)
+                log_validation(run, settings, position, log, progress, checkpoints)
+            checkpoints.after_step(position)
             if previews and previews.due_after_step(position.step):
                 log_previews(run, f"{position.step:06d}", position, log, progress, stop)
             if stop.received or position.step >= length.steps:
                 break
-            group, started = [], time.perf_counter()
+            if ends_early(run, position, log, progress):
+                batches.close()
+                return finish(run, position, checkpoints, log, progress)
+            waiting, started = [], time.perf_counter()
         batches.close()
 
         if stop.received and position.step < length.steps:
@@ -163,15 +177,25 @@ def run_steps(
             if options.validate_every_n_steps is None and is_due(
                 position.epoch, options.validate_every_n_epochs or 1
             ):
-                log_validation(run, settings, position, log, progress)
+                log_validation(run, settings, position, log, progress, checkpoints)
             log.epoch(position.step, position.epoch, position.loss_average)
+            log.sigma_bins(position.step, position.epoch, run.sigma_bins.take())
             # A state saved here goes on with the next epoch.
             position.next_epoch()
             finished = position.epoch - 1
             checkpoints.after_epoch(position, finished_epoch=finished)
             if previews and previews.due_after_epoch(finished):
                 log_previews(run, f"e{finished:06d}", position, log, progress, stop)
+            if position.step < length.steps and ends_early(run, position, log, progress):
+                break
+    return finish(run, position, checkpoints, log, progress)
 
+
+def finish(
+    run: Run, position: Position, checkpoints: Checkpoints, log: RunLog, progress: Progress
+) -> TrainResult:
+    """Save the final file and name it."""
+    log.sigma_bins(position.step, position.last_epoch, run.sigma_bins.take())
     path = checkpoints.final(position)
     progress.say(f"saved {path}")
     return result(position, path, log)
@@ -243,13 +267,38 @@ def is_due(count: int, every: int | None) -> bool:
 
 
 def log_validation(
-    run: Run, settings: FlowSettings, position: Position, log: RunLog, progress: Progress
+    run: Run,
+    settings: FlowSettings,
+    position: Position,
+    log: RunLog,
+    progress: Progress,
+    checkpoints: Checkpoints,
 ) -> None:
     """Compute, log and print the validation loss, if anything is held out."""
-    loss = validate(run, settings)
-    if loss is not None:
-        log.validation(position.step, position.epoch, loss, position.loss_average)
-        progress.say(f"step {position.step}: validation loss {loss:.4f}")
+    found = validate(run, settings)
+    if found is None:
+        return
+    average, options = position.loss_average, run.options
+    log.validation(position.step, position.epoch, found.loss, average, found.per_sigma)
+    progress.say(f"step {position.step}: validation loss {found.loss:.4f}")
+    best = position.record_validation(found.loss, options.early_stop_min_delta)
+    if best and options.early_stop_patience:
+        checkpoints.best(position)
+
+
+def ends_early(run: Run, position: Position, log: RunLog, progress: Progress) -> bool:
+    """Whether the validation loss has stopped falling, which is said."""
+    patience = run.options.early_stop_patience
+    if not patience or position.stale < patience:
+        return False
+    text = (
+        f"stopped early: {position.stale} validations without a better loss than "
+        f"{position.best_loss:.4f} at step {position.best_step}, whose weights are in "
+        f"{run.options.output_stem}-best.safetensors"
+    )
+    progress.say(text)
+    log.event(position.step, text)
+    return True
 
 
 def log_previews(

@@ -12,7 +12,8 @@ class Position:
 
     `step` counts optimizer steps made, `epoch` counts from 1, `batch` counts the batches of this
     epoch already used, `losses` holds the last loss of each step slot of an epoch (their mean is
-    the smoothed loss that is shown).
+    the smoothed loss that is shown). `best_loss` is the lowest validation loss and `best_step` its
+    step, `stale` counts the validations since.
     """
 
     step: int = 0
@@ -20,6 +21,9 @@ class Position:
     batch: int = 0
     losses: list[float] = field(default_factory=list)
     slot: int = 0
+    best_loss: float | None = None
+    best_step: int = 0
+    stale: int = 0
 
     @property
     def loss_average(self) -> float | None:
@@ -43,6 +47,14 @@ class Position:
         else:
             self.losses[self.slot % slots] = loss
         self.slot = (self.slot + 1) % slots
+
+    def record_validation(self, loss: float, min_delta: float) -> bool:
+        """Count a validation; whether it is the best so far, by more than `min_delta`."""
+        if self.best_loss is None or loss < self.best_loss - min_delta:
+            self.best_loss, self.best_step, self.stale = loss, self.step, 0
+            return True
+        self.stale += 1
+        return False
 
     def next_epoch(self) -> None:
         """The next batch is the first of the next epoch."""

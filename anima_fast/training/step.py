@@ -33,6 +33,7 @@ def micro_step(run: Run, batch: Batch, settings: FlowSettings, *, step: int, mic
     noise = torch.randn_like(latents)
     sigma = sample_sigma(settings, len(latents), latents.shape[-2:], device=latents.device)
     losses = batch_loss(run, batch, latents, noise, sigma, settings)
+    run.sigma_bins.add(sigma, losses.detach())
     return losses * batch.loss_weights.to(losses)
 
 

@@ -6,6 +6,7 @@ mode (no dropout) and no caption dropout, so that two numbers differ only becaus
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,9 +22,17 @@ if TYPE_CHECKING:
 SIGMAS = (0.2, 0.4, 0.6, 0.8)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Mean loss over the validation batches: of all four σ, and of each."""
+
+    loss: float
+    per_sigma: dict[str, float]
+
+
 @torch.no_grad()
-def validate(run: Run, settings: FlowSettings) -> float | None:
-    """Mean loss over the validation batches and the four σ; None when nothing is held out."""
+def validate(run: Run, settings: FlowSettings) -> Validation | None:
+    """The validation loss of the present weights; None when nothing is held out."""
     indices = run.plan.validation_batches()[: run.options.max_validation_steps]
     if not indices:
         return None
@@ -42,4 +51,5 @@ def validate(run: Run, settings: FlowSettings) -> float | None:
                 sigmas = torch.full((len(latents),), sigma, device=latents.device)
                 losses.append(batch_loss(run, batch, latents, noise, sigmas, settings).mean())
     run.network.train()
-    return torch.stack(losses).mean().item()
+    means = torch.stack(losses).view(-1, len(SIGMAS)).mean(0).tolist()
+    return Validation(sum(means) / len(means), dict(zip(map(str, SIGMAS), means, strict=True)))

@@ -1,0 +1,124 @@
+"""Out of memory while training: the step is repeated one policy lower, and the run goes on."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stack import make_world, train_options
+
+from anima_fast.errors import UserError
+from anima_fast.models.dit import AnimaDiT
+from anima_fast.training import oom
+from anima_fast.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def records(folder, kind):
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+class FullCard:
+    """Lets a DiT run out of memory in the middle of chosen calls."""
+
+    def __init__(self, monkeypatch, fails):
+        self.calls, self.fails = 0, set(fails)
+        real = AnimaDiT.forward
+
+        def forward(dit, *args, **kwargs):
+            out = real(dit, *args, **kwargs)
+            self.calls += 1
+            if self.calls in self.fails:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return out
+
+        monkeypatch.setattr(AnimaDiT, "forward", forward)
+
+
+GIVEN = {
+    "network_dropout": 0.3, "network_args": ("module_dropout=0.3", "rank_dropout=0.2"),
+    "gradient_accumulation_steps": 2, "max_train_epochs": 2, "learning_rate": 0.01,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fails", [[1], [2], [4]])
+@pytest.mark.parametrize("kernels", ["eager", "auto"])
+def test_the_run_is_one_that_started_at_the_lower_policy(
+    world, tmp_path, monkeypatch, fails, kernels
+):
+    """Losses and weights, bit for bit, wherever in an accumulation group memory ran out."""
+    train(train_options(world, tmp_path / "low", recompute="block", kernels=kernels, **GIVEN))
+    FullCard(monkeypatch, fails)
+    train(train_options(world, tmp_path / "out", kernels=kernels, **GIVEN))
+    one, other = (load_file(tmp_path / n / "lora.safetensors") for n in ("low", "out"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    losses = [[r["loss"] for r in records(tmp_path / n, "step")] for n in ("low", "out")]
+    assert losses[0] == losses[1]
+    (event,) = records(tmp_path / "out", "event")
+    assert "out of memory" in event["text"] and "--recompute block" in event["text"]
+    assert event["step"] == (fails[0] - 1) // 2
+
+
+def test_it_goes_down_as_often_as_needed(tmp_path, monkeypatch, capsys):
+    """A DiT of six blocks: block, three of them swapped, four swapped; the losses stay the same."""
+    world = make_world(tmp_path / "world", blocks=6)
+    train(train_options(world, tmp_path / "whole"))
+    FullCard(monkeypatch, [3, 4, 5])
+    train(train_options(world, tmp_path / "out"))
+    texts = [event["text"] for event in records(tmp_path / "out", "event")]
+    swaps = ["--recompute block,", "--blocks_to_swap 3,", "--blocks_to_swap 4,"]
+    assert all(swap in text for swap, text in zip(swaps, texts, strict=True))
+    assert capsys.readouterr().err.count("out of memory") == 3
+    one, other = (load_file(tmp_path / n / "lora.safetensors") for n in ("whole", "out"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_at_the_end_a_state_is_left_and_the_remedy_named(world, tmp_path, monkeypatch):
+    given = {"max_train_epochs": 2, "learning_rate": 0.01}
+    train(train_options(world, tmp_path / "whole", **given))
+    with monkeypatch.context() as patch:
+        FullCard(patch, range(4, 100))
+        with pytest.raises(UserError, match="lowest policy.*--resume auto"):
+            train(train_options(world, tmp_path / "out", **given))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["state"] == "failed"
+    train(train_options(world, tmp_path / "out", resume="auto", **given))
+    one, other = (load_file(tmp_path / n / "lora.safetensors") for n in ("whole", "out"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+class Fake:
+    """A run as far as `lower_policies` looks at it."""
+
+    def __init__(self, blocks, *, fused, network=None, **options):
+        self.fused, self.network = fused, network
+        self.dit = type("Dit", (), {"blocks": [None] * blocks})()
+        defaults = {
+            "recompute": None, "gradient_checkpointing": False, "blocks_to_swap": None,
+            "cpu_offload_checkpointing": False, "unsloth_offload_checkpointing": False,
+            "compile": False,
+        }  # fmt: skip
+        self.options = type("Options", (), defaults | options)()
+
+
+def test_what_is_lower(world, tmp_path):
+    lora = oom.LoRANetwork.__new__(oom.LoRANetwork)
+
+    def options(*args, **kwargs):
+        return [p.option for p in oom.lower_policies(Fake(*args, **{"network": lora} | kwargs))]
+
+    block, swaps = "--recompute block", ["--blocks_to_swap 14", "--blocks_to_swap 26"]
+    below = [f"{block} {swap}" for swap in swaps]
+    assert options(28, fused=True) == ["--recompute mlp", block, *below]
+    assert options(28, fused=False) == [block, *below]
+    assert options(28, fused=True, recompute="mlp") == [block, *below]
+    assert options(28, fused=True, recompute="12") == [block, *below]
+    assert options(28, fused=True, gradient_checkpointing=True) == below
+    assert options(28, fused=True, unsloth_offload_checkpointing=True) == below
+    assert options(28, fused=True, recompute="block", blocks_to_swap=20) == below[1:]
+    assert options(28, fused=False, compile=True) == [block]
+    assert options(28, fused=False, network=object()) == [block]
