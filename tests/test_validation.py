@@ -1,0 +1,129 @@
+"""Validation: fixed noise levels and noise, stopping early, and losses by noise level."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stack import make_config, make_images, make_world, train_options
+
+from anima_fast.errors import UserError
+from anima_fast.options import TrainOptions
+from anima_fast.training import loop
+from anima_fast.training.loop import train
+from anima_fast.training.position import Position
+from anima_fast.training.sigma_bins import SigmaBins
+from anima_fast.training.validation import SIGMAS, Validation
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def records(folder, kind):
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def test_a_network_that_does_not_learn_has_one_validation_loss(world, tmp_path):
+    """Same images, noise and sigma each time, without dropout: only the weights could change it."""
+    given = {"validation_split": 0.4, "learning_rate": 1e-12, "max_train_epochs": 3}
+    given |= {"network_dropout": 0.9, "caption_dropout_rate": 0.9}
+    train(train_options(world, tmp_path, **given))
+    found = records(tmp_path, "validation")
+    assert len(found) == 3
+    for name in map(str, SIGMAS):
+        values = [r["per_sigma"][name] for r in found]
+        assert max(values) - min(values) < 1e-5 * values[0]
+    assert found[0]["loss"] == pytest.approx(sum(found[0]["per_sigma"].values()) / 4)
+    assert len(set(found[0]["per_sigma"].values())) == 4
+
+
+def test_a_subset_may_be_the_validation_folder(world, tmp_path):
+    """validation_split = 1.0 holds a whole folder out, and no image of another one."""
+    held = make_images(tmp_path / "held", 3, seed=5)
+    config = make_config(tmp_path / "data.toml", tmp_path / "world_images")
+    make_images(tmp_path / "world_images", 4)
+    text = config.read_text(encoding="utf-8")
+    text += f'\n[[datasets.subsets]]\nimage_dir = "{held.as_posix()}"\nvalidation_split = 1.0\n'
+    config.write_text(text, encoding="utf-8")
+    options = train_options({**world, "dataset_config": str(config)}, tmp_path / "out")
+    train(options)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["images"] == 4
+    assert len(records(tmp_path / "out", "validation")) == options.max_train_epochs
+
+
+# Stopping early
+
+
+def fake_losses(monkeypatch, losses):
+    left = iter(losses)
+    monkeypatch.setattr(loop, "validate", lambda *_: Validation(next(left), {"0.2": 1.0}))
+
+
+@pytest.mark.parametrize("every", ["epochs", "steps"])
+def test_it_stops_when_the_loss_no_longer_falls(world, tmp_path, monkeypatch, capsys, every):
+    fake_losses(monkeypatch, [3.0, 2.0, 2.5, 1.99, 4.0, 4.0, 4.0])
+    given = {"validation_split": 0.2, "early_stop_patience": 2, "early_stop_min_delta": 0.05}
+    given |= {"max_train_epochs": 9, "save_every_n_epochs": 1}
+    given |= {"validate_every_n_steps": 1} if every == "steps" else {}
+    train(train_options(world, tmp_path, **given))
+    # 1.99 is no better by more than 0.05: two stale ones after 2.0.
+    assert [r["loss"] for r in records(tmp_path, "validation")] == [3.0, 2.0, 2.5, 1.99]
+    assert "stopped early" in capsys.readouterr().err
+    (event,) = records(tmp_path, "event")
+    assert "lora-best.safetensors" in event["text"]
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == "finished"
+    best, last = (load_file(tmp_path / f"{n}.safetensors") for n in ("lora-best", "lora"))
+    assert any(not torch.equal(best[key], last[key]) for key in best)
+    if every == "epochs":
+        second = load_file(tmp_path / "lora-000002.safetensors")
+        assert all(torch.equal(best[key], second[key]) for key in best)
+
+
+def test_patience_survives_a_resume(world, tmp_path, monkeypatch):
+    given = {"validation_split": 0.2, "early_stop_patience": 2, "max_train_epochs": 6}
+    fake_losses(monkeypatch, [1.0, 2.0])
+    train(train_options(
+        world, tmp_path / "a", **given | {"max_train_epochs": 2}, save_state_on_train_end=True
+    ))  # fmt: skip
+    fake_losses(monkeypatch, [2.0, 2.0, 2.0])
+    train(train_options(world, tmp_path / "b", resume=str(tmp_path / "a" / "lora-state"), **given))
+    assert len(records(tmp_path / "b", "validation")) == 1
+
+
+def test_patience_needs_something_held_out():
+    with pytest.raises(UserError, match="--validation_split"):
+        TrainOptions(train_data_dir="x", resolution="64", early_stop_patience=2)
+
+
+def test_what_counts_as_better():
+    position = Position(step=1)
+    assert position.record_validation(math.inf, 0.0)
+    assert position.record_validation(1.0, 0.0) and not position.record_validation(1.0, 0.0)
+    assert not position.record_validation(math.nan, 0.0) and position.stale == 2
+
+
+# Losses by noise level
+
+
+def test_bins_hold_means_and_counts():
+    bins = SigmaBins(torch.device("cpu"))
+    bins.add(torch.tensor([0.0, 0.05, 0.15, 1.0]), torch.tensor([1.0, 3.0, 5.0, 7.0]))
+    bins.add(torch.tensor([0.99, 0.5]), torch.tensor([9.0, math.nan]))
+    found = bins.take()
+    assert found["means"] == [2.0, 5.0, *[None] * 7, 8.0]
+    assert found["counts"] == [2, 1, *[0] * 7, 2]
+    assert bins.take()["counts"] == [0] * 10
+
+
+def test_a_run_logs_every_sample_once(world, tmp_path):
+    train(train_options(world, tmp_path, max_train_epochs=2))
+    found = records(tmp_path, "sigma_bins")
+    assert [sum(r["counts"]) for r in found] == [5, 5]
+    for epoch, record in enumerate(found, 1):
+        total = sum(m * c for m, c in zip(record["means"], record["counts"], strict=True) if c)
+        steps = [r for r in records(tmp_path, "step") if r["epoch"] == epoch]
+        assert total > 0 and len(steps) > 0
