@@ -54,6 +54,11 @@ image_dir = {image_dir}
 num_repeats = {repeats}
 """
 EPOCHS = 4
+# Previews while it trains, with the settings of those before and after.
+PREVIEWS = tuple(
+    f"{caption} --w {width} --h {height} --s {{steps}} --l 1 --fs 1 --d {{seed}}"
+    for caption, (width, height) in list(PHOTOGRAPHS.values())[:2]
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ def run_demo(
         stack = build_models(folders.models, images, vae_steps, seed, progress)
         before = render_previews(folders, stack, "before", seed, steps, lora=None)
         progress.say("rendered the previews before training")
-    options = train_options(folders, stack, seed)
+    options = train_options(folders, stack, seed, steps)
     result = train(options)
     if result.interrupted_by:
         raise KeyboardInterrupt
@@ -205,7 +210,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
-def train_options(folders: Folders, stack: Stack, seed: int) -> TrainOptions:
+def train_options(folders: Folders, stack: Stack, seed: int, steps: int) -> TrainOptions:
     """The documentation's command, with what four photographs and a CPU need changed."""
     from anima_fast.options import TrainOptions
 
@@ -235,6 +240,9 @@ def train_options(folders: Folders, stack: Stack, seed: int) -> TrainOptions:
         cache_text_encoder_outputs=True,
         vae_chunk_size=64,
         vae_disable_cache=True,
+        sample_prompt=tuple(text.format(steps=steps, seed=seed) for text in PREVIEWS),
+        sample_at_first=True,
+        sample_every_n_epochs=1,
         seed=seed,
         device="cpu",
     )

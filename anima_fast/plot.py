@@ -1,4 +1,4 @@
-"""Line charts as SVG text, styled by the page they stand in (see `report.STYLE`)."""
+"""Line and bar charts as SVG text, styled by the page they stand in (see `report.STYLE`)."""
 
 from __future__ import annotations
 
@@ -85,6 +85,47 @@ def chart(title: str, series: Sequence[Series], x_label: str = "step") -> str:
                 f'<text x="{legend_at + 13}" y="29">{html.escape(one.name)}</text>'
             )
             legend_at += 30 + 6 * len(one.name)
+    return "".join([*parts, "</svg>"])
+
+
+def bars(title: str, labels: Sequence[str], values: Sequence[float | None]) -> str:
+    """An SVG element with a bar for each value; None leaves its place empty.
+
+    Args:
+        title: above the bars.
+        labels: below them, one each.
+        values: heights, from 0.
+    """
+    head = (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
+        f'<text class="title" x="{LEFT}" y="14">{html.escape(title)}</text>'
+    )
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    if not known:
+        return f'{head}<text x="{LEFT}" y="{HEIGHT / 2:g}">not known</text></svg>'
+    marks = ticks(0.0, max(known) or 1.0, 5)
+    room, bottom = HEIGHT - TOP - BOTTOM, HEIGHT - BOTTOM
+    step = (WIDTH - LEFT - RIGHT) / len(values)
+    parts = [head]
+    for mark in marks:
+        at = bottom - mark / marks[-1] * room
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+            f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{mark:.4g}</text>'
+        )
+    for i, (label, value) in enumerate(zip(labels, values, strict=True)):
+        x = LEFT + i * step
+        middle = x + step / 2
+        parts.append(
+            f'<text x="{middle:.1f}" y="{HEIGHT - 16}" text-anchor="middle">'
+            f"{html.escape(label)}</text>"
+        )
+        if value is not None and math.isfinite(value):
+            height = value / marks[-1] * room
+            parts.append(
+                f'<rect x="{x + 2:.1f}" y="{bottom - height:.1f}" width="{step - 4:.1f}" '
+                f'height="{height:.1f}" fill="{COLORS[0]}"><title>{value:.5g}</title></rect>'
+            )
     return "".join([*parts, "</svg>"])
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anima_fast import __version__
 from anima_fast.files import write_text
-from anima_fast.plot import Series, chart
+from anima_fast.report_parts import curves, preview_grid
 
 if TYPE_CHECKING:
     from anima_fast.options import TrainOptions
@@ -44,6 +44,10 @@ svg .faint { opacity: .35; stroke-width: 1; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 12px; }
 figure { margin: 0; } figure img { display: block; width: 100%; border-radius: 6px; }
 figcaption { font-size: 13px; color: var(--soft); }
+.over-time { overflow-x: auto; } .over-time td { padding: 4px; vertical-align: top; }
+.over-time img { display: block; width: 160px; border-radius: 6px; }
+.over-time th { font-size: 13px; padding: 2px 8px 2px 4px; }
+.over-time th.prompt { white-space: normal; min-width: 120px; max-width: 180px; }
 """
 
 
@@ -88,6 +92,7 @@ def write_report(
         f'<h2>{escape(heading)}</h2>\n<div class="gallery">\n{_figures(pictures)}\n</div>'
         for heading, pictures in (galleries or {}).items()
     )
+    records = read_log(log)
     page = f"""<!doctype html>
 <html lang="en">
 <head>
@@ -104,8 +109,9 @@ def write_report(
 </table>
 <h2>Curves</h2>
 <div class="charts">
-{_curves(read_log(log))}
+{curves(records)}
 </div>
+{preview_grid(records, Path(log).parent)}
 {shown}
 </body>
 </html>
@@ -152,39 +158,6 @@ def read_log(path: str | Path) -> list[dict]:
         if isinstance(record, dict) and "step" in record:
             records.append(record)
     return records
-
-
-def _curves(records: list[dict]) -> str:
-    steps = [record for record in records if record.get("kind") == "step"]
-    if not steps:
-        return "<p>No step was logged.</p>"
-    validations = [record for record in records if record.get("kind") == "validation"]
-    rates = {name for record in steps for name in record.get("lr") or {}}
-    charts = [
-        chart(
-            "Loss",
-            [
-                Series("each step", _points(steps, "loss"), faint=True),
-                Series("average over an epoch", _points(steps, "loss_avg")),
-                Series("validation", _points(validations, "loss")),
-            ],
-        ),
-        chart(
-            "Learning rate",
-            [
-                Series(name, [(r["step"], (r.get("lr") or {}).get(name)) for r in steps])
-                for name in sorted(rates)
-            ],
-        ),
-        # The first step reads, compiles and allocates: beside the others it would hide them.
-        chart("Seconds per step", [Series("seconds", _points(steps[1:] or steps, "step_s"))]),
-        chart("Peak memory in MiB", [Series("memory", _points(steps, "memory_mib"))]),
-    ]
-    return "\n".join(charts)
-
-
-def _points(records: Iterable[Mapping], name: str) -> list[tuple[float, float | None]]:
-    return [(record["step"], record.get(name)) for record in records]
 
 
 def _figures(pictures: Sequence[Picture]) -> str:

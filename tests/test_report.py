@@ -107,3 +107,45 @@ def test_ticks_are_round_and_enclose_the_values(low, high):
     assert found[0] <= low + 1e-12 and found[-1] >= high - 1e-12 and 2 <= len(found) <= 8
     step = found[1] - found[0]
     assert float(f"{step:.6e}".split("e")[0]) in (1, 2, 5)
+
+
+def test_previews_stand_over_time_and_losses_by_sigma(tmp_path):
+    """A row for each prompt, a column for each time; pictures that are gone leave their place."""
+    from PIL import Image
+
+    from anima_fast.pictures import save_png
+
+    (tmp_path / "sample").mkdir()
+    lines = [{"kind": "step", "step": i, "loss": 1.0} for i in (1, 2)]
+    for step in (0, 10, 20):
+        files = []
+        for row, prompt in enumerate(("a cat <b>", "a dog")):
+            name = f"sample/{step}_{row}.png"
+            image = Image.new("RGB", (640, 480), (step * 10, 0, 0))
+            save_png(tmp_path / name, image, f"{prompt}\nSteps: 3")
+            files.append(name)
+        lines.append({"kind": "preview", "step": step, "epoch": 1, "files": files})
+    (tmp_path / "sample" / "10_1.png").unlink()
+    (tmp_path / "sample" / "20_0.png").write_bytes(b"broken")
+    per_sigma = {"0.2": 1.0, "0.8": 2.0}
+    lines.append({"kind": "validation", "step": 2, "loss": 1.5, "per_sigma": per_sigma})
+    means, counts = [1.0, None, *[2.0] * 8], [1, 0, *[1] * 8]
+    lines.append({"kind": "sigma_bins", "step": 2, "epoch": 1, "means": means, "counts": counts})
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    page = write_report(tmp_path / "r.html", title="t", facts={}, log=log).read_text("utf-8")
+    grid = page[page.index("<h2>Previews</h2>") :]
+    assert [f"step {step}" in grid for step in (0, 10, 20)] == [True] * 3
+    assert grid.count("<img") == 4 and "a cat &lt;b&gt;" in grid and "a dog" in grid
+    assert "Validation loss by sigma" in page and "sigma 0.8" in page
+    bars = page[page.index("Training loss by sigma") : page.index("Validation loss by sigma")]
+    assert bars.count("<rect") == 9
+
+
+def test_many_previews_are_thinned_out(tmp_path):
+    from anima_fast.report_parts import preview_grid
+
+    records = [{"kind": "preview", "step": i, "files": ["sample/x.png"]} for i in range(40)]
+    grid = preview_grid(records, tmp_path)
+    assert grid.count("<th>step ") == 12 and "28 more" in grid
+    assert "<th>step 0</th>" in grid and "<th>step 39</th>" in grid

@@ -1,0 +1,138 @@
+"""What a run's page takes from its log: curves, losses by noise level, previews over time."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from anima_fast.plot import Series, bars, chart
+
+# Columns of the grid of previews, and the longer side of a picture in it.
+MOST_COLUMNS = 12
+SIDE = 320
+
+
+def curves(records: Sequence[Mapping]) -> str:
+    """Charts of a log's records, as SVG elements."""
+    steps = _of_kind(records, "step")
+    if not steps:
+        return "<p>No step was logged.</p>"
+    validations = _of_kind(records, "validation")
+    rates = {name for record in steps for name in record.get("lr") or {}}
+    charts = [
+        chart(
+            "Loss",
+            [
+                Series("each step", _points(steps, "loss"), faint=True),
+                Series("average over an epoch", _points(steps, "loss_avg")),
+                Series("validation", _points(validations, "loss")),
+            ],
+        ),
+        chart(
+            "Learning rate",
+            [
+                Series(name, [(r["step"], (r.get("lr") or {}).get(name)) for r in steps])
+                for name in sorted(rates)
+            ],
+        ),
+        # The first step reads, compiles and allocates: beside the others it would hide them.
+        chart("Seconds per step", [Series("seconds", _points(steps[1:] or steps, "step_s"))]),
+        chart("Peak memory in MiB", [Series("memory", _points(steps, "memory_mib"))]),
+        *_by_noise(records),
+    ]
+    return "\n".join(charts)
+
+
+def _by_noise(records: Sequence[Mapping]) -> list[str]:
+    """Bars of the last epoch's training loss by sigma, and validation loss of each sigma."""
+    found = []
+    filled = [r for r in _of_kind(records, "sigma_bins") if any(r.get("counts") or [])]
+    if filled:
+        means = filled[-1].get("means") or []
+        labels = [f"{(i + 0.5) / len(means):.2f}" for i in range(len(means))]
+        found.append(bars("Training loss by sigma, last epoch", labels, means))
+    validations = [r for r in _of_kind(records, "validation") if r.get("per_sigma")]
+    if validations:
+        names = sorted({name for r in validations for name in r["per_sigma"]})
+        series = [
+            Series(f"sigma {name}", [(r["step"], r["per_sigma"].get(name)) for r in validations])
+            for name in names
+        ]
+        found.append(chart("Validation loss by sigma", series))
+    return found
+
+
+def preview_grid(records: Sequence[Mapping], folder: Path) -> str:
+    """A table of previews: a row for each prompt, a column for each time; "" without any.
+
+    Args:
+        records: of the log.
+        folder: the output folder, which the files are named from; missing ones stay empty.
+    """
+    previews = [r for r in _of_kind(records, "preview") if r.get("files")]
+    if not previews:
+        return ""
+    shown = _spread(previews, MOST_COLUMNS)
+    head = "".join(f"<th>step {record['step']}</th>" for record in shown)
+    rows = []
+    for row in range(max(len(record["files"]) for record in shown)):
+        files = [r["files"][row] if row < len(r["files"]) else None for r in shown]
+        paths = [folder / name if name else None for name in files]
+        cells = "".join(f"<td>{_thumbnail(path)}</td>" for path in paths)
+        rows.append(f'<tr><th class="prompt">{html.escape(_prompt(paths))}</th>{cells}</tr>')
+    left_out = len(previews) - len(shown)
+    note = f'<p class="lead">{left_out} more lie in the folder sample.</p>' if left_out else ""
+    return (
+        "<h2>Previews</h2>\n"
+        f'<div class="over-time"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>{note}'
+    )
+
+
+def _spread(items: Sequence[Mapping], most: int) -> list[Mapping]:
+    """At most so many of them, evenly spread, the first and the last included."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _thumbnail(path: Path | None) -> str:
+    """An embedded small JPEG, or nothing for a picture that is gone."""
+    from PIL import Image
+
+    if path is None or not path.is_file():
+        return ""
+    try:
+        with Image.open(path) as image:
+            image.thumbnail((SIDE, SIDE))
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "JPEG", quality=85)
+    except OSError:
+        return ""
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(path.stem)}">'
+
+
+def _prompt(paths: Iterable[Path | None]) -> str:
+    """The prompt that the newest of these pictures carries, cut to a line or two."""
+    from PIL import Image
+
+    for path in reversed([p for p in paths if p is not None and p.is_file()]):
+        try:
+            with Image.open(path) as image:
+                text = str(getattr(image, "text", {}).get("parameters", ""))
+        except OSError:
+            continue
+        first = text.split("\n")[0]
+        return first if len(first) <= 80 else f"{first[:79]}…"
+    return ""
+
+
+def _of_kind(records: Sequence[Mapping], kind: str) -> list[Mapping]:
+    return [record for record in records if record.get("kind") == kind]
+
+
+def _points(records: Iterable[Mapping], name: str) -> list[tuple[float, float | None]]:
+    return [(record["step"], record.get(name)) for record in records]
