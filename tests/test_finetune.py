@@ -423,3 +423,37 @@ def test_block_swap_on_a_card(world, tmp_path, changes):
         assert weight.master is None or not weight.master.is_cuda
         large = [v for v in weight.state_home.values() if v.numel() >= 4096]
         assert not any(v.is_cuda for v in large)
+
+
+@pytest.mark.parametrize("swapped", [None, 2])
+def test_a_step_is_repeated_after_running_out_of_memory(world, tmp_path, monkeypatch, swapped):
+    """One policy lower, with the weights, masters and state where they were."""
+    from anima_fast.training import oom
+
+    changes = {"blocks_to_swap": swapped, "mixed_precision": "bf16"}
+    plain = train(full_options(world, tmp_path / "plain", **changes))
+    failed = []
+
+    def out_of_memory(run, batch, settings, *, step, micro):
+        losses = micro_step(run, batch, settings, step=step, micro=micro)
+        if step == 2 and not failed:
+            failed.append(run.dit.block_runner)
+            losses.mean().backward()
+            raise torch.OutOfMemoryError("not enough")
+        return losses
+
+    monkeypatch.setattr(oom, "micro_step", out_of_memory)
+    again = train(full_options(world, tmp_path / "again", **changes))
+    assert failed
+    assert same_tensors(plain.output, again.output)
+
+
+def test_a_fused_backward_pass_cannot_be_repeated(world, tmp_path, monkeypatch):
+    from anima_fast.training import oom
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("not enough")
+
+    monkeypatch.setattr(oom, "micro_step", out_of_memory)
+    with pytest.raises(UserError, match="has changed weights already"):
+        train(full_options(world, tmp_path, fused_backward_pass=True))

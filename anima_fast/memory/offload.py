@@ -68,8 +68,6 @@ def install_block_runner(
     if gradient_checkpointing or cpu_offload or unsloth_offload:
         recompute = "block"
     policies = check_policies(recompute or "none", len(dit.blocks), fused=fused)
-    if isinstance(dit.block_runner, BlockRunner) and dit.block_runner.swap:
-        dit.block_runner.swap.restore()
     device = torch.device(device) if device is not None else next(dit.parameters()).device
     swap = None
     if blocks_to_swap:

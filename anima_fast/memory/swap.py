@@ -75,7 +75,7 @@ class BlockSwap:
             raise UserError("--blocks_to_swap needs frozen DiT weights: it works for LoRA training")
         self.fetched: dict[int, tuple[dict[str, Tensor], torch.cuda.Event | None]] = {}
         for parameter in self.weights:
-            parameter.data = host_copy(parameter.data, pinned=self.device.type == "cuda")
+            parameter.data = in_host(parameter.data, pinned=self.device.type == "cuda")
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -84,12 +84,6 @@ class BlockSwap:
 
     def __contains__(self, index: int) -> bool:
         return index in self.parameters
-
-    def restore(self) -> None:
-        """Bring all weights back to the device for good."""
-        self.fetched.clear()
-        for parameter in self.weights:
-            parameter.data = parameter.data.to(self.device)
 
     def runner(self, index: int, block: nn.Module) -> Run:
         """A function that runs the block on fetched weights; its second call is the recompute."""
@@ -189,6 +183,12 @@ def swapped_parameters(
     """
     named = block.named_parameters()
     return {n: p for n, p in named if (trained or not p.requires_grad) and not (keep and keep in n)}
+
+
+def in_host(tensor: Tensor, *, pinned: bool) -> Tensor:
+    """The tensor in host memory; a copy only where it is not there already."""
+    there = tensor.device.type == "cpu" and (tensor.is_pinned() or not pinned)
+    return tensor if there else host_copy(tensor, pinned=pinned)
 
 
 def host_copy(tensor: Tensor, *, pinned: bool) -> Tensor:

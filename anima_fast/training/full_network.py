@@ -66,11 +66,6 @@ class FullNetwork:
         """Tell the network its optimizer, which has the gradients."""
         self._updates = updates
 
-    @property
-    def backward_can_repeat(self) -> bool:
-        """Whether weights are untouched until the step: not with a fused backward pass."""
-        return not self._updates.fused
-
     def train(self) -> FullNetwork:
         """Nothing: the model has no layer that acts differently in training."""
         return self

@@ -59,6 +59,8 @@ class MemoryPolicies:
             fused=run.fused,
             recompute=policy.recompute,
             blocks_to_swap=policy.blocks_to_swap,
+            # Of full fine-tuning, whose swapped weights are trained.
+            sink=getattr(run.network, "swapped_gradients", None),
         )
         free_memory(run.device, keep_cached=False)
         return policy
