@@ -13,7 +13,17 @@ from anima_fast.bench.commands import bench
 from anima_fast.commands.app import app
 
 # In the order of the help page.
-for theme in ("train", "watch", "migrate", "dataset", "sample", "files", "networks", "machine"):
+for theme in (
+    "train",
+    "watch",
+    "migrate",
+    "presets",
+    "dataset",
+    "sample",
+    "files",
+    "networks",
+    "machine",
+):
     importlib.import_module(f"anima_fast.commands.{theme}")
 app.add_typer(bench)
 

@@ -64,6 +64,12 @@ def resolve_train_options(
         path = config_path(config_file)
         values = _accept(cls, read_config(path), f"{path.name}: ", notices, text=False)
     values |= _accept(cls, cli_values, "--", notices, text=True)
+    if values.get("preset"):
+        from anima_fast.presets import apply_presets
+
+        below, lines = apply_presets(values["preset"], values, cls)
+        values = below | values
+        notices = [*lines, *notices]
     options = cls(**values)
     if complete:
         check_required(options)

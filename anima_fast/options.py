@@ -32,6 +32,7 @@ from anima_fast.option_groups.output import (
     SaveOptions,
     ValidationOptions,
 )
+from anima_fast.option_groups.presets import PresetOptions
 from anima_fast.option_groups.training import (
     FlowOptions,
     LoRAFileOptions,
@@ -110,7 +111,8 @@ class _Run(_Checked):
 # reverse: dataclass fields follow the order from the last base to the first.
 @dataclass(frozen=True)
 class _Data(
-    LengthOptions, CacheOptions, ImageOptions, CaptionOptions, DatasetOptions, ModelOptions, _Run,
+    LengthOptions, CacheOptions, ImageOptions, CaptionOptions, DatasetOptions, ModelOptions,
+    PresetOptions, _Run,
 ):  # fmt: skip
     """Model files, dataset and length."""
 

@@ -52,7 +52,8 @@ def _run(cls: type, values: dict[str, Any]) -> None:
         options.console_log_level, options.console_log_file, simple=options.console_log_simple
     )
     for notice in notices:
-        log.warning(notice)
+        # What a preset sets was asked for; everything else may come as a surprise.
+        (log.info if notice.startswith("preset ") else log.warning)(notice)
     if getattr(options, "plan_memory", False):
         from anima_fast.training.memory_check import show_memory
 

@@ -222,14 +222,14 @@ class _Converter:
 
     def _after(self) -> None:
         """What follows from several options together, and sd-scripts' own defaults."""
-        options = self.ledger.options
-        if options.get("lr_warmup_steps"):
+        found = self.ledger.options
+        if found.get("lr_warmup_steps"):
             self.ledger.add("lr_scheduler", "constant_with_warmup", WARMUP)
         if self.folder:
-            folder = f"{options.get('output_dir', '.')}/{self.folder}"
+            folder = f"{found.get('output_dir', '.')}/{self.folder}"
             self.ledger.put("output_dir", folder, "the folder in output_name")
         # There only the fused AdaFactor rounds at random.
-        if options.get("full_bf16") and not options.get("fused_backward_pass"):
+        if found.get("full_bf16") and not found.get("fused_backward_pass"):
             why = "as there; stochastic loses no small updates, at the same memory"
             if "weight_update" in self.known:
                 self.ledger.add("weight_update", "plain", why)
