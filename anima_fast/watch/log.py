@@ -38,7 +38,8 @@ class LogView:
         self.events: deque[dict] = deque(maxlen=MOST_EVENTS)
         self.epochs: deque[tuple[float, float]] = deque(maxlen=MOST_EPOCH_MARKS)
         self.previews: dict[str, tuple[float, float | None]] = {}
-        self.sigma_bins: dict | None = None
+        # The first and the last record.
+        self.sigma_bins: list[dict] = []
         self.last: dict[str, Any] = {}
         self.not_finite = 0
         # Counts the records that are no steps.
@@ -124,6 +125,9 @@ class LogView:
 
     def _take_validation(self, step: float, record: Mapping) -> None:
         values = {name: number(record.get(name)) for name in ("loss", "divergence")}
+        per_sigma = record.get("per_sigma")
+        if isinstance(per_sigma, dict):
+            values |= {f"sigma/{sigma}": number(loss) for sigma, loss in per_sigma.items()}
         self.validation.add(step, values, number(record.get("epoch")))
 
     def _take_preview(self, step: float, record: Mapping) -> None:
@@ -137,4 +141,4 @@ class LogView:
         self.events.append({"step": step, "text": str(record.get("text", ""))[:2000]})
 
     def _take_bins(self, step: float, record: Mapping) -> None:
-        self.sigma_bins = plain(dict(record))
+        self.sigma_bins = [*self.sigma_bins[:1], plain(dict(record))]

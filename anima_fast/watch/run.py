@@ -14,15 +14,16 @@ from typing import Any
 from anima_fast import __version__
 from anima_fast.watch.log import LogView
 from anima_fast.watch.pictures import Picture, Pictures
-from anima_fast.watch.reading import JsonFile, changed_at, moment, number
+from anima_fast.watch.reading import JsonFile, changed_at, moment, number, open_shared
 from anima_fast.watch.state import describe_state
 from anima_fast.watch.tail import Tail
 
 CONSOLE_BYTES = 256 << 10
 CONSOLE_LINES = 1000
-# The log of the run before counts as such when it is older than the start by more than this: file
-# systems round times.
+# File systems and the console log round times.
 _CLOCK_S = 2.0
+# What a run still says after it wrote how it ended comes within this time.
+_AFTERWORD_S = 30.0
 
 
 class WatchedRun:
@@ -45,6 +46,8 @@ class WatchedRun:
         self.console = Tail(self.out / "console.log")
         self.console_lines: deque[str] = deque(maxlen=CONSOLE_LINES)
         self.console_count = 0
+        # The time on the first line of the console log.
+        self.console_began: float | None = None
         self._console_generation = 0
         self._lock = threading.Lock()
 
@@ -57,11 +60,13 @@ class WatchedRun:
         with self._lock:
             self._refresh()
             run = self.run_file.value or {}
-            hidden = self.log_is_older(run)
+            log, started = self.log, moment(run.get("started_at"))
+            is_new = self.next_run_prepares()
+            if is_new:
+                # What is known of the run before says nothing about this one.
+                run, log, started = {}, LogView(self.log.tail.path), self.console_began
             same = known if known.get("session") == self.session else {}
-            parts = self._parts(run, hidden, same)
-            updated = self._updated_at(run, hidden)
-            last = {} if hidden else self.log.last
+            updated = self._updated_at(run)
             return {
                 "version": __version__,
                 "out": str(self.out),
@@ -70,27 +75,38 @@ class WatchedRun:
                 "run": run,
                 "state": describe_state(
                     run,
-                    step=last.get("step"),
-                    step_s=self.log.step_s,
+                    step=log.last.get("step"),
+                    step_s=log.step_s,
                     quiet_s=None if updated is None else max(0.0, self.clock() - updated),
                     says_something=bool(self.console_lines),
+                    goes_on=self._goes_on(run),
                 ),
                 "updated_at": updated,
-                "started_at": moment(run.get("started_at")),
-                "last": last,
-                "step_s": None if hidden else self.log.step_s,
-                "not_finite": 0 if hidden else self.log.not_finite,
-                "behind": self.log.tail.behind,
-                "read": self.log.tail.position / max(1, self.log.tail.size),
-                **parts,
+                "started_at": started,
+                "last": log.last,
+                "step_s": log.step_s,
+                "not_finite": log.not_finite,
+                "behind": log.tail.behind,
+                "read": log.tail.position / max(1, log.tail.size),
+                **self._parts(run, log, started, f"{log.key}.{int(is_new)}", same),
             }
 
-    def log_is_older(self, run: Mapping[str, Any]) -> bool:
-        """Whether the log is that of the run before: a fresh one keeps it until its first step."""
-        started, written = moment(run.get("started_at")), changed_at(self.log.tail.path)
-        if run.get("state") != "running" or number(run.get("first_step")) != 0:
+    def next_run_prepares(self) -> bool:
+        """Whether `run.json` and the log are still those of the run before.
+
+        A run moves the console log of the one before aside when it begins, but writes `run.json`
+        and its own log only when data and models are read.
+        """
+        began, started = self.console_began, moment((self.run_file.value or {}).get("started_at"))
+        if began is None or (started is not None and began <= started + _CLOCK_S):
             return False
-        return started is not None and written is not None and written < started - _CLOCK_S
+        logged = changed_at(self.log.tail.path)
+        return logged is not None and logged < began - _CLOCK_S
+
+    def _goes_on(self, run: Mapping[str, Any]) -> bool:
+        """Whether the console says more since the run ended: it is being resumed."""
+        ended, said = moment(run.get("updated_at")), changed_at(self.console.path)
+        return ended is not None and said is not None and said > ended + _AFTERWORD_S
 
     def _refresh(self) -> None:
         self.run_file.refresh()
@@ -102,22 +118,28 @@ class WatchedRun:
             self._console_generation = self.console.generation
             self.console_lines.clear()
             self.console_count = 0
+            self.console_began = None
+        if self.console_began is None:
+            self.console_began = first_moment(self.console.path)
         self.console_lines.extend(line.decode("utf-8", "replace") for line in lines)
         self.console_count += len(lines)
 
     def _parts(
-        self, run: Mapping[str, Any], hidden: bool, known: Mapping[str, str]
+        self,
+        run: Mapping[str, Any],
+        log: LogView,
+        started: float | None,
+        log_key: str,
+        known: Mapping[str, str],
     ) -> dict[str, Any]:
         """What is sent only when it changed, and the tokens that tell."""
-        log = LogView(self.log.tail.path) if hidden else self.log
-        log_key = f"{log.key}.{int(hidden)}"
         tokens = {
             "session": self.session,
             "log": log_key,
             # The last row may still change.
             "row": str(max(0, len(log.steps) - 1)),
             "marks": f"{log_key}.{log.marks}",
-            "pictures": f"{self.pictures.version}.{log.marks}.{self.run_file.version}",
+            "pictures": f"{self.pictures.version}.{log_key}.{log.marks}.{self.run_file.version}",
             "console": str(self._console_generation),
             "line": str(self.console_count),
             "dataset": str(self.dataset_file.version),
@@ -132,10 +154,11 @@ class WatchedRun:
         if known.get("marks") != tokens["marks"]:
             parts["marks"] = log.marks_answer()
         if known.get("pictures") != tokens["pictures"]:
+            since = None if number(run.get("first_step")) else started
             parts["pictures"] = self.pictures.answer(
-                lambda one, facts: self._place(one, facts, run)
+                lambda one, facts: _place(one, facts, log, since)
             )
-        if known.get("dataset") != tokens["dataset"] or "dataset" not in known:
+        if known.get("dataset") != tokens["dataset"]:
             parts["dataset"] = self.dataset_file.value
         return parts
 
@@ -145,23 +168,35 @@ class WatchedRun:
         lines = list(self.console_lines)[len(self.console_lines) - fresh :]
         return {"first": self.console_count - fresh, "lines": lines}
 
-    def _place(self, one: Picture, facts: Mapping[str, Any], run: Mapping[str, Any]) -> dict:
-        """When a picture was made: the log's word, else what its name and time tell."""
-        step, epoch = self.log.previews.get(one.name, (facts.get("step"), facts.get("epoch")))
-        if step is None and epoch is not None:
-            step = self.log.epoch_end(epoch)
-        started = moment(run.get("started_at"))
-        is_fresh = not number(run.get("first_step"))
-        earlier = is_fresh and started is not None and one.time < started - _CLOCK_S
-        return {"step": step, "epoch": epoch, "earlier": earlier}
-
-    def _updated_at(self, run: Mapping[str, Any], hidden: bool) -> float | None:
+    def _updated_at(self, run: Mapping[str, Any]) -> float | None:
         """When the run last wrote something, in seconds since 1970."""
-        files = [self.run_file.path, self.console.path]
-        files += [] if hidden else [self.log.tail.path]
+        files = (self.run_file.path, self.console.path, self.log.tail.path)
         times = [moment(run.get("updated_at")), *map(changed_at, files)]
         times += [one.time for one in self.pictures.found[-1:]]
         return max((t for t in times if t is not None), default=None)
+
+
+def first_moment(path: Path) -> float | None:
+    """The time at the beginning of a console log, in seconds since 1970."""
+    try:
+        with open_shared(path) as file:
+            return moment(file.read(19).decode("ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _place(
+    one: Picture, facts: Mapping[str, Any], log: LogView, since: float | None
+) -> dict[str, Any]:
+    """When a picture was made: the log's word, else what its name and time tell.
+
+    `earlier` ones were there before the run began at `since`.
+    """
+    step, epoch = log.previews.get(one.name, (facts.get("step"), facts.get("epoch")))
+    if step is None and epoch is not None:
+        step = log.epoch_end(epoch)
+    earlier = since is not None and one.time < since - _CLOCK_S
+    return {"step": step, "epoch": epoch, "earlier": earlier}
 
 
 def _whole(text: str | None) -> int:

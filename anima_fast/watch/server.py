@@ -16,6 +16,7 @@ import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
@@ -28,14 +29,11 @@ ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 6070
 PORTS_TRIED = 20
 _OWN_HOST = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?")
-PAGE = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/favicon.svg": ("favicon.svg", "image/svg+xml"),
-    "/style.css": ("style.css", "text/css; charset=utf-8"),
-    **{
-        f"/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8")
-        for name in ("app", "chart", "charts", "dataset", "format", "gallery", "log", "summary")
-    },
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
 }
 HEADERS = {
     "Cache-Control": "no-store",
@@ -50,6 +48,16 @@ HEADERS = {
 }
 # A browser that keeps its connection open without a word is let go.
 _IDLE_S = 60
+
+
+def page_files() -> dict[str, tuple[bytes, str]]:
+    """The files of the page by path, as bytes with their type."""
+    found = {}
+    for file in (files(__package__) / "page").iterdir():
+        kind = _TYPES.get(Path(file.name).suffix)
+        if kind:
+            found[f"/{file.name}"] = (file.read_bytes(), kind)
+    return {**found, "/": found["/index.html"]}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -71,9 +79,8 @@ class Handler(BaseHTTPRequestHandler):
             path = unquote(path, errors="strict")
         except UnicodeDecodeError:
             path = ""
-        if path in PAGE:
-            name, kind = PAGE[path]
-            self._send((files(__package__) / "page" / name).read_bytes(), kind)
+        if path in self.server.page:
+            self._send(*self.server.page[path])
         elif path == "/api/run":
             answer = self.server.run.answer(dict(parse_qsl(query)))
             text = json.dumps(answer, allow_nan=False, separators=(",", ":"))
@@ -144,6 +151,7 @@ class WatchServer(ThreadingHTTPServer):
 
     def __init__(self, run: WatchedRun, port: int = DEFAULT_PORT) -> None:
         self.run = run
+        self.page = page_files()
         super().__init__((ADDRESS, port), Handler)
 
     @property

@@ -23,6 +23,7 @@ def describe_state(
     step_s: float | None,
     quiet_s: float | None,
     says_something: bool = False,
+    goes_on: bool = False,
 ) -> dict[str, str]:
     """`name` (for the badge) and `text` (a sentence) of a run.
 
@@ -32,9 +33,12 @@ def describe_state(
         step_s: seconds per step.
         quiet_s: seconds since the run last wrote anything.
         says_something: whether there is a console log.
+        goes_on: whether an ended run speaks again.
     """
     said = run.get("state")
-    if said in _ENDED:
+    if said in _ENDED and goes_on:
+        step = None
+    elif said in _ENDED:
         return {"name": said, "text": _ENDED[said]}
     if not run and step is None and not says_something:
         return {"name": "waiting", "text": "No run has written here yet."}
