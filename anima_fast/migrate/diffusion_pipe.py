@@ -157,6 +157,7 @@ def _dataset(source: Source, ledger: Ledger, paths: Paths, sizes: BatchSizes) ->
     found = next((f / named for f in source.folders if (f / named).is_file()), None)
     if found is None:
         ledger.drop("dataset", "it was not found")
+        ledger.add("train_batch_size", sizes.pairs[0][1], "the batch size of the main file")
         ledger.todo.append(
             f"the dataset file {named} was not found: give --cwd FOLDER, the folder that "
             "diffusion-pipe is started in, or write dataset_config by hand"

@@ -149,7 +149,6 @@ def _subset(
             else:
                 ledger.take_elsewhere(f"{prefix}{key}", option)
     if "conditioning_data_dir" in found:
-        ledger.options["masked_loss"] = True
         ledger.add("masked_loss", True, "mask_path is given")
     found |= _repeats(merged, own, prefix, ledger)
     found |= _captions(own, prefix, ledger)

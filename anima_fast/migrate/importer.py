@@ -99,7 +99,16 @@ def convert(source: Source) -> Imported:
         settle_launch(launch, ledger)
         if source.trainer in ("diffusion-pipe", "onetrainer"):
             _settle_arguments(launch, ledger)
-    command = convert_one(source, ledger)
+    try:
+        command = convert_one(source, ledger)
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        # A text where a table belongs, and the like: no trainer would read such a file.
+        name = source.file.name if source.file else "the command line"
+        raise UserError(
+            f"{name} has a value of a kind that nobody expects there: {error}"
+        ) from error
     ledger.close("it is unknown here")
     _todo(source, ledger, command)
     name = ledger.options.get("output_name") or (source.file.stem if source.file else "imported")

@@ -16,6 +16,7 @@ from anima_fast.migrate.ledger import Ledger
 from anima_fast.migrate.sd_scripts import Item
 from anima_fast.migrate.values import is_off
 from anima_fast.option_groups.base import specs
+from anima_fast.option_groups.network_args import parse_network_args
 from anima_fast.options import FinetuneOptions, TrainOptions
 
 # Field -> option of sd-scripts; fields of the Anima panel begin with `anima_` as well.
@@ -80,6 +81,10 @@ def _field(key: str, config: Mapping[str, Any], ledger: Ledger, found: dict[str,
         _attention(key, value, config, ledger, found)
     elif key in ONLY and is_off(value) and not is_off(config.get(ONLY[key][0])):
         found[ONLY[key][1]] = Item(key, ONLY[key][1], True)
+    elif key == "sample_prompts" and value:
+        lines = [line.strip() for line in str(value).splitlines()]
+        prompts = [line for line in lines if line and not line.startswith("#")]
+        found["sample_prompt"] = Item(key, "sample_prompt", prompts)
     elif key == "additional_parameters" and value:
         _parameters(key, str(value), ledger, found)
     elif key == "lr_warmup":
@@ -155,7 +160,13 @@ def _network(
         elif key.startswith(("conv_", "use_tucker", "use_cp")):
             ledger.drop(key, "the DiT has no convolutions")
         else:
-            words.append(f"{key}={config[key]}")
+            word = f"{key}={config[key]}"
+            try:
+                parse_network_args([*words[:1], word], module)
+            except UserError as error:
+                ledger.drop(key, str(error).removeprefix("--network_args "))
+                continue
+            words.append(word)
             ledger.take_elsewhere(key, "network_args")
     if ledger.has("anima_checkbox"):
         ledger.drop("anima_checkbox", "it chose the script, which is known")

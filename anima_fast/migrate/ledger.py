@@ -122,8 +122,11 @@ class Ledger:
             self.put(option, value, why)
 
     def put(self, option: str, value: Any, why: str) -> None:
-        """Set an option that follows from several keys together."""
+        """Set an option that follows from several keys together; what was put there goes."""
         self.options[option] = value
+        before = [e for e in self.added if e.option == option]
+        self.added = [e for e in self.added if e.option != option]
+        why = "; ".join(dict.fromkeys([*(e.why for e in before), why]))
         self.added.append(Entry("", "", option, show(value), why))
 
     def close(self, why: str) -> None:

@@ -21,6 +21,7 @@ from anima_fast.migrate.onetrainer_network import (
     freeze_parts,
 )
 from anima_fast.migrate.onetrainer_run import convert_length, convert_memory
+from anima_fast.migrate.onetrainer_samples import convert_samples
 from anima_fast.migrate.onetrainer_tables import (
     DROPPED,
     DROPPED_TABLES,
@@ -70,6 +71,7 @@ def convert(source: Source, ledger: Ledger) -> str:
     convert_noise(ledger)
     convert_loss(ledger)
     convert_concepts(source, ledger, command)
+    convert_samples(source, ledger)
     convert_length(ledger)
     _caches(ledger)
     _rest(ledger)

@@ -48,9 +48,9 @@ def convert_rate(ledger: Ledger) -> None:
 
 def _rate(ledger: Ledger) -> None:
     scaler = str(ledger.get("learning_rate_scaler", "NONE"))
-    batch = ledger.number("batch_size", 1) if scaler in ("BATCH", "BOTH") else 1
+    batch = ledger.number("batch_size", 1) if scaler.endswith(("BATCH", "BOTH")) else 1
     groups = ledger.number("gradient_accumulation_steps", 1)
-    groups = groups if scaler in ("GRADIENT_ACCUMULATION", "BOTH") else 1
+    groups = groups if scaler.endswith(("ACCUMULATION", "BOTH")) else 1
     factor = math.sqrt(max(1.0, batch * groups))
     if ledger.has("learning_rate_scaler"):
         what = "it is part of learning_rate here" if factor > 1 else "it is off"
@@ -122,9 +122,10 @@ def convert_optimizer(ledger: Ledger, command: str) -> None:
     known = ONETRAINER.get(kind.upper())
     key = "optimizer.optimizer" if ledger.has("optimizer.optimizer") else "optimizer"
     if known is None:
-        known = Known("AdamW")
-        ledger.change(key, "optimizer_type", "AdamW", f"{kind} does not exist here")
-        ledger.todo.append(f"check learning_rate: {kind} became AdamW")
+        known = _nearest(kind)
+        if ledger.has(key):
+            ledger.change(key, "optimizer_type", known.name, f"{kind} does not exist here")
+        ledger.todo.append(f"check learning_rate: {kind} became {known.name}")
     elif ledger.has(key):
         ledger.take(key, "optimizer_type", known.name)
     prefix = "optimizer."
@@ -138,6 +139,12 @@ def convert_optimizer(ledger: Ledger, command: str) -> None:
     if ledger.has(key):
         value = ledger.number(key)
         ledger.take(key, "max_grad_norm", value)
+
+
+def _nearest(kind: str) -> Known:
+    """The plain form of an optimizer that has another one there, such as PRODIGY_ADV."""
+    longer = [name for name in ONETRAINER if kind.upper().startswith(name)]
+    return ONETRAINER[max(longer, key=len)] if longer else Known("AdamW")
 
 
 def _arguments(ledger: Ledger, known: Known, prefix: str, command: str) -> None:
@@ -170,7 +177,8 @@ def _arguments(ledger: Ledger, known: Known, prefix: str, command: str) -> None:
 def _full(ledger: Ledger, prefix: str) -> list[str]:
     """What OneTrainer has among the optimizer's arguments and full fine-tuning has as options."""
     taken = []
-    if ledger.get(f"{prefix}fused_back_pass"):
+    several = ledger.number("gradient_accumulation_steps", 1) > 1
+    if ledger.get(f"{prefix}fused_back_pass") and not several:
         ledger.put("fused_backward_pass", True, f"{prefix}fused_back_pass")
         taken.append("fused_back_pass")
     if ledger.options.get("full_bf16"):

@@ -47,11 +47,11 @@ DROPPED_TABLES = {
     "text_encoder.": "the text encoder is not trained, as there for Anima",
     "transformer.": "it has no counterpart for the DiT",
     "vae.": "the VAE runs before training only; no_half_vae runs it in float32",
-    "lokr_": "it is about LoKr", "samples": "previews are described by sample_prompts here",
+    "lokr_": "it is about LoKr", "samples": "there are none",
 }  # fmt: skip
 _WINDOW = "it is about OneTrainer's own windows and folders"
 _VALIDATION = "validation holds out a part of the training images here: --validation_split"
-_SAMPLES = "previews are described by sample_prompts here"
+_SAMPLES = "it has no counterpart for previews here"
 _SD = "it is about Stable Diffusion"
 _VIDEO = "it is about videos"
 DROPPED = {

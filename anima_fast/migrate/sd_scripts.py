@@ -37,6 +37,9 @@ PATHS = frozenset({
     "logging_dir", "log_tracker_config", "console_log_file", "cache_dir", "sample_prompts",
 })  # fmt: skip
 WARMUP = "a warm-up is given, which constant does not have: sd-scripts stops at that"
+# Packages whose classes are here; an optimizer without a dot has a name of its own.
+HERE = ("torch", "bitsandbytes", "transformers")
+PREVIEWS = "a prompt without size and guidance gets 1024x1024 and 4 here, 512x512 and 7.5 there"
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,10 @@ class _Converter:
         new = convert(spec, new, item.key, text=True)
         if name in PATHS:
             new, why = self._path(new)
+        if name in ("optimizer_type", "lr_scheduler_type") and _foreign(new):
+            self.ledger.todo.append(f"{name} {new} is of another package: install it here too")
+        if name == "sample_prompts":
+            why = f"{why}; {PREVIEWS}" if why else PREVIEWS
         self._settle(item, name, new, why)
 
     def _settle(self, item: Item, name: str, value: Any, why: str) -> None:
@@ -236,9 +243,15 @@ class _Converter:
         self._defaults()
 
     def _defaults(self) -> None:
-        half = self.ledger.options.get("full_bf16") or self.ledger.options.get("full_fp16")
+        found = self.ledger.options
+        half = found.get("full_bf16") or found.get("full_fp16")
         for name, value in DEFAULTS.items():
             spec = self.known.get(name)
             unused = name == "mixed_precision" and half
             if spec is not None and not unused and not same(value, spec.default):
                 self.ledger.add(name, value, WHY_DEFAULT.get(name, "sd-scripts' default"))
+
+
+def _foreign(name: str) -> bool:
+    package, dot, _ = str(name).partition(".")
+    return bool(dot) and package not in HERE
