@@ -97,7 +97,7 @@ class LogView:
             "preview": self._take_preview,
             "event": self._take_event,
             "sigma_bins": self._take_bins,
-        }.get(kind)
+        }.get(str(kind))
         if take:
             self.marks += 1
             take(step, record)

@@ -27,15 +27,12 @@ class Tail:
         self.position = 0
         self.size = 0
         self.bytes_read = 0
+        # Whether the last read took all that it might, so that more may wait.
+        self.behind = False
         # Counts how often reading began anew.
         self.generation = 0
         self._before = b""
         self._skipping = False
-
-    @property
-    def behind(self) -> bool:
-        """Whether the file held more than the last `read` took."""
-        return self.size - self.position > MOST_LINE_BYTES
 
     def start(self, position: int = 0) -> None:
         """Read from `position` on; the line that it may cut is left out."""
@@ -69,10 +66,11 @@ class Tail:
         except (OSError, ValueError):
             return []
         self.bytes_read += len(content)
+        self.behind = len(content) == most
         return self._take(content, most)
 
     def _lost(self) -> list[bytes]:
-        self.size = 0
+        self.size, self.behind = 0, False
         if self.position:
             self.start()
         return []

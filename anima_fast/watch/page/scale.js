@@ -86,7 +86,10 @@ function linear(values, zero, height) {
 function powers(values) {
   const [low, high] = bounds(values);
   // Within one power, marks at equal distances tell more.
-  if (high < 10 * low) return ticks(low, high, 6).filter((y) => y > low / 2);
+  if (high < 10 * low) {
+    const marks = ticks(low, high, 6).filter((y) => y > low / 2);
+    return marks[0] > low ? [low, ...marks] : marks;
+  }
   const tens = [];
   for (let p = Math.floor(Math.log10(low)); p <= Math.ceil(Math.log10(high)); p++) tens.push(10 ** p);
   const fine = tens.length < 4 ? tens.flatMap((p) => [p, 2 * p, 5 * p]) : tens;
