@@ -16,7 +16,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +32,7 @@ from anima_fast.data.seeding import seeded
 if TYPE_CHECKING:
     from anima_fast.data.plan import DatasetPlan, ImageItem
     from anima_fast.options import TrainOptions
+    from anima_fast.training.lowres import LowRes
 
 # The DiT attends to at least this many text rows.
 PADDED_ROWS = 512
@@ -61,6 +62,8 @@ class Batch:
 
     latents: [B, 16, h, w] fp32, or None when `pixels` [B, 3, H, W] fp32 in [-1, 1] are to be
     encoded. loss_weights: [B] fp32. masks: [B, 1, H, W] fp32 0..1 at pixel resolution, or None.
+    sigma: noise levels [B] fp32 where they were drawn with the batch, `small` whether it holds
+    smaller pictures (training/lowres.py).
     """
 
     latents: Tensor | None
@@ -69,6 +72,8 @@ class Batch:
     masks: Tensor | None
     items: list[ImageItem]
     pixels: Tensor | None = None
+    sigma: Tensor | None = None
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,14 @@ class Batches:
     """Loads batches of a plan from its encoded dataset."""
 
     def __init__(
-        self, plan: DatasetPlan, encoded: EncodedDataset, options: TrainOptions, seed: int
+        self,
+        plan: DatasetPlan,
+        encoded: EncodedDataset,
+        options: TrainOptions,
+        seed: int,
+        lowres: LowRes | None = None,
     ) -> None:
+        self._lowres = lowres
         self._plan, self._encoded, self._options, self._seed = plan, encoded, options, seed
         threads = min(options.max_data_loader_n_workers, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
@@ -121,8 +132,14 @@ class Batches:
             Access(items[index], self._seed, epoch, step, position, validation)
             for position, index in enumerate(indices)
         ]
+        sigma, small = None, None
+        if self._lowres is not None and not validation:
+            key = (self._seed, epoch, step)
+            sigma, high = self._lowres.draw(len(accesses), accesses[0].item.bucket, *key)
+            small = self._smaller(accesses) if high else None
         is_cached = self._encoded.image_mode == "cached"
-        batch = self._cached(accesses) if is_cached else self._live(accesses)
+        batch = (self._cached if is_cached else self._live)(small or accesses)
+        batch.sigma, batch.small = sigma, small is not None
         if self._encoded.device.type == "cuda":
             _pin(batch)
             _pin(batch.text)
@@ -144,6 +161,13 @@ class Batches:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+
+    def _smaller(self, accesses: list[Access]) -> list[Access] | None:
+        """The same uses of the smaller pictures; None where they would be too small."""
+        items = [self._lowres.small_item(access.item) for access in accesses]
+        if any(item is None for item in items):
+            return None
+        return [replace(a, item=item) for a, item in zip(accesses, items, strict=True)]
 
     def _cached(self, accesses: list[Access]) -> Batch:
         entries = [self._latents(access).get() for access in accesses]
@@ -231,8 +255,10 @@ class Batches:
 
     def _latents(self, access: Access) -> Stored[LatentEntry]:
         encoded = self._encoded
-        entries = encoded.validation_latents if access.validation else encoded.latents
-        return entries[access.item.index]
+        if access.validation:
+            return encoded.validation_latents[access.item.index]
+        is_full = access.item.bucket == self._plan.items[access.item.index].bucket
+        return (encoded.latents if is_full else encoded.small_latents)[access.item.index]
 
 
 def pad_contexts(entries: list[TextEntry]) -> TextInputs:

@@ -27,6 +27,7 @@ from anima_fast.errors import UserError
 if TYPE_CHECKING:
     from anima_fast.data.plan import DatasetPlan, ImageItem
     from anima_fast.options import TrainOptions
+    from anima_fast.training.lowres import LowRes
 
 Texts = list[tuple[Stored[TextEntry], ...]]
 
@@ -37,8 +38,8 @@ class EncodedDataset:
 
     `image_mode` is "cached" or "live" (batches carry pixels), `text_mode` "context", "states"
     (the LLM adapter is trained) or "live" (batches carry captions). In a live mode the entries
-    are empty. `texts` holds the renderings of each caption, `empty_text` the encoding of "",
-    `tokens` their lengths in tokens.
+    are empty. `small_latents` holds those of smaller pictures, `texts` the renderings of each
+    caption, `empty_text` the encoding of "", `tokens` their lengths in tokens.
     """
 
     image_mode: str
@@ -47,6 +48,7 @@ class EncodedDataset:
     tokens: CaptionTokens
     latents: list[Stored[LatentEntry]] = field(default_factory=list)
     validation_latents: list[Stored[LatentEntry]] = field(default_factory=list)
+    small_latents: dict[int, Stored[LatentEntry]] = field(default_factory=dict)
     texts: Texts = field(default_factory=list)
     validation_texts: Texts = field(default_factory=list)
     empty_text: Stored[TextEntry] | None = None
@@ -60,6 +62,7 @@ def encode_dataset(
     device: str | torch.device = "cpu",
     vae_dtype: torch.dtype = torch.float32,
     text_dtype: torch.dtype = torch.bfloat16,
+    lowres: LowRes | None = None,
     say: Callable[[str], None] | None = None,
 ) -> EncodedDataset:
     """Fill the caches that the options ask for and open them.
@@ -70,6 +73,7 @@ def encode_dataset(
         device: where the VAE, then the text encoder and the LLM adapter run.
         vae_dtype: of the VAE; latents are stored in fp32 whatever it is.
         text_dtype: of encoder and adapter, and of the stored encodings.
+        lowres: which smaller pictures are encoded too.
         say: gets each notice and the progress where no bar can be drawn.
     Returns:
         `EncodedDataset`; no model is referenced any more.
@@ -97,6 +101,12 @@ def encode_dataset(
         check_images_cacheable(items)
         latents = LatentPhase(options, folders, device, vae_dtype, report).run(items)
         encoded.latents, encoded.validation_latents = latents[:count], latents[count:]
+        if lowres is not None:
+            small = [s for item in plan.items if (s := lowres.small_item(item)) is not None]
+            # Files of sd-scripts hold the full size.
+            phase = LatentPhase(options, folders, device, vae_dtype, report, legacy=False)
+            entries = phase.run(small)
+            encoded.small_latents = {s.index: e for s, e in zip(small, entries, strict=True)}
     if encoded.text_mode != "live":
         check_texts_cacheable(items)
         phase = TextPhase(

@@ -45,20 +45,24 @@ class LatentJob:
 
 @dataclass
 class LatentPhase:
-    """Turns items into cache entries. `dtype` is the VAE's; latents are always kept in fp32."""
+    """Turns items into cache entries. `dtype` is the VAE's; latents are always kept in fp32.
+
+    `legacy`: whether files of sd-scripts are looked for.
+    """
 
     options: TrainOptions
     folders: CacheFolders
     device: torch.device
     dtype: torch.dtype
     say: Callable[[str], None]
+    legacy: bool = True
 
     def run(self, items: Sequence[ImageItem]) -> list[Stored[LatentEntry]]:
         """The entry of each item, encoding what is missing.
 
         Raises `UserError` for an unreadable image, a latent that is not finite, a full disk.
         """
-        legacy = self._legacy(items)
+        legacy = self._legacy(items) if self.legacy else {}
         jobs = self._jobs([item for i, item in enumerate(items) if i not in legacy])
         stored, missing = self._look_up(jobs)
         if missing:

@@ -159,6 +159,16 @@ class FlowOptions:
     )  # fmt: skip
     huber_c: float = _flow(0.1, "Huber threshold.", low=1e-9)
     huber_scale: float = _flow(1.0, "Factor on the Huber threshold.", low=1e-9)
+    sigma_lowres: float | None = _flow(
+        None,
+        "Train batches with sigma at or above this on a smaller picture, which is cached too: "
+        "cheaper steps, no detail at high noise. 0.7 is a start.",
+        low=0.01,
+        high=0.99,
+    )
+    sigma_lowres_scale: float = _flow(
+        0.5, "Size of that picture, as a part of the full one's sides.", low=0.1, high=0.9
+    )
     ip_noise_gamma: float | None = _flow(
         None, "Strength of extra noise in the input that the target does not have.", low=0
     )

@@ -248,9 +248,11 @@ def step_record(
     seconds: float,
 ) -> dict:
     """What is logged and shown about one optimizer step."""
+    small = sum(batch.small for batch, _ in group)
     return {
         "step": position.step,
         "epoch": position.epoch,
+        **({"lowres": small / len(group)} if run.options.sigma_lowres else {}),
         **facts,
         "loss_avg": position.loss_average,
         "lr": learning_rates(run.optimizer),

@@ -36,6 +36,7 @@ from anima_fast.training.conditioning import Conditioning, load_conditioning
 from anima_fast.training.disk_check import check_disk
 from anima_fast.training.ema import Ema
 from anima_fast.training.finetune import check_optimizer, data_notices, train_model
+from anima_fast.training.lowres import LowRes
 from anima_fast.training.memory_check import check_memory
 from anima_fast.training.model_setup import install_memory_savers
 from anima_fast.training.network import Network
@@ -135,16 +136,20 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     # Encoding may take long; the lengths of the captions are known after it.
     write_health(options.output_dir, plan)
 
+    lowres = LowRes.from_options(options)
+    for line in lowres.describe(plan.items) if lowres else ():
+        say(line)
     encoded = encode_dataset(
         plan,
         options,
         device=device,
         vae_dtype=torch.float32 if options.no_half_vae else DTYPES[options.mixed_precision],
         text_dtype=DTYPES[options.mixed_precision],
+        lowres=lowres,
         say=say,
     )
     write_health(options.output_dir, plan, encoded.tokens)
-    batches = Batches(plan, encoded, options, seed)
+    batches = Batches(plan, encoded, options, seed, lowres)
     previews = prepare_previews(
         options, encoded.text_mode, device=device, dtype=DTYPES[options.mixed_precision], say=say
     )

@@ -31,7 +31,10 @@ def micro_step(run: Run, batch: Batch, settings: FlowSettings, *, step: int, mic
     torch.manual_seed(seeded("step", run.seed, step, micro).getrandbits(63))
     latents = batch_latents(run, batch)
     noise = torch.randn_like(latents)
-    sigma = sample_sigma(settings, len(latents), latents.shape[-2:], device=latents.device)
+    if batch.sigma is not None:
+        sigma = batch.sigma.to(latents.device, non_blocking=True)
+    else:
+        sigma = sample_sigma(settings, len(latents), latents.shape[-2:], device=latents.device)
     losses = batch_loss(run, batch, latents, noise, sigma, settings)
     run.sigma_bins.add(sigma, losses.detach())
     return losses * batch.loss_weights.to(losses)
