@@ -80,6 +80,7 @@ def _concepts(source: Source, ledger: Ledger) -> tuple[list[Mapping[str, Any]] |
 
 def _as_options(ledger: Ledger, resolutions: list[list[int]]) -> None:
     """Without concepts: the data's keys as the options that are a dataset file's defaults."""
+    ledger.add("caption_extension", ".txt", "the only one there")
     entry = _entry(ledger, resolutions[0])
     size = entry["resolution"]
     ledger.options["resolution"] = str(size) if isinstance(size, int) else f"{size[0]},{size[1]}"

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from anima_fast.errors import UserError
 
@@ -30,6 +31,8 @@ _ASSIGNMENT = re.compile(
     r"|@?set\s+\"?(?P<cmd>[A-Za-z_]\w*)=(?P<cmdv>[^\"]*)\"?",
     re.IGNORECASE,
 )
+# The left side of an assignment in PowerShell.
+_SET = re.compile(r"(?m)^\s*\$(env:)?\w+\s*=")
 _VARIABLE = re.compile(
     r"\$\{(?:env:)?(?P<braced>[A-Za-z_]\w*)\}|\$(?:env:)?(?P<plain>[A-Za-z_]\w*)|%(?P<cmd>[A-Za-z_]\w*)%"
 )
@@ -63,13 +66,12 @@ def split_commands(text: str) -> list[Command]:
     windows = is_windows(text)
     text = _CONTINUED.sub(" ", text.replace("\r\n", "\n"))
     variables = {name: os.environ[name] for name in _FOLDERS if name in os.environ}
-    used = {name.lower() for name in variable_names(text)}
+    used = {name.lower() for name in variable_names(_SET.sub("", text))}
     exported: dict[str, str] = {}
     folder: str | None = None
     commands: list[Command] = []
-    for line in text.split("\n"):
-        line = line.strip()
-        if not line or _is_comment(line):
+    for line in _logical_lines(text, windows):
+        if ".py" not in line and not _is_closed(line, windows):
             continue
         if found := _assigned(line, variables, windows):
             variables |= found
@@ -87,6 +89,30 @@ def split_commands(text: str) -> list[Command]:
             else:
                 commands.append(Command(tuple(words), folder, dict(exported)))
     return commands
+
+
+def _logical_lines(text: str, windows: bool) -> Iterator[str]:
+    """Lines that are no comments; quotes may go on over several."""
+    lines = text.split("\n")
+    at = 0
+    while at < len(lines):
+        first = lines[at].strip()
+        at += 1
+        if not first or _is_comment(first):
+            continue
+        longer = accumulate([first, *lines[at:]], "{}\n{}".format)
+        more = next((i for i, text in enumerate(longer) if _is_closed(text, windows)), None)
+        # An apostrophe that nothing closes, as in `echo it's done`, is no quote of many lines.
+        yield "\n".join([first, *lines[at : at + more]]) if more else first
+        at += more or 0
+
+
+def _is_closed(text: str, windows: bool) -> bool:
+    try:
+        _Line(text, {}, windows).read()
+    except _Unclosed:
+        return False
+    return True
 
 
 def variable_names(text: str) -> list[str]:
@@ -120,6 +146,10 @@ def _fill(text: str, variables: Mapping[str, str]) -> str:
         return variables[by_lower[name.lower()]] if name.lower() in by_lower else match[0]
 
     return _VARIABLE.sub(value, text)
+
+
+class _Unclosed(UserError):
+    """A quote is not closed in a line."""
 
 
 class _Line:
@@ -193,7 +223,7 @@ class _Line:
             escaped = quote == '"' and len(rest) > 1 and self._escaped_in_quotes(rest)
             out.append(rest[escaped])
             self.at += 1 + escaped
-        raise UserError(
+        raise _Unclosed(
             f"the quote {quote} before {self.text[start + 1 : start + 31]!r} is never closed: put "
             f"{quote} where the text ends"
         )

@@ -1,0 +1,137 @@
+"""What importing reads: words of shells, the command itself, and everything that it refuses."""
+
+from pathlib import Path
+
+import pytest
+from migrate_fakes import enter_sources, flat
+from typer.testing import CliRunner
+
+from anima_fast.cli import app
+from anima_fast.migrate.words import split_commands
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    return enter_sources(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "folder"),
+    [
+        ("a --x=1 \\\n  --y 'b c' # why", ["a", "--x=1", "--y", "b c"], None),
+        ("a --x=1 ^\r\n --y D:\\b\\c", ["a", "--x=1", "--y", "D:\\b\\c"], None),
+        ('a `\n --y "D:\\b c\\" `\n --z', ["a", "--y", "D:\\b c\\", "--z"], None),
+        ("a --x=1 \\   \n --y", ["a", "--x=1", "--y"], None),
+        ("a --x=1 \\ --y", ["a", "--x=1", "--y"], None),
+        ("a\n--x 1\n--y 2", ["a", "--x", "1", "--y", "2"], None),
+        ("cd '/b c' && a --x", ["a", "--x"], "/b c"),
+        ("cd /d D:\\b\na --x", ["a", "--x"], "D:\\b"),
+        ("X=/b\na --x ${X}/c '$X'", ["a", "--x", "/b/c", "$X"], None),
+        ("$x = 'D:\\b'\na --x $x\\c", ["a", "--x", "D:\\b\\c"], None),
+        ('set "X=D:\\b"\na --x "%x%\\c"', ["a", "--x", "D:\\b\\c"], None),
+        ("a --x 2>&1 | tee log", ["a", "--x"], None),
+        ("a --x > log.txt --y", ["a", "--x", "--y"], None),
+        ('& "C:\\p q\\a" --x', ["C:\\p q\\a", "--x"], None),
+        ("a /b\\ c", ["a", "/b c"], None),
+        ("echo it's\na --x 'b'", ["a", "--x", "b"], None),
+        ("a --x 'b\nc'\nd", ["a", "--x", "b\nc"], None),
+        ("a --args \"k=['x', 'y']\"", ["a", "--args", "k=['x', 'y']"], None),
+    ],
+)
+def test_words_of_a_shell(text, words, folder):
+    command = split_commands(text)[0]
+    assert list(command.words) == words and command.folder == folder
+
+
+LINE = "accelerate launch anima_train_network.py --qwen3 q "
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("echo hello", "no training command in the text"),
+        ("", "the source is empty"),
+        ("accelerate launch sdxl_train_network.py --x", "trains SDXL"),
+        ("python flux_train.py --x", "trains FLUX.1"),
+        ("python train_network.py", "trains Stable Diffusion 1 and 2"),
+        ("accelerate launch wan_train_network.py", "trains Wan"),
+        ("python anima_train_control_net_lllite.py", "ControlNet"),
+        ("python sdxl_train_textual_inversion.py", "textual inversion"),
+        ("python mytrainer_train.py", "no training script that importing knows"),
+        ("python anima_train.py\npython anima_train_network.py", "2 training commands"),
+        (LINE + "--vae 'x", "is never closed"),
+        (LINE + "--network_dim abc", "--network_dim: expected a whole number, got 'abc'"),
+        (LINE + "--network_dim", "--network_dim needs a value"),
+        (LINE + "--network_module networks.lora_flux", "trains FLUX.1"),
+        (LINE + "--network_module my.own", "--network_module my.own is unknown"),
+        (LINE + "--network_module lycoris.kohya --network_args algo=boft", "algo=boft"),
+        (LINE + "--config_file nowhere", "nowhere.toml of the command line does not exist"),
+        (LINE + "--blocks_to_swap 2 --cpu_offload_checkpointing", "do not work together"),
+        ("nothing.toml", "does not exist"),
+        ("pictures", "is a folder"),
+    ],
+)
+def test_texts_that_cannot_be_imported(sources, source, message):
+    done = CliRunner().invoke(app, ["import-kohya", source, "--out", "never.toml"])
+    assert done.exit_code == 2 and message in flat(done.output), done.output
+    assert done.output.count("\n") == 1 and not Path("never.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '{"a": ', "not valid JSON"),
+        ("a.toml", "a = [", "not valid TOML"),
+        ("a.toml", 'x = "D:\\a"', "single quotes"),
+        ("a.toml", b"\xff\xfe\x00\xd8", "UTF-8"),
+        ("a.toml", "", "holds no settings"),
+        ("a.toml", "a = 1", "nothing in it is known"),
+        ("a.toml", "network_dim = 4", "does not name the text encoder"),
+        ("a.toml", 'network_module = "networks.lora"', "Stable Diffusion or SDXL"),
+        ("a.toml", 'network_dim = 4\nt5xxl = "x"', "FLUX.1"),
+        ("a.toml", 'model_train_type = "sdxl-lora"\nnetwork_dim = 4', "sdxl-lora"),
+        ("a.toml", '[model]\ntype = "wan"', "is for Wan"),
+        ("a.toml", '[model]\ntype = "cosmos_predict2"\nt5_path = "x"', "Cosmos-Predict2 itself"),
+        ("a.toml", '[model]\ntype = "anima"\n[adapter]\ntype = "loha"', "lora and lokr"),
+        ("a.toml", '[model]\ntype = "anima"\n[adapter]\nrank = "x"\n', "expected a number"),
+        ("a.toml", '[[directory]]\npath = "x"', "a dataset of diffusion-pipe"),
+        ("a.toml", '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "x"', "--dataset_config"),
+        ("a.yaml", "job: x", "ai-toolkit"),
+        ("a.json", '[{"path": "x"}]', "concepts"),
+        ("a.json", '[{"prompt": "x"}]', "samples"),
+        ("a.json", '{"training_method": "LORA", "model_type": "QWEN"}', "Qwen-Image"),
+        ("a.json", '{"training_method": "EMBEDDING", "model_type": "ANIMA"}', "EMBEDDING"),
+        ("a.json", '{"LoRA_type": "Flux1", "flux1_checkbox": true}', "flux1"),
+        ("a.json", '{"training_method": "LORA", "model_type": "ANIMA", "peft_type": "OFT_2"}',
+         "OFT_2"),
+        ("a.json", '{"training_method": "LORA", "model_type": "ANIMA", "resolution": "big"}',
+         "expected sides"),
+        ("a.json", '{"training_method": "LORA", "model_type": "ANIMA", "concepts": [{"path": 1, '
+         '"text": {"enable_tag_shuffling": true, "keep_tags_count": "x"}}]}', "nobody expects"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_imported(sources, name, content, message):
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    done = CliRunner().invoke(app, ["import-kohya", name, "--out", "never.toml"])
+    assert done.exit_code == 2 and message in flat(done.output), done.output
+    assert done.output.count("\n") == 1 and not Path("never.toml").exists()
+
+
+def test_the_command_line(sources):
+    """Quoted, in words, from standard input, and under the shorter name."""
+    line = Path("lokr.txt").read_text().strip()
+    runner = CliRunner()
+    calls = [
+        (["import-kohya", line], None),
+        (["import-kohya", "--force", *line.replace('"', "").split()], None),
+        (["import-kohya", "-", "--force"], line),
+        (["import", "lokr.txt", "--force", "--out", "imported_anima.toml"], None),
+    ]
+    texts = []
+    for words, given in calls:
+        done = runner.invoke(app, words, input=given)
+        assert done.exit_code == 0, done.output
+        texts.append(Path("imported_anima.toml").read_text().split("\n\n", 1)[1])
+    assert len(set(texts)) == 1
+    bad = runner.invoke(app, ["import-kohya", line, "--cwd", "nowhere"])
+    assert bad.exit_code == 2 and "--cwd" in bad.output
