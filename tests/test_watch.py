@@ -63,7 +63,7 @@ def test_the_page_is_served_to_this_machine_only(tmp_path):
             assert headers["Cache-Control"] == "no-store"
             assert headers["X-Content-Type-Options"] == "nosniff"
             policy = headers["Content-Security-Policy"]
-            assert "default-src 'none'" in policy and "script-src 'self'" in policy
+            assert "default-src 'self'" in policy and "object-src 'none'" in policy
             assert "unsafe" not in policy and "*" not in policy
         assert {path.name for path in PAGE.iterdir()} <= {p[1:] for p in page_files()}
 
@@ -72,10 +72,10 @@ def test_the_page_is_served_to_this_machine_only(tmp_path):
     ("host", "status"),
     [
         (["127.0.0.1"], 200), (["localhost:9000"], 200), (["LOCALHOST"], 200),
-        (["[::1]:6070"], 200), (["evil.example"], 403), (["127.0.0.1.evil.example"], 403),
+        (["[::1]:7860"], 200), (["evil.example"], 403), (["127.0.0.1.evil.example"], 403),
         (["localhost.evil.example"], 403),
         (["evil.example:127"], 403), (["localhost:x"], 403), (["localhost@evil.example"], 403),
-        (["192.168.0.7:6070"], 403), (["0.0.0.0"], 403), ([""], 403), ([], 403),
+        (["192.168.0.7:7860"], 403), (["0.0.0.0"], 403), ([""], 403), ([], 403),
         (["127.0.0.1", "evil.example"], 403), (["[::1"], 403), (["[::2]"], 403),
     ],
 )  # fmt: skip

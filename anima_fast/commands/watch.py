@@ -20,7 +20,7 @@ def _watch(
         typer.Option(
             min=0,
             max=65535,
-            help="Port of the page; 0 takes any free one (default 6070, or the next free one).",
+            help="Port of the page; 0 takes any free one (default 7860, or the next free one).",
             show_default=False,
         ),
     ] = None,

@@ -25,8 +25,8 @@ from anima_fast.errors import UserError
 from anima_fast.watch.run import WatchedRun
 
 ADDRESS = "127.0.0.1"
-# None of the ports of ComfyUI, Gradio, TensorBoard and Jupyter.
-DEFAULT_PORT = 6070
+# Known from local tools for this model; where one of them runs, the next free port is taken.
+DEFAULT_PORT = 7860
 PORTS_TRIED = 20
 _OWN_HOST = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?")
 _TYPES = {
@@ -38,8 +38,8 @@ _TYPES = {
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
     ),
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
