@@ -25,7 +25,7 @@ from anima_fast.errors import UserError
 from anima_fast.watch.run import WatchedRun
 
 ADDRESS = "127.0.0.1"
-# Known from local tools for this model; where one of them runs, the next free port is taken.
+# Known from other local tools; where one of them runs, the next free port is taken.
 DEFAULT_PORT = 7860
 PORTS_TRIED = 20
 _OWN_HOST = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?")
@@ -46,7 +46,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-# A browser that keeps its connection open without a word is let go.
+# A connection that stays without a word is closed.
 _IDLE_S = 60
 
 
@@ -115,9 +115,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
             self.send_header("Allow", "GET, HEAD")
-        if status != HTTPStatus.OK:
-            # A refused request may have a body that is not read.
-            self.send_header("Connection", "close")
+        # One request a connection: no thread waits for a browser, no body is left unread.
+        self.send_header("Connection", "close")
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
