@@ -41,7 +41,10 @@ def test_previews_change_with_training(out):
 
 def test_the_report_shows_the_run(out):
     text = (out / "report.html").read_text(encoding="utf-8")
-    assert text.count("<img ") == 3 * len(demo.PHOTOGRAPHS) and text.count("<svg ") == 4
+    # Three galleries, and two prompts before training and after each epoch.
+    over_time = len(demo.PREVIEWS) * (1 + demo.EPOCHS)
+    assert text.count("<img ") == 3 * len(demo.PHOTOGRAPHS) + over_time
+    assert text.count("<svg ") == 5
     steps = (out / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     count = sum(json.loads(line)["kind"] == "step" for line in steps)
     assert f"<td>{count}</td>" in text
