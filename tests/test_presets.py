@@ -139,7 +139,8 @@ def test_memory_presets_never_claim_a_measurement():
 
 def test_by_hand_wins_from_the_command_line_and_from_a_file(tmp_path):
     options, notices = resolve("character", network_dim="4", optimizer_type="Prodigy")
-    assert options.network_dim == 4 and options.network_alpha == 16.0
+    # The scale stays 1.
+    assert options.network_dim == 4 and options.network_alpha == 4.0
     # The arguments belong to the optimizer that was replaced.
     assert options.optimizer_args == ()
     assert "preset character: network_dim = 4 as given, instead of 16" in notices

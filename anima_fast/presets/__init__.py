@@ -199,7 +199,7 @@ def _apply(
             continue
         rivals = [n for n in RIVALS.get(name, ()) if n in by_hand]
         if name in by_hand:
-            if by_hand[name] != value:
+            if not _same(name, value, by_hand):
                 lines.append(f"{name} = {shown(by_hand[name])} as given, instead of {shown(value)}")
         elif rivals:
             lines.append(f"{name} is left out, as {rivals[0]} is given")
@@ -210,6 +210,13 @@ def _apply(
     if foreign:
         lines.append(f"{', '.join(foreign)}: no options of {command}, left out")
     return [f"preset {preset.name}: {line}" for line in lines or ["nothing is left to set"]]
+
+
+def _same(name: str, value: Any, by_hand: Mapping[str, Any]) -> bool:
+    """Whether an option given by hand is what the preset says; an alpha of 0 is the rank."""
+    given = by_hand[name]
+    rank = name == "network_alpha" and not value
+    return given == value or (rank and given == by_hand.get("network_dim"))
 
 
 def _replace(name: str, value: Any, preset: str, chosen: dict[str, tuple[Any, str]]) -> str:
