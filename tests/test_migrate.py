@@ -77,6 +77,13 @@ CASES = {
          "lr_scheduler": "cosine_with_restarts", "enable_bucket": True},
         ["enable_preview", "it chose the script"],
     ),
+    "easy_training.toml": (
+        "train",
+        {"network_args": ("train_llm_adapter=False",), "network_dim": 32, "seed": 23,
+         "optimizer_args": ("weight_decay=0.1", "betas=0.9,0.99"), "max_train_epochs": 12,
+         "sigmoid_scale": 1.3, "learning_rate": 5e-5, "max_data_loader_n_workers": 1},
+        ["a label of the window", "train_mode"],
+    ),
     "gui.json": (
         "train",
         {"network_module": "lycoris.kohya", "network_args": ("algo=lokr", "factor=8",
@@ -229,7 +236,7 @@ def test_any_part_of_a_source_is_settled_too(sources, name):
     """Whatever keys a file leaves out: nothing is settled twice, nothing is lost."""
     whole = parse_file(Path(name))
     keep = {"model", "model_type", "training_method", "LoRA_type", "anima_checkbox", "qwen3",
-            "model_arguments", "network_arguments"}  # fmt: skip
+            "model_arguments", "network_arguments", "anima_args", "network_args"}  # fmt: skip
     draw = random.Random(name)
     for _ in range(25):
         part = {k: v for k, v in whole.items() if k in keep or draw.random() < 0.6}
@@ -337,6 +344,18 @@ def test_datasets_of_diffusion_pipe(sources):
     assert by_size[832, 1216]["subsets"] == [
         {"image_dir": "/data/more", "conditioning_data_dir": "/data/masks", "num_repeats": 2,
          "caption_prefix": "mia,"}
+    ]  # fmt: skip
+
+
+def test_the_dataset_of_lora_easy_training_scripts(sources):
+    config = load_dataset_config(run("easy_training.toml")[0][1])
+    assert config["general"] == {
+        "batch_size": 2, "resolution": (1024, 1024), "enable_bucket": True,
+        "min_bucket_reso": 256, "max_bucket_reso": 2048, "bucket_reso_steps": 64,
+    }  # fmt: skip
+    assert config["datasets"][0]["subsets"] == [
+        {"caption_extension": ".txt", "image_dir": str((sources / "pictures").resolve()),
+         "keep_tokens": 1, "num_repeats": 4, "shuffle_caption": True}
     ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from anima_fast.migrate import kohya_gui
 from anima_fast.migrate.command import Launch, read_arguments
+from anima_fast.migrate.easy_training import easy_dataset, easy_items, is_easy
 from anima_fast.migrate.ledger import Ledger, flatten
 from anima_fast.migrate.paths import Paths
 from anima_fast.migrate.sd_scripts import PATHS, Item, convert_options
@@ -27,7 +28,8 @@ def convert(source: Source, ledger: Ledger) -> str:
     if source.launch and "config_file" in given:
         file = find_config(str(given["config_file"].value), source.folders)
         config, name = parse_file(file), file.name
-    items += _items_of_config(config, given, ledger, name)
+    easy = is_easy(config)
+    items += easy_items(config, ledger) if easy else _items_of_config(config, given, ledger, name)
     values = {item.name: item.value for item in items}
     check_model(values | ({"qwen3": True} if source.launch else {}), name)
     if source.launch:
@@ -41,6 +43,8 @@ def convert(source: Source, ledger: Ledger) -> str:
         )
     paths = Paths.find(_path_texts(items), source.folders)
     convert_options(items, ledger, paths, command)
+    if easy:
+        easy_dataset(config, ledger, source.folders)
     convert_dataset_file(ledger, source.folders)
     return command
 
