@@ -9,10 +9,19 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
 SECONDS = 60
+# Puts two descriptors at 3 and 4, wherever they were, and becomes the browser.
+START = """
+import fcntl, os, sys
+two = [fcntl.fcntl(int(word), fcntl.F_DUPFD, 10) for word in sys.argv[1:3]]
+for at, one in zip((3, 4), two):
+    os.dup2(one, at)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find_browser():
@@ -33,9 +42,8 @@ class Browser:
         self.rest = b""
         to_browser, self.write_to = os.pipe()
         self.read_from, from_browser = os.pipe()
-        # The browser expects the descriptors 3 and 4: a shell puts them there.
         words = [
-            "sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh", find_browser(),
+            sys.executable, "-c", START, str(to_browser), str(from_browser), find_browser(),
             "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
             "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe",
             f"--user-data-dir={profile}", "about:blank",

@@ -135,7 +135,7 @@ export class Chart {
     this.numbers = this.series.map(() => make("b"));
     const items = this.series.map((one, i) => {
       const key = make("i", { class: `key c${one.color} ${one.style}`, "aria-hidden": "true" });
-      return make("li", {}, key, `${one.name} `, this.numbers[i]);
+      return make("li", {}, key, make("span", { title: one.name }, one.name), this.numbers[i]);
     });
     this.where = make("li", { class: "where" });
     this.legend.replaceChildren(...items, this.where);

@@ -10,7 +10,12 @@ let following = true;
 /** Add the lines of an answer; one that begins at 0 or behind a gap starts the list anew. */
 export function updateLog({ first, lines }) {
   const end = Number(box.dataset.end ?? 0);
-  if (first !== end || (first === 0 && lines.length)) box.replaceChildren();
+  // Asked here too: the event of a scroll that was just made comes later.
+  if (box.dataset.end) following = isAtEnd();
+  if (first !== end || (first === 0 && lines.length)) {
+    box.replaceChildren();
+    following = true;
+  }
   box.append(...lines.map(lineOf));
   while (box.childElementCount > MOST_LINES) box.firstElementChild.remove();
   box.dataset.end = first + lines.length;
@@ -28,8 +33,12 @@ function lineOf(line) {
   return make("div", { class: kind }, time && make("time", { title: day }, time), text);
 }
 
+function isAtEnd() {
+  return box.scrollHeight - box.scrollTop - box.clientHeight < 24;
+}
+
 box.addEventListener("scroll", () => {
-  following = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
+  following = isAtEnd();
   newest.hidden = following;
 });
 newest.addEventListener("click", () => {

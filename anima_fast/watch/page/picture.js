@@ -9,7 +9,7 @@ export function address(one) {
 
 /** When a picture was made, in words. */
 export function when(one) {
-  if (one.step === 0 && !one.epoch) return "before training";
+  if (one.step === 0) return "before training";
   const parts = [];
   if (one.step !== null && one.step !== undefined) parts.push(`step ${count(one.step)}`);
   if (one.epoch !== null && one.epoch !== undefined) parts.push(`epoch ${one.epoch}`);
