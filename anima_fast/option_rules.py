@@ -12,7 +12,7 @@ from typing import Any
 from anima_fast.errors import UserError
 from anima_fast.finetune_rules import FINETUNE_RULES
 from anima_fast.models.recompute import POLICIES
-from anima_fast.option_groups.network_args import parse_network_args
+from anima_fast.network_rules import NETWORK_RULES
 
 REQUIRED = ("pretrained_model_name_or_path", "qwen3", "vae", "output_dir")
 
@@ -63,64 +63,6 @@ def check_required(options: Any) -> None:
         )
     if not options.dataset_config and not options.resolution:
         raise UserError("--resolution is required without --dataset_config, such as 1024")
-
-
-def _network(draft: Draft) -> None:
-    arguments = parse_network_args(draft.network_args, draft.network_module)
-    draft.notices.extend(arguments.notices)
-    plain = arguments.kind == "lora" and "dora" not in arguments.kwargs
-    if draft.network_dropout and arguments.kind != "lora":
-        draft.set(
-            "network_dropout", None,
-            f"network_dropout has no effect on {arguments.kind}: rank_dropout and module_dropout "
-            "in network_args have",
-        )  # fmt: skip
-    if draft.scale_weight_norms and not plain:
-        draft.set(
-            "scale_weight_norms", None,
-            "scale_weight_norms is off: only a plain LoRA's product is scaled by its two matrices",
-        )  # fmt: skip
-    if draft.tlora_min_rank is not None:
-        if arguments.kind != "lora":
-            raise UserError(f"--tlora_min_rank masks ranks of a LoRA, not of a {arguments.kind}")
-        if draft.tlora_min_rank > draft.network_dim:
-            raise UserError(
-                f"--tlora_min_rank {draft.tlora_min_rank} is above --network_dim "
-                f"{draft.network_dim}: it is the rank that is left at the highest noise"
-            )
-    if draft.dim_from_weights and not draft.network_weights:
-        raise UserError("--dim_from_weights needs --network_weights FILE to take the ranks from")
-    if len(draft.base_weights_multiplier) > len(draft.base_weights):
-        raise UserError(
-            f"--base_weights_multiplier has {len(draft.base_weights_multiplier)} values for "
-            f"{len(draft.base_weights)} --base_weights: give at most one each"
-        )
-    if not draft.network_alpha:
-        draft.set("network_alpha", float(draft.network_dim))
-
-
-def _trained_parts(draft: Draft) -> None:
-    if draft.network_train_unet_only and draft.network_train_text_encoder_only:
-        raise UserError(
-            "--network_train_unet_only and --network_train_text_encoder_only exclude each other: "
-            "drop both to train both"
-        )
-
-
-def _cached_text_is_frozen(draft: Draft) -> None:
-    if not (draft.cache_text_encoder_outputs or draft.cache_text_encoder_outputs_to_disk):
-        return
-    if draft.network_train_text_encoder_only:
-        raise UserError(
-            "--network_train_text_encoder_only trains what --cache_text_encoder_outputs freezes: "
-            "drop one of them"
-        )
-    if not draft.network_train_unet_only:
-        draft.set(
-            "network_train_unet_only", True,
-            "cache_text_encoder_outputs: captions are encoded once, so only the DiT is trained "
-            "(network_train_unet_only)",
-        )  # fmt: skip
 
 
 def _text_cache(draft: Draft) -> None:
@@ -297,7 +239,7 @@ def _previews(draft: Draft) -> None:
     prompts = draft.sample_prompts or draft.sample_prompt
     wanted = draft.sample_every_n_steps or draft.sample_every_n_epochs or draft.sample_at_first
     if wanted and not prompts:
-        raise UserError("previews need --sample_prompts FILE or --sample_prompt \"TEXT\"")
+        raise UserError('previews need --sample_prompts FILE or --sample_prompt "TEXT"')
     if prompts and not wanted:
         draft.set("sample_every_n_epochs", 1, "previews: one of each prompt every epoch")
 
@@ -308,9 +250,8 @@ def _early_stop(draft: Draft) -> None:
         raise UserError("--early_stop_patience needs images that are held out: --validation_split")
 
 
-# For every run, and for a LoRA only; finetune_rules.py has those of full fine-tuning.
+# For every run; network_rules.py and finetune_rules.py have those of one kind of training.
 SHARED_RULES = (
     _text_cache, _long_captions, _latent_cache, _data, _vae, _precision, _memory, _attention,
     _schedule, _flow, _saving, _logging, _previews, _early_stop,
 )  # fmt: skip
-NETWORK_RULES = (_network, _trained_parts, _cached_text_is_frozen)

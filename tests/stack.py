@@ -1,5 +1,6 @@
 """A tiny random-weight stack, a small captioned dataset and the options to train on them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +81,9 @@ def train_options(world: dict, output: Path, **changes: object) -> TrainOptions:
         **changes,
     }
     return TrainOptions(**values)
+
+
+def records(folder: Path, kind: str = "step") -> list[dict]:
+    """The lines of a kind in a run's log.jsonl."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from stack import make_world, train_options
+from stack import make_world, records, train_options
 
 from anima_fast.errors import UserError
 from anima_fast.models.dit import AnimaDiT
@@ -16,11 +16,6 @@ from anima_fast.training.loop import train
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
-
-
-def records(folder, kind):
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
 class FullCard:
@@ -83,7 +78,7 @@ def test_at_the_end_a_state_is_left_and_the_remedy_named(world, tmp_path, monkey
     train(train_options(world, tmp_path / "whole", **given))
     with monkeypatch.context() as patch:
         FullCard(patch, range(4, 100))
-        with pytest.raises(UserError, match="lowest policy.*--resume auto"):
+        with pytest.raises(UserError, match=r"lowest policy.*--resume auto"):
             train(train_options(world, tmp_path / "out", **given))
     assert json.loads((tmp_path / "out" / "run.json").read_text())["state"] == "failed"
     train(train_options(world, tmp_path / "out", resume="auto", **given))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from stack import make_world, train_options
+from stack import make_world, records, train_options
 
 from anima_fast.errors import UserError
 from anima_fast.options import SampleOptions, TrainOptions
@@ -22,11 +22,6 @@ SMALL = "a cat, green eyes --n ugly --w 80 --h 64 --s 3 --l 3.5 --fs 2 --d 11"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
-
-
-def records(folder, kind):
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
 def pixels(path):

@@ -1,12 +1,11 @@
 """Low resolution at high noise: distribution of sigma, which pictures, caches, resume."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from stack import make_world, train_options
+from stack import make_world, records, train_options
 
 from anima_fast.data import images
 from anima_fast.data.encode_latents import LatentPhase
@@ -26,11 +25,6 @@ def world(tmp_path_factory):
 def small_pictures(monkeypatch):
     """The test pictures are 64 pixels wide."""
     monkeypatch.setattr(lowres, "LEAST_SIDE", 16)
-
-
-def records(folder, kind="step"):
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
 class Item:

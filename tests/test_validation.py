@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from stack import make_config, make_images, make_world, train_options
+from stack import make_config, make_images, make_world, records, train_options
 
 from anima_fast.errors import UserError
 from anima_fast.options import TrainOptions
@@ -20,11 +20,6 @@ from anima_fast.training.validation import SIGMAS, Validation
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
-
-
-def records(folder, kind):
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
 def test_a_network_that_does_not_learn_has_one_validation_loss(world, tmp_path):

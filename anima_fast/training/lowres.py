@@ -8,8 +8,8 @@ matching", arXiv 2410.05954); here it is a threshold.
 A batch has one size, so its samples must lie on one side of T. The first sample's σ is drawn from
 the whole distribution and decides; the others are drawn until they lie on its side. Every sample
 then still has the whole distribution: P(σ ∈ A) = Σ_side P(side)·P(σ ∈ A | side). σ is not shifted
-for the smaller picture: the network is told σ and was trained at many sizes. `flux_shift` counts the
-tokens of the full picture.
+for the smaller picture: the network is told σ and was trained at many sizes. `flux_shift` counts
+the tokens of the full picture.
 
 The noise level is drawn where the batch is loaded, from (seed, epoch, batch), so that only the
 picture that is needed is read.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 import secrets
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from anima_fast.adapters.formats import merge_lora, read_lora
-from anima_fast.adapters.lora import LoRANetwork, add_lora
 from anima_fast.data.batches import Batches
 from anima_fast.data.encode import encode_dataset
 from anima_fast.data.listing import list_epoch
@@ -31,6 +28,7 @@ from anima_fast.files import write_text
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.option_files import to_toml
 from anima_fast.options import FinetuneOptions
+from anima_fast.training.adapter_setup import build_network
 from anima_fast.training.checks import DTYPES, check_start, choose_device, uses_fused_blocks
 from anima_fast.training.conditioning import Conditioning, load_conditioning
 from anima_fast.training.disk_check import check_disk
@@ -247,51 +245,6 @@ def load_live_vae(options: TrainOptions, device: torch.device) -> VAE:
 
     dtype = torch.float32 if options.no_half_vae else DTYPES[options.mixed_precision]
     return load_vae(options.vae, device=device, dtype=dtype)
-
-
-def build_network(
-    options: TrainOptions,
-    dit: AnimaDiT,
-    conditioning: Conditioning,
-    *,
-    seed: int,
-    say: Callable[[str], None],
-) -> LoRANetwork:
-    """Merge `base_weights`, attach the LoRA, load `network_weights`."""
-    multipliers = [*options.base_weights_multiplier, *[1.0] * len(options.base_weights)]
-    for path, multiplier in zip(options.base_weights, multipliers, strict=False):
-        merge_lora(dit, path, multiplier)
-        say(f"merged {path} into the DiT at {multiplier:g}")
-    given = options.network_weights
-    network = add_lora(
-        dit,
-        rank=options.network_dim,
-        alpha=options.network_alpha,
-        dropout=options.network_dropout,
-        llm_adapter=conditioning.adapter if options.trains_llm_adapter else None,
-        text_encoder=conditioning.text_encoder if options.trains_text_encoder else None,
-        train_dit=not options.network_train_text_encoder_only,
-        unet_lr=options.learning_rate if options.unet_lr is None else options.unet_lr,
-        text_encoder_lr=options.text_encoder_lr[0]
-        if options.text_encoder_lr
-        else options.learning_rate,
-        dtype=DTYPES[options.mixed_precision]
-        if options.full_bf16 or options.full_fp16
-        else torch.float32,
-        seed=seed,
-        modules_from=read_lora(given)[0] if given and options.dim_from_weights else None,
-        **options.network_kwargs,
-    )
-    if given:
-        ignored = network.load(given)
-        say(f"started from {given}" + (f"; {len(ignored)} keys ignored" if ignored else ""))
-    if options.tlora_min_rank is not None:
-        network.tlora = (options.tlora_min_rank, options.tlora_alpha)
-    modules = Counter(adapter.network for adapter in network.adapters)
-    for kind, count in modules.items():
-        say(f"{count} {kind} modules")
-    say(f"{sum(p.numel() for p in network.parameters()):,} parameters")
-    return network
 
 
 def resume_run(run: Run, folder: Path, *, say: Callable[[str], None]) -> Position:

@@ -1,0 +1,72 @@
+"""Rules between options that only LoRA training has; see `option_rules.py` for how they work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from anima_fast.errors import UserError
+from anima_fast.option_groups.network_args import parse_network_args
+
+if TYPE_CHECKING:
+    from anima_fast.option_rules import Draft
+
+
+def _network(draft: Draft) -> None:
+    arguments = parse_network_args(draft.network_args, draft.network_module)
+    draft.notices.extend(arguments.notices)
+    plain = arguments.kind == "lora" and "dora" not in arguments.kwargs
+    if draft.network_dropout and arguments.kind != "lora":
+        draft.set(
+            "network_dropout", None,
+            f"network_dropout has no effect on {arguments.kind}: rank_dropout and module_dropout "
+            "in network_args have",
+        )  # fmt: skip
+    if draft.scale_weight_norms and not plain:
+        draft.set(
+            "scale_weight_norms", None,
+            "scale_weight_norms is off: only a plain LoRA's product is scaled by its two matrices",
+        )  # fmt: skip
+    if draft.tlora_min_rank is not None:
+        if arguments.kind != "lora":
+            raise UserError(f"--tlora_min_rank masks ranks of a LoRA, not of a {arguments.kind}")
+        if draft.tlora_min_rank > draft.network_dim:
+            raise UserError(
+                f"--tlora_min_rank {draft.tlora_min_rank} is above --network_dim "
+                f"{draft.network_dim}: it is the rank that is left at the highest noise"
+            )
+    if draft.dim_from_weights and not draft.network_weights:
+        raise UserError("--dim_from_weights needs --network_weights FILE to take the ranks from")
+    if len(draft.base_weights_multiplier) > len(draft.base_weights):
+        raise UserError(
+            f"--base_weights_multiplier has {len(draft.base_weights_multiplier)} values for "
+            f"{len(draft.base_weights)} --base_weights: give at most one each"
+        )
+    if not draft.network_alpha:
+        draft.set("network_alpha", float(draft.network_dim))
+
+
+def _trained_parts(draft: Draft) -> None:
+    if draft.network_train_unet_only and draft.network_train_text_encoder_only:
+        raise UserError(
+            "--network_train_unet_only and --network_train_text_encoder_only exclude each other: "
+            "drop both to train both"
+        )
+
+
+def _cached_text_is_frozen(draft: Draft) -> None:
+    if not (draft.cache_text_encoder_outputs or draft.cache_text_encoder_outputs_to_disk):
+        return
+    if draft.network_train_text_encoder_only:
+        raise UserError(
+            "--network_train_text_encoder_only trains what --cache_text_encoder_outputs freezes: "
+            "drop one of them"
+        )
+    if not draft.network_train_unet_only:
+        draft.set(
+            "network_train_unet_only", True,
+            "cache_text_encoder_outputs: captions are encoded once, so only the DiT is trained "
+            "(network_train_unet_only)",
+        )  # fmt: skip
+
+
+NETWORK_RULES = (_network, _trained_parts, _cached_text_is_frozen)

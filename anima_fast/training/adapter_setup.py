@@ -1,0 +1,64 @@
+"""The network of a LoRA run, from its options."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from anima_fast.adapters.formats import merge_lora, read_lora
+from anima_fast.adapters.lora import add_lora
+from anima_fast.adapters.network import LoRANetwork
+from anima_fast.models.dit import AnimaDiT
+from anima_fast.training.checks import DTYPES
+
+if TYPE_CHECKING:
+    from anima_fast.options import TrainOptions
+    from anima_fast.training.conditioning import Conditioning
+
+
+def build_network(
+    options: TrainOptions,
+    dit: AnimaDiT,
+    conditioning: Conditioning,
+    *,
+    seed: int,
+    say: Callable[[str], None],
+) -> LoRANetwork:
+    """Merge `base_weights`, attach the LoRA, load `network_weights`."""
+    multipliers = [*options.base_weights_multiplier, *[1.0] * len(options.base_weights)]
+    for path, multiplier in zip(options.base_weights, multipliers, strict=False):
+        merge_lora(dit, path, multiplier)
+        say(f"merged {path} into the DiT at {multiplier:g}")
+    given = options.network_weights
+    network = add_lora(
+        dit,
+        rank=options.network_dim,
+        alpha=options.network_alpha,
+        dropout=options.network_dropout,
+        llm_adapter=conditioning.adapter if options.trains_llm_adapter else None,
+        text_encoder=conditioning.text_encoder if options.trains_text_encoder else None,
+        train_dit=not options.network_train_text_encoder_only,
+        unet_lr=options.learning_rate if options.unet_lr is None else options.unet_lr,
+        text_encoder_lr=options.text_encoder_lr[0]
+        if options.text_encoder_lr
+        else options.learning_rate,
+        dtype=DTYPES[options.mixed_precision]
+        if options.full_bf16 or options.full_fp16
+        else torch.float32,
+        seed=seed,
+        modules_from=read_lora(given)[0] if given and options.dim_from_weights else None,
+        **options.network_kwargs,
+    )
+    if given:
+        ignored = network.load(given)
+        say(f"started from {given}" + (f"; {len(ignored)} keys ignored" if ignored else ""))
+    if options.tlora_min_rank is not None:
+        network.tlora = (options.tlora_min_rank, options.tlora_alpha)
+    modules = Counter(adapter.network for adapter in network.adapters)
+    for kind, count in modules.items():
+        say(f"{count} {kind} modules")
+    say(f"{sum(p.numel() for p in network.parameters()):,} parameters")
+    return network
