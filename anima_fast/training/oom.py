@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anima_fast.adapters.lora import LoRANetwork
+from anima_fast.adapters.network import LoRANetwork
 from anima_fast.data.encode_models import free_memory
 from anima_fast.errors import UserError
 from anima_fast.memory.offload import install_block_runner

@@ -23,7 +23,7 @@ from anima_fast.training.optimizer_names import (
 )
 
 if TYPE_CHECKING:
-    from anima_fast.adapters.lora import LoRANetwork
+    from anima_fast.adapters.network import LoRANetwork
     from anima_fast.options import TrainOptions
 
 
