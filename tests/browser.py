@@ -12,7 +12,10 @@ import subprocess
 import sys
 import time
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
+NAMES = (
+    "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge",
+    "msedge",
+)  # fmt: skip
 SECONDS = 60
 # Puts two descriptors at 3 and 4, wherever they were, and becomes the browser.
 START = """
