@@ -101,7 +101,8 @@ function rate(values) {
 
 function facts(answer) {
   const { run, now, started_at: started } = answer;
-  const end = ["running", "preparing"].includes(answer.state.name) ? now : answer.updated_at;
+  const live = ["running", "preparing"].includes(answer.state.name);
+  const end = live ? now : answer.updated_at;
   const rows = {
     method: run.method,
     "base model": run.base_model,
@@ -110,7 +111,7 @@ function facts(answer) {
     "steps per epoch": Number.isFinite(run.steps / run.epochs) ? count(run.steps / run.epochs) : null,
     resumed: run.first_step ? `at step ${count(run.first_step)}` : null,
     started: started === null ? null : moment(started, now),
-    "running for": started === null || end === null ? null : clock(end - started),
+    [live ? "running for" : "took"]: started === null || end === null ? null : clock(end - started),
     "saved file": run.final && fileName(run.final),
     folder: answer.out,
   };
