@@ -90,7 +90,9 @@ def test_no_unlabelled_control(browser, served):
 
 def test_it_follows_a_run_from_before_its_start_to_its_end(browser, served):
     open_page(browser, served, PHONE)
-    assert text(browser, "#badge") == "waiting" and "Waiting for a run" in text(browser, "#banner")
+    assert text(browser, "#badge") == "waiting" and "Waiting for a run" in text(
+        browser, "#chart-loss"
+    )
     assert visible(browser, "#chart-loss path.line") == 0
     shifts = """new PerformanceObserver((list) => {
       for (const one of list.getEntries()) window.shifted = (window.shifted ?? 0) + one.value;

@@ -27,6 +27,9 @@ class Served:
 
 
 def open_page(browser, served, size=DESK, dark=False):
+    # What the page of the test before still asks its ended server for is no problem of this one.
+    browser.open("about:blank")
+    browser.wait("location.href === 'about:blank'")
     browser.problems.clear()
     browser.requests.clear()
     browser.size(*size, dark=dark)

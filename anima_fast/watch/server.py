@@ -144,6 +144,8 @@ class WatchServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    # A page with many pictures asks for them at once.
+    request_queue_size = 128
     # On Windows the option would let two programs listen on one port.
     allow_reuse_address = os.name != "nt"
     allow_reuse_port = False

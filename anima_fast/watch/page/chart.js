@@ -26,7 +26,8 @@ export class Chart {
     this.legend = make("ul", { class: "legend" });
     this.plot = make("div", { class: "plot" });
     this.svg = svg("svg", { role: "img", tabindex: "0" });
-    this.plot.append(this.svg);
+    this.note = make("p", { class: "note" });
+    this.plot.append(this.svg, this.note);
     card.append(this.legend, this.plot);
     this.onHover = () => {};
     this.clip = `clip-${++clips}`;
@@ -45,17 +46,23 @@ export class Chart {
     this.draw();
   }
 
+  /** What stands in the place of curves while there are none. */
+  setEmpty(text) {
+    if (this.empty === text) return;
+    this.empty = text;
+    this.draw();
+  }
+
   draw() {
     const [width, height] = [this.plot.clientWidth, this.plot.clientHeight];
     if (!width || !height) return;
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.svg.replaceChildren();
     this.writeLegend();
+    this.note.textContent = this.series.length ? "" : this.empty;
     if (!this.series.length) {
       this.scale = null;
       this.svg.setAttribute("aria-label", `${this.title}: ${this.empty}`);
-      const text = { x: width / 2, y: height / 2, "text-anchor": "middle", class: "empty" };
-      this.svg.append(svg("text", text, this.empty));
       return;
     }
     this.scale = makeScale(this, width, height);

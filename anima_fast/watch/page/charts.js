@@ -42,7 +42,16 @@ export function updateCharts(answer) {
   const changed = answer.log.steps.length > 1 || answer.log.first === 0 || answer.log.steps.at(-1) !== table.steps.at(-1);
   table = merge(table, answer.log);
   if (answer.marks) marks = answer.marks;
+  charts.loss.setEmpty(whyEmpty(answer));
   if (changed || answer.marks) draw();
+}
+
+function whyEmpty({ state, folder_exists: exists, out }) {
+  if (state.name === "waiting") {
+    const where = exists ? "in this folder" : `: ${out} does not exist yet`;
+    return `Waiting for a run ${where}. Start the training with it as --output_dir.`.replace(" :", ":");
+  }
+  return state.name === "preparing" ? state.text : "No step was logged.";
 }
 
 /** The newest point of the smoothed loss, for the tiles. */

@@ -36,18 +36,29 @@ function mergeColumn(old, added, keep, length) {
 }
 
 /**
- * A running mean that forgets over `steps` steps, each row counting as `stride` of them; the start
- * is corrected as in Adam. Unknown values stay unknown.
+ * Means over about `steps` steps around each row, nearer ones weighing more; a row counts as
+ * `stride` steps. Both sides count, so the curve does not lag. Unknown values stay unknown.
  */
 export function smooth(values, steps, stride) {
   if (!steps || steps <= stride) return values;
-  const keep = Math.exp(-stride / steps);
+  const keep = Math.exp((-2 * stride) / steps);
+  const before = decayingSums(values, keep);
+  const after = decayingSums([...values].reverse(), keep).reverse();
+  return values.map((value, i) => {
+    if (!Number.isFinite(value)) return null;
+    // The row itself stands in both sums.
+    return (before[i][0] + after[i][0] - value) / (before[i][1] + after[i][1] - 1);
+  });
+}
+
+/** For each row, the sums of values and of weights up to it, older ones fading by `keep` a row. */
+function decayingSums(values, keep) {
   let [sum, weight] = [0, 0];
   return values.map((value) => {
-    if (value === null || value === undefined) return null;
-    sum = keep * sum + (1 - keep) * value;
-    weight = keep * weight + (1 - keep);
-    return sum / weight;
+    const known = Number.isFinite(value);
+    sum = keep * sum + (known ? value : 0);
+    weight = keep * weight + (known ? 1 : 0);
+    return [sum, weight];
   });
 }
 

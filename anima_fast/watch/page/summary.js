@@ -10,7 +10,7 @@ const WORDS = {
 
 /** Show everything that an answer says about the run as a whole. */
 export function updateSummary(answer, smoothed) {
-  const { run, state, last, now } = answer;
+  const { run, state, last } = answer;
   const step = last.step ?? (answer.state.name === "preparing" ? 0 : null);
   const share = step !== null && run.steps ? Math.min(1, step / run.steps) : null;
   const name = run.output_name || fileName(answer.out) || answer.out;
@@ -21,9 +21,14 @@ export function updateSummary(answer, smoothed) {
   showBanner(answer);
   tiles(answer, step, smoothed);
   facts(answer);
-  const seconds = answer.updated_at === null ? null : now - answer.updated_at;
-  say("updated", seconds === null ? "" : seconds < 5 ? "updated now" : `updated ${span(seconds)} ago`);
+  say("updated", news(answer));
   say("foot", `anima-fast ${answer.version} watches ${answer.out}`);
+}
+
+function news({ behind, read, updated_at: updated, now }) {
+  if (behind) return `reading the log: ${Math.floor(100 * read)} %`;
+  if (updated === null) return "";
+  return now - updated < 5 ? "updated now" : `updated ${span(now - updated)} ago`;
 }
 
 function showState(state, share, name) {
@@ -48,13 +53,8 @@ function showBanner(answer) {
   const { name, text } = answer.state;
   const banner = byId("banner");
   let shown = null;
-  if (name === "waiting") {
-    shown = answer.folder_exists
-      ? `Waiting for a run in ${answer.out}. Start the training with this folder as --output_dir.`
-      : `Waiting for a run: ${answer.out} does not exist yet. Start the training with it as --output_dir.`;
-  } else if (answer.behind) shown = `Reading the log: ${Math.floor(100 * answer.read)} %`;
-  else if (name === "failed") shown = answer.run.error ? `${text} ${answer.run.error}` : text;
-  else if (name !== "running" && name !== "finished") shown = text;
+  if (name === "failed") shown = answer.run.error ? `${text} ${answer.run.error}` : text;
+  else if (["interrupted", "stalled", "ended"].includes(name)) shown = text;
   banner.hidden = shown === null;
   banner.dataset.state = name;
   if (shown !== null && banner.textContent !== shown) banner.textContent = shown;
