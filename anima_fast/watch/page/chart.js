@@ -86,7 +86,7 @@ export class Chart {
       this.svg.append(svg("line", { class: "grid", x1: left, x2: right, y1: at, y2: at }));
       this.svg.append(svg("text", { x: left - 8, y: at + 4, "text-anchor": "end" }, this.tick(y, step)));
     }
-    const most = Math.max(2, Math.floor((right - left) / 75));
+    const most = Math.max(2, Math.floor((right - left) / 64));
     const inside = ticks(x0, x1, most).filter((x) => x >= x0 && x <= x1);
     for (const x of inside) {
       const at = this.scale.x(x);

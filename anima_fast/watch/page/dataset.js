@@ -36,8 +36,8 @@ function files(entries, whole, show = (entry) => fileName(entry)) {
 function health(data) {
   const { captions = {} } = data;
   const counts = [
-    ["images", data.images], ["uses per epoch", data.uses], ["held out", data.validation || null],
-    ["batches per epoch", data.batches_per_epoch], ["captions", captions.count],
+    ["images", data.images], ["uses / epoch", data.uses], ["held out", data.validation || null],
+    ["batches / epoch", data.batches_per_epoch], ["captions", captions.count],
   ].filter(([, value]) => Number.isFinite(value));
   const numbers = make("dl", { class: "numbers" },
     ...counts.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, count(value)))));
