@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from anima_fast.files import atomic_write
 
 if TYPE_CHECKING:
-    from anima_fast.options import SampleOptions
+    from anima_fast.sampling.jobs import Job
 
 ESCAPES = re.compile(r"\\n|\\t|(?:\\u[0-9a-fA-F]{4})+")
 
@@ -41,28 +42,40 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def describe(options: SampleOptions, seed: int) -> str:
-    """How a picture was made, in the three-part text that image programs read."""
+def describe(job: Job, model: str, loras: Sequence[str] = ()) -> str:
+    """How a picture was made, in the three-part text that image programs read.
+
+    model: path of the DiT. loras: paths of the LoRA files that `job.weights` belong to.
+    """
     facts = {
-        "Steps": options.steps,
+        "Steps": job.steps,
         "Sampler": "Euler",
-        "CFG scale": f"{options.cfg:g}",
-        "Seed": seed,
-        "Size": f"{options.width}x{options.height}",
-        "Shift": f"{options.shift:g}",
-        "Model": Path(options.dit).stem,
+        "CFG scale": f"{job.cfg:g}",
+        "Seed": job.seed,
+        "Size": f"{job.width}x{job.height}",
+        "Shift": f"{job.shift:g}",
+        "Model": Path(model).stem,
     }
-    if options.loras:
-        facts["LoRA"] = "; ".join(f"{Path(path).stem}:{weight:g}" for path, weight in options.loras)
-    lines = [unescape(options.prompt)]
-    if options.cfg != 1:
-        lines.append(f"Negative prompt: {unescape(options.negative_prompt)}")
+    if job.strength != 1:
+        facts["Denoising strength"] = f"{job.strength:g}"
+    if loras:
+        pairs = zip(loras, job.weights, strict=True)
+        facts["LoRA"] = "; ".join(f"{Path(path).stem}:{weight:g}" for path, weight in pairs)
+    lines = [unescape(job.text)]
+    if job.cfg != 1:
+        lines.append(f"Negative prompt: {unescape(job.negative)}")
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items())])
 
 
-def save_png(path: Path, image: Image.Image, parameters: str) -> None:
-    """Write a PNG with a text chunk `parameters`, atomically."""
+def save_png(path: Path, image: Image.Image, parameters: str, prompt: str | None = None) -> None:
+    """Write a PNG atomically, with text chunks that image programs read.
+
+    parameters: for A1111 and its like. prompt: ComfyUI's nodes as JSON.
+    """
     info = PngImagePlugin.PngInfo()
+    # Text that is not Latin-1 becomes an international chunk by itself.
     info.add_text("parameters", parameters)
+    if prompt is not None:
+        info.add_text("prompt", prompt)
     with atomic_write(path) as file:
         image.save(file, "PNG", pnginfo=info)

@@ -73,6 +73,18 @@ class Tokenizers:
         t5 = [[*ids[: t5_max - 1], self.t5_end] for ids in _ids(self.t5, captions)]
         return TokenBatch(*_pad(qwen, self.qwen_pad), *_pad(t5, self.t5_pad))
 
+    def encode_segments(self, segments: Sequence[str]) -> tuple[TokenBatch, list[int]]:
+        """One text whose segments are tokenised each by itself, whole, with one `</s>` at its end.
+
+        Returns:
+            ids and masks [1, N], and the number of T5 tokens of each segment.
+        """
+        qwen = [token for ids in _ids(self.qwen, segments) for token in ids]
+        parts = _ids(self.t5, segments)
+        t5 = [*(token for ids in parts for token in ids), self.t5_end]
+        batch = TokenBatch(*_pad([qwen], self.qwen_pad), *_pad([t5], self.t5_pad))
+        return batch, [len(ids) for ids in parts]
+
     def qwen_lengths(self, captions: Sequence[str]) -> list[int]:
         """Qwen3 tokens per caption, before truncation."""
         return [len(ids) for ids in _ids(self.qwen, captions)]

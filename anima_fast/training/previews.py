@@ -20,12 +20,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anima_fast.data.batches import TextInputs, zero_key_counts
 from anima_fast.data.encode_models import TextModels, free_memory, load_run_tokenizers
 from anima_fast.errors import UserError
 from anima_fast.models.vae import load_vae
-from anima_fast.pictures import save_png, to_image, unescape
+from anima_fast.pictures import describe, save_png, to_image, unescape
 from anima_fast.prompts import Prompt, collect_prompts
+from anima_fast.sampling.euler import euler_sample, start_noise
+from anima_fast.sampling.jobs import Job
+from anima_fast.sampling.texts import (
+    PromptTokens,
+    adapt,
+    encode_states,
+    tokenize_prompt,
+    zero_keys,
+)
 from anima_fast.training.optimizers import averaged_weights
 
 if TYPE_CHECKING:
@@ -48,7 +56,7 @@ class Previews:
 
     options: TrainOptions
     prompts: list[Prompt]
-    texts: Mapping[str, TextInputs] = field(default_factory=dict)
+    texts: Mapping[str, PreviewText] = field(default_factory=dict)
     live: bool = False
 
     def due_at_first(self, position: Position) -> bool:
@@ -113,51 +121,55 @@ class Previews:
 
     def _make_one(self, run: Run, prompt: Prompt, stage: str, index: int) -> str:
         seed = secrets.randbelow(2**32) if prompt.seed is None else prompt.seed
-        pixels = decode(run, self._sample(run, prompt, seed))
+        job = Job(
+            prompt.text, prompt.negative, seed, prompt.steps, prompt.cfg, prompt.shift,
+            prompt.width, prompt.height,
+        )  # fmt: skip
+        pixels = decode(run, self._sample(run, job))
         stamp = time.strftime("%Y%m%d%H%M%S")
         name = f"{stage}_{index:02d}_{stamp}"
         name = f"{self.options.output_name}_{name}" if self.options.output_name else name
         name = name if prompt.seed is None else f"{name}_{seed}"
         path = Path(self.options.output_dir) / FOLDER / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(path, to_image(pixels), self._describe(prompt, seed))
+        facts = describe(job, self.options.pretrained_model_name_or_path)
+        save_png(path, to_image(pixels), facts)
         return f"{FOLDER}/{path.name}"
 
-    def _sample(self, run: Run, prompt: Prompt, seed: int) -> Tensor:
-        from anima_fast.sampling import euler_sample, start_noise
-
-        contexts = [run.conditioning(self._text(text)) for text in prompt.texts]
+    def _sample(self, run: Run, job: Job) -> Tensor:
+        contexts = [self._context(run, text) for text in job.texts]
         return euler_sample(
             run.dit,
-            start_noise(seed, prompt.width, prompt.height),
-            contexts[0][0],
-            contexts[1][0] if len(contexts) > 1 else None,
-            steps=prompt.steps,
-            shift=prompt.shift,
-            guidance=prompt.cfg,
-            zero_keys=contexts[0][1],
-            negative_zero_keys=contexts[-1][1],
+            start_noise(job.seed, job.width, job.height),
+            contexts[0],
+            contexts[1] if len(contexts) > 1 else None,
+            steps=job.steps,
+            shift=job.shift,
+            guidance=job.cfg,
+            zero_keys=zero_keys(contexts[0]),
+            negative_zero_keys=zero_keys(contexts[-1]),
         )
 
-    def _text(self, text: str) -> TextInputs:
-        text = unescape(text)
-        return TextInputs(captions=[text]) if self.live else self.texts[text]
+    def _context(self, run: Run, text: str) -> Tensor:
+        """What the DiT reads, on the device, through whatever is trained of the text path."""
+        parts, text = run.conditioning, unescape(text)
+        if self.live:
+            tokens = tokenize_prompt(parts.tokenizers, text)
+            states = encode_states(tokens, parts.text_encoder, run.device)
+            return adapt(tokens, states.to(parts.dtype), parts.adapter)
+        found = self.texts[text]
+        if found.context is not None:
+            return found.context.to(run.device, parts.dtype)
+        return adapt(found.tokens, found.states.to(run.device, parts.dtype), parts.adapter)
 
-    def _describe(self, prompt: Prompt, seed: int) -> str:
-        from anima_fast.options import SampleOptions
-        from anima_fast.pictures import describe
 
-        options = SampleOptions(
-            dit=self.options.pretrained_model_name_or_path,
-            prompt=prompt.text,
-            negative_prompt=prompt.negative,
-            steps=prompt.steps,
-            cfg=prompt.cfg,
-            shift=prompt.shift,
-            width=prompt.width,
-            height=prompt.height,
-        )
-        return describe(options, seed)
+@dataclass(frozen=True)
+class PreviewText:
+    """A text before what is trained: its context [1, S, C], or its states [1, N, C]; on the CPU."""
+
+    tokens: PromptTokens
+    states: Tensor | None = None
+    context: Tensor | None = None
 
 
 def prepare_previews(
@@ -195,25 +207,17 @@ def encode_texts(
     text_mode: str,
     device: torch.device,
     dtype: torch.dtype,
-) -> dict[str, TextInputs]:
-    """Text inputs of one sample each, on the CPU, by text."""
+) -> dict[str, PreviewText]:
+    """Each text as far as nothing of it is trained."""
     tokenizers, models = load_run_tokenizers(options), TextModels(options, device, dtype)
     found = {}
     for text in texts:
-        tokens = tokenizers.encode([text], *options.token_limits)
-        qwen_mask, t5_mask = tokens.qwen_mask.to(device), tokens.t5_mask.to(device)
-        states = models.encoder()(tokens.qwen_ids.to(device), qwen_mask)
+        tokens = tokenize_prompt(tokenizers, text)
+        states = encode_states(tokens, models.encoder(), device)
         if text_mode == "states":
-            found[text] = TextInputs(
-                source_states=states.cpu(),
-                source_mask=tokens.qwen_mask,
-                t5_ids=tokens.t5_ids,
-                t5_mask=tokens.t5_mask,
-            )
+            found[text] = PreviewText(tokens, states=states.cpu())
         else:
-            context = models.adapter()(tokens.t5_ids.to(device), t5_mask, states, qwen_mask)
-            counts = tokens.t5_mask.sum(1).tolist()
-            found[text] = TextInputs(context=context.cpu(), zero_keys=zero_key_counts(counts))
+            found[text] = PreviewText(tokens, context=adapt(tokens, states, models.adapter()).cpu())
     models.free()
     return found
 

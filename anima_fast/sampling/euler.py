@@ -1,0 +1,82 @@
+"""Euler steps of the rectified flow, with classifier-free guidance.
+
+σ_i = S·s_i / (1 + (S − 1)·s_i),  s = 1 … 0 in `steps` equal steps
+v   = v_neg + g·(v_pos − v_neg)                     two forwards; one when g = 1
+x   ← x + (σ_{i+1} − σ_i)·v                         x and v in float32, x_0 = noise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from anima_fast.models.dit import AnimaDiT
+from anima_fast.models.vae import SCALE
+from anima_fast.training.flow import inference_sigmas
+
+LATENT_CHANNELS = 16
+
+
+@torch.no_grad()
+def euler_sample(
+    dit: AnimaDiT,
+    noise: Tensor,
+    positive: Tensor,
+    negative: Tensor | None = None,
+    *,
+    steps: int,
+    shift: float,
+    guidance: float = 1.0,
+    zero_keys: int | None = None,
+    negative_zero_keys: int | None = None,
+    start: Tensor | None = None,
+    strength: float = 1.0,
+    on_step: Callable[[], None] | None = None,
+) -> Tensor:
+    """Latents that the flow leads to.
+
+    Args:
+        dit: the model `(x, sigma [B], context, zero_keys=) -> velocity`.
+        noise: [B, 16, H, W] or [B, 16, 1, H, W]; the start, on any device.
+        positive, negative: contexts [B, S, C]; `negative` is needed when guidance is not 1.
+        steps, shift: of the schedule.
+        guidance: g of the module docstring.
+        zero_keys, negative_zero_keys: zero text rows beyond each context, see `AnimaDiT.forward`.
+        start: normalised latents x₀ of the noise's shape to start from, see `strength`.
+        strength: the part of the way that is gone, from 0 to 1: ⌊steps / strength⌋ steps are laid
+            out and the last `steps` are made, from (1 − σ)·x₀ + σ·noise. That is what ComfyUI calls
+            denoise. 1 starts from noise alone.
+        on_step: called after each step.
+
+    Returns:
+        Normalised latents of the noise's shape, float32, on the device of the context.
+
+    Raises:
+        ValueError: guidance without a negative context, or strength without a start.
+    """
+    if guidance != 1 and negative is None:
+        raise ValueError(f"guidance {guidance} needs a negative context")
+    if strength != 1 and start is None:
+        raise ValueError(f"strength {strength} needs latents to start from")
+    x = noise.to(positive.device, torch.float32)
+    sigmas = inference_sigmas(int(steps / strength), shift)[-(steps + 1) :].to(x.device)
+    if strength != 1:
+        x = (1 - sigmas[0]) * start.to(x) + sigmas[0] * x
+    for i in range(steps):
+        sigma = sigmas[i].expand(len(x))
+        velocity = dit(x, sigma, positive, zero_keys=zero_keys).float()
+        if guidance != 1:
+            opposite = dit(x, sigma, negative, zero_keys=negative_zero_keys).float()
+            velocity = opposite + guidance * (velocity - opposite)
+        x = x + (sigmas[i + 1] - sigmas[i]) * velocity
+        if on_step is not None:
+            on_step()
+    return x
+
+
+def start_noise(seed: int, width: int, height: int) -> Tensor:
+    """Noise [1, 16, 1, H/8, W/8] float32 of a picture in pixels, drawn on the CPU from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, LATENT_CHANNELS, 1, height // SCALE, width // SCALE, generator=generator)

@@ -1,0 +1,177 @@
+"""Grids: one or two settings that vary over the columns and rows of a labelled picture."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from anima_fast.errors import UserError
+from anima_fast.sampling.jobs import MULTIPLE, Job
+
+NUMBERS: dict[str, Callable[[str], float]] = {
+    "seed": int, "steps": int, "width": int, "height": int, "cfg": float, "shift": float,
+    "strength": float, "weight": float,
+}  # fmt: skip
+LIMITS = {
+    "seed": (0, 2**63 - 1), "steps": (1, 10_000), "width": (MULTIPLE, 16384),
+    "height": (MULTIPLE, 16384), "cfg": (0, 1e6), "shift": (1e-6, 1e6), "strength": (1e-3, 1),
+    "weight": (-1e6, 1e6),
+}  # fmt: skip
+GAP, LINE, FONT_SIZE = 8, 22, 16
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting and its values; `index` numbers the LoRA of weight1, weight2, ..."""
+
+    name: str
+    values: tuple
+    index: int | None = None
+
+    def apply(self, job: Job, value: object) -> Job:
+        """The job with this setting at a value."""
+        if self.name == "prompt":
+            return replace(job, text=job.text.replace(self.values[0], str(value)))
+        if self.name == "lora":
+            chosen = self.values.index(value) + self.index
+            weights = [w if i == chosen or i < self.index else 0.0 for i, w in _each(job)]
+            return replace(job, weights=tuple(weights))
+        if self.name == "weight":
+            weights = [value if self.index in (None, i) else w for i, w in _each(job)]
+            return replace(job, weights=tuple(weights))
+        return replace(job, **{self.name: value})
+
+    def label(self, value: object) -> str:
+        """What stands beside a column or row."""
+        if self.name == "prompt":
+            return str(value)
+        if self.name == "lora":
+            return Path(str(value)).stem
+        number = "" if self.index is None else str(self.index + 1)
+        return f"{self.name}{number} {value:g}" if self.name != "seed" else f"seed {value}"
+
+
+def _each(job: Job) -> enumerate:
+    return enumerate(job.weights)
+
+
+def read_axes(words: Sequence[str], loras: int, prompt: str) -> list[Axis]:
+    """The axes of `--grid`, columns first.
+
+    Args:
+        words: such as weight=0,0.5,1, seed=1,2,3, prompt=cat|dog, lora=a.safetensors,b.safetensors.
+        loras: number of LoRA files given besides.
+        prompt: the text in which the first alternative of a prompt axis must be.
+
+    Raises:
+        UserError: what is wrong with them.
+    """
+    if len(words) > 2:
+        raise UserError(f"--grid has {len(words)} axes: a picture has two, columns and rows")
+    axes = [_axis(word, loras, prompt) for word in words]
+    if len(axes) == 2 and (axes[0].name, axes[0].index) == (axes[1].name, axes[1].index):
+        raise UserError(f"--grid has {axes[0].name} twice: give another second axis")
+    return axes
+
+
+def _axis(word: str, loras: int, prompt: str) -> Axis:
+    name, equals, text = word.partition("=")
+    name = name.strip()
+    if not equals or not text.strip():
+        raise UserError(f"--grid {word[:60]}: expected name=value,value, such as seed=1,2,3")
+    if name == "prompt":
+        values = tuple(part.strip() for part in text.split("|"))
+        if values[0] not in prompt:
+            raise UserError(
+                f"--grid prompt: the prompt does not contain {values[0]!r}, which the others "
+                "replace: write prompt=WORD IN THE PROMPT|another|another"
+            )
+        return Axis(name, values)
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    if name == "lora":
+        return Axis(name, parts, loras)
+    index = None
+    if name.startswith("weight") and name != "weight":
+        number = name.removeprefix("weight")
+        if not number.isdigit() or not 1 <= int(number) <= loras:
+            raise UserError(f"--grid {name}: there are {loras} LoRA files, counted from weight1")
+        name, index = "weight", int(number) - 1
+    if name not in NUMBERS:
+        known = ", ".join([*NUMBERS, "weight1", "prompt", "lora"])
+        raise UserError(f"--grid {name} is unknown: use {known}")
+    if name == "weight" and not loras:
+        raise UserError("--grid weight needs a --lora")
+    return Axis(name, tuple(_number(name, part) for part in parts), index)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        value = NUMBERS[name](text)
+    except ValueError:
+        raise UserError(f"--grid {name}: {text[:40]!r} is no number of this kind") from None
+    low, high = LIMITS[name]
+    # Written so that a NaN is refused too.
+    if not low <= value <= high:
+        raise UserError(f"--grid {name}: {text} is out of range: use {low:g} to {high:g}")
+    if name in ("width", "height") and value % MULTIPLE:
+        raise UserError(f"--grid {name}: {text} is no multiple of {MULTIPLE}")
+    return value
+
+
+def expand(job: Job, axes: Sequence[Axis]) -> list[list[Job]]:
+    """Rows of jobs: a column for each value of the first axis, a row for each of the second."""
+    columns = axes[0]
+    rows = axes[1].values if len(axes) > 1 else (None,)
+    return [
+        [
+            replace(_at(columns.apply(job, x), axes, y), title=_title(axes, x, y))
+            for x in columns.values
+        ]
+        for y in rows
+    ]
+
+
+def _at(job: Job, axes: Sequence[Axis], value: object) -> Job:
+    return axes[1].apply(job, value) if len(axes) > 1 else job
+
+
+def _title(axes: Sequence[Axis], x: object, y: object) -> str:
+    title = axes[0].label(x)
+    return f"{title}, {axes[1].label(y)}" if len(axes) > 1 else title
+
+
+def compose(rows: Sequence[Sequence[Image.Image]], axes: Sequence[Axis]) -> Image.Image:
+    """One picture of all cells with a label for each column and row; cells keep their sizes."""
+    font = ImageFont.load_default(FONT_SIZE)
+    widths = [max(row[i].width for row in rows) for i in range(len(rows[0]))]
+    heights = [max(image.height for image in row) for row in rows]
+    tops = [_wrapped(axes[0].label(v), w) for v, w in zip(axes[0].values, widths, strict=True)]
+    sides = [_wrapped(axes[1].label(v), 140) for v in axes[1].values] if len(axes) > 1 else []
+    left = 140 + 2 * GAP if sides else GAP
+    top = max(map(len, tops)) * LINE + 2 * GAP
+    size = (left + sum(widths) + GAP * len(widths), top + sum(heights) + GAP * len(heights))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    x = left
+    for lines, width in zip(tops, widths, strict=True):
+        draw.multiline_text((x, GAP), "\n".join(lines), fill="black", font=font)
+        x += width + GAP
+    y = top
+    for i, row in enumerate(rows):
+        if sides:
+            draw.multiline_text((GAP, y), "\n".join(sides[i]), fill="black", font=font)
+        x = left
+        for image, width in zip(row, widths, strict=True):
+            sheet.paste(image, (x, y))
+            x += width + GAP
+        y += heights[i] + GAP
+    return sheet
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines that fit a width in pixels, in letters of the average width."""
+    return textwrap.wrap(text, max(6, int(width / (FONT_SIZE * 0.56)))) or [""]

@@ -1,0 +1,73 @@
+"""LoRA files on the models that make a picture; beside the weights, never merged into them.
+
+So a half-precision model does not round them away, and their strength can change between pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from anima_fast.adapters import names
+from anima_fast.adapters.formats import read_lora
+from anima_fast.adapters.lora import add_lora
+from anima_fast.adapters.network import LoRANetwork
+from anima_fast.adapters.parts import Part
+from anima_fast.errors import UserError
+from anima_fast.models.dit import AnimaDiT
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """A LoRA file that has been read, and the weight to use it at."""
+
+    path: Path
+    weight: float
+    parts: dict[str, Part]
+
+    @classmethod
+    def read(cls, path: str | Path, weight: float = 1.0) -> LoRAFile:
+        """Read a file of any dialect; raises `UserError` when it is no LoRA of this model."""
+        return cls(Path(path), weight, read_lora(path)[0])
+
+
+def attach_lora(
+    lora: LoRAFile,
+    *,
+    dit: AnimaDiT | None = None,
+    llm_adapter: nn.Module | None = None,
+    text_encoder: nn.Module | None = None,
+) -> LoRANetwork | None:
+    """Let models compute with the parts of a LoRA file that belong to them.
+
+    Returns the network, or None when the file has no part for the models given. Raises `UserError`
+    when such a part has no module, or one of another size.
+    """
+    owners = {names.TEXT_ENCODER: text_encoder, names.ADAPTER: llm_adapter, "": dit}
+    parts = {n: p for n, p in lora.parts.items() if owners[_owner(n)] is not None}
+    if not parts:
+        return None
+    example = next(model for model in owners.values() if model is not None)
+    weight = next(example.parameters())
+    plain = all(part.network == "LoRA" for part in parts.values())
+    try:
+        network = add_lora(
+            dit,
+            train_dit=dit is not None,
+            llm_adapter=llm_adapter,
+            text_encoder=text_encoder,
+            modules_from=parts,
+            # Products of LoHa and LoKr and norms of DoRA are taken of what was trained.
+            dtype=weight.dtype if plain else torch.float32,
+        )
+    except UserError as error:
+        raise UserError(f"{lora.path}: {error}") from None
+    network.multiplier = lora.weight
+    return network.to(weight.device).eval()
+
+
+def _owner(name: str) -> str:
+    return next((p for p in (names.TEXT_ENCODER, names.ADAPTER) if name.startswith(p)), "")

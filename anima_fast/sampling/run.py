@@ -1,0 +1,266 @@
+"""`anima-fast sample`: all pictures of a command, each model loaded once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from anima_fast.adapters.network import LoRANetwork
+from anima_fast.data.encode_models import free_memory
+from anima_fast.errors import UserError
+from anima_fast.memory.offload import install_block_runner
+from anima_fast.models.dit import AnimaDiT, load_dit
+from anima_fast.models.llm_adapter import load_llm_adapter
+from anima_fast.models.model_files import check_model_files
+from anima_fast.models.vae import load_vae
+from anima_fast.pictures import describe, save_png, to_image, unescape
+from anima_fast.sampling.euler import euler_sample, start_noise
+from anima_fast.sampling.grid import compose, expand, read_axes
+from anima_fast.sampling.jobs import Job, batches, make_jobs
+from anima_fast.sampling.loras import LoRAFile, attach_lora
+from anima_fast.sampling.outputs import Outputs
+from anima_fast.sampling.start import load_start, picture_size
+from anima_fast.sampling.texts import encode_prompts, zero_keys
+from anima_fast.sampling.workflow import comfyui_prompt
+from anima_fast.training.checks import choose_device, uses_fused_blocks
+from anima_fast.training.progress import Progress
+
+if TYPE_CHECKING:
+    from anima_fast.options import SampleOptions
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# A context belongs to a text and, where LoRA files change the text path, to their weights.
+Contexts = dict[tuple[str, tuple[float, ...]], Tensor]
+
+
+@dataclass
+class Session:
+    """What the phases of a command share."""
+
+    options: SampleOptions
+    device: torch.device
+    dtype: torch.dtype
+    loras: list[LoRAFile]
+    jobs: list[Job]
+    say: Callable[[str], None]
+    progress: Progress | None
+    start: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the LoRA files."""
+        return [str(lora.path) for lora in self.loras]
+
+
+def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
+    """Render pictures and write them as PNG; the whole of `anima-fast sample`.
+
+    Args:
+        options: model files, prompts, seed, size and so on.
+        quiet: no messages and no progress.
+
+    Returns:
+        The file: the grid where one is asked for, else the first picture. Text chunks say how it
+        was made.
+
+    Raises:
+        UserError: missing or wrong files, a LoRA that does not fit, no memory, a folder that
+            cannot be written, or numbers that are not finite.
+    """
+    check_model_files(options)
+    given = list(options.loras)
+    axes = read_axes(options.grid, len(given), options.prompt)
+    for axis in axes:
+        if axis.name == "lora":
+            given += [(path, options.lora_weight) for path in axis.values]
+        if axis.name == "strength" and not options.init_image:
+            raise UserError("--grid strength needs --init_image FILE")
+    device, dtype = choose_device(options), DTYPES[options.dtype]
+    loras = [LoRAFile.read(path, weight) for path, weight in given]
+    weights = [weight for _, weight in given]
+    size = picture_size(options.init_image) if options.init_image else None
+    jobs = make_jobs(options, weights, size)
+    sheets = [expand(job, axes) for job in jobs] if axes else []
+    if sheets:
+        jobs = [job for rows in sheets for row in rows for job in row]
+    outputs = Outputs(options.output, len(jobs), grid=bool(axes))
+    with Progress() as progress, torch.no_grad():
+        say = (lambda text: None) if quiet else progress.say
+        if options.negative_prompt and options.cfg == 1:
+            say("--negative_prompt has no effect with --cfg 1")
+        session = Session(options, device, dtype, loras, jobs, say, None if quiet else progress)
+        images = _render(session, outputs)
+        for number, rows in enumerate(sheets):
+            cells = iter(images[number * len(rows) * len(rows[0]) :])
+            sheet = compose([[next(cells) for _ in row] for row in rows], axes)
+            path = outputs.grid(number)
+            save_png(path, sheet, describe(rows[0][0], options.dit, session.paths))
+            say(f"wrote {path}")
+    return outputs.grid(0) if sheets else outputs.picture(0)
+
+
+def _render(session: Session, outputs: Outputs) -> list[Image.Image]:
+    """All pictures, written one by one; returned for grids."""
+    options = session.options
+    if any(job.strength != 1 for job in session.jobs):
+        sizes = {(job.width, job.height) for job in session.jobs}
+        session.say("encoding the picture to start from")
+        session.start = load_start(options, sizes, session.device)
+    contexts = _encode(session)
+    latents = _sample(session, contexts)
+    session.say("decoding")
+    images = []
+    with _enough_memory("use a smaller --vae_chunk_size, such as 64"):
+        # In half precision flat areas of the decoded picture show steps.
+        vae = load_vae(options.vae, device=session.device, dtype=torch.float32)
+        for number, (job, latent) in enumerate(zip(session.jobs, latents, strict=True)):
+            pixels = vae.decode(latent[None].to(session.device), chunk_rows=options.vae_chunk_size)
+            image = to_image(pixels[0])
+            files = {"dit": options.dit, "qwen3": options.qwen3, "vae": options.vae}
+            nodes = comfyui_prompt(job, **files, loras=session.paths, init_image=options.init_image)
+            path = outputs.picture(number)
+            save_png(path, image, describe(job, options.dit, session.paths), nodes)
+            session.say(f"wrote {path}")
+            images.append(image)
+    return images
+
+
+def _encode(session: Session) -> Contexts:
+    """Text phase: every text that is needed, once for each set of weights that changes it."""
+    from anima_fast.models.text_encoder import load_text_encoder
+    from anima_fast.models.tokenizers import load_tokenizers
+
+    options, device, dtype = session.options, session.device, session.dtype
+    session.say("encoding the prompt")
+    tokenizers = load_tokenizers(
+        options.qwen3,
+        qwen3_tokenizer_path=options.qwen3_tokenizer_path,
+        t5_tokenizer_path=options.t5_tokenizer_path,
+        models_dir=options.models_dir,
+    )
+    encoder = load_text_encoder(options.qwen3, device=device, dtype=dtype)
+    adapter = load_llm_adapter(options.llm_adapter_path or options.dit, device=device, dtype=dtype)
+    attached = [
+        attach_lora(lora, text_encoder=encoder, llm_adapter=adapter) for lora in session.loras
+    ]
+    contexts: Contexts = {}
+    for job in session.jobs:
+        key = _text_weights(job, attached)
+        for text in job.texts:
+            if (text, key) not in contexts:
+                _set_weights(attached, job.weights)
+                contexts[text, key] = encode_prompts(
+                    [unescape(text)], tokenizers, encoder, adapter, device=device,
+                    weighted=not options.no_prompt_weights,
+                )[0]  # fmt: skip
+    # Files without a part for the text path make one context serve all weights.
+    found = {
+        (text, job.weights): contexts[text, _text_weights(job, attached)]
+        for job in session.jobs
+        for text in job.texts
+    }
+    del encoder, adapter, attached
+    free_memory(device, keep_cached=False)
+    return found
+
+
+def _text_weights(job: Job, attached: Sequence[LoRANetwork | None]) -> tuple[float, ...]:
+    pairs = zip(job.weights, attached, strict=True)
+    return tuple(weight for weight, network in pairs if network is not None)
+
+
+def _set_weights(networks: Sequence[LoRANetwork | None], weights: Sequence[float]) -> None:
+    for network, weight in zip(networks, weights, strict=True):
+        if network is not None:
+            network.multiplier = weight
+
+
+def _sample(session: Session, contexts: Contexts) -> list[Tensor]:
+    """Sampling phase: latents [16, h, w] float32 on the CPU, in the order of the jobs."""
+    options, device = session.options, session.device
+    session.say("loading the DiT")
+    dit = load_dit(options.dit, device=device, dtype=session.dtype, attn_mode=options.attn_mode)
+    attached = [attach_lora(lora, dit=dit) for lora in session.loras]
+    if uses_fused_blocks(options, device):
+        install_block_runner(dit, fused=True)
+    groups = batches(session.jobs, options.batch_size)
+    first = session.jobs[0]
+    session.say(
+        f"sampling, seed {first.seed}"
+        if len(session.jobs) == 1
+        else f"sampling {len(session.jobs)} pictures"
+    )
+    on_step = None
+    if session.progress is not None:
+        session.progress.start(0, sum(group[0].steps for group in groups))
+        on_step = _stepper(session.progress)
+    found: list[Tensor] = []
+    for group in groups:
+        _set_weights(attached, group[0].weights)
+        with _enough_memory("use a smaller --width, --height or --batch_size"):
+            latents = _sample_group(session, dit, group, contexts, on_step)
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                f"the sampled latents are not finite with --dtype {options.dtype}: use --dtype "
+                "bf16 or fp32, or a smaller --cfg or LoRA weight"
+            )
+        found += list(latents.squeeze(2).cpu())
+    del dit, attached
+    free_memory(device, keep_cached=False)
+    return found
+
+
+def _sample_group(
+    session: Session,
+    dit: AnimaDiT,
+    group: Sequence[Job],
+    contexts: Contexts,
+    on_step: Callable[[], None] | None,
+) -> Tensor:
+    """Latents [B, 16, 1, h, w] of jobs that differ in their seed only."""
+    job, count = group[0], len(group)
+    texts = [contexts[text, job.weights] for text in job.texts]
+    expanded = [context.expand(count, -1, -1) for context in texts]
+    return euler_sample(
+        dit,
+        torch.cat([start_noise(one.seed, one.width, one.height) for one in group]),
+        expanded[0],
+        expanded[1] if len(expanded) > 1 else None,
+        steps=job.steps,
+        shift=job.shift,
+        guidance=job.cfg,
+        zero_keys=zero_keys(texts[0]),
+        negative_zero_keys=zero_keys(texts[-1]),
+        start=session.start.get((job.width, job.height)),
+        strength=job.strength,
+        on_step=on_step,
+    )
+
+
+def _stepper(progress: Progress) -> Callable[[], None]:
+    """Shows each finished step with the seconds that it took."""
+    last, done = time.perf_counter(), 0
+
+    def step() -> None:
+        nonlocal last, done
+        now, done = time.perf_counter(), done + 1
+        progress.step({"step": done, "step_s": now - last})
+        last = now
+
+    return step
+
+
+@contextmanager
+def _enough_memory(remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory: {remedy}") from error
