@@ -7,12 +7,22 @@ from typing import Any
 from anima_fast.commands.app import option_command
 from anima_fast.errors import UserError
 from anima_fast.option_groups.base import specs
+from anima_fast.option_groups.tables import REFUSED_SAMPLE
 from anima_fast.options import SampleOptions
 
 
-@option_command("sample", SampleOptions, {}, lambda: frozenset({"pretrained_model_name_or_path"}))
+def _other_names() -> frozenset[str]:
+    return frozenset({"pretrained_model_name_or_path", *REFUSED_SAMPLE})
+
+
+@option_command("sample", SampleOptions, {}, _other_names)
 def _sample(values: dict[str, Any]) -> None:
-    """Render an image from a prompt, with or without LoRA files."""
+    """Render images from prompts, with or without LoRA files; grids, image to image.
+
+    An existing file of the same name is replaced; several pictures are numbered on.
+    """
+    for name in values.keys() & REFUSED_SAMPLE.keys():
+        raise UserError(f"--{name}: {REFUSED_SAMPLE[name]}")
     from anima_fast.option_groups.base import convert
     from anima_fast.sampling import run_sample
 

@@ -127,3 +127,14 @@ BARE_FLAGS = frozenset({
     "ddp_gradient_as_bucket_view", "ddp_static_graph", "xformers", "sdpa", "use_8bit_adam",
     "use_lion_optimizer",
 })  # fmt: skip
+
+# Of `sample`, refused by name with a reason.
+REFUSED_SAMPLE = {
+    "controlnet": _CONTROL,
+    "controlnet_model_name_or_path": _CONTROL,
+    "control_net_models": _CONTROL,
+    "control_net_lllite_models": _CONTROL,
+    "textual_inversion_embeddings": _INVERSION,
+    "embedding": _INVERSION,
+    "embeddings": _INVERSION,
+}
