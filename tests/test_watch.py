@@ -20,6 +20,7 @@ from watch_run import FakeRun
 
 from anima_fast.cli import app
 from anima_fast.errors import UserError
+from anima_fast.watch import command
 from anima_fast.watch.run import WatchedRun
 from anima_fast.watch.server import WatchServer, open_server, page_files
 
@@ -180,6 +181,19 @@ def test_ports(tmp_path, monkeypatch):
             open_server(WatchedRun(tmp_path))
 
 
+def test_what_is_said_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSH_CONNECTION", "1.2.3.4 5 6.7.8.9 22")
+    opened, said = [], []
+    monkeypatch.setattr(command.webbrowser, "open", lambda url: opened.append(url))
+    with open_server(WatchedRun(tmp_path), 0) as server:
+        lines = command.greeting(tmp_path, None, server)
+        command.show(server.url, said.append)
+    assert server.url in lines[0]
+    assert "7860 is in use" in lines[1]
+    assert f"ssh -L {server.port}:127.0.0.1:{server.port}" in lines[2]
+    assert opened == [server.url] and "open the address yourself" in said[0]
+
+
 @pytest.mark.parametrize(
     ("words", "status", "text"),
     [
@@ -204,10 +218,10 @@ def test_bad_input(tmp_path, words, status, text):
 @pytest.mark.skipif(os.name == "nt", reason="sends the signal of Ctrl-C")
 def test_the_command_says_where_it_is_and_ends_quietly(tmp_path):
     out = tmp_path / "not yet"
-    command = [sys.executable, "-m", "anima_fast", "watch", str(out), "--port", "0"]
+    words = [sys.executable, "-m", "anima_fast", "watch", str(out), "--port", "0"]
     environment = {**os.environ, "SSH_CONNECTION": "", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        command,
+        words,
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
