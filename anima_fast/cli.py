@@ -12,20 +12,19 @@ import sys
 from anima_fast.bench.commands import bench
 from anima_fast.commands.app import app
 
-# In the order of the help page.
-for theme in (
-    "train",
-    "watch",
-    "migrate",
-    "presets",
-    "dataset",
-    "sample",
-    "files",
-    "networks",
-    "machine",
-):
-    importlib.import_module(f"anima_fast.commands.{theme}")
-app.add_typer(bench)
+# Panels of the help page and the modules of `commands` in them, in its order.
+PANELS = {
+    "Prepare and train": ("dataset", "migrate", "presets", "train", "watch"),
+    "Use": ("sample", "files", "networks"),
+    "This machine": ("machine",),
+}
+for panel, themes in PANELS.items():
+    for theme in themes:
+        known = len(app.registered_commands)
+        importlib.import_module(f"anima_fast.commands.{theme}")
+        for command in app.registered_commands[known:]:
+            command.rich_help_panel = panel
+app.add_typer(bench, rich_help_panel="This machine")
 
 
 def main() -> None:
