@@ -61,7 +61,7 @@ def test_every_option_of_its_own_is_read():
 
 def test_code_that_both_kinds_run_reads_no_option_of_the_network():
     """Except where it has looked which kind it is."""
-    lora_only = {"setup.py", "checkpoints.py", "model_setup.py"}
+    lora_only = {"setup.py", "checkpoints.py", "model_setup.py", "adapter_setup.py"}
     for path in (PACKAGE / "training").glob("*.py"):
         if path.name in lora_only:
             continue
