@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from anima_fast.adapters.parts import Part
 from anima_fast.errors import UserError
@@ -140,12 +142,19 @@ def _moved(network: Network, found: BlockMap, duplicate: float) -> dict[str, Par
                     f"{network.path} is a DoRA, whose magnitudes belong to the weights of one "
                     f"block: block {block} can get no share of block {origin}"
                 )
-            parts[f"blocks.{block}.{layer}"] = part if strength == 1 else part.times(strength)
+            scaled = part if strength == 1 else part.times(strength)
+            parts[f"blocks.{block}.{layer}"] = _copy(scaled)
     if not any(BLOCK.fullmatch(name) for name in parts):
         raise UserError(
             f"none of the blocks of {network.path} is in the target: nothing would be left"
         )
     return parts
+
+
+def _copy(part: Part) -> Part:
+    """Tensors of its own: a file holds none twice, and one block may go to several."""
+    alpha = None if part.alpha is None else part.alpha.clone()
+    return replace(part.map(torch.clone), alpha=alpha)
 
 
 def _check_fit(parts: dict[str, Part], network: Network, target: ModelFile) -> None:
