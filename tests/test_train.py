@@ -18,7 +18,7 @@ from anima_fast.errors import UserError
 from anima_fast.models.vae import VaeConfig
 from anima_fast.models.vae_checkpoint import published_names
 from anima_fast.tiny_stack import build_stack
-from anima_fast.training import loop, oom, step
+from anima_fast.training import oom, step
 from anima_fast.training.loop import train
 
 
