@@ -381,7 +381,7 @@ def test_toml_sections_precedence_and_ending(tmp_path):
         ('network_dim = "8"', "network_dim: expected a whole number, got '8'"),
         ("cache_latents = 1", "expected true or false"),
         ("network_args = [1]", "expected a list of words"),
-        ('sample_every_n_steps = 5', "previews need"),
+        ("sample_every_n_steps = 5", "previews need"),
         ("fp8_base = true", "8-bit"),
         ("a = [", "not valid TOML"),
         ("[a]\nseed = 1\n[b]\nseed = 2", "two sections"),
