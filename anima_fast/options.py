@@ -36,6 +36,7 @@ from anima_fast.option_groups.presets import PresetOptions
 from anima_fast.option_groups.training import (
     FlowOptions,
     LoRAFileOptions,
+    LoRASpeedOptions,
     MemoryOptions,
     NetworkOptions,
     NetworkRateOptions,
@@ -126,7 +127,9 @@ class _Learning(
 
 
 @dataclass(frozen=True)
-class TrainOptions(_Learning, NetworkRateOptions, LoRAFileOptions, NetworkOptions, _Data):
+class TrainOptions(
+    _Learning, NetworkRateOptions, LoRASpeedOptions, LoRAFileOptions, NetworkOptions, _Data
+):
     """All options of a training run, flat, named as in sd-scripts.
 
     Making an instance checks types and ranges and applies the rules of `option_rules.py`; it

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from anima_fast.adapters.lora import LoRANetwork, add_lora
 from anima_fast.bench.timing import on_card
 from anima_fast.memory.offload import compile_blocks, install_block_runner
+from anima_fast.models.block_graphs import BlockGraphs
 from anima_fast.models.dit import AnimaDiT, DitConfig
 from anima_fast.training.flat_adamw import FlatAdamW
 from anima_fast.training.flow import (
@@ -160,12 +161,16 @@ class Bench(Phases):
         self.optimizers: dict[bool, torch.optim.AdamW] = {False: eager, True: own}
         self.ours = False
         self.inputs: Inputs | None = None
+        self._graphs = BlockGraphs()
         # What stands in each block for a provider, kept for its next turn.
         self._compiled: list[Any] = []
         self._fused: dict[str, list[Any]] = {}
 
     def switch(self, provider: str) -> None:
-        """eager, compiled, or ours and a policy: "ours none", "ours none triton-attention"."""
+        """To eager, compiled, or ours and a policy, by our attention or as graphs.
+
+        The last three as in "ours mlp", "ours none triton-attention" and "ours none graphs".
+        """
         words, blocks = provider.split(), list(self.dit.blocks)
         self.ours = words[0] == "ours"
         self.dit.attn_mode = "triton" if "triton-attention" in words else "torch"
@@ -182,6 +187,7 @@ class Bench(Phases):
         compiled = self._compiled if provider == "compiled" else nothing
         for block, runner, graph in zip(blocks, fused, compiled, strict=True):
             block.fused, block._compiled_call_impl = runner, graph
+        self.dit.graphs = self._graphs if "graphs" in words else None
 
     def forward(self) -> None:
         i = self.inputs

@@ -6,10 +6,11 @@ A step is forward, flow loss, backward, clipping and AdamW of a rank-32 LoRA. Fi
 warmed up alone: its peak memory, its phases, its launches from a short profile, each written as
 soon as it is known. Then all take turns for the step time, gaps between launches included.
 
-Providers: eager; compiled (torch.compile of every block); ours at each policy, and once with our
-attention kernel: one model, switched. diffusers with peft, where installed, comes after them with a
-model of its own, as its training scripts run it (autocast). A provider that runs out of memory is
-noted and left out. Without a card a tiny model runs on the CPU, to run this code.
+Providers: eager; compiled (torch.compile of every block); ours at each policy, once with our
+attention kernel, once launched as CUDA graphs: one model, switched. diffusers with peft, where
+installed, comes after them with a model of its own, as its training scripts run it (autocast). A
+provider that runs out of memory is noted and left out. Without a card a tiny model runs on the CPU,
+to run this code.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ from anima_fast.bench.timing import Ceilings, Timer, on_card, reason, synchroniz
 
 TOKENS, BATCHES = ((1024, 4096), (1, 4)) if on_card() else ((16,), (1,))
 OURS = tuple(f"ours {policy}" for policy in POLICIES)
+GRAPHS = ("ours none graphs",) if on_card() else ()
 MODELS = {
-    "anima": ("eager", "compiled", *OURS, "ours none triton-attention"),
+    # Graphs last: their memory stays.
+    "anima": ("eager", "compiled", *OURS, "ours none triton-attention", *GRAPHS),
     "diffusers": ("diffusers",),
 }
 PHASES = ("forward", "backward", "optimize")
@@ -135,13 +138,17 @@ def warm(step: Phases, row: Row, record: Callable[[Row], Row]) -> float:
     for _ in range(WARM_STEPS - 1):
         step()
     synchronize()
+    graphs = step.dit.graphs if isinstance(step, Bench) else None
+    if graphs is not None and not graphs.replayed:
+        raise RuntimeError(graphs.off or "no step ran as a graph")
     if on_card():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         step()
         synchronize()
-        peak = torch.cuda.max_memory_allocated()
-        record(replace(row, mode="peak", p50=peak / GIB, unit="GiB"))
+        # A replay allocates nothing: what its pool holds counts as reserved only.
+        stat = torch.cuda.memory_reserved if graphs else torch.cuda.max_memory_allocated
+        record(replace(row, mode="peak", p50=stat() / GIB, unit="GiB"))
     phases = timed_phases(step)
     if on_card():
         # Without a profile the rest is as true as with it.

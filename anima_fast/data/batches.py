@@ -28,6 +28,7 @@ from anima_fast.data.cache import LatentEntry, Stored, TextEntry
 from anima_fast.data.encode import EncodedDataset
 from anima_fast.data.encode_text import pad_rows
 from anima_fast.data.seeding import seeded
+from anima_fast.memory.recording import NOT_WHILE_RECORDING
 
 if TYPE_CHECKING:
     from anima_fast.data.plan import DatasetPlan, ImageItem
@@ -311,6 +312,7 @@ def _stack_masks(masks: list[np.ndarray | None], size: tuple[int, int]) -> Tenso
 
 def _pin(holder: Batch | TextInputs) -> None:
     """Page-lock the tensors, so that their copies to the card run beside the computation."""
-    for name, value in vars(holder).items():
-        if isinstance(value, Tensor):
-            setattr(holder, name, value.pin_memory())
+    with NOT_WHILE_RECORDING:
+        for name, value in vars(holder).items():
+            if isinstance(value, Tensor):
+                setattr(holder, name, value.pin_memory())

@@ -34,6 +34,7 @@ def install_block_runner(
     cpu_offload: bool = False,
     unsloth_offload: bool = False,
     blocks_to_swap: int = 0,
+    cuda_graphs: bool = False,
     device: torch.device | str | None = None,
     sink: Sink | None = None,
 ) -> None:
@@ -48,6 +49,7 @@ def install_block_runner(
         dit: the model.
         fused: run blocks through the fused kernels (models/block.py).
         recompute: none, mlp (fused only), block, or a count of blocks at `block`.
+        cuda_graphs: launch the fused blocks as graphs (models/block_graphs.py).
         device: where the DiT computes; None means where it is.
         gradient_checkpointing: the same as recompute `block`.
         cpu_offload: checkpointing whose block inputs wait in host memory.
@@ -65,6 +67,7 @@ def install_block_runner(
             "--cpu_offload_checkpointing, --unsloth_offload_checkpointing and --blocks_to_swap "
             "exclude each other: keep one of them"
         )
+    check_graphs(cuda_graphs, fused=fused, moves=cpu_offload or unsloth_offload or blocks_to_swap)
     if gradient_checkpointing or cpu_offload or unsloth_offload:
         recompute = "block"
     policies = check_policies(recompute or "none", len(dit.blocks), fused=fused)
@@ -76,11 +79,16 @@ def install_block_runner(
         swap = BlockSwap(dit.blocks, blocks_to_swap, device, keep=keep, sink=sink)
     move_to(dit, device, leave=swap.weights if swap else ())
     offload = to_pinned if unsloth_offload else to_host if cpu_offload else None
+    dit.graphs = None
     for block in dit.blocks:
         block.fused = None
     if fused:
         # Not at the top: triton is not on every system that runs the eager blocks.
+        from anima_fast.models.block_graphs import BlockGraphs
         from anima_fast.models.fuse import fuse_blocks
+
+        if cuda_graphs:
+            dit.graphs = BlockGraphs()
 
         fuse_blocks(dit, recompute or "none", swapped=swap.order if swap else ())
         if offload is not None:
@@ -106,6 +114,15 @@ def check_policies(recompute: str | int, blocks: int, *, fused: bool) -> list[st
             "or --recompute block"
         )
     return policies
+
+
+def check_graphs(cuda_graphs: bool, *, fused: bool, moves: object) -> None:
+    """Raise `UserError` for CUDA graphs of eager blocks, or where something `moves` to the host."""
+    if cuda_graphs and (not fused or moves):
+        raise UserError(
+            "--cuda_graphs needs the fused blocks on a CUDA card, without --kernels eager, "
+            "--compile, --blocks_to_swap and offloaded checkpointing: leave it out, or those"
+        )
 
 
 class BlockRunner:

@@ -142,8 +142,13 @@ def prepare_zero_rows(
     if not any(counts):
         return None
     logits = torch.tensor([zero_logits(n, dtype) for n in counts], dtype=dtype)
-    on_device = torch.tensor(counts, dtype=torch.int32).to(device)
-    return ZeroRows(tuple(counts), logits.to(device)[:, None, None, :], on_device)
+    on_device = torch.tensor(counts, dtype=torch.int32)
+    if torch.device(device).type == "cuda":
+        # From page-locked memory, or the copies would wait for everything launched before.
+        logits, on_device = (
+            t.pin_memory().to(device, non_blocking=True) for t in (logits, on_device)
+        )
+    return ZeroRows(tuple(counts), logits[:, None, None, :], on_device)
 
 
 def zero_logits(count: int, dtype: torch.dtype) -> list[float]:

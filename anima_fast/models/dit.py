@@ -56,6 +56,7 @@ from anima_fast.models.dit_layers import (
 from anima_fast.models.rope import rope_angles
 
 if TYPE_CHECKING:
+    from anima_fast.models.block_graphs import BlockGraphs
     from anima_fast.models.fuse import FusedBlock
 
 # Kept in float32 when the compute dtype is float16, because their results exceed its range.
@@ -114,7 +115,8 @@ class AnimaDiT(nn.Module):
 
     Attributes: `attn_mode` and `split_attn` choose the attention (models/attention.py);
     `block_runner(index, block, x, shared)` replaces the plain call of a block when it is set
-    (memory/offload.py: checkpointing, block swap).
+    (memory/offload.py: checkpointing, block swap); `graphs`, when set, launches all blocks as one
+    CUDA graph (models/block_graphs.py).
     """
 
     def __init__(self, config: DitConfig, attn_mode: str = "torch") -> None:
@@ -123,6 +125,7 @@ class AnimaDiT(nn.Module):
         self.attn_mode = attn_mode
         self.split_attn = False
         self.block_runner: BlockRunner | None = None
+        self.graphs: BlockGraphs | None = None
         channels = config.model_channels
         self.x_embedder = PatchEmbed(config.in_channels, channels)
         self.t_embedder = nn.Sequential(nn.Identity(), TimestepEmbedding(channels))
@@ -169,14 +172,19 @@ class AnimaDiT(nn.Module):
         x = x.float() if x.dtype == torch.float16 else x
 
         shared = self._shared(sigma, context, height, width, zero_keys)
-        run = self.block_runner or (lambda index, block, x, shared: block(x, shared))
-        for index, block in enumerate(self.blocks):
-            x = run(index, block, x, shared)
+        x = self.run_blocks(x, shared) if self.graphs is None else self.graphs(self, x, shared)
 
         patches = self.final_layer(x, shared)  # [B, L, 4 C]
         out = patches.view(len(x), height, width, PATCH, PATCH, -1)
         out = out.permute(0, 5, 1, 3, 2, 4)  # [B, C, H/2, 2, W/2, 2]
         return out.reshape(len(x), -1, *latents.shape[2:])
+
+    def run_blocks(self, x: Tensor, shared: Shared) -> Tensor:
+        """All blocks, one after another: [B, L, D] → [B, L, D]."""
+        run = self.block_runner or (lambda index, block, x, shared: block(x, shared))
+        for index, block in enumerate(self.blocks):
+            x = run(index, block, x, shared)
+        return x
 
     def _check(self, latents: Tensor, image: Tensor, sigma: Tensor, context: Tensor) -> None:
         channels, width = self.config.in_channels, self.config.context_dim

@@ -172,7 +172,7 @@ class FusedBlock:
         try:
             self.parts.check()
         except NotFused as reason:
-            _say_once(f"fused kernels are off, the eager block runs: {reason}")
+            say_once(f"fused kernels are off, the eager block runs: {reason}")
             return self.eager(block, x, shared)
         return self.fused(block, x, shared)
 
@@ -220,7 +220,8 @@ class FusedBlock:
 _said: set[str] = set()
 
 
-def _say_once(text: str) -> None:
+def say_once(text: str) -> None:
+    """Warn, the first time that this text comes."""
     if text not in _said:
         _said.add(text)
         log.warning(text)

@@ -8,6 +8,7 @@ from functools import partial
 from anima_fast.option_groups.base import option, specs
 from anima_fast.option_groups.training import (
     LoRAFileOptions,
+    LoRASpeedOptions,
     NetworkOptions,
     NetworkRateOptions,
 )
@@ -73,9 +74,11 @@ def network_options() -> dict[str, str]:
         "text_encoder_lr": "the text encoder is always frozen in full fine-tuning",
         "network_train_unet_only": "--llm_adapter_lr 0 trains the DiT only",
         "network_train_text_encoder_only": "the text encoder is always frozen in full fine-tuning",
+        "cuda_graphs": "they record the fused blocks, which have frozen weights",
         "network_args": "parts have rates of their own, such as --mlp_lr",
     }
-    names = [n for cls in (NetworkOptions, NetworkRateOptions, LoRAFileOptions) for n in specs(cls)]
+    groups = (NetworkOptions, NetworkRateOptions, LoRAFileOptions, LoRASpeedOptions)
+    names = [name for group in groups for name in specs(group)]
     plain = "it belongs to LoRA training (`anima-fast train`)"
     return {
         name: f"{remedies.get(name, plain)}; remove it, full fine-tuning has no network"

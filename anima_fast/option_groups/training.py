@@ -95,6 +95,17 @@ class NetworkRateOptions:
 
 
 @dataclass(frozen=True)
+class LoRASpeedOptions:
+    """Speed of LoRA training alone."""
+
+    cuda_graphs: bool = _memory(
+        False,
+        "Launch the DiT blocks as CUDA graphs, one for each image size and caption length of 64 "
+        "tokens: for small images on a fast card. Costs memory; no card has run it yet.",
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerOptions:
     """The optimizer and its rates."""
 

@@ -10,7 +10,7 @@ import torch
 
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write
-from anima_fast.memory.offload import check_policies
+from anima_fast.memory.offload import check_graphs, check_policies
 from anima_fast.memory.swap import swapped_indices
 from anima_fast.models.attention import check_attn_mode, check_torch_version, check_triton
 from anima_fast.models.model_files import check_lora_files, check_model_files
@@ -56,6 +56,13 @@ def check_start(options: TrainOptions, device: torch.device) -> None:
     collect_prompts(options)
     swapped_indices(dit.num_blocks, options.blocks_to_swap or 0)
     check_policies(options.recompute or "none", dit.num_blocks, fused=fused)
+    check_graphs(
+        getattr(options, "cuda_graphs", False),
+        fused=fused,
+        moves=options.blocks_to_swap
+        or options.cpu_offload_checkpointing
+        or options.unsloth_offload_checkpointing,
+    )
     if options.mixed_precision == "bf16" and device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         if major < 8:

@@ -39,6 +39,7 @@ def install_memory_savers(
         cpu_offload=options.cpu_offload_checkpointing,
         unsloth_offload=options.unsloth_offload_checkpointing,
         blocks_to_swap=options.blocks_to_swap or 0,
+        cuda_graphs=getattr(options, "cuda_graphs", False),
         sink=sink,
     )
     if options.compile:

@@ -127,13 +127,17 @@ def run_group(
                 "out of memory, and --fused_backward_pass has changed weights already, so the "
                 "step cannot be repeated: resume with --recompute block or a smaller batch"
             )
+        graphs = " and without CUDA graphs" if run.dit.graphs else ""
         policy = policies.lower()
         if policy is None:
             raise UserError(
                 "out of memory at the lowest policy: use a smaller --resolution or batch_size, an "
                 "8-bit optimizer, or a lower --network_dim; then go on with --resume auto"
             )
-        tell(f"out of memory: this step is done again with {policy.option}, as are those to come")
+        tell(
+            f"out of memory: this step is done again with {policy.option}{graphs}, "
+            "as are those to come"
+        )
 
 
 def backward(run: Run, batch: Batch, settings: FlowSettings, *, step: int, micro: int) -> Tensor:

@@ -1,0 +1,248 @@
+"""CUDA graphs of the fused blocks, with PyTorch's recorder replaced by one for the CPU.
+
+The stand-in traces forward and backward once, down to the operators, and then repeats the trace
+with what lies in its input buffers: whatever a host number or a branch decided stays as it was, as
+in a real graph, and a value that the host reads breaks the recording off.
+"""
+
+import pytest
+import torch
+from test_block import TWO, make_network
+from tiny_dit import dit_weights
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from anima_fast.errors import UserError
+from anima_fast.memory.offload import install_block_runner
+from anima_fast.models import block_graphs, fuse
+from anima_fast.models.dit import load_dit
+
+
+class Recorder:
+    """`torch.cuda.make_graphed_callables` for the CPU; counts its replays."""
+
+    def __init__(self):
+        self.recordings, self.replays = 0, 0
+
+    def __call__(self, stack, sample_args, allow_unused_input, pool):
+        self.recordings += 1
+        parameters = tuple(stack.parameters())
+        inputs = (*sample_args, *parameters)
+        wanted = [t for t in inputs if t.requires_grad]
+
+        def both(args, dout):
+            out = stack(*args)
+            grads = torch.autograd.grad(out, wanted, dout, allow_unused=allow_unused_input)
+            return out.detach(), grads
+
+        trace = make_fx(both)(sample_args, torch.zeros_like(stack(*sample_args)))
+        zeros = torch.zeros_like(stack(*sample_args))
+        recorder = self
+
+        class Graphed(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *values):
+                with torch.no_grad():
+                    for own, value in zip(sample_args, values, strict=False):
+                        own.copy_(value)
+                recorder.replays += 1
+                return trace(sample_args, zeros)[0]
+
+            @staticmethod
+            def backward(ctx, dout):
+                # What a second forward had put into the buffers would be seen here.
+                grads = iter(trace(sample_args, dout)[1])
+                return tuple(next(grads) if t.requires_grad else None for t in inputs)
+
+        return lambda *args: Graphed.apply(*args, *parameters)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    # What was said once in another test shall be said again.
+    monkeypatch.setattr(fuse, "_said", set())
+    return Recorder()
+
+
+def make_dit(recorder=None, dtype=torch.float32, recompute="none", **options):
+    dit = load_dit(dit_weights(TWO), dtype=dtype)
+    network = make_network(dit, **options)
+    install_block_runner(dit, fused=True, recompute=recompute, cuda_graphs=recorder is not None)
+    if recorder is not None:
+        dit.graphs.capture = recorder
+    return dit, network
+
+
+def batch_of(seed, height=6, width=10, rows=5, batch=2):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    size = (batch, TWO.in_channels, height, width)
+    return draw(*size), torch.rand(batch, generator=g), draw(batch, rows, TWO.context_dim)
+
+
+def loss_of(dit, latents, sigma, context, zero_keys):
+    context = context.to(dit.dtype)
+    return dit(latents.to(dit.dtype), sigma, context, zero_keys=zero_keys).float().square().mean()
+
+
+def gradients(network):
+    found = {
+        f"{name}.{kind}": parameter.grad.clone()
+        for name, adapter in network.modules_by_name.items()
+        for kind, parameter in adapter.named_parameters()
+        if parameter.grad is not None
+    }
+    network.zero_grad_flat()
+    return found
+
+
+def step(dit, network, batch, zero_keys):
+    loss = loss_of(dit, *batch, zero_keys)
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(network)}
+
+
+def zero_keys_of(rows):
+    """One count for each sample of a batch with this many text rows."""
+    return [512 - rows, 600 - rows]
+
+
+@pytest.mark.parametrize(
+    "recompute, modules", [("none", "blocks"), ("none", "all"), ("mlp", "all"), (1, "blocks")]
+)
+def test_replays_agree_with_plain_steps(recorder, recompute, modules):
+    options = {"include_patterns": [".*"]} if modules == "all" else {}
+    graphed, plain = (make_dit(r, recompute=recompute, **options) for r in (recorder, None))
+    # Other noise, images, captions of other lengths, images of the same area but another shape.
+    for seed, rows, size in [(1, 5, (6, 10)), (2, 9, (6, 10)), (3, 2, (10, 6)), (4, 64, (6, 10)),
+                             (5, 65, (6, 10)), (6, 70, (6, 10)), (7, 5, (4, 4))]:  # fmt: skip
+        batch = batch_of(seed, *size, rows=rows)
+        found, expected = (step(*one, batch, zero_keys_of(rows)) for one in (graphed, plain))
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=2e-4, atol=1e-6)
+        with torch.no_grad():
+            for network in (graphed[1], plain[1]):
+                network.flat.add_(0.01)
+    # Up to 64 rows, and up to 128: recorded when they came for the second time.
+    assert recorder.recordings == 2 and recorder.replays == 4
+
+
+def test_text_gets_its_gradient(recorder):
+    graphed, plain = make_dit(recorder), make_dit()
+    for seed in range(3):
+        latents, sigma, context = batch_of(seed)
+        found = []
+        for dit, _ in (graphed, plain):
+            text = context.clone().requires_grad_()
+            loss_of(dit, latents, sigma, text, zero_keys_of(5)).backward()
+            found.append(text.grad)
+        torch.testing.assert_close(*found, rtol=2e-4, atol=1e-7)
+    assert recorder.replays == 2
+
+
+def test_strength_is_part_of_the_key(recorder):
+    graphed, plain = make_dit(recorder), make_dit()
+    for strength in (1.0, 1.0, 0.3, 0.3, 1.0):
+        losses = []
+        for dit, network in (graphed, plain):
+            network.multiplier = strength
+            losses.append(step(dit, network, batch_of(1), zero_keys_of(5))["loss"])
+        torch.testing.assert_close(*losses)
+    assert recorder.recordings == 2 and recorder.replays == 3
+
+
+def test_weights_that_moved_are_recorded_anew(recorder):
+    dit, network = make_dit(recorder)
+    plain = make_dit()
+    for moves in (False, False, True, False):
+        if moves:
+            for one in (dit, plain[0]):
+                weight = one.blocks[1].mlp.layer2.weight
+                weight.data = weight.data * 2
+        found, expected = (step(*one, batch_of(1), None) for one in ((dit, network), plain))
+        torch.testing.assert_close(found["loss"], expected["loss"])
+    assert recorder.recordings == 2
+
+
+def test_two_forwards_before_a_backward(recorder):
+    graphed, plain = make_dit(recorder), make_dit()
+    found = []
+    for dit, network in (graphed, plain):
+        step(dit, network, batch_of(1), zero_keys_of(5))
+        first = loss_of(dit, *batch_of(2), zero_keys_of(5))
+        second = loss_of(dit, *batch_of(3), zero_keys_of(5))
+        (first + second).backward()
+        found.append(gradients(network))
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, rtol=2e-4, atol=1e-6)
+    assert recorder.replays == 1
+    # The buffers are free again once the autograd graph is gone.
+    del first, second
+    step(*graphed, batch_of(4), zero_keys_of(5))
+    assert recorder.replays == 2
+
+
+@pytest.mark.parametrize(
+    "options, zero_keys, said",
+    [
+        ({"dropout": 0.5}, None, "dropout"),
+        ({"rank_dropout": 0.5}, None, "dropout"),
+        ({"module_dropout": 0.5}, None, "dropout"),
+        ({}, [507, -2], "above 512"),
+    ],
+)
+def test_what_cannot_be_recorded_runs_plainly(recorder, caplog, options, zero_keys, said):
+    graphed, plain = make_dit(recorder, **options), make_dit(**options)
+    for seed in range(3):
+        found = []
+        for dit, network in (graphed, plain):
+            network.train()
+            torch.manual_seed(seed)
+            batch = batch_of(seed)
+            batch[2][1, -2:] = 0
+            found.append(step(dit, network, batch, zero_keys))
+        assert found[0].keys() == found[1].keys()
+        for name in found[0]:
+            torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=0)
+    assert recorder.recordings == 0
+    assert sum("CUDA graphs are off" in line and said in line for line in caplog.messages) == 1
+
+
+def test_evaluation_runs_plainly(recorder):
+    dit, _ = make_dit(recorder)
+    with torch.no_grad():
+        for _ in range(3):
+            loss_of(dit, *batch_of(1), None)
+    assert recorder.recordings == 0
+
+
+def test_a_failed_recording_is_said_and_training_goes_on(recorder, caplog):
+    graphed, plain = make_dit(recorder), make_dit()
+
+    def fails(*args, **kwargs):
+        recorder.recordings += 1
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    graphed[0].graphs.capture = fails
+    for seed in range(4):
+        found, expected = (step(*one, batch_of(seed), None) for one in (graphed, plain))
+        assert torch.equal(found["loss"], expected["loss"])
+    assert recorder.recordings == 1
+    assert [line for line in caplog.messages if "recording failed: CUDA error" in line]
+
+
+def test_no_more_graphs_than_allowed(recorder, monkeypatch):
+    monkeypatch.setattr(block_graphs, "MOST", 1)
+    dit, network = make_dit(recorder)
+    for height in (4, 4, 6, 6, 8, 8, 4):
+        step(dit, network, batch_of(1, height, 4), None)
+    assert recorder.recordings == 1 and recorder.replays == 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"fused": False}, {"blocks_to_swap": 1}, {"cpu_offload": True}], ids=str
+)
+def test_refused_with_what_moves_or_is_eager(options):
+    dit = load_dit(dit_weights(TWO), dtype=torch.float32)
+    with pytest.raises(UserError, match="--cuda_graphs needs the fused blocks"):
+        install_block_runner(dit, **{"fused": True, "cuda_graphs": True, **options})
