@@ -125,7 +125,7 @@ def adamw_forward(
         for old, changed in zip((p, m, v), new, strict=True):
             old.copy_(changed)
         return
-    _adamw_fwd[(triton.cdiv(len(p), TILE),)](
+    _adamw_fwd[(dispatch.cdiv(len(p), TILE),)](
         p, g, m, v, range_ends, lrs, m if norm is None else norm, len(p), len(range_ends),
         # Rests and corrections in float64: 1 − β₂ from a float32 β₂ has three digits less.
         1 - beta1, beta2, 1 - beta2, 1 - beta1**step, math.sqrt(1 - beta2**step),

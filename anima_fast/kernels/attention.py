@@ -241,7 +241,7 @@ def _meta(q: Tensor) -> dict:
     head = q.shape[-1]
     return {
         "HEAD": head,
-        "BLOCK_K": max(16, triton.next_power_of_2(head)),
+        "BLOCK_K": max(16, dispatch.power_of_2(head)),
         "ACC": dispatch.accumulator(q),
     }
 
@@ -257,7 +257,7 @@ def attention_forward(
     out = dispatch.empty(batch, length, heads, head, like=q)
     lse = dispatch.empty(batch, heads, length, like=q, dtype=dispatch.wide_dtype(q))
     tile = tiles("fwd", q.dtype)
-    _attention_fwd[(triton.cdiv(length, tile.queries), batch * heads)](
+    _attention_fwd[(dispatch.cdiv(length, tile.queries), batch * heads)](
         q, k, v, q if zero_keys is None else zero_keys, out, lse, 1 / math.sqrt(head),
         heads, length, k.shape[1], *_strides(q, k, v, out),
         HAS_ZERO=zero_keys is not None, PRECISION=dispatch.dot_precision(), **_meta(q),
@@ -295,15 +295,15 @@ def attention_backward(
     meta, precision, scale = _meta(q), dispatch.dot_precision(), 1 / math.sqrt(head)
 
     delta = dispatch.empty(batch, heads, length, like=q, dtype=wide_type)
-    _attention_delta[(triton.cdiv(length, 64), batch * heads)](
+    _attention_delta[(dispatch.cdiv(length, 64), batch * heads)](
         out, do, delta, heads, length, *_strides(out, do), BLOCK_M=64, **meta, num_warps=4
     )
 
     tile = tiles("dkdv", q.dtype)
-    columns = triton.cdiv(keys, tile.keys)
-    split = min(triton.cdiv(length, tile.queries), max(1, PROGRAMS // (columns * batch * heads)))
-    split_rows = triton.cdiv(triton.cdiv(length, split), tile.queries) * tile.queries
-    split = triton.cdiv(length, split_rows)
+    columns = dispatch.cdiv(keys, tile.keys)
+    split = min(dispatch.cdiv(length, tile.queries), max(1, PROGRAMS // (columns * batch * heads)))
+    split_rows = dispatch.cdiv(dispatch.cdiv(length, split), tile.queries) * tile.queries
+    split = dispatch.cdiv(length, split_rows)
     sums = (dk[None], dv[None])
     if split > 1:
         sums = tuple(dispatch.empty(split, *k.shape, like=k, dtype=wide_type) for _ in range(2))
@@ -317,7 +317,7 @@ def attention_backward(
         dv.copy_(sums[1].sum(0))
 
     tile = tiles("dq", q.dtype)
-    _attention_bwd_dq[(triton.cdiv(length, tile.queries), batch * heads)](
+    _attention_bwd_dq[(dispatch.cdiv(length, tile.queries), batch * heads)](
         q, k, v, do, lse, delta, dq, scale, heads, length, keys, *_strides(q, k, v, do, dq),
         PRECISION=precision, **meta, **tile.arguments(),
     )  # fmt: skip

@@ -54,7 +54,7 @@ def wide(x: Tensor) -> Tensor:
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 when any tensor is, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 def accumulator(*tensors: Tensor) -> tl.dtype:
@@ -64,7 +64,17 @@ def accumulator(*tensors: Tensor) -> tl.dtype:
 
 def empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised memory for a kernel to write; tests replace it by guarded NaN."""
-    return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
+    return like.new_empty(shape, dtype=dtype)
+
+
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉; Triton's own is made for kernels and slow on the host."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least `n`, 1 or more."""
+    return 1 << (n - 1).bit_length()
 
 
 def rows(x: Tensor) -> Tensor:

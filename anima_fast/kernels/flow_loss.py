@@ -127,7 +127,7 @@ def flow_loss_forward(
     # Arguments that are not there are never read: any pointer serves.
     weights, c, cells = (None if t is None else t.contiguous() for t in (weights, c, cells))
     batch, count = len(prediction), prediction[0].numel()
-    parts = triton.cdiv(count, TILE)
+    parts = dispatch.cdiv(count, TILE)
     wide_type = dispatch.wide_dtype(prediction)
     unit = dispatch.empty(*prediction.shape, like=prediction, dtype=wide_type)
     partial = dispatch.empty(batch, parts, like=prediction, dtype=wide_type)
@@ -154,7 +154,7 @@ def flow_loss_backward(dlosses: Tensor, unit: Tensor, dtype: torch.dtype) -> Ten
         return (_per_sample(wide(dlosses), unit) * unit).to(dtype)
     batch, count = len(unit), unit[0].numel()
     dprediction = dispatch.empty(*unit.shape, like=unit, dtype=dtype)
-    _flow_loss_bwd[(batch, triton.cdiv(count, TILE))](
+    _flow_loss_bwd[(batch, dispatch.cdiv(count, TILE))](
         dlosses, unit, dprediction, count, dlosses.stride(0),
         TILE=TILE, ACC=dispatch.accumulator(unit), num_warps=8,
     )  # fmt: skip

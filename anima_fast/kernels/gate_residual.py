@@ -77,7 +77,7 @@ def gate_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     x, y, gate = rows(x), rows(y), rows(gate)
     batch, length, width = x.shape
     out = dispatch.empty(batch, length, width, like=x)
-    block = triton.next_power_of_2(width)
+    block = dispatch.power_of_2(width)
     _gate_residual_fwd[(batch * length,)](
         x, y, gate, out, length, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
         gate.stride(0), D=width, BLOCK_D=block, ACC=dispatch.accumulator(x),
@@ -110,7 +110,7 @@ def gate_residual_backward(
     if needs_gate:
         wide_type = dispatch.wide_dtype(dout)
         dgate = dispatch.empty(batch, parts, width, like=dout, dtype=wide_type)
-    block = triton.next_power_of_2(width)
+    block = dispatch.power_of_2(width)
     _gate_residual_bwd[(batch, parts)](
         dout, y, gate, dy, dgate, length, chunk, dout.stride(0), dout.stride(1),
         y.stride(0), y.stride(1), gate.stride(0),

@@ -125,7 +125,7 @@ def gate_residual_layernorm_modulate_forward(
     batch, length, width = x.shape
     x_out = dispatch.empty(batch, length, width, like=x)
     h = dispatch.empty(batch, length, width, like=x, dtype=dtype)
-    block = triton.next_power_of_2(width)
+    block = dispatch.power_of_2(width)
     _gate_residual_layernorm_modulate_fwd[(batch * length,)](
         x, y, gate, scale, shift, x_out, h, length, x.stride(0), x.stride(1), y.stride(0),
         y.stride(1), gate.stride(0), scale.stride(0), shift.stride(0),
@@ -170,7 +170,7 @@ def gate_residual_layernorm_modulate_backward(
     if needs_modulation:
         wide_type = dispatch.wide_dtype(x_out)
         sums = [dispatch.empty(batch, parts, width, like=x_out, dtype=wide_type) for _ in range(3)]
-    block = triton.next_power_of_2(width)
+    block = dispatch.power_of_2(width)
     _gate_residual_layernorm_modulate_bwd[(batch, parts)](
         dx_out, dh, x_out, y, gate, scale, dx, dy, *sums, length, chunk,
         dx_out.stride(0), dx_out.stride(1), dh.stride(0), dh.stride(1),

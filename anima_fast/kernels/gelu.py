@@ -86,7 +86,7 @@ def gelu_forward(a: Tensor) -> Tensor:
         return gelu_reference(a)
     a = a.contiguous()
     g = dispatch.empty(*a.shape, like=a)
-    _gelu_fwd[(triton.cdiv(a.numel(), TILE),)](
+    _gelu_fwd[(dispatch.cdiv(a.numel(), TILE),)](
         a, g, a.numel(), TILE=TILE, ACC=dispatch.accumulator(a), num_warps=8
     )
     return g
@@ -103,7 +103,7 @@ def gelu_backward(dg: Tensor, a: Tensor) -> Tensor:
         return _backward_reference(dg, a)
     dg, a = dg.contiguous(), a.contiguous()
     da = dispatch.empty(*a.shape, like=a)
-    _gelu_bwd[(triton.cdiv(a.numel(), TILE),)](
+    _gelu_bwd[(dispatch.cdiv(a.numel(), TILE),)](
         dg, a, da, a.numel(), TILE=TILE, ACC=dispatch.accumulator(a), num_warps=8
     )
     return da

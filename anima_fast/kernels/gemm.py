@@ -140,12 +140,12 @@ def gemm(
     if out is None:
         out = dispatch.empty(m, n, like=x, dtype=dtype or x.dtype)
     tile = tile_for(m, n, x.dtype)
-    count = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+    count = dispatch.cdiv(m, tile.m) * dispatch.cdiv(n, tile.n)
     # An adapter or an epilogue needs the whole sum in one program.
     whole = adapter is not None or gelu is not None or gelu_grad is not None
     split = 1 if whole else max(1, min(PROGRAMS // count, k // MIN_SPLIT))
-    k_split = triton.cdiv(triton.cdiv(k, split), tile.k) * tile.k
-    split = triton.cdiv(k, k_split)
+    k_split = dispatch.cdiv(dispatch.cdiv(k, split), tile.k) * tile.k
+    split = dispatch.cdiv(k, k_split)
     target = out[None]
     if split > 1:
         target = dispatch.empty(split, m, n, like=x, dtype=dispatch.wide_dtype(x))

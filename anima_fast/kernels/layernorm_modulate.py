@@ -121,7 +121,7 @@ def layernorm_modulate_forward(
     x, scale, shift = rows(x), rows(scale), rows(shift)
     batch, length, width = x.shape
     h = dispatch.empty(batch, length, width, like=x, dtype=dtype)
-    block = triton.next_power_of_2(width)
+    block = dispatch.power_of_2(width)
     _layernorm_modulate_fwd[(batch * length,)](
         x, scale, shift, h, length, x.stride(0), x.stride(1), scale.stride(0), shift.stride(0),
         D=width, BLOCK_D=block, EPS=eps, ACC=dispatch.accumulator(x),
@@ -160,7 +160,7 @@ def layernorm_modulate_backward(
     if needs_modulation:
         dscale = dispatch.empty(batch, parts, width, like=x, dtype=sums_dtype)
         dshift = dispatch.empty(batch, parts, width, like=x, dtype=sums_dtype)
-    block = triton.next_power_of_2(width)
+    block = dispatch.power_of_2(width)
     _layernorm_modulate_bwd[(batch, parts)](
         dh, x, scale, res, dx, dscale, dshift, length, chunk,
         dh.stride(0), dh.stride(1), x.stride(0), x.stride(1), scale.stride(0),

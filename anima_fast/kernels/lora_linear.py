@@ -23,6 +23,8 @@ Source: Hu et al. 2021 (LoRA).
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -63,13 +65,15 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0]
     if len(tensors) == 1:
         return first
-    width, offset = first.shape[1], first.storage_offset()
+    storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    offset = start
     for x in tensors:
-        same = x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (same and x.is_contiguous() and x.storage_offset() == offset):
+        same = x.storage_offset() == offset and x.untyped_storage().data_ptr() == storage
+        if not (same and x.is_contiguous()):
             return torch.cat(list(tensors))
         offset += x.numel()
-    return first.as_strided((sum(map(len, tensors)), width), (width, 1))
+    width = first.shape[1]
+    return first.as_strided(((offset - start) // width, width), (width, 1))
 
 
 def uses_triton(x: Tensor, implementation: str = "auto") -> bool:
@@ -82,9 +86,21 @@ def uses_triton(x: Tensor, implementation: str = "auto") -> bool:
     return len(x) <= MEASURED.get(10 * major + minor, 0)
 
 
-def _columns(sizes: Sequence[int]) -> list[slice]:
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+@functools.cache
+def _slices(*sizes: int) -> tuple[slice, ...]:
+    """The places of parts of these sizes that lie side by side."""
+    ends = itertools.accumulate(sizes)
+    return tuple(slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
+
+
+def _places(
+    weights: Sequence[Tensor], downs: Sequence[Tensor]
+) -> tuple[tuple[slice, ...], tuple[slice, ...], list[int]]:
+    """Columns of y, columns of h, and which parts have an adapter."""
+    # On small images the host is the limit, and `len` of a tensor is slower than its shape.
+    sizes = [a.shape[0] for a in downs]
+    columns, ranks = _slices(*[w.shape[0] for w in weights]), _slices(*sizes)
+    return columns, ranks, [i for i, size in enumerate(sizes) if size]
 
 
 def lora_linear_forward(
@@ -110,9 +126,8 @@ def lora_linear_forward(
     Returns:
         y [M, ΣN]; h [M, ΣR], None without adapters; gelu(y) or None.
     """
-    rows, triton = len(x), uses_triton(x, implementation)
-    columns, ranks = _columns([len(w) for w in weights]), _columns([len(a) for a in downs])
-    adapted = [i for i, a in enumerate(downs) if len(a)]
+    rows, triton = x.shape[0], uses_triton(x, implementation)
+    columns, ranks, adapted = _places(weights, downs)
     h = None
     if adapted:
         a = stacked([downs[i] for i in adapted])
@@ -159,13 +174,12 @@ def lora_linear_backward(
         dtype: of dA and dB; that of the adapters when None.
     """
     triton = uses_triton(x, implementation)
-    columns, ranks = _columns([len(w) for w in weights]), _columns([len(a) for a in downs])
-    adapted = [i for i, a in enumerate(downs) if len(a)]
-    d_downs, d_ups = (
-        [dispatch.empty(*t.shape, like=t, dtype=dtype or t.dtype) for t in ts]
-        for ts in (downs, ups)
-    )
-    g = dispatch.empty(len(x), ranks[-1].stop, like=x) if adapted else None
+    columns, ranks, adapted = _places(weights, downs)
+    dtype = dtype or downs[0].dtype
+    # The gradients of dA are rows of one product, made below.
+    d_downs = [a if i in adapted else a.to(dtype) for i, a in enumerate(downs)]
+    d_ups = [dispatch.empty(*b.shape, like=b, dtype=dtype) for b in ups]
+    g = dispatch.empty(x.shape[0], ranks[-1].stop, like=x) if adapted else None
 
     def product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> None:
         # The scale is applied before the one rounding.
@@ -175,7 +189,9 @@ def lora_linear_backward(
             torch.addmm(out, a, b.T, beta=0, alpha=scale, out=out)
         elif a.is_cuda:
             # cuBLAS writes its float32 accumulators; there is no such product on the CPU.
-            torch.ops.aten.mm.dtype_out(a, b.T, out.dtype, out=out).mul_(scale)
+            torch.ops.aten.mm.dtype_out(a, b.T, out.dtype, out=out)
+            if scale != 1.0:
+                out.mul_(scale)
         else:
             out.copy_(a @ b.T).mul_(scale)
 
@@ -187,7 +203,7 @@ def lora_linear_backward(
         if factors is not None and factors[i] is not None:
             part *= factors[i]
     if adapted:
-        d_a = dispatch.empty(ranks[-1].stop, x.shape[1], like=x, dtype=d_downs[0].dtype)
+        d_a = dispatch.empty(ranks[-1].stop, x.shape[1], like=x, dtype=dtype)
         product(g.T, x.T, d_a)
         for i in adapted:
             d_downs[i] = d_a[ranks[i]]

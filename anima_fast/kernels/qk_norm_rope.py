@@ -133,9 +133,9 @@ def _qk_norm_rope_bwd(
 def _launch(packed: Tensor, parts: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and tile sizes."""
     batch, length, _, heads, head = packed.shape
-    block = triton.next_power_of_2(head // 2)
+    block = dispatch.power_of_2(head // 2)
     tile = max(1, TILE // (2 * block))
-    grid = (triton.cdiv(batch * length * heads, tile), parts)
+    grid = (dispatch.cdiv(batch * length * heads, tile), parts)
     return grid, {"HALF": head // 2, "BLOCK": block, "ROWS": tile}
 
 

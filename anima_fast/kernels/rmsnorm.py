@@ -87,7 +87,7 @@ def _rmsnorm_bwd(
 
 def _tile(width: int) -> tuple[int, int]:
     """Rows of a tile and elements of its rows."""
-    block = triton.next_power_of_2(width)
+    block = dispatch.power_of_2(width)
     return max(1, TILE // block), block
 
 
@@ -99,7 +99,7 @@ def rmsnorm_forward(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
     flat, weight = rows(x.reshape(-1, width)), weight.contiguous()
     y = dispatch.empty(*x.shape, like=x, dtype=weight.dtype)
     tile_rows, block = _tile(width)
-    _rmsnorm_fwd[(triton.cdiv(len(flat), tile_rows),)](
+    _rmsnorm_fwd[(dispatch.cdiv(len(flat), tile_rows),)](
         flat, weight, y, len(flat), flat.stride(0),
         D=width, BLOCK_D=block, ROWS=tile_rows, EPS=eps, ACC=dispatch.accumulator(x, weight),
         num_warps=row_warps(tile_rows * block),
@@ -124,7 +124,7 @@ def rmsnorm_backward(
     flat_dy, flat = rows(dy.reshape(-1, width)), rows(x.reshape(-1, width))
     weight = weight.contiguous()
     tile_rows, block = _tile(width)
-    chunk, parts = row_chunks(triton.cdiv(len(flat), tile_rows), needs_weight)
+    chunk, parts = row_chunks(dispatch.cdiv(len(flat), tile_rows), needs_weight)
     dx = dispatch.empty(*x.shape, like=x)
     dweight = dx
     if needs_weight:

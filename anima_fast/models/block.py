@@ -54,6 +54,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "up": ("mlp.layer1",),
     "down": ("mlp.layer2",),
 }
+# Names of a group's tensors by kind, in the order of its layers: "down.qkv.0", ...
+KINDS = ("weight", "down", "up", "factor")
+NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    group: {kind: tuple(f"{kind}.{group}.{i}" for i in range(len(layers))) for kind in KINDS}
+    for group, layers in GROUPS.items()
+}
 # Places of shift, scale and gate of the three sublayers in the modulation [B, 9, D].
 SHIFT, SCALE, GATE = 0, 1, 2
 
@@ -86,44 +92,30 @@ class Values:
 
         Those of one group come behind each other, so that stacking them is a view.
         """
-        kinds = ("down", "up")
-        names = [
-            f"{kind}.{group}.{i}"
-            for group, layers in GROUPS.items()
-            for kind in kinds
-            for i in range(len(layers))
-            if self.t[f"{kind}.{group}.{i}"].numel()
-        ]
-        given = {name: self.t[name].detach() for name in names}
+        names = [n for group in NAMES.values() for kind in ("down", "up") for n in group[kind]]
+        given = {name: self.t[name].detach() for name in names if self.t[name].numel()}
         if all(x.dtype == self.settings.dtype for x in given.values()):
             return given
-        buffer = self.t["context"].new_empty(sum(x.numel() for x in given.values()))
-        views = buffer.split([x.numel() for x in given.values()])
+        sizes = [x.numel() for x in given.values()]
+        views = self.t["context"].new_empty(sum(sizes)).split(sizes)
         views = [v.view(x.shape) for v, x in zip(views, given.values(), strict=True)]
         torch._foreach_copy_(views, list(given.values()))
         return dict(zip(given, views, strict=True))
 
     def layers(self, group: str) -> dict[str, Any]:
         """Arguments of a linear group."""
-        parts = range(len(GROUPS[group]))
-
-        def adapters(kind: str) -> list[Tensor]:
-            names = [f"{kind}.{group}.{i}" for i in parts]
-            return [self.cast.get(name, self.t[name]) for name in names]
-
+        names, t, cast = NAMES[group], self.t, self.cast
         return {
-            "weights": [self.t[f"weight.{group}.{i}"] for i in parts],
-            "downs": adapters("down"),
-            "ups": adapters("up"),
+            "weights": [t[name] for name in names["weight"]],
+            "downs": [cast.get(name, t[name]) for name in names["down"]],
+            "ups": [cast.get(name, t[name]) for name in names["up"]],
             "scales": self.settings.scales[group],
-            "factors": [self.t.get(f"factor.{group}.{i}") for i in parts],
+            "factors": [t.get(name) for name in names["factor"]],
         }
 
     def adapted(self, *groups: str) -> bool:
         """Whether any layer of these groups has an adapter."""
-        return any(
-            len(self.t[f"down.{group}.{i}"]) for group in groups for i in range(len(GROUPS[group]))
-        )
+        return any(self.t[name].shape[0] for group in groups for name in NAMES[group]["down"])
 
     def linear(self, group: str, x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor | None]:
         """(y, gelu(y) or None) [B, L, N]; x Aᵀ is kept as `h.GROUP`."""
@@ -227,14 +219,15 @@ class Backward:
             dtype=self.adapter_dtype(group),
             **options,
         )
-        for i, (d_down, d_up) in enumerate(zip(d_downs, d_ups, strict=True)):
-            self.grads |= {f"down.{group}.{i}": d_down, f"up.{group}.{i}": d_up}
+        names = NAMES[group]
+        self.grads.update(zip(names["down"], d_downs, strict=True))
+        self.grads.update(zip(names["up"], d_ups, strict=True))
         return None if dx is None else dx.view(*shape, -1)
 
     def adapter_dtype(self, group: str) -> torch.dtype:
         """That of the group's adapters, which a layer without one does not have."""
-        downs = [self.t[f"down.{group}.{i}"] for i in range(len(GROUPS[group]))]
-        return next((a.dtype for a in downs if len(a)), downs[0].dtype)
+        downs = [self.t[name] for name in NAMES[group]["down"]]
+        return next((a.dtype for a in downs if a.shape[0]), downs[0].dtype)
 
     def modulated(self, x: Tensor, sublayer: int, group: str) -> Tensor | None:
         """The input of a linear group again, if its adapters need it."""

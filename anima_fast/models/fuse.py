@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from anima_fast.kernels.lora_linear import stacked
-from anima_fast.models.block import GROUPS, FusedBlockFunction, Settings
+from anima_fast.models.block import GROUPS, KINDS, NAMES, FusedBlockFunction, Settings
 from anima_fast.models.dit_layers import Shared
 from anima_fast.models.modulation import adaln_layers, pack
 from anima_fast.models.recompute import block_policies, recomputed
@@ -199,11 +199,9 @@ class FusedBlock:
             "norm.cross": norms[2:],
         }
         for group, layers in groups.items():
-            for i, layer in enumerate(layers):
-                tensors[f"weight.{group}.{i}"] = layer.weight
-                tensors[f"down.{group}.{i}"] = layer.down
-                tensors[f"up.{group}.{i}"] = layer.up
-                tensors[f"factor.{group}.{i}"] = layer.factor
+            for kind in KINDS:
+                values = (getattr(layer, kind) for layer in layers)
+                tensors.update(zip(NAMES[group][kind], values, strict=True))
         settings = Settings(
             policy=self.policy,
             attn_mode=shared.attn_mode,
