@@ -161,7 +161,7 @@ class Bench(Phases):
         self.optimizers: dict[bool, torch.optim.AdamW] = {False: eager, True: own}
         self.ours = False
         self.inputs: Inputs | None = None
-        self._graphs = BlockGraphs()
+        self.graphs = BlockGraphs()
         # What stands in each block for a provider, kept for its next turn.
         self._compiled: list[Any] = []
         self._fused: dict[str, list[Any]] = {}
@@ -187,7 +187,7 @@ class Bench(Phases):
         compiled = self._compiled if provider == "compiled" else nothing
         for block, runner, graph in zip(blocks, fused, compiled, strict=True):
             block.fused, block._compiled_call_impl = runner, graph
-        self.dit.graphs = self._graphs if "graphs" in words else None
+        self.dit.graphs = self.graphs if "graphs" in words else None
 
     def forward(self) -> None:
         i = self.inputs

@@ -28,7 +28,7 @@ from anima_fast.data.cache import LatentEntry, Stored, TextEntry
 from anima_fast.data.encode import EncodedDataset
 from anima_fast.data.encode_text import pad_rows
 from anima_fast.data.seeding import seeded
-from anima_fast.memory.recording import NOT_WHILE_RECORDING
+from anima_fast.models.recording import NOT_WHILE_RECORDING
 
 if TYPE_CHECKING:
     from anima_fast.data.plan import DatasetPlan, ImageItem

@@ -187,13 +187,14 @@ def lora_linear_backward(
             gemm(a, b, out=out, scale=scale)
         elif out.dtype == a.dtype:
             torch.addmm(out, a, b.T, beta=0, alpha=scale, out=out)
-        elif a.is_cuda:
-            # cuBLAS writes its float32 accumulators; there is no such product on the CPU.
-            torch.ops.aten.mm.dtype_out(a, b.T, out.dtype, out=out)
+        else:
+            if a.is_cuda:
+                # cuBLAS writes its float32 accumulators; there is no such product on the CPU.
+                torch.ops.aten.mm.dtype_out(a, b.T, out.dtype, out=out)
+            else:
+                out.copy_(a @ b.T)
             if scale != 1.0:
                 out.mul_(scale)
-        else:
-            out.copy_(a @ b.T).mul_(scale)
 
     for i in adapted:
         columns_i, part = dy[:, columns[i]], g[:, ranks[i]]
