@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,17 +55,22 @@ def describe(job: Job, model: str, loras: Sequence[str] = ()) -> str:
         "Seed": job.seed,
         "Size": f"{job.width}x{job.height}",
         "Shift": f"{job.shift:g}",
-        "Model": Path(model).stem,
+        "Model": _quoted(Path(model).stem),
     }
     if job.strength != 1:
         facts["Denoising strength"] = f"{job.strength:g}"
     if loras:
         pairs = zip(loras, job.weights, strict=True)
-        facts["LoRA"] = "; ".join(f"{Path(path).stem}:{weight:g}" for path, weight in pairs)
+        facts["LoRA"] = _quoted("; ".join(f"{Path(path).stem}:{w:g}" for path, w in pairs))
     lines = [unescape(job.text)]
     if job.cfg != 1:
         lines.append(f"Negative prompt: {unescape(job.negative)}")
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items())])
+
+
+def _quoted(text: str) -> str:
+    """Commas separate the facts; one in a value needs quotes, as A1111 writes them."""
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',"\n') else text
 
 
 def save_png(path: Path, image: Image.Image, parameters: str, prompt: str | None = None) -> None:

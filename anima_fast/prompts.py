@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,8 @@ class Prompt:
         seed: None means drawn anew each time.
         steps, cfg, shift: of the sampler; cfg 1 makes no second pass.
         ignored: settings that have no meaning here.
+
+    Raises `UserError` for textual inversion.
     """
 
     text: str
@@ -67,6 +69,12 @@ class Prompt:
     cfg: float = 4.0
     shift: float = 3.0
     ignored: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if "embedding:" in self.text or "embedding:" in self.negative:
+            raise UserError(
+                "textual inversion is not supported for Anima: remove embedding:... from the prompt"
+            )
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -82,9 +90,15 @@ def read_prompts(path: str | Path, defaults: Prompt | None = None) -> list[Promp
         defaults: settings that a prompt does not give.
 
     Raises:
-        UserError: a file that cannot be read, or a setting that is wrong, with its line.
+        UserError: a file that cannot be read or holds none, or a wrong setting, with its line.
     """
-    path, defaults = Path(path), defaults or Prompt("")
+    prompts = list(_read(Path(path), defaults or Prompt("")))
+    if not prompts:
+        raise UserError(f"{path} holds no prompts: write one a line")
+    return prompts
+
+
+def _read(path: Path, defaults: Prompt) -> Iterable[Prompt]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -107,7 +121,7 @@ def read_prompts(path: str | Path, defaults: Prompt | None = None) -> list[Promp
         content = tomllib.loads(text) if suffix == ".toml" else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid {suffix[1:].upper()}: {error}") from None
-    return list(_from_tables(content, defaults, str(path)))
+    return _from_tables(content, defaults, str(path))
 
 
 def parse_prompt(line: str, defaults: Prompt | None = None, where: str = "prompt") -> Prompt:
@@ -115,13 +129,19 @@ def parse_prompt(line: str, defaults: Prompt | None = None, where: str = "prompt
 
     Raises `UserError` for a setting that cannot be read.
     """
-    # A flag is one or two small letters with space around: dashes inside words are text.
-    parts = re.split(r"(?:^|\s)--(?=[a-z][a-z0-9]{0,2}(?:\s|$))", line)
-    prompt = replace(defaults or Prompt(""), text=parts[0].strip())
-    for part in parts[1:]:
-        name, _, value = part.strip().partition(" ")
-        prompt = _with(prompt, name, value.strip(), where)
+    # A flag is one to three letters with space around, or "=" behind: dashes inside words are text.
+    text, *found = re.split(r"(?:^|\s)--([a-z][a-z0-9]{0,2})(?==|\s|$)", line, flags=re.I)
+    prompt = replace(defaults or Prompt(""), text=text.strip())
+    for name, value in zip(found[::2], found[1::2], strict=True):
+        prompt = _with(prompt, name.lower(), value.removeprefix("=").strip(), where)
     return prompt
+
+
+def say_ignored(prompts: Sequence[Prompt], say: Callable[[str], None]) -> None:
+    """Say which settings have no effect."""
+    ignored = sorted({name for prompt in prompts for name in prompt.ignored})
+    if ignored:
+        say(f"without effect on Anima, in the prompts: {', '.join(ignored)}")
 
 
 def collect_prompts(options: TrainOptions) -> list[Prompt]:
@@ -134,7 +154,9 @@ def _from_tables(content: Any, defaults: Prompt, where: str) -> Iterable[Prompt]
     if isinstance(content, Mapping):
         shared = content.get("prompt", content)
         if not isinstance(shared, Mapping):
-            raise UserError(f"{where}: expected a table [prompt] with [[prompt.subset]]")
+            raise UserError(
+                f"{where}: expected a list of prompts, or a table [prompt] with [[prompt.subset]]"
+            )
         entries = shared.get("subset", [])
         rest = {key: value for key, value in shared.items() if key != "subset"}
         if not entries and "prompt" in rest:
@@ -158,11 +180,12 @@ def _from_table(table: Mapping[str, Any], defaults: Prompt, where: str) -> Promp
         raise UserError(f"{where}: prompt is missing: give the text")
     prompt = replace(defaults, text=table["prompt"].strip())
     for key, value in table.items():
-        if key in KEYS:
+        # JSON's null is a setting not given.
+        if key in KEYS and value is not None:
             prompt = _with(prompt, KEYS[key], str(value), where)
         elif key in IGNORED_KEYS:
             prompt = replace(prompt, ignored=(*prompt.ignored, key))
-        elif key != "prompt":
+        elif key not in ("prompt", *KEYS):
             raise UserError(f"{where}: {key} is unknown: use prompt, {', '.join(KEYS)}")
     return prompt
 

@@ -36,6 +36,8 @@ def test_a_line_with_settings():
     assert prompt == Prompt("one, well--known -- thing", "bad, worse", 688, 64, cfg=1.0)
     assert prompt.ignored == ("--ss",)
     assert prompt.texts == ("one, well--known -- thing",)
+    assert parse_prompt("x --w=64 --H 96 --n =_= --d=3") == Prompt("x", "=_=", 64, 96, 3)
+    assert parse_prompt("x --n --w 64") == Prompt("x", "", 64)
 
 
 def test_what_is_not_given_is_as_in_comfyui():
@@ -53,7 +55,7 @@ def test_files_say_the_same_in_all_forms(tmp_path):
         '[[prompt.subset]]\nprompt = "two"\nseed = 4\nnegative_prompt = "no"\n',
         encoding="utf-8",
     )
-    listed = [{"prompt": "one", "width": 64, "height": 64, "seed": 3}]
+    listed = [{"prompt": "one", "width": 64, "height": 64, "seed": 3, "scale": None}]
     (tmp_path / "a.json").write_text(
         json.dumps([*listed, "two --w 64 --h 64 --n no --d 4"]), encoding="utf-8"
     )
@@ -75,6 +77,9 @@ def test_files_say_the_same_in_all_forms(tmp_path):
         ("a.json", '[{"prompt": "x", "widht": 3}]', "widht is unknown"),
         ("a.json", "[3]", "expected a table or a line"),
         ("a.yaml", "x", "rename it"),
+        ("a.txt", "# later\n\n", "holds no prompts"),
+        ("a.json", "[]", "holds no prompts"),
+        ("a.txt", "an embedding:x", "textual inversion"),
     ],
 )
 def test_wrong_prompts_name_their_place(tmp_path, name, text, match):

@@ -1,6 +1,7 @@
 """`anima-fast sample` beyond one picture: weights, batches, image to image, grids, chunks."""
 
 import json
+import os
 from dataclasses import replace
 from itertools import chain
 
@@ -21,6 +22,7 @@ from anima_fast.models.text_encoder import load_text_encoder
 from anima_fast.models.tokenizers import load_tokenizers
 from anima_fast.models.vae import load_vae
 from anima_fast.options import SampleOptions
+from anima_fast.pictures import describe
 from anima_fast.sampling import euler_sample, run_sample
 from anima_fast.sampling.grid import expand, read_axes
 from anima_fast.sampling.jobs import Job, batches, make_jobs
@@ -163,7 +165,7 @@ def test_files_are_numbered_on(world, tmp_path):
 def test_a_file_of_prompts(world, tmp_path):
     file = tmp_path / "p.txt"
     file.write_text("one --w 64 --h 64 --d 1\ntwo --s 1\n", encoding="utf-8")
-    run_sample(options(world, tmp_path / "o.png", prompts=str(file)), quiet=True)
+    run_sample(options(world, tmp_path / "o.png", prompt="", prompts=str(file)), quiet=True)
     images = [Image.open(tmp_path / f"o_000{i}.png") for i in (0, 1)]
     assert [image.size for image in images] == [(64, 64), (48, 32)]
     assert images[0].text["parameters"].startswith("one\n")
@@ -230,6 +232,8 @@ def test_weights_of_several_files_of_any_kind(world, tmp_path, loras):
     both = render(world, out, lora=(f"{loras[1]}:-0.7", f"{loras[0]}:0"))
     assert np.abs(one - both).max() <= 1 and np.abs(one - base).max() > 1
     assert "LoRA: lokr:-0.7; lora:0" in Image.open(out).text["parameters"]
+    job = Job("a", "", 1, 2, 1.0, 3.0, 64, 64, weights=(1.0,))
+    assert describe(job, "m, v2.x", ["a,b.x"]).endswith('Model: "m, v2", LoRA: "a,b:1"')
 
 
 def test_a_drive_letter_is_no_weight():
@@ -272,19 +276,29 @@ def test_models_are_loaded_once_for_all_cells(world, tmp_path, monkeypatch, lora
 
 def test_axes_change_what_they_name(loras):
     job = Job("a cat", "", 1, 2, 1.0, 3.0, 64, 64, weights=(0.5, 0.7))
-    axes = read_axes(["weight2=0,1", "prompt=cat|dog|bird"], 2, "a cat")
+    axes = read_axes(["weight2=0,1", "prompt=cat|dog|bird"], 2, ["a cat"])
     rows = expand(job, axes)
     assert [j.weights for j in rows[0]] == [(0.5, 0.0), (0.5, 1.0)]
     assert [row[0].text for row in rows] == ["a cat", "a dog", "a bird"]
     assert rows[1][1].title == "weight2 1, dog"
-    files = read_axes(["lora=x.safetensors,y.safetensors"], 1, "")
+    files = read_axes(["lora=x.safetensors,y.safetensors"], 1, [""])
     weights = [j.weights for j in expand(replace(job, weights=(0.5, 0.9, 0.9)), files)[0]]
     assert weights == [(0.5, 0.9, 0.0), (0.5, 0.0, 0.9)]
+    # Weights for all files leave those out that an axis does not choose, in either order.
+    words = ["lora=x.safetensors,y.safetensors", "weight=0.5,1"]
+    cells = [[(0.5, 0.0), (0.0, 0.5)], [(1.0, 0.0), (0.0, 1.0)]]
+    job = replace(job, weights=(0.9, 0.9))
+    rows = expand(job, read_axes(words, 0, ["a cat"]))
+    assert [[j.weights for j in row] for row in rows] == cells
+    columns = expand(job, read_axes(words[::-1], 0, ["a cat"]))
+    assert [[j.weights for j in column] for column in zip(*columns, strict=True)] == cells
+    rows = expand(job, read_axes(["weight1=0,1", "weight=0.5"], 2, ["a cat"]))
+    assert [j.weights for j in rows[0]] == [(0.0, 0.5), (1.0, 0.5)]
     for word, name, values in (
         ("steps=1,2", "steps", [1, 2]), ("cfg=1,2.5", "cfg", [1.0, 2.5]),
         ("width=64,80", "width", [64, 80]), ("shift=1", "shift", [1.0]),
     ):  # fmt: skip
-        (row,) = expand(job, read_axes([word], 0, ""))
+        (row,) = expand(job, read_axes([word], 0, [""]))
         assert [getattr(j, name) for j in row] == values
 
 
@@ -301,11 +315,12 @@ def test_axes_change_what_they_name(loras):
         (["width=65"], "multiple of 16"),
         (["cfg=nan"], "out of range"),
         (["prompt=dog|cat"], "does not contain 'dog'"),
+        (["prompt=|cat"], "does not contain ''"),
     ],
 )
 def test_wrong_grids_are_refused(words, match):
     with pytest.raises(UserError, match=match):
-        read_axes(words, 0, "a cat")
+        read_axes(words, 0, ["a cat"])
 
 
 # Chunks of the PNG
@@ -336,6 +351,29 @@ def test_comfyui_finds_its_nodes(world, tmp_path, loras):
     assert "ModelSamplingAuraFlow" not in Image.open(out).text["prompt"]
 
 
+def test_comfyui_gets_the_size_and_the_parentheses(world, tmp_path):
+    """The picture to start from is cut as here; text that was not weighted is escaped."""
+    source, out = tmp_path / "in.png", tmp_path / "a.png"
+    Image.new("RGB", (100, 70)).save(source)
+    given = {"init_image": str(source), "strength": 0.5, "no_prompt_weights": True}
+    run_sample(options(world, out, prompt=r"a (cat:2) \(x", **given), quiet=True)
+    nodes = json.loads(Image.open(out).text["prompt"]).values()
+    (scale,) = (node["inputs"] for node in nodes if node["class_type"] == "ImageScale")
+    assert (scale["width"], scale["height"], scale["crop"]) == (48, 32, "center")
+    (text, _) = (n["inputs"]["text"] for n in nodes if n["class_type"] == "CLIPTextEncode")
+    assert weighted_segments(text) == [(r"a (cat:2) \(x", 1.0)]
+
+
+def test_what_has_no_effect_is_said(world, tmp_path, capsys):
+    source, prompts = tmp_path / "in.png", tmp_path / "p.txt"
+    Image.new("RGB", (48, 32)).save(source)
+    prompts.write_text("a --ss euler_a --s 1\n", encoding="utf-8")
+    given = {"prompt": "", "prompts": str(prompts), "init_image": str(source)}
+    run_sample(options(world, tmp_path / "a.png", **given))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "in the prompts: --ss" in said and "gives its size only" in said
+
+
 # Refusals
 
 
@@ -357,6 +395,9 @@ def command(world, *words):
         (["--prompt", "x", "--textual_inversion_embeddings", "e"], "textual inversion"),
         (["--prompt", "x", "--output", "a.jpg"], "give the name of a .png file"),
         (["--prompts", "none.txt"], "cannot read the prompts"),
+        (["--prompts", os.devnull], "rename it"),
+        (["--prompts", "none.txt", "--prompt", "x"], "exclude each other"),
+        (["--prompt", "x", "--lora", "a.safetensors:nan"], "use a finite weight"),
         (["--prompt", "x", "--grid", "seed"], "expected name=value"),
     ],
 )

@@ -59,37 +59,41 @@ def _each(job: Job) -> enumerate:
     return enumerate(job.weights)
 
 
-def read_axes(words: Sequence[str], loras: int, prompt: str) -> list[Axis]:
+def read_axes(words: Sequence[str], loras: int, texts: Sequence[str]) -> list[Axis]:
     """The axes of `--grid`, columns first.
 
     Args:
         words: such as weight=0,0.5,1, seed=1,2,3, prompt=cat|dog, lora=a.safetensors,b.safetensors.
         loras: number of LoRA files given besides.
-        prompt: the text in which the first alternative of a prompt axis must be.
+        texts: the prompts, in which the first alternative of a prompt axis must be.
 
     Raises:
         UserError: what is wrong with them.
     """
     if len(words) > 2:
         raise UserError(f"--grid has {len(words)} axes: a picture has two, columns and rows")
-    axes = [_axis(word, loras, prompt) for word in words]
+    axes = [_axis(word, loras, texts) for word in words]
     if len(axes) == 2 and (axes[0].name, axes[0].index) == (axes[1].name, axes[1].index):
         raise UserError(f"--grid has {axes[0].name} twice: give another second axis")
+    names = [axis.name for axis in axes]
+    if "weight" in names and not loras and "lora" not in names:
+        raise UserError("--grid weight needs a --lora")
     return axes
 
 
-def _axis(word: str, loras: int, prompt: str) -> Axis:
+def _axis(word: str, loras: int, texts: Sequence[str]) -> Axis:
     name, equals, text = word.partition("=")
     name = name.strip()
     if not equals or not text.strip():
         raise UserError(f"--grid {word[:60]}: expected name=value,value, such as seed=1,2,3")
     if name == "prompt":
         values = tuple(part.strip() for part in text.split("|"))
-        if values[0] not in prompt:
-            raise UserError(
-                f"--grid prompt: the prompt does not contain {values[0]!r}, which the others "
-                "replace: write prompt=WORD IN THE PROMPT|another|another"
-            )
+        for prompt in texts:
+            if not values[0] or values[0] not in prompt:
+                raise UserError(
+                    f"--grid prompt: {prompt[:60]!r} does not contain {values[0]!r}, which the "
+                    "others replace: write prompt=WORD IN THE PROMPT|another|another"
+                )
         return Axis(name, values)
     parts = tuple(part.strip() for part in text.split(",") if part.strip())
     if name == "lora":
@@ -103,8 +107,6 @@ def _axis(word: str, loras: int, prompt: str) -> Axis:
     if name not in NUMBERS:
         known = ", ".join([*NUMBERS, "weight1", "prompt", "lora"])
         raise UserError(f"--grid {name} is unknown: use {known}")
-    if name == "weight" and not loras:
-        raise UserError("--grid weight needs a --lora")
     return Axis(name, tuple(_number(name, part) for part in parts), index)
 
 
@@ -124,24 +126,16 @@ def _number(name: str, text: str) -> float:
 
 def expand(job: Job, axes: Sequence[Axis]) -> list[list[Job]]:
     """Rows of jobs: a column for each value of the first axis, a row for each of the second."""
-    columns = axes[0]
-    rows = axes[1].values if len(axes) > 1 else (None,)
-    return [
-        [
-            replace(_at(columns.apply(job, x), axes, y), title=_title(axes, x, y))
-            for x in columns.values
-        ]
-        for y in rows
-    ]
+    columns = [(axes[0], value) for value in axes[0].values]
+    rows = [[(axes[1], value)] for value in axes[1].values] if len(axes) > 1 else [[]]
+    return [[_cell(job, [column, *row]) for column in columns] for row in rows]
 
 
-def _at(job: Job, axes: Sequence[Axis], value: object) -> Job:
-    return axes[1].apply(job, value) if len(axes) > 1 else job
-
-
-def _title(axes: Sequence[Axis], x: object, y: object) -> str:
-    title = axes[0].label(x)
-    return f"{title}, {axes[1].label(y)}" if len(axes) > 1 else title
+def _cell(job: Job, settings: Sequence[tuple[Axis, object]]) -> Job:
+    # Axes of one file come last: those of all files would undo them.
+    for axis, value in sorted(settings, key=lambda setting: setting[0].index is not None):
+        job = axis.apply(job, value)
+    return replace(job, title=", ".join(axis.label(value) for axis, value in settings))
 
 
 def compose(rows: Sequence[Sequence[Image.Image]], axes: Sequence[Axis]) -> Image.Image:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from anima_fast.errors import UserError
-from anima_fast.prompts import Prompt, read_prompts
+from anima_fast.prompts import Prompt, read_prompts, say_ignored
 
 if TYPE_CHECKING:
     from anima_fast.options import SampleOptions
@@ -52,7 +52,10 @@ class Job:
 
 
 def make_jobs(
-    options: SampleOptions, weights: Sequence[float], image_size: tuple[int, int] | None = None
+    options: SampleOptions,
+    weights: Sequence[float],
+    image_size: tuple[int, int] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Job]:
     """The pictures of all prompts, `count` of each with seeds that follow each other.
 
@@ -60,10 +63,13 @@ def make_jobs(
         options: of the command.
         weights: of the LoRA files.
         image_size: width and height of the picture to start from.
+        say: gets notices.
 
     Raises:
-        UserError: a file of prompts that cannot be read, or a size that does not fit.
+        UserError: a file of prompts that cannot be read, or prompts that are not supported.
     """
+    if options.prompt and options.prompts:
+        raise UserError("--prompt and --prompts exclude each other: put the text into the file")
     first = secrets.randbelow(2**32) if options.seed is None else options.seed
     width, height = image_size or (SIDE, SIDE)
     width, height = (max(MULTIPLE, side // MULTIPLE * MULTIPLE) for side in (width, height))
@@ -78,11 +84,7 @@ def make_jobs(
         options.shift,
     )
     prompts = read_prompts(options.prompts, defaults) if options.prompts else [defaults]
-    for prompt in prompts:
-        if "embedding:" in prompt.text or "embedding:" in prompt.negative:
-            raise UserError(
-                "textual inversion is not supported for Anima: remove embedding:... from the prompt"
-            )
+    say_ignored(prompts, say)
     return [
         Job(
             prompt.text,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,25 +78,35 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
     """
     check_model_files(options)
     given = list(options.loras)
-    axes = read_axes(options.grid, len(given), options.prompt)
+    notices: list[str] = []
+    size = picture_size(options.init_image) if options.init_image else None
+    jobs = make_jobs(options, [], size, notices.append)
+    axes = read_axes(options.grid, len(given), [job.text for job in jobs])
     for axis in axes:
         if axis.name == "lora":
             given += [(path, options.lora_weight) for path in axis.values]
         if axis.name == "strength" and not options.init_image:
             raise UserError("--grid strength needs --init_image FILE")
     device, dtype = choose_device(options), DTYPES[options.dtype]
+    for path, weight in given:
+        if not math.isfinite(weight):
+            raise UserError(f"--lora {path}:{weight}: use a finite weight")
     loras = [LoRAFile.read(path, weight) for path, weight in given]
-    weights = [weight for _, weight in given]
-    size = picture_size(options.init_image) if options.init_image else None
-    jobs = make_jobs(options, weights, size)
+    jobs = [replace(job, weights=tuple(weight for _, weight in given)) for job in jobs]
     sheets = [expand(job, axes) for job in jobs] if axes else []
     if sheets:
         jobs = [job for rows in sheets for row in rows for job in row]
     outputs = Outputs(options.output, len(jobs), grid=bool(axes))
     with Progress() as progress, torch.no_grad():
         say = (lambda text: None) if quiet else progress.say
-        if options.negative_prompt and options.cfg == 1:
+        for notice in notices:
+            say(notice)
+        if options.negative_prompt and all(job.cfg == 1 for job in jobs):
             say("--negative_prompt has no effect with --cfg 1")
+        if options.init_image and all(job.strength == 1 for job in jobs):
+            say(
+                "--init_image gives its size only with --strength 1: use a smaller one, such as 0.6"
+            )
         session = Session(options, device, dtype, loras, jobs, say, None if quiet else progress)
         images = _render(session, outputs)
         for number, rows in enumerate(sheets):
@@ -124,12 +135,15 @@ def _render(session: Session, outputs: Outputs) -> list[Image.Image]:
         for number, (job, latent) in enumerate(zip(session.jobs, latents, strict=True)):
             pixels = vae.decode(latent[None].to(session.device), chunk_rows=options.vae_chunk_size)
             image = to_image(pixels[0])
-            files = {"dit": options.dit, "qwen3": options.qwen3, "vae": options.vae}
-            nodes = comfyui_prompt(job, **files, loras=session.paths, init_image=options.init_image)
+            nodes = comfyui_prompt(
+                job, dit=options.dit, qwen3=options.qwen3, vae=options.vae, loras=session.paths,
+                init_image=options.init_image, weighted=not options.no_prompt_weights,
+            )  # fmt: skip
             path = outputs.picture(number)
             save_png(path, image, describe(job, options.dit, session.paths), nodes)
             session.say(f"wrote {path}")
-            images.append(image)
+            if options.grid:
+                images.append(image)
     return images
 
 

@@ -8,6 +8,7 @@ ComfyUI asks for those it does not find under that name.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def comfyui_prompt(
     vae: str,
     loras: Sequence[str] = (),
     init_image: str | None = None,
+    weighted: bool = True,
 ) -> str:
     """The JSON of the chunk `prompt`.
 
@@ -34,6 +36,7 @@ def comfyui_prompt(
         job: the picture.
         dit, qwen3, vae, init_image: paths of the files.
         loras: those that `job.weights` belong to; weight 0 leaves one out.
+        weighted: whether parentheses were read as weights; ComfyUI always does.
     """
     nodes: dict[str, dict[str, Any]] = {}
 
@@ -53,10 +56,14 @@ def comfyui_prompt(
             clip = [model[0], 1]
     if job.shift != OWN_SHIFT:
         model = add("ModelSamplingAuraFlow", model=model, shift=job.shift)
-    positive = add("CLIPTextEncode", text=unescape(job.text), clip=clip)
-    negative = add("CLIPTextEncode", text=unescape(job.negative), clip=clip)
+    texts = (unescape(text) for text in (job.text, job.negative))
+    if not weighted:
+        texts = (re.sub(r"[()]", r"\\\g<0>", text) for text in texts)
+    positive, negative = (add("CLIPTextEncode", text=text, clip=clip) for text in texts)
     if job.strength != 1 and init_image:
         image = add("LoadImage", image=Path(init_image).name)
+        size = {"width": job.width, "height": job.height}
+        image = add("ImageScale", image=image, upscale_method="lanczos", crop="center", **size)
         latent = add("VAEEncode", pixels=image, vae=decoder)
     else:
         latent = add("EmptyLatentImage", width=job.width, height=job.height, batch_size=1)

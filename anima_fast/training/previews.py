@@ -24,7 +24,7 @@ from anima_fast.data.encode_models import TextModels, free_memory, load_run_toke
 from anima_fast.errors import UserError
 from anima_fast.models.vae import load_vae
 from anima_fast.pictures import describe, save_png, to_image, unescape
-from anima_fast.prompts import Prompt, collect_prompts
+from anima_fast.prompts import Prompt, collect_prompts, say_ignored
 from anima_fast.sampling.euler import euler_sample, start_noise
 from anima_fast.sampling.jobs import Job
 from anima_fast.sampling.texts import (
@@ -189,9 +189,7 @@ def prepare_previews(
     prompts = collect_prompts(options)
     if not prompts:
         return None
-    ignored = sorted({name for prompt in prompts for name in prompt.ignored})
-    if ignored:
-        say(f"prompts: {', '.join(ignored)} has no effect on Anima")
+    say_ignored(prompts, say)
     if text_mode == "live":
         return Previews(options, prompts, live=True)
     say("encoding the prompts of previews")
