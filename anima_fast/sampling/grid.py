@@ -21,7 +21,10 @@ LIMITS = {
     "height": (MULTIPLE, 16384), "cfg": (0, 1e6), "shift": (1e-6, 1e6), "strength": (1e-3, 1),
     "weight": (-1e6, 1e6),
 }  # fmt: skip
-GAP, LINE, FONT_SIZE = 8, 22, 16
+GAP = 8
+# Height of letters, and the part of a cell's width that they have where that is more: a sheet of
+# large cells is looked at from further away.
+FONT_SIZE, FONT_PART = 16, 1 / 24
 
 
 @dataclass(frozen=True)
@@ -140,32 +143,35 @@ def _cell(job: Job, settings: Sequence[tuple[Axis, object]]) -> Job:
 
 def compose(rows: Sequence[Sequence[Image.Image]], axes: Sequence[Axis]) -> Image.Image:
     """One picture of all cells with a label for each column and row; cells keep their sizes."""
-    font = ImageFont.load_default(FONT_SIZE)
     widths = [max(row[i].width for row in rows) for i in range(len(rows[0]))]
     heights = [max(image.height for image in row) for row in rows]
-    tops = [_wrapped(axes[0].label(v), w) for v, w in zip(axes[0].values, widths, strict=True)]
-    sides = [_wrapped(axes[1].label(v), 140) for v in axes[1].values] if len(axes) > 1 else []
-    left = 140 + 2 * GAP if sides else GAP
-    top = max(map(len, tops)) * LINE + 2 * GAP
+    letter = max(FONT_SIZE, round(max(widths) * FONT_PART))
+    font, side, space = ImageFont.load_default(letter), 9 * letter, letter // 4
+
+    def wrapped(text: str, width: int) -> list[str]:
+        # Lines that fit a width in pixels, in letters of the average width.
+        return textwrap.wrap(text, max(6, int(width / (letter * 0.56)))) or [""]
+
+    tops = [wrapped(axes[0].label(v), w) for v, w in zip(axes[0].values, widths, strict=True)]
+    sides = [wrapped(axes[1].label(v), side) for v in axes[1].values] if len(axes) > 1 else []
+    left = side + 2 * GAP if sides else GAP
+    top = max(map(len, tops)) * round(1.4 * letter) + 2 * GAP
     size = (left + sum(widths) + GAP * len(widths), top + sum(heights) + GAP * len(heights))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     x = left
     for lines, width in zip(tops, widths, strict=True):
-        draw.multiline_text((x, GAP), "\n".join(lines), fill="black", font=font)
+        draw.multiline_text((x, GAP), "\n".join(lines), fill="black", font=font, spacing=space)
         x += width + GAP
     y = top
     for i, row in enumerate(rows):
         if sides:
-            draw.multiline_text((GAP, y), "\n".join(sides[i]), fill="black", font=font)
+            draw.multiline_text(
+                (GAP, y), "\n".join(sides[i]), fill="black", font=font, spacing=space
+            )
         x = left
         for image, width in zip(row, widths, strict=True):
             sheet.paste(image, (x, y))
             x += width + GAP
         y += heights[i] + GAP
     return sheet
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    """Lines that fit a width in pixels, in letters of the average width."""
-    return textwrap.wrap(text, max(6, int(width / (FONT_SIZE * 0.56)))) or [""]
