@@ -24,7 +24,7 @@ from anima_fast.models.vae import load_vae
 from anima_fast.options import SampleOptions
 from anima_fast.pictures import describe
 from anima_fast.sampling import euler_sample, run_sample
-from anima_fast.sampling.grid import expand, read_axes
+from anima_fast.sampling.grid import compose, expand, read_axes
 from anima_fast.sampling.jobs import Job, batches, make_jobs
 from anima_fast.sampling.prompt_weights import weighted_segments
 from anima_fast.sampling.texts import adapt, encode_states, tokenize_prompt
@@ -259,6 +259,16 @@ def test_a_grid_has_a_cell_for_each_pair(world, tmp_path, loras):
     assert f"{cells[0].name}" == "grid_0000.png"
     colours = np.asarray(sheet)
     assert (colours == 255).all(axis=-1).any() and (colours < 60).all(axis=-1).any()
+
+
+def test_labels_grow_with_the_cells():
+    """A sheet of large cells is looked at as a whole."""
+    heights = []
+    for width in (64, 960):
+        sheet = compose([[Image.new("RGB", (width, 64))]], read_axes(["seed=1"], 0, [""]))
+        ink = np.asarray(sheet)[:-72].min(axis=(1, 2)) < 128
+        heights.append(int(ink.sum()))
+    assert heights[1] > 2 * heights[0] > 0
 
 
 def test_models_are_loaded_once_for_all_cells(world, tmp_path, monkeypatch, loras):
