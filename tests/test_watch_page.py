@@ -1,6 +1,7 @@
 """The page of `anima-fast watch` in a real browser, at the widths of a phone and a desk."""
 
 import os
+from itertools import pairwise
 
 import pytest
 from browser import Browser, find_browser
@@ -177,6 +178,27 @@ def test_curves_are_read_with_mouse_and_keys(browser, served):
     assert "unet" in text(browser, "#read-out")
     browser.key("Escape")
     browser.wait("document.querySelector('#chart-loss .where').textContent === ''")
+
+
+# Left edge, right edge of each number below the curve of the loss.
+STEPS = """[...document.querySelectorAll("#chart-loss svg > text")]
+  .filter((one) => one.getAttribute("y") > one.ownerSVGElement.clientHeight - 8)
+  .map((one) => one.getBoundingClientRect()).map((box) => [box.left, box.right])"""
+
+
+@pytest.mark.parametrize(("stride", "smoothing"), [(1, "50 steps"), (550, "1,000 steps")])
+def test_a_long_run_is_averaged_over_more_steps(browser, served, stride, smoothing):
+    """And the steps below the curve do not run into each other on a phone."""
+    run = FakeRun(served.out, steps=91)
+    for _ in range(91):
+        record = run.record()
+        run.log(record | {"step": record["step"] * stride})
+    open_page(browser, served, PHONE)
+    assert text(browser, "#smooth-text") == smoothing
+    boxes = browser.ask(STEPS)
+    assert len(boxes) >= 2
+    assert all(a[1] + 4 < b[0] for a, b in pairwise(boxes)), boxes
+    assert browser.problems == []
 
 
 def test_tools_change_the_curves(browser, served):

@@ -86,7 +86,9 @@ export class Chart {
       this.svg.append(svg("line", { class: "grid", x1: left, x2: right, y1: at, y2: at }));
       this.svg.append(svg("text", { x: left - 8, y: at + 4, "text-anchor": "end" }, this.tick(y, step)));
     }
-    const most = Math.max(2, Math.floor((right - left) / 64));
+    // Letters are about 7 pixels wide, and the last number may end where its mark is.
+    const room = Math.max(46, 10 * Math.round(x1).toLocaleString("en").length + 8);
+    const most = Math.max(2, Math.floor((right - left) / room));
     const inside = ticks(x0, x1, most).filter((x) => x >= x0 && x <= x1);
     for (const x of inside) {
       const at = this.scale.x(x);

@@ -5,8 +5,10 @@ import { Chart } from "./chart.js";
 import { exponent, say, several, short } from "./format.js";
 import { emptyTable, merge, smooth } from "./store.js";
 
-// Steps over which a curve is averaged, by place of the slider.
+// Steps over which a curve is averaged, by place of the slider; untouched, it stands at the last that
+// is at most this part of the run, but not before 50.
 const WINDOWS = [0, 5, 10, 20, 50, 100, 200, 500, 1000, 5000];
+const [USUAL, PART] = [4, 1 / 50];
 const COLORS = 6;
 
 const byId = (id) => document.getElementById(id);
@@ -17,7 +19,7 @@ const trimmed = (value, step) => {
 
 let table = emptyTable();
 let marks = { validation: null, epochs: [], events: [], sigma_bins: [] };
-let settings = { window: 4, raw: true, log: false, part: 1 };
+let settings = { window: null, raw: true, log: false, part: 1 };
 
 const charts = {
   loss: new Chart(byId("chart-loss"), { format: short, tick: trimmed, empty: "No step was logged yet." }),
@@ -54,9 +56,17 @@ function whyEmpty({ state, folder_exists: exists, out }) {
   return state.name === "preparing" ? state.text : "No step was logged.";
 }
 
+function place() {
+  const steps = table.steps.at(-1) ?? 0;
+  return settings.window ?? Math.max(USUAL, WINDOWS.findLastIndex((one) => one <= steps * PART));
+}
+
+/** Steps over which curves are averaged now. */
+const averaged = () => WINDOWS[place()] ?? 0;
+
 /** The newest point of the smoothed loss, for the tiles. */
 export function smoothedLoss() {
-  const values = smooth(column("loss").mean ?? [], WINDOWS[settings.window], table.stride);
+  const values = smooth(column("loss").mean ?? [], averaged(), table.stride);
   return values.findLast((value) => value !== null) ?? null;
 }
 
@@ -74,7 +84,7 @@ function noisy(name, { clip = false, from = 0 } = {}) {
   const raw = series(name, "each step", { style: "faint", clip: true });
   if (from) raw.y = raw.y.map((value, i) => (i < from ? null : value));
   if (from && raw.low) raw.low = raw.high = null;
-  const window = WINDOWS[settings.window];
+  const window = averaged();
   const smoothed = { ...raw, name: "smoothed", style: "line", y: smooth(raw.y, window, table.stride) };
   Object.assign(smoothed, { low: null, high: null, clip });
   if (!window) return [{ ...raw, style: "line" }];
@@ -114,6 +124,7 @@ function range() {
 }
 
 function draw() {
+  showWindow();
   const events = marks.events.slice(-100).map((event) => ({ x: event.step, text: event.text, kind: "happened" }));
   const epochs = marks.epochs.length > 1 && marks.epochs.length <= 40
     ? marks.epochs.map(([step, epoch]) => ({ x: step, text: `end of epoch ${epoch}`, kind: "epoch" }))
@@ -128,6 +139,15 @@ function draw() {
   bars.set(marks.sigma_bins, marks.validation);
 }
 
+function showWindow() {
+  const slider = byId("smooth");
+  const text = averaged() ? several(averaged(), "step") : "off";
+  if (byId("smooth-text").textContent === text) return;
+  slider.value = place();
+  byId("smooth-text").textContent = text;
+  slider.setAttribute("aria-valuetext", text);
+}
+
 function press(group, button) {
   for (const one of group.querySelectorAll("button")) one.setAttribute("aria-pressed", one === button);
 }
@@ -140,14 +160,10 @@ function setUp() {
   } catch {
     // A browser that keeps nothing starts with the defaults.
   }
-  slider.value = settings.window;
   byId("raw").checked = settings.raw;
   byId("logarithm").checked = settings.log;
   const change = (values) => {
     settings = { ...settings, ...values };
-    const window = WINDOWS[settings.window] ?? 0;
-    byId("smooth-text").textContent = window ? `${several(window, "step")}` : "off";
-    slider.setAttribute("aria-valuetext", window ? several(window, "step") : "off");
     try {
       localStorage.setItem("watch-curves", JSON.stringify({ ...settings, part: 1 }));
     } catch {
