@@ -37,6 +37,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Programs that a pass over few keys is split into; enough for the multiprocessors of any card.
 PROGRAMS = 256
+# Queries of a program that sums do·out; 64 spill with Triton 3.6 on compute capability 10.0.
+DELTA_ROWS = 32
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, zero_keys: Tensor | None = None) -> Tensor:
@@ -295,8 +297,8 @@ def attention_backward(
     meta, precision, scale = _meta(q), dispatch.dot_precision(), 1 / math.sqrt(head)
 
     delta = dispatch.empty(batch, heads, length, like=q, dtype=wide_type)
-    _attention_delta[(dispatch.cdiv(length, 64), batch * heads)](
-        out, do, delta, heads, length, *_strides(out, do), BLOCK_M=64, **meta, num_warps=4
+    _attention_delta[(dispatch.cdiv(length, DELTA_ROWS), batch * heads)](
+        out, do, delta, heads, length, *_strides(out, do), BLOCK_M=DELTA_ROWS, **meta, num_warps=4
     )
 
     tile = tiles("dkdv", q.dtype)
