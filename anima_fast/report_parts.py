@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -77,12 +79,21 @@ def preview_grid(records: Sequence[Mapping], folder: Path) -> str:
         return ""
     shown = _spread(previews, MOST_COLUMNS)
     head = "".join(f"<th>step {record['step']}</th>" for record in shown)
+    # The file of prompts may change during a run, so rows follow the text and not the place.
+    found: dict[tuple[str, int], dict[int, Path]] = {}
+    for column, record in enumerate(shown):
+        seen: Counter[str] = Counter()
+        for path in (folder / name for name in record["files"]):
+            prompt = _prompt(path)
+            if prompt is not None:
+                found.setdefault((prompt, seen[prompt]), {})[column] = path
+                seen[prompt] += 1
     rows = []
-    for row in range(max(len(record["files"]) for record in shown)):
-        files = [r["files"][row] if row < len(r["files"]) else None for r in shown]
-        paths = [folder / name if name else None for name in files]
-        cells = "".join(f"<td>{_thumbnail(path)}</td>" for path in paths)
-        rows.append(f'<tr><th class="prompt">{html.escape(_prompt(paths))}</th>{cells}</tr>')
+    for (prompt, _), paths in found.items():
+        first = prompt.split("\n")[0]
+        label = html.escape(first if len(first) <= 80 else f"{first[:79]}…")
+        cells = "".join(f"<td>{_thumbnail(paths.get(i))}</td>" for i in range(len(shown)))
+        rows.append(f'<tr><th class="prompt">{label}</th>{cells}</tr>')
     left_out = len(previews) - len(shown)
     note = f'<p class="lead">{left_out} more lie in the folder sample.</p>' if left_out else ""
     return (
@@ -115,19 +126,16 @@ def _thumbnail(path: Path | None) -> str:
     return f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(path.stem)}">'
 
 
-def _prompt(paths: Iterable[Path | None]) -> str:
-    """The prompt that the newest of these pictures carries, cut to a line or two."""
+def _prompt(path: Path) -> str | None:
+    """The prompt that a picture carries; None when it cannot be read."""
     from PIL import Image
 
-    for path in reversed([p for p in paths if p is not None and p.is_file()]):
-        try:
-            with Image.open(path) as image:
-                text = str(getattr(image, "text", {}).get("parameters", ""))
-        except OSError:
-            continue
-        first = text.split("\n")[0]
-        return first if len(first) <= 80 else f"{first[:79]}…"
-    return ""
+    try:
+        with Image.open(path) as image:
+            text = str(getattr(image, "text", {}).get("parameters", ""))
+    except OSError:
+        return None
+    return re.split(r"\n(?:Negative prompt|Steps):", text, maxsplit=1)[0]
 
 
 def _of_kind(records: Sequence[Mapping], kind: str) -> list[Mapping]:

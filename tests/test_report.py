@@ -142,6 +142,24 @@ def test_previews_stand_over_time_and_losses_by_sigma(tmp_path):
     assert bars.count("<rect") == 9
 
 
+def test_rows_of_previews_follow_the_prompts(tmp_path):
+    """The file of prompts lost its first line after step 1; two prompts are alike."""
+    from anima_fast.pictures import save_png
+    from anima_fast.report_parts import preview_grid
+
+    records = []
+    for step, prompts in enumerate((["cat", "dog", "dog"], ["dog", "dog", "fox\nbrown"])):
+        files = [f"{step}_{i}.png" for i in range(3)]
+        for name, prompt in zip(files, prompts, strict=True):
+            save_png(tmp_path / name, Image.new("RGB", (8, 8)), f"{prompt}\nSteps: 3, Seed: {step}")
+        records.append({"kind": "preview", "step": step, "files": files})
+    rows = preview_grid(records, tmp_path).split("<tr>")[2:]
+    labels = [row.split("</th>")[0].rsplit(">")[-1] for row in rows]
+    assert labels == ["cat", "dog", "dog", "fox"]
+    shown = [[cell.startswith("<img") for cell in row.split("<td>")[1:]] for row in rows]
+    assert shown == [[True, False], [True, True], [True, True], [False, True]]
+
+
 def test_many_previews_are_thinned_out(tmp_path):
     from anima_fast.report_parts import preview_grid
 

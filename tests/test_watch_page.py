@@ -4,6 +4,7 @@ import os
 from itertools import pairwise
 
 import pytest
+import watch_run
 from browser import Browser, find_browser
 from watch_page import (
     CONTRAST,
@@ -281,6 +282,23 @@ def test_previews_over_time_and_large(browser, served, size):
     browser.wait("!document.querySelector('#viewer').open")
     assert browser.ask("document.scrollingElement.scrollWidth <= innerWidth")
     assert browser.problems == []
+
+
+def test_a_picture_over_time_has_its_own_prompt(browser, served, monkeypatch):
+    """The file of prompts may change during a run."""
+    run = FakeRun(served.out, steps=40, per_epoch=20, sizes=((64, 64),))
+    run.preview("e000000")
+    run.advance(20)
+    monkeypatch.setattr(watch_run, "PROMPTS", ("a heron",))
+    run.preview()
+    open_page(browser, served)
+    browser.ask("document.querySelector('#previews-view button:nth-child(2)').click()")
+    assert text(browser, "#previews-body figcaption") == "a heron"
+    browser.ask(
+        "Object.assign(document.querySelector('#previews-body input'), {value: 0})"
+        ".dispatchEvent(new Event('input'))"
+    )
+    assert "astronaut" in text(browser, "#previews-body figcaption")
 
 
 def test_strange_files_do_no_harm(browser, served):

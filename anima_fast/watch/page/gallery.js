@@ -89,6 +89,7 @@ function timeline({ key, items }) {
   const shown = own.length ? own : items;
   const slot = make("button", { type: "button", class: "shot" });
   const label = make("output", {});
+  const caption = make("figcaption", {});
   const slider = make("input", { type: "range", min: 0, max: shown.length - 1, step: 1, disabled: shown.length < 2 });
   const show = (place) => {
     const one = shown[place];
@@ -97,6 +98,8 @@ function timeline({ key, items }) {
     slot.replaceChildren(image);
     slot.onclick = () => openViewer(prompts, one);
     label.textContent = when(one);
+    // The file of prompts may change during a run.
+    caption.textContent = about(one);
     slider.setAttribute("aria-valuetext", when(one));
   };
   const place = Math.min(places.get(key) ?? shown.length - 1, shown.length - 1);
@@ -109,8 +112,7 @@ function timeline({ key, items }) {
     show(chosen);
   });
   show(place);
-  return make("figure", {}, slot, make("div", { class: "time" }, slider, label),
-    make("figcaption", {}, about(shown.at(-1))));
+  return make("figure", {}, slot, make("div", { class: "time" }, slider, label), caption);
 }
 
 function draw() {
