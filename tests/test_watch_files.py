@@ -193,6 +193,26 @@ def test_the_next_run_in_the_folder_is_seen_before_its_first_step(tmp_path):
     assert answer["state"]["name"] == "running" and answer["log"]["steps"] == [1, 2]
 
 
+@pytest.mark.parametrize("hours", [-9, 0, 5])
+@pytest.mark.parametrize("age", [0, 3000, None], ids=["now", "kept", "copied"])
+def test_neither_another_time_zone_nor_a_copy_makes_a_run_new(tmp_path, hours, age):
+    """The console's times are those of a container or a server; a copy's files are all new."""
+    now = time.time()
+    fake = FakeRun(tmp_path, steps=20)
+    fake.advance(20)
+    began = now - 600 - (age or 0) + 3600 * hours
+    lines = [console_line(began + 60 * i) for i in range(11)]
+    (tmp_path / "console.log").write_text("".join(lines))
+    ended = now - (3000 if age is None else age)
+    fake.facts |= {"started_at": ended - 600, "updated_at": ended, "state": "finished"}
+    (tmp_path / "run.json").write_text(json.dumps(fake.facts))
+    for name in ("log.jsonl", "run.json", "console.log"):
+        os.utime(tmp_path / name, (now - (age or 0), now - (age or 0)))
+    answer = WatchedRun(tmp_path).answer({})
+    assert answer["state"]["name"] == "finished" and answer["last"]["step"] == 20
+    assert answer["updated_at"] == pytest.approx(ended) and answer["run"]["steps"] == 20
+
+
 def test_a_resumed_run_keeps_its_curves_while_it_prepares(tmp_path):
     now = time.time()
     fake = FakeRun(tmp_path, steps=100)

@@ -15,7 +15,7 @@ from anima_fast import __version__
 from anima_fast.watch.log import LogView
 from anima_fast.watch.pictures import Picture, Pictures
 from anima_fast.watch.reading import JsonFile, changed_at, moment, number, open_shared
-from anima_fast.watch.state import describe_state
+from anima_fast.watch.state import ENDED, describe_state
 from anima_fast.watch.tail import Tail
 
 CONSOLE_BYTES = 256 << 10
@@ -46,8 +46,8 @@ class WatchedRun:
         self.console = Tail(self.out / "console.log")
         self.console_lines: deque[str] = deque(maxlen=CONSOLE_LINES)
         self.console_count = 0
-        # The time on the first line of the console log.
-        self.console_began: float | None = None
+        # The times on the first and the last line of the console log, in some time zone.
+        self._console_times: tuple[float, float] | None = None
         self._console_generation = 0
         self._lock = threading.Lock()
 
@@ -64,7 +64,7 @@ class WatchedRun:
             is_new = self.next_run_prepares()
             if is_new:
                 # What is known of the run before says nothing about this one.
-                run, log, started = {}, LogView(self.log.tail.path), self.console_began
+                run, log, started = {}, LogView(self.log.tail.path), self.console_began()
             same = known if known.get("session") == self.session else {}
             updated = self._updated_at(run)
             return {
@@ -79,7 +79,7 @@ class WatchedRun:
                     step_s=log.step_s,
                     quiet_s=None if updated is None else max(0.0, self.clock() - updated),
                     says_something=bool(self.console_lines),
-                    goes_on=self._goes_on(run),
+                    goes_on=self._goes_on(),
                 ),
                 "updated_at": updated,
                 "started_at": started,
@@ -97,16 +97,32 @@ class WatchedRun:
         A run moves the console log of the one before aside when it begins, but writes `run.json`
         and its own log only when data and models are read.
         """
-        began, started = self.console_began, moment((self.run_file.value or {}).get("started_at"))
+        began = self.console_began()
+        started = moment((self.run_file.value or {}).get("started_at"))
         if began is None or (started is not None and began <= started + _CLOCK_S):
             return False
         logged = changed_at(self.log.tail.path)
         return logged is not None and logged < began - _CLOCK_S
 
-    def _goes_on(self, run: Mapping[str, Any]) -> bool:
-        """Whether the console says more since the run ended: it is being resumed."""
-        ended, said = moment(run.get("updated_at")), changed_at(self.console.path)
-        return ended is not None and said is not None and said > ended + _AFTERWORD_S
+    def console_began(self) -> float | None:
+        """When the first line of the console log was written, in seconds since 1970.
+
+        The file tells when the last line was written, the lines only how long before that the
+        first one was: they may be of a container or a machine in another time zone.
+        """
+        written = changed_at(self.console.path)
+        if written is None or self._console_times is None:
+            return None
+        first, last = self._console_times
+        return written - max(0.0, last - first)
+
+    def _goes_on(self) -> bool:
+        """Whether the console says more since `run.json` was written: an ended run is resumed.
+
+        Both times are the files': all files of a copied folder may be new.
+        """
+        wrote, said = changed_at(self.run_file.path), changed_at(self.console.path)
+        return wrote is not None and said is not None and said > wrote + _AFTERWORD_S
 
     def _refresh(self) -> None:
         self.run_file.refresh()
@@ -118,10 +134,14 @@ class WatchedRun:
             self._console_generation = self.console.generation
             self.console_lines.clear()
             self.console_count = 0
-            self.console_began = None
-        if self.console_began is None:
-            self.console_began = first_moment(self.console.path)
+            self._console_times = None
         self.console_lines.extend(line.decode("utf-8", "replace") for line in lines)
+        times = (moment(line[:19].decode("ascii", "replace")) for line in reversed(lines))
+        last = next((time for time in times if time is not None), None)
+        if last is not None:
+            known = self._console_times
+            first = known[0] if known else first_moment(self.console.path)
+            self._console_times = (last if first is None else first, last)
         self.console_count += len(lines)
 
     def _parts(
@@ -169,7 +189,10 @@ class WatchedRun:
         return {"first": self.console_count - fresh, "lines": lines}
 
     def _updated_at(self, run: Mapping[str, Any]) -> float | None:
-        """When the run last wrote something, in seconds since 1970."""
+        """When the run ended, or last wrote something, in seconds since 1970."""
+        ended = moment(run.get("updated_at")) if run.get("state") in ENDED else None
+        if ended is not None and not self._goes_on():
+            return ended
         files = (self.run_file.path, self.console.path, self.log.tail.path)
         times = [moment(run.get("updated_at")), *map(changed_at, files)]
         times += [one.time for one in self.pictures.found[-1:]]

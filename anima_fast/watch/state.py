@@ -9,7 +9,7 @@ from typing import Any
 QUIET_S, QUIET_BEFORE_STEPS_S = 300.0, 900.0
 # Slow steps are given this many of their own length.
 _QUIET_STEPS = 10
-_ENDED = {
+ENDED = {
     "finished": "The run is complete.",
     "interrupted": "The run was stopped and saved; the same command with --resume auto goes on.",
     "failed": "The run ended with an error.",
@@ -36,10 +36,10 @@ def describe_state(
         goes_on: whether an ended run speaks again.
     """
     said = run.get("state")
-    if said in _ENDED and goes_on:
+    if said in ENDED and goes_on:
         step = None
-    elif said in _ENDED:
-        return {"name": said, "text": _ENDED[said]}
+    elif said in ENDED:
+        return {"name": said, "text": ENDED[said]}
     if not run and step is None and not says_something:
         return {"name": "waiting", "text": "No run has written here yet."}
     limit = QUIET_S if step is not None else QUIET_BEFORE_STEPS_S
