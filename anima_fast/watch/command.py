@@ -53,6 +53,9 @@ def greeting(out: Path, port: int | None, server: WatchServer) -> list[str]:
     lines = [f"watching {out}: {server.url} (Ctrl-C ends it, the run goes on)"]
     if not out.is_dir():
         lines.append(f"{out} does not exist yet: the page waits for a run")
+    elif not (out / "console.log").exists() and (below := list(out.glob("*/log.jsonl"))):
+        newest = max(below, key=lambda path: path.stat().st_mtime).parent
+        lines.append(f"{out} holds no run yet, but {newest} does")
     if port is None and server.port != DEFAULT_PORT:
         lines.append(f"port {DEFAULT_PORT} is in use, {server.port} is not")
     if os.environ.get("SSH_CONNECTION"):
