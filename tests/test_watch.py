@@ -187,13 +187,13 @@ def test_what_is_said_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(command.webbrowser, "open", lambda url: opened.append(url))
     with open_server(WatchedRun(tmp_path), 0) as server:
         lines = command.greeting(tmp_path, None, server)
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "log.jsonl").touch()
+        assert f"but {tmp_path / 'b'} does" in command.greeting(tmp_path, None, server)[1]
         command.show(server.url, said.append)
     assert server.url in lines[0]
     assert "7860 is in use" in lines[1]
     assert f"ssh -L {server.port}:127.0.0.1:{server.port}" in lines[2]
-        (tmp_path / "b").mkdir()
-        (tmp_path / "b" / "log.jsonl").touch()
-        assert f"but {tmp_path / 'b'} does" in command.greeting(tmp_path, None, server)[1]
     assert opened == [server.url] and "open the address yourself" in said[0]
 
 
