@@ -220,6 +220,16 @@ def test_image_to_image_starts_from_the_picture(world, tmp_path):
     assert np.abs(near - seen).mean() < np.abs(far - seen).mean()
 
 
+def test_a_picture_of_16_bits_is_that_of_8(world, tmp_path):
+    levels = np.linspace(0, 255, 48 * 32).reshape(32, 48).astype(np.uint16)
+    pictures = []
+    for name, array in (("8", levels.astype(np.uint8)), ("16", levels * 257)):
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+        given = {"init_image": str(tmp_path / f"{name}.png"), "strength": 0.1}
+        pictures.append(render(world, tmp_path / "out.png", **given))
+    assert np.array_equal(*pictures)
+
+
 # LoRA files
 
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from anima_fast.data.encode_models import free_memory
+from anima_fast.data.images import to_8bit
 from anima_fast.errors import UserError
 from anima_fast.models.vae import load_vae
 
@@ -47,7 +48,7 @@ def load_start(
 def _open(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_8bit(ImageOps.exif_transpose(image)).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"--init_image {path} does not exist: check the path") from None
     except (OSError, ValueError, Image.DecompressionBombError) as error:
