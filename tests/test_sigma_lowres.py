@@ -108,6 +108,14 @@ class Seen:
         monkeypatch.setattr(step, "batch_loss", batch_loss)
 
 
+def test_a_side_that_is_too_rare_takes_the_full_picture(monkeypatch):
+    """Nothing else of four thousand draws lies above: the batch is no batch of the high side."""
+    draws = iter([torch.tensor([0.9, 0.1]), torch.full((lowres.CANDIDATES,), 0.2)])
+    monkeypatch.setattr(lowres, "sample_sigma", lambda *_: next(draws))
+    sigma, high = LowRes(0.5, 0.5, FlowSettings()).draw(2, (64, 64), 1)
+    assert sigma.tolist() == pytest.approx([0.9, 0.1]) and high is False
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_high_noise_gets_the_smaller_picture(world, tmp_path, monkeypatch, cached):
     seen = Seen(monkeypatch)

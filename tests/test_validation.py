@@ -10,7 +10,7 @@ from stack import make_config, make_images, make_world, records, train_options
 
 from anima_fast.errors import UserError
 from anima_fast.options import TrainOptions
-from anima_fast.training import loop
+from anima_fast.training import loop, validation
 from anima_fast.training.loop import train
 from anima_fast.training.position import Position
 from anima_fast.training.sigma_bins import SigmaBins
@@ -34,6 +34,35 @@ def test_a_network_that_does_not_learn_has_one_validation_loss(world, tmp_path):
         assert max(values) - min(values) < 1e-5 * values[0]
     assert found[0]["loss"] == pytest.approx(sum(found[0]["per_sigma"].values()) / 4)
     assert len(set(found[0]["per_sigma"].values())) == 4
+
+
+def test_dropout_is_off_in_validation(world, tmp_path):
+    """With a LoRA that does something: one that starts at zero has nothing to drop."""
+    train(train_options(world, tmp_path / "first", learning_rate=0.05, max_train_epochs=1))
+    start = str(next((tmp_path / "first").glob("*.safetensors")))
+    given = {"validation_split": 0.4, "learning_rate": 1e-12, "max_train_epochs": 3}
+    for out, more in (("plain", {}), ("dropped", {"network_dropout": 0.9})):
+        train(train_options(world, tmp_path / out, network_weights=start, **given, **more))
+    losses = [
+        r["loss"] for out in ("plain", "dropped") for r in records(tmp_path / out, "validation")
+    ]
+    assert len(losses) == 6 and max(losses) - min(losses) < 1e-5 * losses[0]
+
+
+def test_noise_depends_on_the_batch_and_the_level_alone(world, tmp_path, monkeypatch):
+    seen, real = [], validation.batch_loss
+
+    def batch_loss(run, batch, latents, noise, sigma, settings):
+        seen.append(noise.clone())
+        return real(run, batch, latents, noise, sigma, settings)
+
+    monkeypatch.setattr(validation, "batch_loss", batch_loss)
+    train(train_options(world, tmp_path, validation_split=0.7, max_train_epochs=2))
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(first) > len(SIGMAS), "more than one batch"
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    starts = {tuple(noise.flatten()[:4].tolist()) for noise in first}
+    assert len(starts) == len(first)
 
 
 def test_a_subset_may_be_the_validation_folder(world, tmp_path):
