@@ -187,8 +187,10 @@ STEPS = """[...document.querySelectorAll("#chart-loss svg > text")]
   .map((one) => one.getBoundingClientRect()).map((box) => [box.left, box.right])"""
 
 
-@pytest.mark.parametrize(("stride", "smoothing"), [(1, "50 steps"), (550, "1,000 steps")])
-def test_a_long_run_is_averaged_over_more_steps(browser, served, stride, smoothing):
+@pytest.mark.parametrize(
+    ("stride", "smoothing"), [(1, "10 steps"), (5, "50 steps"), (550, "1,000 steps")]
+)
+def test_a_longer_run_is_averaged_over_more_steps(browser, served, stride, smoothing):
     """And the steps below the curve do not run into each other on a phone."""
     run = FakeRun(served.out, steps=91)
     for _ in range(91):
@@ -196,6 +198,8 @@ def test_a_long_run_is_averaged_over_more_steps(browser, served, stride, smoothi
         run.log(record | {"step": record["step"] * stride})
     open_page(browser, served, PHONE)
     assert text(browser, "#smooth-text") == smoothing
+    places = {"10 steps": "2", "50 steps": "4", "1,000 steps": "8"}
+    assert browser.ask("document.querySelector('#smooth').value") == places[smoothing]
     boxes = browser.ask(STEPS)
     assert len(boxes) >= 2
     assert all(a[1] + 4 < b[0] for a, b in pairwise(boxes)), boxes

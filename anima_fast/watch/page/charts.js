@@ -5,10 +5,9 @@ import { Chart } from "./chart.js";
 import { exponent, say, several, short } from "./format.js";
 import { emptyTable, merge, smooth } from "./store.js";
 
-// Steps over which a curve is averaged, by place of the slider; untouched, it stands at the last that
-// is at most this part of the run, but not before 50.
+// Steps over which a curve is averaged, by place of the slider. Untouched, it follows the run: a fifth
+// of it up to 50 steps, and a fiftieth of long ones.
 const WINDOWS = [0, 5, 10, 20, 50, 100, 200, 500, 1000, 5000];
-const [USUAL, PART] = [4, 1 / 50];
 const COLORS = 6;
 
 const byId = (id) => document.getElementById(id);
@@ -58,7 +57,8 @@ function whyEmpty({ state, folder_exists: exists, out }) {
 
 function place() {
   const steps = table.steps.at(-1) ?? 0;
-  return settings.window ?? Math.max(USUAL, WINDOWS.findLastIndex((one) => one <= steps * PART));
+  const most = Math.max(5, Math.min(50, steps / 5), steps / 50);
+  return settings.window ?? WINDOWS.findLastIndex((one) => one <= most);
 }
 
 /** Steps over which curves are averaged now. */
@@ -142,9 +142,8 @@ function draw() {
 function showWindow() {
   const slider = byId("smooth");
   const text = averaged() ? several(averaged(), "step") : "off";
-  if (byId("smooth-text").textContent === text) return;
   slider.value = place();
-  byId("smooth-text").textContent = text;
+  say("smooth-text", text);
   slider.setAttribute("aria-valuetext", text);
 }
 
