@@ -277,12 +277,12 @@ def test_a_slice_is_stopped_with_all_it_started(tmp_path):
     )
     start = time.monotonic()
     record = run(["python", "-c", code], tmp_path, limit_s=1.5)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 55, "it did not wait for the child"
     assert record["status"] == "timed out" and "stopped after 2 s" in record["reason"]
     assert (tmp_path / "slices/parity-gelu.out").read_text() == "[1]\n"
     child = int((tmp_path / "slices/parity-gelu.log").read_text())
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(child)], capture_output=True, text=True)
-    assert state.stdout.strip() in ("", "Z")
+    assert state.stdout.strip()[:1] in ("", "Z")
 
 
 def test_what_cannot_run_here_is_skipped_with_its_reason(tmp_path):

@@ -178,6 +178,8 @@ def test_offloading_moves_one_tensor_per_block(option, monkeypatch):
     dit, adapters = adapted_dit()
     install_block_runner(dit, **{option: True})
     train_step(dit, adapters)
+    # Checkpointing of PyTorch 2.11 keeps an empty tensor as well.
+    packed, unpacked = ([s for s in shapes if 0 not in s] for shapes in (packed, unpacked))
     assert packed == unpacked == [(2, 24, 64)] * CONFIG.num_blocks
 
 

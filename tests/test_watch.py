@@ -239,7 +239,7 @@ def test_the_command_says_where_it_is_and_ends_quietly(tmp_path):
         connection.request("GET", "/api/run?" + urlencode({"row": "0"}))
         assert json.loads(connection.getresponse().read())["state"]["name"] == "waiting"
         process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=30)
+        rest, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert (process.returncode, rest, errors) == (0, "", "")
