@@ -184,8 +184,24 @@ def test_a_failed_preview_is_one_warning(world, tmp_path, monkeypatch, capsys, e
     monkeypatch.setattr(previews, "decode", fail)
     train(train_options(world, tmp_path, sample_prompt=(SMALL,), sample_every_n_epochs=1))
     said = capsys.readouterr().err
-    assert said.count("no preview:") == 2
+    assert said.count("no preview of prompt 1:") == 2
     assert (tmp_path / "lora.safetensors").exists() and not records(tmp_path, "preview")
+
+
+def test_a_failed_preview_leaves_the_others(world, tmp_path, monkeypatch, capsys):
+    real, calls = previews.decode, []
+
+    def fail_first(run, latents):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA")
+        return real(run, latents)
+
+    monkeypatch.setattr(previews, "decode", fail_first)
+    given = {"sample_prompt": (SMALL, SMALL), "sample_every_n_epochs": 1, "max_train_epochs": 1}
+    train(train_options(world, tmp_path, **given))
+    assert "no preview of prompt 1: out of memory" in capsys.readouterr().err
+    assert [len(r["files"]) for r in records(tmp_path, "preview")] == [1]
 
 
 def test_a_changed_file_of_prompts(world, tmp_path, monkeypatch, capsys):

@@ -24,6 +24,7 @@ from anima_fast.models.vae import load_vae
 from anima_fast.options import SampleOptions
 from anima_fast.pictures import describe
 from anima_fast.sampling import euler_sample, run_sample
+from anima_fast.sampling import run as sampling_run
 from anima_fast.sampling.grid import compose, expand, read_axes
 from anima_fast.sampling.jobs import Job, batches, make_jobs
 from anima_fast.sampling.prompt_weights import weighted_segments
@@ -434,3 +435,19 @@ def test_sizes_default_to_those_of_the_picture(world):
     assert (job.width, job.height) == (1024, 1024)
     (job,) = make_jobs(given, (), (100, 70))
     assert (job.width, job.height) == (96, 64)
+
+
+@pytest.mark.parametrize("after, kept", [(0, []), (2, ["0000.png", "0001.png"])])
+def test_interrupted_pictures_are_kept(world, tmp_path, monkeypatch, after, kept):
+    real, calls = sampling_run.euler_sample, []
+
+    def stop(*args, **kwargs):
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(sampling_run, "euler_sample", stop)
+    with pytest.raises(KeyboardInterrupt):
+        render(world, tmp_path / "out", count=5, batch_size=1)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == kept

@@ -54,6 +54,7 @@ class Session:
     say: Callable[[str], None]
     progress: Progress | None
     start: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    interrupted: bool = False
 
     @property
     def paths(self) -> list[str]:
@@ -75,6 +76,7 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
     Raises:
         UserError: missing or wrong files, a LoRA that does not fit, no memory, a folder that
             cannot be written, or numbers that are not finite.
+        KeyboardInterrupt: as it came; the pictures that were sampled before are written.
     """
     check_model_files(options)
     given = list(options.loras)
@@ -109,6 +111,8 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
             )
         session = Session(options, device, dtype, loras, jobs, say, None if quiet else progress)
         images = _render(session, outputs)
+        if session.interrupted:
+            raise KeyboardInterrupt
         for number, rows in enumerate(sheets):
             cells = iter(images[number * len(rows) * len(rows[0]) :])
             sheet = compose([[next(cells) for _ in row] for row in rows], axes)
@@ -132,7 +136,8 @@ def _render(session: Session, outputs: Outputs) -> list[Image.Image]:
     with _enough_memory("use a smaller --vae_chunk_size, such as 64"):
         # In half precision flat areas of the decoded picture show steps.
         vae = load_vae(options.vae, device=session.device, dtype=torch.float32)
-        for number, (job, latent) in enumerate(zip(session.jobs, latents, strict=True)):
+        # Fewer latents than jobs after Ctrl-C.
+        for number, (job, latent) in enumerate(zip(session.jobs, latents, strict=False)):
             pixels = vae.decode(latent[None].to(session.device), chunk_rows=options.vae_chunk_size)
             image = to_image(pixels[0])
             nodes = comfyui_prompt(
@@ -217,16 +222,23 @@ def _sample(session: Session, contexts: Contexts) -> list[Tensor]:
         session.progress.start(0, sum(group[0].steps for group in groups))
         on_step = _stepper(session.progress)
     found: list[Tensor] = []
-    for group in groups:
-        _set_weights(attached, group[0].weights)
-        with _enough_memory("use a smaller --width, --height or --batch_size"):
-            latents = _sample_group(session, dit, group, contexts, on_step)
-        if not torch.isfinite(latents).all():
-            raise UserError(
-                f"the sampled latents are not finite with --dtype {options.dtype}: use --dtype "
-                "bf16 or fp32, or a smaller --cfg or LoRA weight"
-            )
-        found += list(latents.squeeze(2).cpu())
+    try:
+        for group in groups:
+            _set_weights(attached, group[0].weights)
+            with _enough_memory("use a smaller --width, --height or --batch_size"):
+                latents = _sample_group(session, dit, group, contexts, on_step)
+            if not torch.isfinite(latents).all():
+                wider = {"fp16": ", or --dtype bf16", "bf16": ", or --dtype fp32"}
+                raise UserError(
+                    f"the sampled latents are not finite with --dtype {options.dtype}: use a "
+                    f"smaller --cfg or LoRA weight{wider.get(options.dtype, '')}"
+                )
+            found += list(latents.squeeze(2).cpu())
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        session.interrupted = True
+        session.say(f"stopped: {len(found)} of {len(session.jobs)} pictures are sampled and kept")
     del dit, attached
     free_memory(device, keep_cached=False)
     return found

@@ -237,7 +237,8 @@ def log_previews(
     files = run.previews.make(run, stage, say=progress.say, stopped=lambda: bool(stop.received))
     if files:
         log.preview(position.step, position.last_epoch, files)
-        progress.say(f"{len(files)} previews in {run.options.output_dir}/sample")
+        what = "a preview" if len(files) == 1 else f"{len(files)} previews"
+        progress.say(f"{what} in {run.options.output_dir}/sample")
 
 
 def result(

@@ -81,7 +81,7 @@ class Previews:
         Args:
             run: the run, whose network is used as it is now.
             stage: e000004 after epoch 4, 000500 after step 500.
-            say: gets one line for what went wrong.
+            say: gets one line for each picture that went wrong.
             stopped: asked between pictures.
 
         Returns:
@@ -96,7 +96,10 @@ class Previews:
                 for index, prompt in enumerate(self.current(say)):
                     if stopped():
                         break
-                    made.append(self._make_one(run, prompt, stage, index))
+                    try:
+                        made.append(self._make_one(run, prompt, stage, index))
+                    except Exception as error:
+                        say(f"no preview of prompt {index + 1}: {one_line(error)}")
         # A preview is a help, and no reason to lose a run.
         except Exception as error:
             say(f"no preview: {one_line(error)}")
