@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from stack import make_config, make_images
+from stack import make_config, make_images, named
 
 from anima_fast.options import FinetuneOptions
 from anima_fast.tiny_stack import build_stack
@@ -19,13 +19,7 @@ def make_full_world(folder: Path, **config: object) -> dict:
         folder / "models", blocks=BLOCKS, width=32, head_dim=16, context_dim=32, adapter_layers=1
     )
     data = make_config(folder / "data.toml", make_images(folder / "images"), **config)
-    return {
-        "pretrained_model_name_or_path": str(stack.dit),
-        "qwen3": str(stack.qwen3),
-        "vae": str(stack.vae),
-        "t5_tokenizer_path": str(stack.t5_tokenizer),
-        "dataset_config": str(data),
-    }
+    return named(stack, data)
 
 
 def full_options(world: dict, output: Path, **changes: object) -> FinetuneOptions:

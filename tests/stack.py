@@ -52,6 +52,11 @@ def make_world(folder: Path, blocks: int = 2, **config: object) -> dict:
     """Build stack, images and config under `folder`; returns the options that name them."""
     stack = build_stack(folder / "models", blocks=blocks, width=64, head_dim=32, context_dim=32)
     data = make_config(folder / "data.toml", make_images(folder / "images"), **config)
+    return named(stack, data)
+
+
+def named(stack, data: Path) -> dict:
+    """The options that name the models of a stack and a dataset file."""
     return {
         "pretrained_model_name_or_path": str(stack.dit),
         "qwen3": str(stack.qwen3),

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from diffusers_dit import make_transformer
 from safetensors.torch import load_file
 from test_dit import diffusers_name
 from test_llm_adapter import make_inputs as make_text_inputs
@@ -21,23 +22,6 @@ CONFIG = dataclasses.replace(TINY, mlp_hidden=4 * TINY.model_channels)
 # Both forms in which diffusers can read a file: without alpha, under its names or ComfyUI's.
 FORMS = [{"dialect": "diffusers"}, {"dialect": "comfyui", "fold_alpha": True}]
 IDS = ["diffusers", "folded comfyui"]
-
-
-def make_transformer(config=CONFIG):
-    return diffusers.CosmosTransformer3DModel(
-        # The padding mask goes in as the 17th channel: its own way to it needs torchvision.
-        in_channels=17,
-        out_channels=16,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        num_layers=config.num_blocks,
-        mlp_ratio=config.mlp_hidden / config.model_channels,
-        text_embed_dim=config.context_dim,
-        adaln_lora_dim=config.adaln_rank,
-        rope_scale=(1.0, 4.0, 4.0),
-        concat_padding_mask=False,
-        extra_pos_embed_type=None,
-    ).eval()
 
 
 def make_conditioner(config=TINY_ADAPTER):
@@ -58,7 +42,7 @@ class Pipeline(loaders.AnimaLoraLoaderMixin):
     hf_device_map = None
 
     def __init__(self):
-        self.transformer = make_transformer()
+        self.transformer = make_transformer(CONFIG)
         weights = {diffusers_name(k): v for k, v in dit_weights(CONFIG).items()}
         self.transformer.load_state_dict(weights, strict=True)
         self.text_conditioner = make_conditioner()

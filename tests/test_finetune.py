@@ -328,28 +328,15 @@ def test_cached_states_are_those_that_the_adapter_reads(world, tmp_path):
 
 def test_diffusers_opens_a_saved_model(world, tmp_path):
     """Its own converter makes its names of ours, and its transformer computes the same."""
-    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers")
     from diffusers.loaders.single_file_utils import (
         convert_cosmos_transformer_checkpoint_to_diffusers as convert,
     )
+    from diffusers_dit import make_transformer
 
     result = train(full_options(world, tmp_path))
     dit = load_dit(result.output, dtype=torch.float32)
-    config = dit.config
-    theirs = diffusers.CosmosTransformer3DModel(
-        # The padding mask goes in as the 17th channel: its own way to it needs torchvision.
-        in_channels=17,
-        out_channels=16,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        num_layers=config.num_blocks,
-        mlp_ratio=config.mlp_hidden / config.model_channels,
-        text_embed_dim=config.context_dim,
-        adaln_lora_dim=config.adaln_rank,
-        rope_scale=(1.0, 4.0, 4.0),
-        concat_padding_mask=False,
-        extra_pos_embed_type=None,
-    ).eval()
+    theirs = make_transformer(dit.config)
     # The adapter is a model of its own there, and taken out first.
     tensors = {k: v for k, v in load_file(result.output).items() if ".llm_adapter." not in k}
     theirs.load_state_dict(convert(tensors), strict=True)
