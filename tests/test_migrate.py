@@ -46,7 +46,7 @@ CASES = {
         {"qwen3": "E:\\models\\qwen3", "network_alpha": 128.0, "attn_mode": "torch",
          "lr_warmup_steps": 0.05, "full_bf16": True, "compile": True, "blocks_to_swap": 8,
          "wandb_api_key": None, "resume": None},
-        ["sageattn has no backward", "$vae is a variable", "$name", "cannot be continued",
+        ["sageattn has no backward", "$vae is of your shell", "$name", "cannot be continued",
          "PYTORCH_CUDA_ALLOC_CONF", "another package"],
     ),
     "finetune.sh": (
@@ -271,6 +271,45 @@ def test_plain_16_bit_updates_of_sd_scripts_are_kept(sources):
     assert convert(open_source(line)).ledger.options["weight_update"] == "plain"
     fused = line + " --fused_backward_pass --optimizer_type AdaFactor"
     assert "weight_update" not in convert(open_source(fused)).ledger.options
+
+
+def test_previews_and_lycoris_of_lora_scripts(sources):
+    """Its fields for both are none of sd-scripts', but say what is trained and drawn."""
+    source = Path("lora_scripts.toml")
+    text = source.read_text().replace("networks.lokr_anima", "lycoris.kohya")
+    preview = """
+lycoris_algo = "lokr"
+lokr_factor = 4
+network_args = ["decompose_both=True"]
+sample_at_first = true
+positive_prompts = "1girl, solo"
+negative_prompts = "bad"
+sample_width = 512
+sample_cfg = 4.5
+sample_seed = 0
+"""
+    for enabled in ("true", "false"):
+        source.write_text(
+            text.replace("enable_preview = false", f"enable_preview = {enabled}{preview}")
+        )
+        paths, _ = run(str(source), force=True)
+        options = resolve(paths[0], "train")
+        assert options.network_args == ("algo=lokr", "factor=4", "decompose_both=True")
+        drawn = ("1girl, solo --n bad --w 512 --l 4.5",) if enabled == "true" else ()
+        assert options.sample_prompt == drawn and options.sample_at_first == bool(drawn)
+
+
+def test_what_nobody_there_would_do(sources):
+    """No previews without prompts, no epochs beside steps in the GUI, no unknown optimizer."""
+    source = Path("gui.json")
+    config = json.loads(source.read_text())
+    config |= {"sample_prompts": "", "max_train_steps": 1600, "optimizer": "Automagic"}
+    source.write_text(json.dumps(config))
+    paths, said = run(str(source))
+    options = resolve(paths[0], "train")
+    assert options.max_train_steps == 1600 and options.max_train_epochs is None
+    assert not options.sample_every_n_epochs and "no prompts are given" in flat(said)
+    assert "choose optimizer_type: Automagic does not exist here" in flat(said)
 
 
 def test_a_config_file_beside_a_command_line(sources):

@@ -28,6 +28,18 @@ def sources(tmp_path, monkeypatch):
         ("cd /d D:\\b\na --x", ["a", "--x"], "D:\\b"),
         ("X=/b\na --x ${X}/c '$X'", ["a", "--x", "/b/c", "$X"], None),
         ("$x = 'D:\\b'\na --x $x\\c", ["a", "--x", "D:\\b\\c"], None),
+        (
+            "X='--y 1  --z=2'\na --x $X $E \"$X\"",
+            ["a", "--x", "--y", "1", "--z=2", "$E", "--y 1  --z=2"],
+            None,
+        ),
+        ('B="${B:-/b}"\nC="${C:-${B}/c}"\na $C ${1:-d}', ["a", "/b/c", "d"], None),
+        ("X=1\nif true; then\n  X=2\n  Y=3\nfi\na $X $Y", ["a", "1", "3"], None),
+        ("if true; then X=2; fi\nX=3\nX=4\na $X", ["a", "4"], None),
+        ('$x = "1"\nif ($b) {\n  $x = "2"\n}\na $x C:\\d', ["a", "1", "C:\\d"], None),
+        ("a run_$(date +%F) 'b'", ["a", "run_$(date +%F)", "b"], None),
+        ("!a --x", ["a", "--x"], None),
+        ('set X=--y 1 --z "b c"\na %X% --d', ["a", "--y", "1", "--z", "b c", "--d"], None),
         ('set "X=D:\\b"\na --x "%x%\\c"', ["a", "--x", "D:\\b\\c"], None),
         ("a --x 2>&1 | tee log", ["a", "--x"], None),
         ("a --x > log.txt --y", ["a", "--x", "--y"], None),
@@ -39,8 +51,25 @@ def sources(tmp_path, monkeypatch):
     ],
 )
 def test_words_of_a_shell(text, words, folder):
-    command = split_commands(text)[0]
+    command = next(c for c in split_commands(text) if c.words[0] == words[0])
     assert list(command.words) == words and command.folder == folder
+
+
+def test_options_outside_of_the_command_are_told(sources):
+    script = Path("script.sh")
+    script.write_text(
+        'DIM="${DIM:-16}"\nextra=()\n# --seed 3\n'
+        'if [[ $low == 1 ]]; then\n  extra+=("--blocks_to_swap=8" "--not_ours")\nfi\n'
+        "python anima_train_network.py --qwen3 q --network_dim $DIM --output_name x_$(date +%F) "
+        "${extra[@]}\n"
+    )
+    done = CliRunner().invoke(app, ["import-kohya", str(script), "--out", "o.toml"])
+    said = flat(done.output)
+    assert done.exit_code == 0, said
+    assert "--blocks_to_swap: in the text, but not in the command itself" in said
+    assert "output_name: $(date +%F) is of your shell" in said
+    assert "--seed" not in said and "not_ours" not in said
+    assert "network_dim = 16" in Path("o.toml").read_text()
 
 
 LINE = "accelerate launch anima_train_network.py --qwen3 q "

@@ -134,12 +134,18 @@ def _todo(source: Source, ledger: Ledger, command: str) -> None:
     named = ledger.dataset is not None or any(ledger.options.get(name) for name in data)
     if not named and not any("dataset_config" in text for text in ledger.todo):
         ledger.todo.append("write dataset_config into the file: the source names no data")
-    for name in ledger.options if source.unset else ():
-        missing = [v for v in variable_names(str(ledger.options[name])) if v in source.unset]
-        if missing:
+    for variable in source.unset:
+        names = [n for n, v in ledger.options.items() if variable in variable_names(str(v))]
+        if names:
             ledger.todo.append(
-                f"{name}: ${missing[0]} is a variable of your shell, which the text does not set"
+                f"{', '.join(names)}: ${variable} is of your shell, and the text does not say its "
+                "value"
             )
+    if source.outside:
+        names = ", ".join(f"--{name}" for name in source.outside)
+        ledger.todo.append(
+            f"{names}: in the text, but not in the command itself: write into the file what you use"
+        )
 
 
 def _targets(imported: Imported, out: Path | None, force: bool) -> tuple[Path, Path | None]:

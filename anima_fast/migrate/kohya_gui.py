@@ -96,6 +96,8 @@ def _field(key: str, config: Mapping[str, Any], ledger: Ledger, found: dict[str,
         ledger.drop(key, "it is not set")
     elif isinstance(value, bool) and not value:
         ledger.drop(key, "it is off")
+    elif key == "epoch" and not is_off(config.get("max_train_steps")):
+        ledger.drop(key, "max_train_steps is given, and beats it there")
     elif name in found or (key != name and config.get(name) and name not in ("vae",)):
         ledger.drop(key, f"{name} is given as well, and beats it")
     else:

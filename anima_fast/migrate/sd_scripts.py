@@ -39,6 +39,7 @@ PATHS = frozenset({
 WARMUP = "a warm-up is given, which constant does not have: sd-scripts stops at that"
 # Packages whose classes are here; an optimizer without a dot has a name of its own.
 HERE = ("torch", "bitsandbytes", "transformers")
+PREVIEW_TIMES = ("sample_at_first", "sample_every_n_steps", "sample_every_n_epochs")
 PREVIEWS = "a prompt without size and guidance gets 1024x1024 and 4 here, 512x512 and 7.5 there"
 
 
@@ -74,6 +75,7 @@ class _Converter:
             "save_model_as": self._save_model_as,
             "lr_scheduler": self._lr_scheduler,
             "output_name": self._output_name,
+            **dict.fromkeys(PREVIEW_TIMES, self._preview_time),
         }
         self.folder = ""
 
@@ -147,6 +149,8 @@ class _Converter:
             new, why = self._path(new)
         if name in ("optimizer_type", "lr_scheduler_type") and _foreign(new):
             self.ledger.todo.append(f"{name} {new} is of another package: install it here too")
+        if name == "optimizer_type" and not _foreign(new) and not _is_optimizer(new):
+            self.ledger.todo.append(f"choose optimizer_type: {new} does not exist here")
         if name == "sample_prompts":
             why = f"{why}; {PREVIEWS}" if why else PREVIEWS
         self._settle(item, name, new, why)
@@ -218,6 +222,12 @@ class _Converter:
         else:
             self._option(item, "lr_scheduler")
 
+    def _preview_time(self, item: Item) -> None:
+        if is_off(item.value) or self.value("sample_prompts") or self.value("sample_prompt"):
+            self._option(item, item.name)
+        else:
+            self.ledger.drop(item.key, "no prompts are given")
+
     def _output_name(self, item: Item) -> None:
         folder, _, stem = str(item.value).replace("\\", "/").rpartition("/")
         if folder:
@@ -255,3 +265,9 @@ class _Converter:
 def _foreign(name: str) -> bool:
     package, dot, _ = str(name).partition(".")
     return bool(dot) and package not in HERE
+
+
+def _is_optimizer(name: str) -> bool:
+    from anima_fast.training.optimizer_names import BY_LOWER_NAME, torch_optimizer_names
+
+    return name.lower() in {*BY_LOWER_NAME, *map(str.lower, torch_optimizer_names())}

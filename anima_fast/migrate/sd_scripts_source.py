@@ -11,6 +11,7 @@ from anima_fast.migrate import kohya_gui
 from anima_fast.migrate.command import Launch, read_arguments
 from anima_fast.migrate.easy_training import easy_dataset, easy_items, is_easy
 from anima_fast.migrate.ledger import Ledger, flatten
+from anima_fast.migrate.lora_scripts import join_fields
 from anima_fast.migrate.paths import Paths
 from anima_fast.migrate.sd_scripts import PATHS, Item, convert_options
 from anima_fast.migrate.sd_scripts_data import convert_dataset_file
@@ -30,6 +31,7 @@ def convert(source: Source, ledger: Ledger) -> str:
         config, name = parse_file(file), file.name
     easy = is_easy(config)
     items += easy_items(config, ledger) if easy else _items_of_config(config, given, ledger, name)
+    items = join_fields(items, ledger)
     values = {item.name: item.value for item in items}
     check_model(values | ({"qwen3": True} if source.launch else {}), name)
     if source.launch:

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from anima_fast.migrate.sd_scripts_tables import (
     OTHER_SCRIPTS,
     SCRIPTS,
 )
-from anima_fast.migrate.words import Command, split_commands, variable_names
+from anima_fast.migrate.words import Command, option_names, split_commands, variable_names
 from anima_fast.option_groups.base import specs
 from anima_fast.option_groups.tables import ALIASES, IGNORED, REFUSED
 from anima_fast.options import FinetuneOptions, TrainOptions
@@ -53,6 +53,7 @@ class Source:
         file: the configuration or the script file; None for a text.
         folders: where relative paths may be meant from, the most likely first.
         unset: shell variables in the text that it does not set.
+        outside: names of options in the text that are not in the command itself.
     """
 
     trainer: str
@@ -61,6 +62,7 @@ class Source:
     file: Path | None = None
     folders: tuple[Path, ...] = ()
     unset: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
 
 
 def open_source(text: str | tuple[str, ...], folder: Path | None = None) -> Source:
@@ -146,7 +148,12 @@ def _commands(text: str, file: Path | None, folders: tuple[Path, ...]) -> Source
         raise UserError(f"the source is empty: expected a file, or something like {EXAMPLE}")
     launch = find_launch(split_commands(text))
     unset = tuple(dict.fromkeys(variable_names(" ".join(launch.arguments))))
-    return _launched(launch, file, folders, unset)
+    # Options that a script puts together in variables and lists, mostly under conditions.
+    given = option_names(" ".join([*launch.arguments, *launch.launcher]))
+    known = {*specs(TrainOptions), *specs(FinetuneOptions), *ALIASES, *IGNORED, *REFUSED}
+    outside = [name for name in option_names(text) if name in known and name not in given]
+    source = _launched(launch, file, folders, unset)
+    return replace(source, outside=tuple(dict.fromkeys(outside)))
 
 
 def _launched(

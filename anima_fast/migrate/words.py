@@ -28,14 +28,23 @@ _ASSIGNMENT = re.compile(
     # sh: [export] NAME=value; PowerShell: $name = value, $env:NAME = value; cmd: set "NAME=value".
     r"(?:export\s+)?(?P<sh>[A-Za-z_]\w*)=(?P<shv>.*)"
     r"|\$(?:env:)?(?P<ps>[A-Za-z_]\w*)\s*=\s*(?P<psv>.*)"
-    r"|@?set\s+\"?(?P<cmd>[A-Za-z_]\w*)=(?P<cmdv>[^\"]*)\"?",
+    r"|@?set\s+(?P<quote>\")?(?P<cmd>[A-Za-z_]\w*)=(?P<cmdv>.*?)(?(quote)\"\s*)",
     re.IGNORECASE,
 )
 # The left side of an assignment in PowerShell.
 _SET = re.compile(r"(?m)^\s*\$(env:)?\w+\s*=")
+# The variables of cmd are put in before a line is read, also into quotes.
+_PERCENT = re.compile(r"%(?P<cmd>[A-Za-z_]\w*)%|%(?P<script>~dp0)")
 _VARIABLE = re.compile(
-    r"\$\{(?:env:)?(?P<braced>[A-Za-z_]\w*)\}|\$(?:env:)?(?P<plain>[A-Za-z_]\w*)|%(?P<cmd>[A-Za-z_]\w*)%"
+    # ${name:-default} may have another variable in its default.
+    r"\$\{(?:env:)?(?P<braced>[A-Za-z_]\w*|\d)(?::?[-=](?P<default>(?:[^{}]|\$\{[^{}]*\})*))?\}"
+    r"|\$(?:env:)?(?P<plain>[A-Za-z_]\w*)|" + _PERCENT.pattern
 )
+# What a command prints, which is not known here.
+_OUTPUT = re.compile(r"\$\([^()]*\)")
+# Lines between these may never run.
+_OPENS = {False: re.compile(r"(if|for|while|until|case)\b"), True: re.compile(r".*[{(]$")}
+_CLOSES = {False: re.compile(r"(fi|done|esac)\b"), True: re.compile(r"[})]")}
 _REDIRECTION = re.compile(r"\d?>>?(&\d)?|<|&>")
 _SEPARATOR = re.compile(r"&&|\|\|?|;|&(?=\s)")
 # A continuation mark whose line break was lost in copying, or PowerShell's call operator.
@@ -70,16 +79,22 @@ def split_commands(text: str) -> list[Command]:
     exported: dict[str, str] = {}
     folder: str | None = None
     commands: list[Command] = []
+    depth = 0
     for line in _logical_lines(text, windows):
         if ".py" not in line and not _is_closed(line, windows):
             continue
+        # A block in one line is closed there.
+        opened = _OPENS[windows].match(line) and not re.search(r"\b(fi|done|esac)\W*$", line)
+        depth = max(0, depth - bool(_CLOSES[windows].match(line))) + bool(opened)
+        line = _fill(line, variables, _PERCENT) if windows else line
         if found := _assigned(line, variables, windows):
-            variables |= found
+            # Under a condition only what has no value yet gets one.
+            variables |= {k: v for k, v in found.items() if not depth or k not in variables}
             if line.lower().startswith(("export ", "$env:", "set ", "@set ")):
                 exported |= {k: v for k, v in found.items() if k.lower() not in used}
             continue
-        for words in _Line(line, variables, windows).read():
-            if words[0].lower() in ("cd", "pushd", "set-location", "chdir"):
+        for words in _Line(line, variables, windows, splits=not windows).read():
+            if words[0].lower() in ("cd", "%cd", "pushd", "set-location", "chdir"):
                 targets = [word for word in words[1:] if word.lower() not in ("/d", "-path")]
                 folder = targets[-1] if targets else folder
             elif words[0].startswith("--") and commands:
@@ -96,7 +111,8 @@ def _logical_lines(text: str, windows: bool) -> Iterator[str]:
     lines = text.split("\n")
     at = 0
     while at < len(lines):
-        first = lines[at].strip()
+        # Notebooks start a command with an exclamation mark.
+        first = lines[at].strip().lstrip("!")
         at += 1
         if not first or _is_comment(first):
             continue
@@ -116,8 +132,16 @@ def _is_closed(text: str, windows: bool) -> bool:
 
 
 def variable_names(text: str) -> list[str]:
-    """Names of the shell variables that stand in a text."""
-    return [next(filter(None, match.groups())) for match in _VARIABLE.finditer(text)]
+    """Names of the shell variables that stand in a text; of `$(date)` the whole."""
+    names = [next(filter(None, m.groups())) for m in _VARIABLE.finditer(_OUTPUT.sub("", text))]
+    return [*names, *(match[0][1:] for match in _OUTPUT.finditer(text))]
+
+
+def option_names(text: str) -> list[str]:
+    """The words in a text that look like --options, without those in comments."""
+    lines = (line.strip().split(" #")[0] for line in text.splitlines())
+    code = "\n".join(line for line in lines if not _is_comment(line))
+    return re.findall(r"(?<![\w-])--([A-Za-z]\w*)", code)
 
 
 def _is_comment(line: str) -> bool:
@@ -139,13 +163,17 @@ def _assigned(line: str, variables: Mapping[str, str], windows: bool) -> dict[st
     return {name: words[0][0] if words and words[0] else ""}
 
 
-def _fill(text: str, variables: Mapping[str, str]) -> str:
-    def value(match: re.Match) -> str:
-        name = next(filter(None, match.groups()))
-        by_lower = {key.lower(): key for key in variables}
-        return variables[by_lower[name.lower()]] if name.lower() in by_lower else match[0]
+def _fill(text: str, variables: Mapping[str, str], pattern: re.Pattern = _VARIABLE) -> str:
+    by_lower = {key.lower(): value for key, value in variables.items()}
 
-    return _VARIABLE.sub(value, text)
+    def value(match: re.Match) -> str:
+        found = by_lower.get(next(filter(None, match.groups())).lower())
+        default = match.groupdict().get("default")
+        if default is not None and not found:
+            return _fill(default.strip("\"'"), variables)
+        return match[0] if found is None else found
+
+    return pattern.sub(value, text)
 
 
 class _Unclosed(UserError):
@@ -155,8 +183,10 @@ class _Unclosed(UserError):
 class _Line:
     """Reads one line, character by character, into commands of words."""
 
-    def __init__(self, text: str, variables: Mapping[str, str], windows: bool) -> None:
-        self.text, self.variables, self.windows = text, variables, windows
+    def __init__(
+        self, text: str, variables: Mapping[str, str], windows: bool, splits: bool = False
+    ) -> None:
+        self.text, self.variables, self.windows, self.splits = text, variables, windows, splits
         self.at = 0
         self.word: list[str] | None = None
         self.skip_next = False
@@ -189,14 +219,26 @@ class _Line:
             self._quoted(rest[0])
         elif len(rest) > 1 and self._escaped(rest):
             self._append(rest[1], 2)
+        elif output := _OUTPUT.match(rest):
+            self._append(output[0], output.end())
         elif variable := _VARIABLE.match(rest):
-            self._append(_fill(variable[0], self.variables), variable.end())
+            self._put_in(_fill(variable[0], self.variables))
+            self.at += variable.end()
         else:
             self._append(rest[0], 1)
 
     def _append(self, part: str, read: int) -> None:
         self.word = [*(self.word or []), part]
         self.at += read
+
+    def _put_in(self, value: str) -> None:
+        """A variable outside quotes: sh makes several words of it, or none."""
+        parts = value.split(" ") if self.splits and "$(" not in value else [value]
+        for i, part in enumerate(parts):
+            if i:
+                self._end_word()
+            if part or not self.splits:
+                self._append(part, 0)
 
     def _end_word(self) -> None:
         if self.word is not None:
