@@ -178,6 +178,11 @@ def test_what_contradicts_options_given_by_hand_is_left_out(preset, given, expec
     assert {name: getattr(options, name) for name in expected} == expected
 
 
+def test_the_fused_backward_pass_is_left_out_for_whole_fp16():
+    options, _ = resolve("8gb", cls=FinetuneOptions, full_fp16="true")
+    assert options.full_fp16 and not options.fused_backward_pass
+
+
 def test_rivals_are_options():
     known = {*specs(TrainOptions), *specs(FinetuneOptions)}
     assert known >= {*RIVALS, *(name for names in RIVALS.values() for name in names)}

@@ -55,7 +55,9 @@ RIVALS = {
     "network_train_unet_only": ("network_train_text_encoder_only", "text_encoder_lr"),
     "mixed_precision": ("full_bf16", "full_fp16"),
     "full_bf16": ("mixed_precision", "full_fp16", "weight_update"),
-    "fused_backward_pass": ("gradient_accumulation_steps", "optimizer_type", "mixed_precision"),
+    "fused_backward_pass": (
+        "gradient_accumulation_steps", "optimizer_type", "mixed_precision", "full_fp16",
+    ),
     "keep_tokens": ("keep_tokens_separator",),
 }  # fmt: skip
 
