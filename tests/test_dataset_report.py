@@ -203,6 +203,7 @@ def test_training_refuses_what_the_report_says_stops_it(broken):
         (["{config}", "--html", "{config}/page.html"], "cannot write"),
         ([], "no training data"),
         (["{config}", "--html", "{root}"], "is a folder"),
+        (["{config}", "--html", "{config}"], "ends in .html"),
         (["{config}", "--masks", "{config}"], "is a file"),
         (["{config}", "--masks", "{root}/masks"], "no subset has masks"),
         (["{config}", "--t5_tokenizer_path", "{root}/nowhere"], "--t5_tokenizer_path needs"),
@@ -344,7 +345,9 @@ def test_tokens_are_counted_with_tokenizers(world, tmp_path):
     assert set(kinds(found)["long caption"]) == {"long.txt"}
     assert "above 512" in call(*words).stdout
     whole = report(*words, "--long_captions=whole")
-    assert "encoded whole" in kinds(whole)["long caption"]["long.txt"]
+    assert "lost" not in kinds(whole)["whole caption"]["long.txt"]
+    assert "long caption" not in kinds(whole)
+    assert "use --long_captions" not in call(*words, "--long_captions=whole").stdout
 
 
 @pytest.fixture

@@ -59,6 +59,10 @@ KINDS = {
         "captions longer than the text's 512 rows",
         "shorten them, or use --long_captions whole",
     ),
+    "whole caption": Kind(
+        "captions longer than 512 tokens, which are encoded whole",
+        "shorten them to save time: attention over the further rows costs some",
+    ),
     "orphan caption": Kind("captions without an image", "look for a lost or renamed image"),
     "duplicate": Kind(
         "images with the same pixels as another",

@@ -61,9 +61,9 @@ def plan_problems(items: Iterable[ImageItem], tokens: CaptionTokens | None) -> l
             found.setdefault((problem.kind, problem.file), problem)
     if tokens is not None:
         for caption in tokens.long:
-            text = f"{caption.tokens} tokens, "
-            text += "encoded whole" if tokens.whole else f"the last {caption.beyond} are lost"
-            problem = Problem("long caption", str(caption.file), text)
+            cut = "" if tokens.whole else f", the last {caption.beyond} are lost"
+            kind = "whole caption" if tokens.whole else "long caption"
+            problem = Problem(kind, str(caption.file), f"{caption.tokens} tokens{cut}")
             found[problem.kind, problem.file] = problem
     return list(found.values())
 

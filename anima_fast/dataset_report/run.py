@@ -78,6 +78,8 @@ def _check_targets(html: str | None, masks: str | None) -> None:
     """Refuse places that cannot be what they are named for, before minutes of reading."""
     if html is not None and Path(html).is_dir():
         raise UserError(f"--html {html} is a folder: give the name of a file, such as data.html")
+    if html is not None and Path(html).suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--html {html}: a page is written there; give a name that ends in .html")
     if html is not None:
         probe = Path(html).with_name(".write_test")
         with atomic_write(probe) as file:
