@@ -398,6 +398,20 @@ def test_the_dataset_of_lora_easy_training_scripts(sources):
     ]  # fmt: skip
 
 
+def test_an_algorithm_of_lora_easy_training_scripts_chooses_lycoris(sources):
+    """Its window saves no module, and the warm-up as a fraction."""
+    source = Path("easy_training.toml")
+    text = source.read_text().replace('network_module = "networks.lora_anima"\n', "")
+    text = text.replace('train_llm_adapter = "False"', 'algo = "lokr"\nfactor = "4"')
+    source.write_text(
+        text.replace("[optimizer_args.args]", "[optimizer_args.args]\nwarmup_ratio = 0.05")
+    )
+    options = resolve(run(str(source))[0][0], "train")
+    assert options.network_module == "lycoris.kohya"
+    assert options.network_args == ("algo=lokr", "factor=4")
+    assert options.lr_warmup_steps == 0.05
+
+
 def test_adaln_layers_are_adapted_as_there_but_for_excluded_ones(sources):
     from anima_fast.adapters.targets import find_targets
     from anima_fast.models.dit import AnimaDiT, DitConfig

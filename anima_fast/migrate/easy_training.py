@@ -17,7 +17,10 @@ from anima_fast.migrate.ledger import Ledger, flatten
 from anima_fast.migrate.paths import Paths
 from anima_fast.migrate.sd_scripts import Item
 from anima_fast.migrate.sd_scripts_data import FOLDERS
+from anima_fast.option_groups.network_args import LYCORIS
 
+# A fraction of all steps has the same name here.
+RENAMED = {"warmup_ratio": "lr_warmup_steps"}
 LISTS = ("optimizer_args", "network_args", "lr_scheduler_args")
 
 
@@ -44,8 +47,19 @@ def easy_items(config: Mapping[str, Any], ledger: Ledger) -> list[Item]:
                     ledger.extend({f"{name} (table)": words})
                     items[key] = Item(f"{name} (table)", key, words)
             elif ledger.has(name) and key not in items:
-                items[key] = Item(name, key, value)
+                items[key] = Item(name, RENAMED.get(key, key), value)
+    if "network_module" not in items and "algo" in _network_words(config):
+        # The window's backend does so too.
+        module = "module of this algo"
+        ledger.extend({module: LYCORIS})
+        items["network_module"] = Item(module, "network_module", LYCORIS)
     return list(items.values())
+
+
+def _network_words(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    args = config.get("network_args", {}).get("args", {})
+    words = args.get("network_args") if isinstance(args, Mapping) else None
+    return words if isinstance(words, Mapping) else {}
 
 
 def _word(value: Any) -> str:
