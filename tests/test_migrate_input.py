@@ -98,9 +98,11 @@ LINE = "accelerate launch anima_train_network.py --qwen3 q "
         (LINE + "--blocks_to_swap 2 --cpu_offload_checkpointing", "do not work together"),
         ("nothing.toml", "does not exist"),
         ("pictures", "is a folder"),
+        ("folder.toml", "is a folder"),
     ],
 )
 def test_texts_that_cannot_be_imported(sources, source, message):
+    Path("folder.toml").mkdir()
     done = CliRunner().invoke(app, ["import-kohya", source, "--out", "never.toml"])
     assert done.exit_code == 2 and message in flat(done.output), done.output
     assert done.output.count("\n") == 1 and not Path("never.toml").exists()

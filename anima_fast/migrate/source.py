@@ -103,12 +103,12 @@ def _is_path(path: Path, text: str) -> bool:
             return True
     except OSError:
         return False
+    if path.is_dir():
+        raise UserError(f"{text} is a folder: give the configuration file in it")
     suffix = path.suffix.lower()
     named = suffix in (*CONFIGS, *TEXTS, *_OTHER_FILES) and "--" not in text
     if named and not re.search(r"\.py\b", text):
         raise UserError(f"{text} does not exist: check the path")
-    if path.is_dir():
-        raise UserError(f"{text} is a folder: give the configuration file in it")
     return False
 
 
