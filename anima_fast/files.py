@@ -98,7 +98,26 @@ def disk_error(error: OSError, path: Path) -> UserError:
         return UserError(
             f"cannot write {path}: permission denied; choose a folder that you may write"
         )
-    return UserError(f"cannot write {path}: {error.strerror or error}")
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return UserError(f"cannot write {path}: a part of it is a file; choose another folder")
+    return UserError(f"cannot write {path}: {error.strerror or error}; choose another folder")
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """Prove that a folder can be written, making it if need be, before hours are spent for it.
+
+    Raises `UserError` when it cannot.
+    """
+    path = Path(path)
+    probe = path / f".write_test.{uuid.uuid4().hex[:8]}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"ok")
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -65,11 +65,8 @@ class CacheFolders:
         return self._own[parent]
 
     def _choose_writable(self, folder: Path) -> Path:
-        probe = folder / ".write_test"
         try:
-            with files.atomic_write(probe) as file:
-                file.write(b"ok")
-            probe.unlink()
+            files.check_folder(folder)
             return folder
         except UserError:
             if self._fallback is None or self._cache_dir is not None:

@@ -16,7 +16,7 @@ from anima_fast.dataset_report.records import records
 from anima_fast.dataset_report.survey import OnProgress, survey_dataset
 from anima_fast.dataset_report.terminal import show_survey
 from anima_fast.errors import UserError
-from anima_fast.files import atomic_write
+from anima_fast.files import check_folder
 
 if TYPE_CHECKING:
     from anima_fast.options import TrainOptions
@@ -81,10 +81,7 @@ def _check_targets(html: str | None, masks: str | None) -> None:
     if html is not None and Path(html).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--html {html}: a page is written there; give a name that ends in .html")
     if html is not None:
-        probe = Path(html).with_name(".write_test")
-        with atomic_write(probe) as file:
-            file.write(b"ok")
-        probe.unlink()
+        check_folder(Path(html).parent)
     if masks is not None and Path(masks).is_file():
         raise UserError(f"--masks {masks} is a file: give the name of a folder")
 

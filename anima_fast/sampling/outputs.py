@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from anima_fast.errors import UserError
-from anima_fast.files import atomic_write
+from anima_fast.files import check_folder
 
 
 class Outputs:
@@ -29,10 +29,7 @@ class Outputs:
         self.folder = path if self.is_folder else path.parent
         self.path, self.single = path, count == 1 and not grid and not self.is_folder
         self.stem = "" if self.is_folder else f"{path.stem}_"
-        probe = self.folder / ".write_test"
-        with atomic_write(probe) as file:
-            file.write(b"ok")
-        probe.unlink()
+        check_folder(self.folder)
         self.first = self._next(rf"{re.escape(self.stem)}(\d+)\.png")
         self.first_grid = self._next(rf"{re.escape(self.stem)}grid(\d+)\.png")
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from anima_fast.errors import UserError
-from anima_fast.files import atomic_write
+from anima_fast.files import check_folder
 from anima_fast.memory.offload import check_graphs, check_policies
 from anima_fast.memory.swap import swapped_indices
 from anima_fast.models.attention import check_attn_mode, check_torch_version, check_triton
@@ -94,7 +93,4 @@ def check_output_folder(options: TrainOptions) -> None:
     """Prove now, not after an hour, that the output folder can be written."""
     if not options.output_dir:
         raise UserError("--output_dir is required: the folder for files, log and states")
-    probe = Path(options.output_dir) / ".write_test"
-    with atomic_write(probe) as file:
-        file.write(b"ok")
-    probe.unlink()
+    check_folder(options.output_dir)
