@@ -53,6 +53,8 @@ def test_a_resumed_log_holds_no_step_twice(tmp_path):
         for step in range(1, 6):
             log.step(record(step, run="first"))
         log.epoch(3, 1, 0.2)
+        log.event(3, "one")
+        log.event(3, "two")
     with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as file:
         file.write('{"kind": "step", "st')
     with RunLog(options(tmp_path), first_step=3) as log:
@@ -65,6 +67,8 @@ def test_a_resumed_log_holds_no_step_twice(tmp_path):
         ("step", 2, "first"),
         ("step", 3, "first"),
         ("epoch", 3, None),
+        ("event", 3, None),
+        ("event", 3, None),
         ("step", 4, "second"),
         ("step", 5, "second"),
         ("step", 6, "second"),

@@ -54,6 +54,8 @@ def test_the_run_is_one_that_started_at_the_lower_policy(
     assert all(torch.equal(one[key], other[key]) for key in one)
     losses = [[r["loss"] for r in records(tmp_path / n, "step")] for n in ("low", "out")]
     assert losses[0] == losses[1]
+    bins = [records(tmp_path / n, "sigma_bins") for n in ("low", "out")]
+    assert bins[0] == bins[1], "nothing counts twice"
     (event,) = records(tmp_path / "out", "event")
     assert "out of memory" in event["text"] and "--recompute block" in event["text"]
     assert event["step"] == (fails[0] - 1) // 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stack import make_config, make_images, make_world, train_options
+from stack import make_config, make_images, make_world, records, train_options
 
 from anima_fast.errors import UserError
 from anima_fast.models.vae import VaeConfig
@@ -148,6 +148,8 @@ def test_resuming_from_any_state_gives_the_same_file(world, tmp_path, optimizer)
             options, output_dir=str(tmp_path / state.name), resume=str(state)
         )
         assert same_tensors(train(again).output, whole.output)
+        bins = [records(tmp_path / name, "sigma_bins") for name in ("whole", state.name)]
+        assert bins[1] == bins[0][-len(bins[1]) :], "of the epoch that was cut too"
 
 
 RUNNER = """

@@ -23,9 +23,9 @@ def world(tmp_path_factory):
 
 
 def test_a_network_that_does_not_learn_has_one_validation_loss(world, tmp_path):
-    """Same images, noise and sigma each time, without dropout: only the weights could change it."""
+    """Same images, noise and sigma, no dropout or extra noise: only weights could change it."""
     given = {"validation_split": 0.4, "learning_rate": 1e-12, "max_train_epochs": 3}
-    given |= {"network_dropout": 0.9, "caption_dropout_rate": 0.9}
+    given |= {"network_dropout": 0.9, "caption_dropout_rate": 0.9, "ip_noise_gamma": 0.5}
     train(train_options(world, tmp_path, **given))
     found = records(tmp_path, "validation")
     assert len(found) == 3
@@ -125,9 +125,18 @@ def test_patience_needs_something_held_out():
 
 def test_what_counts_as_better():
     position = Position(step=1)
-    assert position.record_validation(math.inf, 0.0)
+    assert not position.record_validation(math.nan, 0.0) and position.best_loss is None
     assert position.record_validation(1.0, 0.0) and not position.record_validation(1.0, 0.0)
     assert not position.record_validation(math.nan, 0.0) and position.stale == 2
+
+
+def test_a_loss_that_never_is_a_number_is_said(world, tmp_path, monkeypatch):
+    fake_losses(monkeypatch, [math.nan] * 4)
+    given = {"validation_split": 0.2, "early_stop_patience": 2, "max_train_epochs": 4}
+    train(train_options(world, tmp_path, **given))
+    (event,) = records(tmp_path, "event")
+    assert event["text"] == "stopped early: 2 validations without a finite loss"
+    assert not (tmp_path / "lora-best.safetensors").exists()
 
 
 # Losses by noise level

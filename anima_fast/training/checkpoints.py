@@ -140,7 +140,7 @@ class Checkpoints:
             optimizer=run.optimizer,
             scheduler=run.scheduler,
             scaler=run.scaler,
-            position=position.as_dict(),
+            position={**position.as_dict(), "sigma_bins": run.sigma_bins.copy().tolist()},
             seed=run.seed,
             fingerprint=run.fingerprint,
             ema=run.ema,

@@ -162,7 +162,7 @@ class RunLog:
                 kind, step = record["kind"], record["step"]
             except (ValueError, KeyError, TypeError):
                 continue
-            if step <= last_step and (kind, step) not in self._written:
+            if step <= last_step and (kind == "event" or (kind, step) not in self._written):
                 self._written.add((kind, step))
                 kept.append(line)
         write_text(self.path, "".join(f"{line}\n" for line in kept))

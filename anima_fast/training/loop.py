@@ -220,11 +220,14 @@ def ends_early(run: Run, position: Position, log: RunLog, progress: Progress) ->
     patience = run.options.early_stop_patience
     if not patience or position.stale < patience:
         return False
-    text = (
-        f"stopped early: {position.stale} validations without a better loss than "
-        f"{position.best_loss:.4f} at step {position.best_step}, whose weights are in "
-        f"{run.options.output_stem}-best.safetensors"
-    )
+    text = f"stopped early: {position.stale} validations without a "
+    if position.best_loss is None:
+        text += "finite loss"
+    else:
+        text += (
+            f"better loss than {position.best_loss:.4f} at step {position.best_step}, whose "
+            f"weights are in {run.options.output_stem}-best.safetensors"
+        )
     progress.say(text)
     log.event(position.step, text)
     return True

@@ -111,6 +111,7 @@ def run_group(
     Raises:
         UserError: memory is out at the lowest policy, or weights were updated in backward.
     """
+    bins = run.sigma_bins.copy()
     while True:
         try:
             return [
@@ -121,6 +122,7 @@ def run_group(
             pass
         # Out here the frames that held the tensors of the failed attempt are gone.
         run.network.zero_grad_flat()
+        run.sigma_bins.restore(bins)
         free_memory(run.device, keep_cached=False)
         if getattr(run.options, "fused_backward_pass", False):
             raise UserError(

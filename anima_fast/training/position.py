@@ -49,8 +49,12 @@ class Position:
         self.slot = (self.slot + 1) % slots
 
     def record_validation(self, loss: float, min_delta: float) -> bool:
-        """Count a validation; whether it is the best so far, by more than `min_delta`."""
-        if self.best_loss is None or loss < self.best_loss - min_delta:
+        """Count a validation; whether it is the best so far, by more than `min_delta`.
+
+        A loss that is not finite is never the best.
+        """
+        least = math.inf if self.best_loss is None else self.best_loss - min_delta
+        if loss < least:
             self.best_loss, self.best_step, self.stale = loss, self.step, 0
             return True
         self.stale += 1

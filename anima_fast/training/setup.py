@@ -259,6 +259,8 @@ def resume_run(run: Run, folder: Path, *, say: Callable[[str], None]) -> Positio
         ema=run.ema,
         say=say,
     )
+    if bins := position.pop("sigma_bins", None):
+        run.sigma_bins.restore(torch.tensor(bins))
     restored = Position(**position)
     say(f"resumed from {folder.name} at step {restored.step}")
     return restored

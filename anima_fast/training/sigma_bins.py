@@ -19,6 +19,14 @@ class SigmaBins:
         # Row 0: sums of losses, row 1: how many.
         self._sums = torch.zeros(2, BINS, device=device)
 
+    def copy(self) -> Tensor:
+        """What was gathered since the last `take`, for `restore`."""
+        return self._sums.clone()
+
+    def restore(self, copy: Tensor) -> None:
+        """Back to what `copy` gave."""
+        self._sums.copy_(copy)
+
     @torch.no_grad()
     def add(self, sigma: Tensor, losses: Tensor) -> None:
         """Take in the losses [B] of samples at σ [B]; what is not finite is left out."""

@@ -1,12 +1,13 @@
 """Validation loss: held-out images at four fixed noise levels.
 
 σ = 0.2, 0.4, 0.6, 0.8 with noise that depends only on the seed and the batch, the network in eval
-mode (no dropout) and no caption dropout, so that two numbers differ only because the LoRA does.
+mode (no dropout), no caption dropout and no `ip_noise_gamma`, so that two numbers differ only
+because the LoRA does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +39,7 @@ def validate(run: Run, settings: FlowSettings) -> Validation | None:
         return None
     seed = run.options.validation_seed
     seed = run.seed if seed is None else seed
+    settings = replace(settings, ip_noise_gamma=None)
     run.network.eval()
     losses = []
     with averaged_weights(run.optimizer):
