@@ -9,6 +9,7 @@ from stack import make_world, records, train_options
 
 from anima_fast.errors import UserError
 from anima_fast.models.dit import AnimaDiT
+from anima_fast.options import FinetuneOptions
 from anima_fast.training import oom
 from anima_fast.training.loop import train
 
@@ -86,6 +87,27 @@ def test_at_the_end_a_state_is_left_and_the_remedy_named(world, tmp_path, monkey
     train(train_options(world, tmp_path / "out", resume="auto", **given))
     one, other = (load_file(tmp_path / n / "lora.safetensors") for n in ("whole", "out"))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_out_of_memory_elsewhere_is_one_line(world, tmp_path, monkeypatch):
+    def step(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(UserError, match="8-bit optimizer"):
+        train(train_options(world, tmp_path))
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == "failed"
+
+
+def test_a_fused_backward_pass_leaves_no_half_updated_state(world, tmp_path, monkeypatch):
+    options = FinetuneOptions(
+        **world, output_dir=str(tmp_path), mixed_precision="no", fused_backward_pass=True,
+        max_train_epochs=1, device="cpu",
+    )  # fmt: skip
+    FullCard(monkeypatch, [2])
+    with pytest.raises(UserError, match="has changed weights already"):
+        train(options)
+    assert not list(tmp_path.glob("*-state"))
 
 
 class Fake:

@@ -261,6 +261,7 @@ def test_network_args():
         ("train_llm_adapter=maybe", "True or False"),
         ("rank_dropout=2", "from 0 to 1"),
         ("rank_dropout=nan", "out of range"),
+        ("module_dropout=1", "below 1"),
         ("network_reg_dims=a=0", "at least 1"),
         ("network_reg_dims=a", "pattern=number"),
         ("exclude_patterns=(", "regular expression"),

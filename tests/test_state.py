@@ -299,6 +299,15 @@ def test_a_new_rate_and_a_new_length_are_used_with_a_notice(tmp_path):
     assert any("40 steps instead of 20" in notice for notice in notices)
 
 
+def test_optimizer_arguments_that_stay_are_told(tmp_path):
+    Run(options()).save(tmp_path / "run-state")
+    new, notices = options(optimizer_args=("weight_decay=0.5",)), []
+    resumed = Run(new)
+    load_state(tmp_path / "run-state", **resumed.parts, say=notices.append)
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.01
+    assert notices == ["optimizer_args: weight_decay stays 0.01 as in the state, not 0.5"]
+
+
 def test_other_versions_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(states, "versions", lambda: {"torch": "1.0"})
     Run(options()).save(tmp_path / "run-state")

@@ -205,6 +205,36 @@ def test_a_stopped_run_goes_on_to_the_same_file(world, tmp_path, name):
     assert steps == list(range(1, whole.steps + 1))
 
 
+def test_the_seed_of_a_run_is_recorded_and_stays(world, tmp_path, capsys):
+    options = train_options(world, tmp_path, seed=None, save_state=True, max_train_epochs=1)
+    first = train(options)
+    (line,) = [x for x in (tmp_path / "lora.toml").read_text().splitlines() if "seed" in x[:5]]
+    seed = int(line.split("=")[1])
+    again = dataclasses.replace(options, seed=seed, output_dir=str(tmp_path / "again"))
+    assert same_tensors(train(again).output, first.output)
+    changed = dataclasses.replace(options, seed=seed + 1, resume=str(tmp_path / "lora-state"))
+    train(changed)
+    assert f"the seed stays {seed}" in capsys.readouterr().err
+    assert line in (tmp_path / "lora.toml").read_text().splitlines()
+
+
+def test_patterns_that_match_nothing_are_told(world, tmp_path, capsys):
+    words = (r"network_reg_dims=mlp=2,blocks\.0\..*=3", "exclude_patterns=['.*mlp.*', 'attn']")
+    train(train_options(world, tmp_path, network_args=words, max_train_epochs=1))
+    lines = [x for x in capsys.readouterr().err.splitlines() if "matches no layer" in x]
+    assert [line.split()[:3] for line in lines] == [
+        ["network_args", "exclude_patterns:", "attn"], ["network_args", "network_reg_dims:", "mlp"]
+    ]  # fmt: skip
+
+
+def test_a_step_that_drops_every_module_changes_nothing(world, tmp_path):
+    """One module, left out of about half of the forwards."""
+    words = ("module_dropout=0.5", "exclude_patterns=.*", "include_patterns=blocks.1.mlp.layer1")
+    train(train_options(world, tmp_path, network_args=words, max_train_epochs=3))
+    norms = [record["grad_norm"] for record in records(tmp_path)]
+    assert 0.0 in norms and max(norms) > 0
+
+
 def test_resume_auto_without_a_state_starts_at_the_beginning(world, tmp_path):
     result = train(train_options(world, tmp_path, resume="auto"))
     assert result.output.exists()

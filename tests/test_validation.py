@@ -123,6 +123,11 @@ def test_patience_needs_something_held_out():
         TrainOptions(train_data_dir="x", resolution="64", early_stop_patience=2)
 
 
+def test_patience_needs_an_image_held_out_by_the_dataset_file(world, tmp_path):
+    with pytest.raises(UserError, match="no image is held out"):
+        train(train_options(world, tmp_path, early_stop_patience=2))
+
+
 def test_what_counts_as_better():
     position = Position(step=1)
     assert not position.record_validation(math.nan, 0.0) and position.best_loss is None

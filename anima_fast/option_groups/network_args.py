@@ -153,7 +153,10 @@ def _number(value: str, where: str, high: float = float("inf")) -> float:
 
 
 def _rate(value: str, where: str) -> float:
-    return _number(value, where, 1.0)
+    number = _number(value, where, 1.0)
+    if number == 1:
+        raise UserError(f"{where}: 1 leaves nothing to train: use a number below 1")
+    return number
 
 
 def _factor(value: str, where: str) -> int:

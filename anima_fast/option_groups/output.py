@@ -99,7 +99,7 @@ class ValidationOptions:
         0.0, "Part of each training subset that is held out.", low=0, high=1
     )
     validation_seed: int | None = _validation(
-        None, "Seed of the split and of validation noise (default: seed)."
+        None, "Seed of the split (default: 0) and of validation noise (default: seed)."
     )
     validate_every_n_steps: int | None = _validation(None, "Validate every so many steps.", low=1)
     validate_every_n_epochs: int | None = _validation(

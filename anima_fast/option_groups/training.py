@@ -34,7 +34,7 @@ class NetworkOptions:
         1.0, "Alpha; the scale is alpha / rank. 0 = the rank, so scale 1.", low=0
     )
     network_dropout: float | None = _network(
-        None, "Dropout on the output of the down projection.", low=0, high=1
+        None, "Dropout on the output of the down projection.", low=0, high=0.99
     )
     network_args: tuple[str, ...] = _network(
         (),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from anima_fast.adapters.formats import merge_lora, read_lora
 from anima_fast.adapters.lora import add_lora
@@ -33,6 +35,7 @@ def build_network(
         merge_lora(dit, path, multiplier)
         say(f"merged {path} into the DiT at {multiplier:g}")
     given = options.network_weights
+    layers = [name for name, module in dit.named_modules() if isinstance(module, nn.Linear)]
     network = add_lora(
         dit,
         rank=options.network_dim,
@@ -57,8 +60,23 @@ def build_network(
         say(f"started from {given}" + (f"; {len(ignored)} keys ignored" if ignored else ""))
     if options.tlora_min_rank is not None:
         network.tlora = (options.tlora_min_rank, options.tlora_alpha)
+    for text in unmatched_patterns(options, {*layers, *network.modules_by_name}):
+        say(text)
     modules = Counter(adapter.network for adapter in network.adapters)
     for kind, count in modules.items():
         say(f"{count} {kind} modules")
     say(f"{sum(p.numel() for p in network.parameters()):,} parameters")
     return network
+
+
+def unmatched_patterns(options: TrainOptions, names: Iterable[str]) -> Iterator[str]:
+    """A line for each pattern of `network_args` that matches none of the layers."""
+    keys = {"exclude_patterns": "exclude_patterns", "include_patterns": "include_patterns"}
+    keys |= {"reg_dims": "network_reg_dims", "reg_lrs": "network_reg_lrs"}
+    for key, shown in keys.items():
+        for pattern in options.network_kwargs.get(key, ()):
+            if not any(re.fullmatch(pattern, name) for name in names):
+                yield (
+                    f"network_args {shown}: {pattern} matches no layer; it must match a whole "
+                    "name, such as blocks.3.mlp.layer1"
+                )

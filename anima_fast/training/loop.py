@@ -12,7 +12,7 @@ one would have.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from anima_fast.training.checkpoints import Checkpoints
 from anima_fast.training.flow import FlowSettings
 from anima_fast.training.health import BadBatchTracker
 from anima_fast.training.logs import RunLog
-from anima_fast.training.oom import MemoryPolicies, run_group
+from anima_fast.training.oom import MemoryPolicies, one_line_out_of_memory, run_group
 from anima_fast.training.optimizer_step import optimizer_step, step_record
 from anima_fast.training.optimizers import train_mode
 from anima_fast.training.position import Position
@@ -73,10 +73,15 @@ def train(options: TrainOptions) -> TrainResult | None:
     saved_seed = state_seed(state) if state else None
     seed = choose_seed(options) if saved_seed is None else saved_seed
     folder = None if options.debug_dataset else options.output_dir
-    with Progress(options, log=ConsoleLog(folder, fresh=state is None)) as progress:
+    console = ConsoleLog(folder, fresh=state is None)
+    with one_line_out_of_memory(), Progress(options, log=console) as progress:
         if options.debug_dataset:
             show_dataset(options, seed, say=progress.say)
             return None
+        if options.seed not in (None, seed):
+            progress.say(f"the seed stays {seed}, that of the state; --seed is not used")
+        # From here on the run's files say which it was.
+        options = replace(options, seed=seed)
         # Ctrl-C while encoding ends the program at once: every finished cache file stays.
         run = prepare(options, seed=seed, say=progress.say)
         position = resume_run(run, state, say=progress.say) if state else Position()
@@ -133,7 +138,8 @@ def run_steps(
                 group = run_group(run, waiting, settings, policies, step=position.step, tell=tell)
             except UserError:
                 # Nothing of this step is done: whoever has a remedy can go on from here.
-                checkpoints.autosave(position)
+                if not getattr(options, "fused_backward_pass", False):
+                    checkpoints.autosave(position)
                 raise
             position.batch += len(waiting)
 

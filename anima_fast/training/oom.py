@@ -7,7 +7,8 @@ step, micro-step), so what is done again is what the lower policy would have don
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -126,15 +127,17 @@ def run_group(
         free_memory(run.device, keep_cached=False)
         if getattr(run.options, "fused_backward_pass", False):
             raise UserError(
-                "out of memory, and --fused_backward_pass has changed weights already, so the "
-                "step cannot be repeated: resume with --recompute block or a smaller batch"
+                "out of memory, and --fused_backward_pass has changed weights already, so the step "
+                "cannot be repeated: go on from the last state with --resume auto and --recompute "
+                "block or more --blocks_to_swap"
             )
         graphs = " and without CUDA graphs" if run.dit.graphs else ""
         policy = policies.lower()
         if policy is None:
+            more = "" if isinstance(run.network, LoRANetwork) else " and more --blocks_to_swap"
             raise UserError(
-                "out of memory at the lowest policy: use a smaller --resolution or batch_size, an "
-                "8-bit optimizer, or a lower --network_dim; then go on with --resume auto"
+                "out of memory at the lowest policy: close what else uses the card and go on with "
+                f"--resume auto{more}, or start anew with a smaller resolution or batch_size"
             )
         tell(
             f"out of memory: this step is done again with {policy.option}{graphs}, "
@@ -142,8 +145,22 @@ def run_group(
         )
 
 
+@contextlib.contextmanager
+def one_line_out_of_memory() -> Iterator[None]:
+    """Memory that is out where nothing can be done again: loading, validation, the optimizer."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "out of memory: close what else uses the card, or give --recompute block, more "
+            "--blocks_to_swap or an 8-bit optimizer"
+        ) from error
+
+
 def backward(run: Run, batch: Batch, settings: FlowSettings, *, step: int, micro: int) -> Tensor:
     """One micro-batch: its losses [B], with the gradients added to the buffer."""
     losses = micro_step(run, batch, settings, step=step, micro=micro)
-    run.scaler.scale(losses.mean() / run.length.accumulation).backward()
+    # Module dropout may have left out everything that is trained: then the gradient is zero.
+    if losses.requires_grad:
+        run.scaler.scale(losses.mean() / run.length.accumulation).backward()
     return losses.detach()

@@ -24,6 +24,7 @@ from anima_fast.data.encode import encode_dataset
 from anima_fast.data.listing import list_epoch
 from anima_fast.data.plan import DatasetPlan, build_plan
 from anima_fast.dataset_report.health import write_health
+from anima_fast.errors import UserError
 from anima_fast.files import write_text
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.option_files import to_toml
@@ -123,6 +124,8 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     plan = build_plan(options)
     for notice in plan.notices:
         say(notice)
+    if not plan.validation_items:
+        check_validation(options, say)
     length = run_length(options, plan.batches_per_epoch)
     describe_plan(plan, length, say)
     if trains_all(options):
@@ -227,6 +230,18 @@ def describe_plan(plan: DatasetPlan, length: Length, say: Callable[[str], None])
         f"{len(plan.items)} images, {length.batches_per_epoch} batches per epoch, "
         f"{length.epochs} epochs, {length.steps} steps"
     )
+
+
+def check_validation(options: TrainOptions, say: Callable[[str], None]) -> None:
+    """What options of validation mean where no image is held out."""
+    if options.early_stop_patience:
+        raise UserError(
+            "--early_stop_patience needs a validation loss, and no image is held out: set "
+            "validation_split in the dataset file, or drop it"
+        )
+    for name in ("validate_every_n_steps", "validate_every_n_epochs"):
+        if getattr(options, name):
+            say(f"{name} has no effect: no image is held out (validation_split)")
 
 
 def show_dataset(options: TrainOptions, seed: int, *, say: Callable[[str], None]) -> None:

@@ -34,6 +34,7 @@ from anima_fast.training.state_checks import (
     class_name,
     dataset_fingerprint,
     tell_changed_rates,
+    tell_kept_arguments,
 )
 from anima_fast.training.state_files import (
     NETWORK_FILE,
@@ -153,9 +154,10 @@ def load_state(
         raise UserError(f"{folder / NETWORK_FILE} has {len(ignored)} tensors that do not fit")
     if ema is not None:
         _load_ema(folder / EMA_FILE, ema, say)
-    new_rates = [group.get("initial_lr") for group in optimizer.param_groups]
+    fresh = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(read_packed(folder, "optimizer"))
-    tell_changed_rates(optimizer, new_rates, say)
+    tell_changed_rates(optimizer, [group.get("initial_lr") for group in fresh], say)
+    tell_kept_arguments(optimizer, fresh[0], say)
     for notice in restore_scheduler(scheduler, schedule["state"]):
         say(notice)
     saved_scaler = json.loads((folder / "scaler.json").read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -140,6 +141,22 @@ def tell_changed_rates(
         if None not in (was, new) and was != new:
             name = group.get("name", "the network")
             say(f"the learning rate of {name} changes from {was:g} to {new:g}, as asked for")
+
+
+def tell_kept_arguments(
+    optimizer: torch.optim.Optimizer, fresh: Mapping, say: Callable[[str], None]
+) -> None:
+    """One line for each argument whose saved value stays though another one is given.
+
+    Args:
+        optimizer: with the saved state.
+        fresh: its first group before. What is no argument of its class is state.
+    """
+    kept, cls = optimizer.param_groups[0], getattr(optimizer, "stands_for", type(optimizer))
+    for name in inspect.signature(cls).parameters:
+        own = name not in ("params", "lr", "fused", "foreach") and name in fresh
+        if own and kept.get(name) != fresh[name]:
+            say(f"optimizer_args: {name} stays {kept.get(name)} as in the state, not {fresh[name]}")
 
 
 def class_name(thing: object) -> str:
