@@ -205,8 +205,8 @@ def test_without_a_terminal_a_tenth_of_the_steps_is_a_line():
     assert [line.split(" |")[0] for line in text[1:3]] == ["step 1/100", "step 10/100"]
     assert len(text) == 12
     assert text[2] == (
-        "step 10/100 | epoch 1 | loss 0.2500 | lr 0.0001 | 2.00 s/step | 1.50 images/s | 2.0 GiB | "
-        "3:00 left"
+        "step 10/100 | epoch 1 | loss 0.2500 | 3:00 left | lr 0.0001 | 2.00 s/step | 1.50 images/s"
+        " | 2.0 GiB"
     )
 
 
@@ -218,6 +218,14 @@ def test_a_terminal_gets_a_live_display():
         progress.say("saved")
     text = stream.getvalue()
     assert "10/10" in text and "loss 0.2500" in text and "saved" in text and "\x1b[" in text
+
+
+def test_a_narrow_terminal_keeps_the_step_and_the_time_left():
+    progress, stream = plain(total=20000, first=1000, force_terminal=True, width=80)
+    with progress:
+        progress.step(record(1234, step_s=1.0, images_per_s=1.5, memory_mib=11300))
+    text = stream.getvalue()
+    assert "1234/20000" in text and "5:12:46 left" in text
 
 
 def test_simple_console_means_plain_lines(tmp_path):
@@ -257,7 +265,7 @@ def test_old_code_pages_replace_what_they_cannot_show():
 def test_facts_leave_out_what_is_unknown():
     assert describe({"step": 1}, None, 10) == ""
     line = describe({"step": 1, "loss": 2.0, "lr": {"a": 1e-4, "b": 2e-5}}, 1.0, 3)
-    assert line == "loss 2.0000 | lr 0.0001/2e-05 | 1.00 s/step | 0:02 left"
+    assert line == "loss 2.0000 | 0:02 left | lr 0.0001/2e-05 | 1.00 s/step"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61, "1:01"), (7322, "2:02:02")])

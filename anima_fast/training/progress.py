@@ -142,21 +142,24 @@ def _closed() -> None:
 
 
 def make_display(console: Console) -> Any:
-    """The live display: a bar, the step, and the facts of `describe`."""
+    """The live display: a bar, the step, and the facts of `describe`, cut where it is narrow."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as RichProgress
+    from rich.table import Column
 
+    facts = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     return RichProgress(
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}", markup=False),
+        TextColumn("{task.fields[facts]}", markup=False, table_column=facts),
         console=console,
+        expand=True,
         refresh_per_second=4,
     )
 
 
 def describe(record: Mapping[str, Any], step_s: float | None, total: int) -> str:
-    """One line with epoch, smoothed loss, rate, speed, memory and time left.
+    """One line with epoch, smoothed loss, time left, rate, speed and memory.
 
     Args:
         record: as for `Progress.step`.
@@ -168,17 +171,17 @@ def describe(record: Mapping[str, Any], step_s: float | None, total: int) -> str
     parts = [f"epoch {record['epoch']}"] if "epoch" in record else []
     if loss is not None:
         parts.append(f"loss {loss:.4f}")
+    seconds = step_s if step_s is not None else record.get("step_s")
+    if seconds is not None and total:
+        parts.append(f"{clock(seconds * max(0, total - record['step']))} left")
     if rates:
         parts.append("lr " + "/".join(dict.fromkeys(f"{rate:.3g}" for rate in rates.values())))
-    seconds = step_s if step_s is not None else record.get("step_s")
     if seconds is not None:
         parts.append(f"{seconds:.2f} s/step")
     if record.get("images_per_s") is not None:
         parts.append(f"{record['images_per_s']:.2f} images/s")
     if record.get("memory_mib") is not None:
         parts.append(f"{record['memory_mib'] / 1024:.1f} GiB")
-    if seconds is not None and total:
-        parts.append(f"{clock(seconds * max(0, total - record['step']))} left")
     return " | ".join(parts)
 
 
