@@ -227,6 +227,16 @@ def test_patterns_that_match_nothing_are_told(world, tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_what_a_kill_left_half_written_is_removed(world, tmp_path):
+    ours = (".lora.safetensors", ".lora-step00000003-ema.safetensors", ".lora-best.safetensors")
+    others = (".lora2.safetensors.0123abcd.tmp", "lora.safetensors.0123abcd.tmp")
+    for name in (*(f"{name}.0123abcd.tmp" for name in ours), *others):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / ".lora-autosave-state.0123abcd.tmp").mkdir()
+    train(train_options(world, tmp_path, max_train_epochs=1))
+    assert sorted(p.name for p in tmp_path.glob("*.tmp")) == sorted(others)
+
+
 def test_a_step_that_drops_every_module_changes_nothing(world, tmp_path):
     """One module, left out of about half of the forwards."""
     words = ("module_dropout=0.5", "exclude_patterns=.*", "include_patterns=blocks.1.mlp.layer1")

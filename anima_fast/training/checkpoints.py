@@ -8,6 +8,8 @@ that a killed run can go on.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import secrets
 import shutil
 import time
@@ -204,6 +206,20 @@ class Checkpoints:
 
     def _drop_state(self, stem: str) -> None:
         shutil.rmtree(self.folder / f"{stem}-state", ignore_errors=True)
+
+
+def remove_leftovers(options: TrainOptions) -> None:
+    """Delete what a kill left half-written in the output folder; a whole model is gigabytes."""
+    names = re.escape(options.output_name) if options.output_name else "last|epoch|at"
+    pattern = re.compile(
+        rf"\.(?:{names})(?:-\d{{6}}|-step\d{{8}}|-best|-autosave)?(?:{EMA_MARK})?"
+        r"(?:\.safetensors|-state)\.[0-9a-f]{8}\.tmp"
+    )
+    # A folder that is missing or cannot be read is the matter of `check_start`.
+    with contextlib.suppress(OSError):
+        for path in list(Path(options.output_dir or "").iterdir()):
+            if pattern.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, options: TrainOptions) -> str:

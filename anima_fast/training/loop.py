@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from anima_fast.errors import UserError
 from anima_fast.report import report_run
-from anima_fast.training.checkpoints import Checkpoints
+from anima_fast.training.checkpoints import Checkpoints, remove_leftovers
 from anima_fast.training.flow import FlowSettings
 from anima_fast.training.health import BadBatchTracker
 from anima_fast.training.logs import RunLog
@@ -80,6 +80,7 @@ def train(options: TrainOptions) -> TrainResult | None:
             return None
         if options.seed not in (None, seed):
             progress.say(f"the seed stays {seed}, that of the state; --seed is not used")
+        remove_leftovers(options)
         # From here on the run's files say which it was.
         options = replace(options, seed=seed)
         # Ctrl-C while encoding ends the program at once: every finished cache file stays.
