@@ -169,6 +169,8 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_encoded(
     model, state = model_bytes(options), resume_bytes(options, torch.device("cpu"))
     whole = load_file(world["pretrained_model_name_or_path"])
     assert model == sum(4 * t.numel() for t in whole.values())
+    frozen = dataclasses.replace(options, llm_adapter_lr=0.0)
+    assert model_bytes(frozen) == model, "a frozen adapter is saved too"
     assert state == pytest.approx(3 * model, rel=0.01)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=model - 1))
     with pytest.raises(UserError, match=r"the trained model takes .* free some space"):
@@ -267,4 +269,4 @@ def test_no_room_ends_with_one_line_and_status_2(world, tmp_path):
     words = [f"--{name}={value}" for name, value in world.items()]
     done = run_cli(*words, f"--output_dir={tmp_path}", "--vram=0.5", "--device=cpu")
     assert done.exit_code == 2
-    assert "GiB of device memory" in done.stderr.strip().splitlines()[-1]
+    assert "GiB of device memory, 0.0 GiB can" in done.stderr.strip().splitlines()[-1]

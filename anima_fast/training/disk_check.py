@@ -6,6 +6,7 @@ result is refused at the start; one whose states may not fit is warned.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 
 from anima_fast.errors import UserError
 from anima_fast.memory.plan import GIB
-from anima_fast.training.finetune import training_dtype
+from anima_fast.training.finetune import base_tensors, training_dtype
+from anima_fast.training.full_network import ADAPTER
 from anima_fast.training.memory_needs import model_sizes, state_bytes
 
 if TYPE_CHECKING:
@@ -56,9 +58,13 @@ def check_disk(
 
 def model_bytes(options: FinetuneOptions) -> int:
     """Of the saved file."""
-    sizes = model_sizes(options)
-    numbers = sizes.blocks * (sizes.block_trained + sizes.block_frozen)
-    numbers += sizes.rest_trained + sizes.rest_frozen
+    base, bundled = base_tensors(options.pretrained_model_name_or_path, options.llm_adapter_path)
+    saves_adapter = bundled or options.trains_llm_adapter
+    numbers = sum(
+        math.prod(shape)
+        for name, shape in base.shapes.items()
+        if saves_adapter or not name.startswith(ADAPTER)
+    )
     return numbers * SAVED_BYTES.get(options.save_precision, training_dtype(options).itemsize)
 
 

@@ -219,7 +219,7 @@ def measure_budget(options: FinetuneOptions, device: torch.device) -> Budget:
     """What may be used: of the card, or of `--vram` without what the program itself takes."""
     free, host = device_free(device), host_free()
     if options.vram is not None:
-        return Budget(int(USABLE_SHARE * options.vram * GIB) - CONTEXT_BYTES, host)
+        return Budget(max(0, int(USABLE_SHARE * options.vram * GIB) - CONTEXT_BYTES), host)
     if free is None:
         return Budget(None, host, same=True)
     return Budget(int(USABLE_SHARE * free), host)
