@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import struct
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+# Windows' error codes for a rename that meets an open file.
+ACCESS_DENIED, SHARING_VIOLATION = 5, 32
 
 
 @contextlib.contextmanager
@@ -43,7 +47,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except OSError as error:
         raise disk_error(error, path) from error
     finally:
@@ -66,14 +70,29 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
-            os.replace(path, old)
-        os.replace(temporary, path)
+            replace(path, old)
+        replace(temporary, path)
         sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise disk_error(error, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """`os.replace` that waits up to two seconds for a program that has one of the two open.
+
+    Windows refuses to rename such a file; a virus scanner or a viewer lets go of it soon.
+    """
+    for _ in range(20):
+        try:
+            return os.replace(source, target)
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in (ACCESS_DENIED, SHARING_VIOLATION):
+                raise
+            time.sleep(0.1)
+    return os.replace(source, target)
 
 
 def sync_folder(path: Path) -> None:
@@ -94,6 +113,8 @@ def disk_error(error: OSError, path: Path) -> UserError:
             f"no space left while writing {path}: free some disk space and run again; "
             "nothing was left half-written"
         )
+    if getattr(error, "winerror", None) == SHARING_VIOLATION:
+        return UserError(f"cannot write {path}: another program has it open; close that program")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(
             f"cannot write {path}: permission denied; choose a folder that you may write"

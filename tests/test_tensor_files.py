@@ -1,11 +1,15 @@
 """Writing safetensors files one tensor at a time."""
 
+import os
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from anima_fast.files import LazyTensor, read_safetensors_header, save_safetensors
+from anima_fast import files
+from anima_fast.errors import UserError
+from anima_fast.files import LazyTensor, read_safetensors_header, save_safetensors, write_text
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
@@ -84,3 +88,29 @@ def test_order_is_kept_within_an_item_size(tmp_path):
         entries = read_safetensors_header(tmp_path / "a.safetensors")
         assert sorted(entries, key=lambda n: entries[n]["data_offsets"][0]) == expected
         assert load_file(tmp_path / "a.safetensors").keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(("busy", "winerror"), [(3, 32), (10**6, 32), (1, None)])
+def test_a_file_that_is_open_elsewhere_is_tried_again(tmp_path, monkeypatch, busy, winerror):
+    path, calls, rename = tmp_path / "log.txt", [], os.replace
+    path.write_text("old")
+
+    def refuse(source, target):
+        calls.append(target)
+        if len(calls) > busy:
+            return rename(source, target)
+        error = PermissionError(13, "in use")
+        error.winerror = winerror
+        raise error
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    if busy == 3:
+        write_text(path, "new")
+        assert (path.read_text(), len(calls)) == ("new", 4)
+        return
+    with pytest.raises(UserError, match="close that program" if winerror else "permission denied"):
+        write_text(path, "new")
+    assert len(calls) == (21 if winerror else 1)
+    assert [file.name for file in tmp_path.iterdir()] == ["log.txt"]
+    assert path.read_text() == "old"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from anima_fast.errors import UserError
-from anima_fast.files import atomic_folder, save_safetensors, write_json
+from anima_fast.files import atomic_folder, replace, save_safetensors, write_json
 from anima_fast.models.checkpoint import Checkpoint
 from anima_fast.training.schedules import restore_scheduler
 from anima_fast.training.state_checks import (
@@ -111,7 +111,7 @@ def save_state(
         if keep_previous and folder.exists():
             previous = folder.with_name(f"{folder.name}.prev")
             shutil.rmtree(previous, ignore_errors=True)
-            os.replace(folder, previous)
+            replace(folder, previous)
 
 
 def load_state(
