@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
@@ -88,13 +89,26 @@ def launches(monkeypatch):
     return found
 
 
+# Who computes self and cross attention: by the option, what PyTorch prefers and is built with.
+ATTENTIONS = {
+    "flash": ("torch", SDPBackend.FLASH_ATTENTION, True, {"flash": 2}),
+    "cudnn": ("torch", SDPBackend.CUDNN_ATTENTION, True, {"cudnn": 1, "flash": 1}),
+    "windows": ("torch", SDPBackend.EFFICIENT_ATTENTION, False, {"triton": 2}),
+    "cudnn alone": ("torch", SDPBackend.CUDNN_ATTENTION, False, {"cudnn": 1, "triton": 1}),
+    "triton": ("triton", SDPBackend.CUDNN_ATTENTION, True, {"triton": 2}),
+}
+
+
 @pytest.mark.parametrize(
-    "policy, attn_mode, adapters_dtype",
-    itertools.product(
-        ("none", "mlp", "block"), ("torch", "triton"), (torch.float32, torch.bfloat16)
-    ),
+    "policy, attentions, adapters_dtype",
+    itertools.product(("none", "mlp", "block"), ATTENTIONS, (torch.float32, torch.bfloat16)),
 )
-def test_operators_of_the_fused_block_exist(launches, policy, attn_mode, adapters_dtype):
+def test_operators_of_the_fused_block_exist(
+    launches, monkeypatch, policy, attentions, adapters_dtype
+):
+    attn_mode, choice, has_flash, expected = ATTENTIONS[attentions]
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_: choice.value)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: has_flash)
     with FakeTensorMode(), torch.no_grad(), Operators() as operators:
         tensors = make_tensors(adapters_dtype)
         counts = torch.empty(B, dtype=torch.int32, device="cuda")
@@ -112,8 +126,10 @@ def test_operators_of_the_fused_block_exist(launches, policy, attn_mode, adapter
                 assert (grad.shape, grad.dtype, grad.device) == (x.shape, x.dtype, x.device), name
     calls = operators.calls
     assert (calls["aten.mm.dtype_out"] > 0) == (adapters_dtype == torch.float32)
-    assert calls["aten._scaled_dot_product_flash_attention_backward.default"] == (
-        2 if attn_mode == "torch" else 0
-    )
-    assert launches["_attention_bwd_dq"] == (2 if attn_mode == "triton" else 0)
+    found = {
+        who: calls[f"aten._scaled_dot_product_{who}_attention_backward.default"]
+        for who in ("cudnn", "flash")
+    }
+    found["triton"] = launches["_attention_bwd_dq"]
+    assert {who: count for who, count in found.items() if count} == expected
     assert launches["_qk_norm_rope_bwd"] == 3

@@ -297,10 +297,7 @@ class Backward:
         q, k, value = v.cross_qkv()
         dq, dkv = torch.empty_like(v.heads(t["q"], 1)), torch.empty_like(v.heads(t["kv"], 2))
         into = (dq[:, :, 0], dkv[:, :, 0], dkv[:, :, 1])
-        attend.backward(
-            do.view(q.shape), q, k, value, kept, v.settings.attn_mode, into=into,
-            rows=v.settings.rows,
-        )  # fmt: skip
+        attend.backward(do.view(q.shape), q, k, value, kept, into=into, rows=v.settings.rows)
         norm = t["norm.cross"]
         if v.adapted("cross_kv") or self.needs["context"]:
             heads = v.heads(t["kv"], 2)
@@ -329,7 +326,7 @@ class Backward:
         # Attention writes the packed gradient, and norm and rotation turn it in place.
         dpacked = torch.empty_like(packed)
         into = tuple(dpacked[:, :, i] for i in range(3))
-        attend.backward(do.view(q.shape), q, k, value, kept, v.settings.attn_mode, into=into)
+        attend.backward(do.view(q.shape), q, k, value, kept, into=into)
         norm = t["norm.self"]
         qk_norm_rope_backward(dpacked[:, :, :2], packed, norm, t["cos"], t["sin"], out=dpacked)
         h = self.modulated(t["x0"], 0, "qkv")
@@ -349,7 +346,7 @@ class FusedBlockFunction(torch.autograd.Function):
             return out
         needs_gates = ctx.needs_input_grad[2 + names.index("modulation")]
         keep = {name: x for name, x in inputs.items() if x is not None}
-        ctx.packed, ctx.graphs = None, {}
+        ctx.packed, ctx.attentions = None, {}
         if settings.policy == "block":
             if settings.pack is not None:
                 ctx.packed = settings.pack(keep.pop("x0"))
@@ -360,7 +357,7 @@ class FusedBlockFunction(torch.autograd.Function):
                 if name not in dropped and values.t[name] is not None:
                     keep[name] = values.t[name]
             for name, kept in values.kept.items():
-                ctx.graphs[name] = kept.graph
+                ctx.attentions[name] = (kept.by, kept.graph)
                 keep[f"out.{name}"] = kept.out
                 if kept.lse is not None:
                     keep[f"lse.{name}"] = kept.lse
@@ -381,9 +378,9 @@ class FusedBlockFunction(torch.autograd.Function):
                 saved["x0"] = settings.unpack(ctx.packed)
             values.forward()
         else:
-            for name, graph in ctx.graphs.items():
+            for name, others in ctx.attentions.items():
                 rng = tuple(saved[f"rng{i}.{name}"] for i in range(2) if f"rng{i}.{name}" in saved)
-                kept = attend.Kept(saved[f"out.{name}"], saved.get(f"lse.{name}"), rng, graph)
+                kept = attend.Kept(saved[f"out.{name}"], saved.get(f"lse.{name}"), rng, *others)
                 values.kept[name] = kept
         grads = Backward(values, needs).run(dout)
         found = (grads.get(name) if needs[name] else None for name in ctx.inputs)
