@@ -12,16 +12,16 @@ from tiny_dit import dit_weights
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from anima_fast.errors import UserError
-from anima_fast.memory.offload import install_block_runner
-from anima_fast.models import block_graphs, fuse
+from anima_fast.memory.offload import graphs_of, install_block_runner
+from anima_fast.models import block_graphs, fuse, graph_choice
 from anima_fast.models.dit import load_dit
 
 
 class Recorder:
-    """`torch.cuda.make_graphed_callables` for the CPU; counts its replays."""
+    """`torch.cuda.make_graphed_callables` for the CPU."""
 
     def __init__(self):
-        self.recordings, self.replays = 0, 0
+        self.recordings = 0
 
     def __call__(self, stack, sample_args, allow_unused_input, pool):
         self.recordings += 1
@@ -36,7 +36,6 @@ class Recorder:
 
         trace = make_fx(both)(sample_args, torch.zeros_like(stack(*sample_args)))
         zeros = torch.zeros_like(stack(*sample_args))
-        recorder = self
 
         class Graphed(torch.autograd.Function):
             @staticmethod
@@ -44,7 +43,6 @@ class Recorder:
                 with torch.no_grad():
                     for own, value in zip(sample_args, values, strict=False):
                         own.copy_(value)
-                recorder.replays += 1
                 return trace(sample_args, zeros)[0]
 
             @staticmethod
@@ -124,7 +122,7 @@ def test_replays_agree_with_plain_steps(recorder, recompute, modules):
             for network in (graphed[1], plain[1]):
                 network.flat.add_(0.01)
     # Up to 64 rows, and up to 128: recorded when they came for the second time.
-    assert recorder.recordings == 2 and recorder.replays == 4
+    assert recorder.recordings == 2 and graphed[0].graphs.replayed == 4
 
 
 def test_text_gets_its_gradient(recorder):
@@ -137,7 +135,7 @@ def test_text_gets_its_gradient(recorder):
             loss_of(dit, latents, sigma, text, zero_keys_of(5)).backward()
             found.append(text.grad)
         torch.testing.assert_close(*found, rtol=2e-4, atol=1e-7)
-    assert recorder.replays == 2
+    assert graphed[0].graphs.replayed == 2
 
 
 def test_strength_is_part_of_the_key(recorder):
@@ -148,7 +146,7 @@ def test_strength_is_part_of_the_key(recorder):
             network.multiplier = strength
             losses.append(step(dit, network, batch_of(1), zero_keys_of(5))["loss"])
         torch.testing.assert_close(*losses)
-    assert recorder.recordings == 2 and recorder.replays == 3
+    assert recorder.recordings == 2 and graphed[0].graphs.replayed == 3
 
 
 def test_weights_that_moved_are_recorded_anew(recorder):
@@ -175,11 +173,11 @@ def test_two_forwards_before_a_backward(recorder):
         found.append(gradients(network))
     for name, value in found[1].items():
         torch.testing.assert_close(found[0][name], value, rtol=2e-4, atol=1e-6)
-    assert recorder.replays == 1
+    assert graphed[0].graphs.replayed == 1
     # The buffers are free again once the autograd graph is gone.
     del first, second
     step(*graphed, batch_of(4), zero_keys_of(5))
-    assert recorder.replays == 2
+    assert graphed[0].graphs.replayed == 2
 
 
 @pytest.mark.parametrize(
@@ -231,12 +229,128 @@ def test_a_failed_recording_is_said_and_training_goes_on(recorder, caplog):
     assert [line for line in caplog.messages if "recording failed: CUDA error" in line]
 
 
+class Timed:
+    """`graph_choice.Launches` that answers what a test says."""
+
+    def __init__(self, *answers):
+        self.answers, self.timed = list(answers), 0
+
+    def __call__(self):
+        return self
+
+    def __enter__(self):
+        self.timed += 1
+
+    def __exit__(self, *_):
+        pass
+
+    def pays(self):
+        return self.answers.pop(0)
+
+
+@pytest.mark.parametrize(
+    "answers, timed, replayed", [([True], 1, 5), ([False, True], 2, 4), ([False] * 3, 3, 0)]
+)
+def test_unasked_only_what_pays_is_recorded(recorder, caplog, answers, timed, replayed):
+    """The first step compiles, the next are timed until one says that a graph pays."""
+    graphed, plain = make_dit(recorder), make_dit()
+    graphed[0].graphs.always, graphed[0].graphs.timed = False, Timed(*answers)
+    for seed in range(8):
+        found, expected = (step(*one, batch_of(seed), None) for one in (graphed, plain))
+        torch.testing.assert_close(found["loss"], expected["loss"])
+    assert graphed[0].graphs.timed.timed == timed
+    assert graphed[0].graphs.replayed == replayed
+    assert not caplog.messages
+
+
+def test_unasked_nothing_is_said_of_what_cannot_be_recorded(recorder, caplog):
+    dit, network = make_dit(recorder, dropout=0.5)
+    dit.graphs.always, dit.graphs.timed = False, Timed(True)
+    network.train()
+    for seed in range(4):
+        step(dit, network, batch_of(seed), None)
+    assert recorder.recordings == 0 and not caplog.messages
+
+
+@pytest.mark.parametrize("wrong", ["result", "gradient", "nothing"])
+def test_a_recording_that_went_wrong_is_not_used(recorder, caplog, wrong):
+    """A value that stayed what it was at the recording, or a gradient that is left out."""
+    graphed, plain = make_dit(recorder), make_dit()
+
+    def capture(stack, sample_args, **options):
+        forward = stack.forward
+        frozen = forward(*sample_args).detach()
+
+        def run(*args):
+            out = forward(*args)
+            if wrong == "result":
+                return out + (frozen - out).detach()
+            return out.detach() + 0 * out if wrong == "gradient" else out
+
+        return run
+
+    graphed[0].graphs.capture = capture
+    for seed in range(4):
+        found, expected = (step(*one, batch_of(seed), None) for one in (graphed, plain))
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=2e-4, atol=1e-6)
+    graphs = graphed[0].graphs
+    if wrong == "nothing":
+        assert graphs.replayed == 3 and not caplog.messages
+    else:
+        assert graphs.replayed == 0 and not graphs
+        assert [line for line in caplog.messages if "off the plain one" in line]
+
+
+@pytest.mark.parametrize(
+    "host, card, kept, free, pays",
+    [(0.1, 0.11, 4, 9, True), (0.1, 0.2, 4, 9, False), (0.1, 0.05, 4, 9, True),
+     (0.1, 0.11, 5, 9, False), (0.1, 0.11, 5, 10, True)],
+)  # fmt: skip
+def test_a_graph_pays_where_the_card_waits_and_has_room(monkeypatch, host, card, kept, free, pays):
+    """Host and card in seconds; kept and free in bytes, 2 of the free ones cached by PyTorch."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 1e3 * card
+
+    clock, allocated = iter((7.0, 7.0 + host)), iter((100, 100 + kept, 100))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(allocated))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 102)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free - 2, 1000))
+    monkeypatch.setattr(graph_choice.time, "perf_counter", lambda: next(clock))
+    launches = graph_choice.Launches()
+    with launches:
+        pass
+    assert launches.pays() == pays
+
+
+@pytest.mark.parametrize(
+    "cuda_graphs, device, moves, always",
+    [(None, "cuda", 0, False), (None, "cuda", 3, None), (None, "cpu", 0, None),
+     (True, "cpu", 0, True), (False, "cuda", 0, None)],
+)  # fmt: skip
+def test_on_a_card_graphs_are_there_without_asking(cuda_graphs, device, moves, always):
+    graphs = graphs_of(cuda_graphs, torch.device(device), moves=moves)
+    assert (graphs if graphs is None else graphs.always) == always
+
+
 def test_no_more_graphs_than_allowed(recorder, monkeypatch):
     monkeypatch.setattr(block_graphs, "MOST", 1)
     dit, network = make_dit(recorder)
     for height in (4, 4, 6, 6, 8, 8, 4):
         step(dit, network, batch_of(1, height, 4), None)
-    assert recorder.recordings == 1 and recorder.replays == 2
+    assert recorder.recordings == 1 and dit.graphs.replayed == 2
 
 
 @pytest.mark.parametrize(

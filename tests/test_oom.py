@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from stack import make_world, records, train_options
 
 from anima_fast.errors import UserError
+from anima_fast.models.block_graphs import BlockGraphs
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.options import FinetuneOptions
 from anima_fast.training import oom
@@ -74,6 +75,22 @@ def test_it_goes_down_as_often_as_needed(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("out of memory") == 3
     one, other = (load_file(tmp_path / n / "lora.safetensors") for n in ("whole", "out"))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_graphs_are_given_up_before_a_policy(world, tmp_path, monkeypatch):
+    """The recordings hold memory that plain launches do not need."""
+    real = oom.MemoryPolicies.__init__
+
+    def with_graphs(self, run):
+        real(self, run)
+        run.dit.graphs = BlockGraphs()
+        run.dit.graphs._graphs["a size"] = None
+
+    monkeypatch.setattr(oom.MemoryPolicies, "__init__", with_graphs)
+    FullCard(monkeypatch, [2, 4])
+    train(train_options(world, tmp_path, max_train_epochs=2))
+    first, second = (event["text"] for event in records(tmp_path, "event"))
+    assert "without CUDA graphs" in first and "--recompute block" in second
 
 
 def test_at_the_end_a_state_is_left_and_the_remedy_named(world, tmp_path, monkeypatch):

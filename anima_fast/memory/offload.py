@@ -11,6 +11,7 @@ Each is a way to run one block, installed as `dit.block_runner`:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from anima_fast.memory.swap import BlockSwap, Sink
 from anima_fast.models.dit import AnimaDiT, Block
 from anima_fast.models.dit_layers import Shared
 from anima_fast.models.recompute import block_policies, recomputed
+
+if TYPE_CHECKING:
+    from anima_fast.models.block_graphs import BlockGraphs
 
 # A tensor in host memory and the device that it came from.
 Packed = tuple[torch.device, Tensor]
@@ -34,7 +38,7 @@ def install_block_runner(
     cpu_offload: bool = False,
     unsloth_offload: bool = False,
     blocks_to_swap: int = 0,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | None = False,
     device: torch.device | str | None = None,
     sink: Sink | None = None,
 ) -> None:
@@ -49,7 +53,8 @@ def install_block_runner(
         dit: the model.
         fused: run blocks through the fused kernels (models/block.py).
         recompute: none, mlp (fused only), block, or a count of blocks at `block`.
-        cuda_graphs: launch the fused blocks as graphs (models/block_graphs.py).
+        cuda_graphs: launch the fused blocks as graphs (models/block_graphs.py); None: on a card,
+            where that pays.
         device: where the DiT computes; None means where it is.
         gradient_checkpointing: the same as recompute `block`.
         cpu_offload: checkpointing whose block inputs wait in host memory.
@@ -67,7 +72,8 @@ def install_block_runner(
             "--cpu_offload_checkpointing, --unsloth_offload_checkpointing and --blocks_to_swap "
             "exclude each other: keep one of them"
         )
-    check_graphs(cuda_graphs, fused=fused, moves=cpu_offload or unsloth_offload or blocks_to_swap)
+    moves = cpu_offload or unsloth_offload or blocks_to_swap
+    check_graphs(cuda_graphs, fused=fused, moves=moves)
     if gradient_checkpointing or cpu_offload or unsloth_offload:
         recompute = "block"
     policies = check_policies(recompute or "none", len(dit.blocks), fused=fused)
@@ -84,12 +90,9 @@ def install_block_runner(
         block.fused = None
     if fused:
         # Not at the top: triton is not on every system that runs the eager blocks.
-        from anima_fast.models.block_graphs import BlockGraphs
         from anima_fast.models.fuse import fuse_blocks
 
-        if cuda_graphs:
-            dit.graphs = BlockGraphs()
-
+        dit.graphs = graphs_of(cuda_graphs, device, moves=moves)
         fuse_blocks(dit, recompute or "none", swapped=swap.order if swap else ())
         if offload is not None:
             for block in dit.blocks:
@@ -116,13 +119,27 @@ def check_policies(recompute: str | int, blocks: int, *, fused: bool) -> list[st
     return policies
 
 
-def check_graphs(cuda_graphs: bool, *, fused: bool, moves: object) -> None:
+def check_graphs(cuda_graphs: bool | None, *, fused: bool, moves: object) -> None:
     """Raise `UserError` for CUDA graphs of eager blocks, or where something `moves` to the host."""
     if cuda_graphs and (not fused or moves):
         raise UserError(
             "--cuda_graphs needs the fused blocks on a CUDA card, without --kernels eager, "
             "--compile, --blocks_to_swap and offloaded checkpointing: leave it out, or those"
         )
+
+
+def graphs_of(
+    cuda_graphs: bool | None, device: torch.device, *, moves: object
+) -> BlockGraphs | None:
+    """What launches fused blocks as graphs: always, never, or (None) on a card where it pays."""
+    if cuda_graphs is None:
+        cuda_graphs = False if moves or device.type != "cuda" else None
+    if cuda_graphs is False:
+        return None
+    # Not at the top: triton is not on every system that runs the eager blocks.
+    from anima_fast.models.block_graphs import BlockGraphs
+
+    return BlockGraphs(always=bool(cuda_graphs))
 
 
 class BlockRunner:

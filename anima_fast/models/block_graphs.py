@@ -1,14 +1,16 @@
 """CUDA graphs of the fused blocks: one launch forward and one backward instead of thousands.
 
 On small images a fast card is done with a kernel before Python has launched the next. A graph is
-recorded for each shape of the inputs when the shape comes for the second time, and replayed from
-then on. All graphs share one memory pool, as only one is between its forward and its backward.
+recorded for each shape of the inputs when the shape comes again, and replayed from then on: always
+when asked for, else where that pays (graph_choice.py). All graphs share one memory pool, as only
+one is between its forward and its backward.
 
 A graph repeats launches with the pointers and host numbers of its recording. So whatever it
 depends on is an input that is copied in (tokens, modulation, text, angles, counts of zero keys), or
 part of its key (shapes, strengths, where weights and adapters lie), or sends the step the plain way
 (dropout, rank masks, swapped, offloaded or eager blocks). The rows of the text are rounded up to
-`ROWS` by zero rows, which take the place of zero keys: the same result, and few shapes.
+`ROWS` by zero rows, which take the place of zero keys: the same result, and few shapes. Before a
+graph is used it must agree with the plain launches on values other than those of its recording.
 
 Recording and replaying are PyTorch's (`torch.cuda.make_graphed_callables`).
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from anima_fast.models.attention import prepare_zero_rows
 from anima_fast.models.dit_layers import Shared
 from anima_fast.models.fuse import NotFused, say_once
+from anima_fast.models.graph_choice import Choice, Launches
 from anima_fast.models.recording import NOT_WHILE_RECORDING
 
 if TYPE_CHECKING:
@@ -39,6 +42,11 @@ ROWS = 64
 MOST = 24
 # Attentions whose launches are known not to depend on values.
 ATTN_MODES = ("torch", "sdpa", "triton")
+# Relative, of outputs and gradients: above bfloat16's rounding and the order in which a library's
+# backward adds up, far below what a value that stayed as it was recorded gives.
+TOLERANCE = 0.02
+# A gradient below this share of the largest may be noise.
+SMALL = 1e-3
 
 
 class BlockStack(nn.Module):
@@ -83,25 +91,40 @@ class BlockGraphs:
     """Runs the blocks of a DiT, by a graph where there is one.
 
     Attributes:
+        always: record whatever comes again; else only where it pays.
         capture: makes a graphed callable, as `torch.cuda.make_graphed_callables`.
+        timed: what times a forward (graph_choice.py).
         replayed: steps that a graph has run.
-        off: why a recording failed; "" while none has.
+        off: why there are no more graphs; "" while there may be.
     """
 
+    always: bool = True
     capture: Callable[..., Callable[..., Tensor]] = torch.cuda.make_graphed_callables
+    timed: Callable[[], Launches] = Launches
     replayed: int = 0
     off: str = ""
     _pool: Any = field(default_factory=make_pool)
+    _sizes: dict[Hashable, Choice] = field(default_factory=dict)
     _seen: Counter[Hashable] = field(default_factory=Counter)
     _graphs: dict[Hashable, Callable[..., Tensor]] = field(default_factory=dict)
     _waiting: weakref.ref | None = None
 
+    def __bool__(self) -> bool:
+        """Whether any graph holds memory."""
+        return bool(self._graphs)
+
     def __call__(self, dit: AnimaDiT, x: Tensor, shared: Shared) -> Tensor:
         """As `dit.run_blocks`."""
-        if not torch.is_grad_enabled():
+        if self.off or not torch.is_grad_enabled():
             return dit.run_blocks(x, shared)
-        if reason := self.off or why_not(dit, shared):
-            say_once(f"CUDA graphs are off: {reason}")
+        if not self.always:
+            size = (*x.shape, -(-shared.context.shape[1] // ROWS))
+            choice = self._sizes.setdefault(size, Choice())
+            if not choice.pays():
+                return choice.plain(self.timed, dit.run_blocks, x, shared)
+        if reason := why_not(dit, shared):
+            if self.always:
+                say_once(f"CUDA graphs are off: {reason}")
             return dit.run_blocks(x, shared)
         shared = rounded_up(shared)
         counts = () if shared.zero_rows is None else (shared.zero_rows.on_device,)
@@ -120,7 +143,7 @@ class BlockGraphs:
                 return dit.run_blocks(x, shared)
             self._record(key, dit, shared, inputs)
             if self.off:
-                return self(dit, x, shared)
+                return dit.run_blocks(x, shared)
         out = self._graphs[key](*inputs)
         self.replayed += 1
         if out.requires_grad:
@@ -129,21 +152,63 @@ class BlockGraphs:
             self._waiting = weakref.ref(token)
         return out
 
+    def stop(self, reason: str) -> None:
+        """Give the graphs and their memory up, and run plainly from now on."""
+        self.off = reason
+        self._graphs.clear()
+        self._pool = None
+
     def _record(
         self, key: Hashable, dit: AnimaDiT, shared: Shared, inputs: tuple[Tensor, ...]
     ) -> None:
         own = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in inputs)
         stack = BlockStack(dit, replace(shared, embedding=None, shared_modulation=None))
+        # The recorder puts its own in this place.
+        plain = stack.forward
         try:
             with NOT_WHILE_RECORDING:
-                self._graphs[key] = self.capture(
-                    stack, own, allow_unused_input=True, pool=self._pool
-                )
-        except RuntimeError as error:
+                graph = self.capture(stack, own, allow_unused_input=True, pool=self._pool)
+            error = disagreement(graph, plain, inputs, tuple(stack.parameters()))
+        except RuntimeError as failure:
             # Out of memory too: without graphs the step needs less.
-            self.off = f"recording failed: {str(error).strip().splitlines()[0]}"
-            self._graphs.clear()
-            self._pool = None
+            self.stop(f"recording failed: {str(failure).strip().splitlines()[0]}")
+        else:
+            self._graphs[key] = graph
+            # NaN is no agreement.
+            if not error <= TOLERANCE:
+                self.stop(f"a recorded step is {error:.1%} off the plain one")
+        if self.off:
+            say_once(f"CUDA graphs are off: {self.off}")
+
+
+def disagreement(
+    graph: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+) -> float:
+    """The largest relative difference of result and gradients between a graph and plain launches.
+
+    Both get the inputs turned around, so that a value which was recorded instead of its place is
+    seen. Gradients that are None count as zeros; those that are next to nothing beside the largest
+    count beside that.
+    """
+    given = [t.detach().flip(-1) if t.is_floating_point() else t for t in inputs]
+    given = [t.requires_grad_(of.requires_grad) for t, of in zip(given, inputs, strict=True)]
+    wanted = [t for t in (*given, *parameters) if t.requires_grad]
+    found = []
+    for run in (plain, graph):
+        out = run(*given)
+        # Of one's size, so that nothing leaves the range of float16.
+        dout = out.detach() / out.detach().abs().amax()
+        grads = torch.autograd.grad(out, wanted, dout, allow_unused=True)
+        pairs = zip(grads, wanted, strict=True)
+        grads = [torch.zeros_like(t) if g is None else g for g, t in pairs]
+        found.append([t.detach().float().clone() for t in (out, *grads)])
+    scales = torch.stack([a.norm() for a in found[0]])
+    scales = scales.clamp(min=SMALL * float(scales[1:].max()))
+    errors = torch.stack([(a - b).norm() for a, b in zip(*found, strict=True)])
+    return float((errors / scales).nan_to_num(torch.inf).max())
 
 
 class _Token:

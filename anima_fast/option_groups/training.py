@@ -98,10 +98,11 @@ class NetworkRateOptions:
 class LoRASpeedOptions:
     """Speed of LoRA training alone."""
 
-    cuda_graphs: bool = _memory(
-        False,
+    cuda_graphs: bool | None = _memory(
+        None,
         "Launch the DiT blocks as CUDA graphs, one for each image size and caption length of 64 "
-        "tokens: for small images on a fast card. Costs memory; no card has run it yet.",
+        "tokens, which costs memory (default: where the card is seen waiting for the host and "
+        "memory is free; =false: never).",
     )
 
 

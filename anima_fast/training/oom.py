@@ -1,8 +1,9 @@
 """Out of memory while training: the group of batches is done again, one policy lower.
 
-Policies, from the fastest to the smallest: recompute none, mlp (fused blocks), block; then half of
-the blocks in host memory, then all but two. Every random number of a micro-step follows from (seed,
-step, micro-step), so what is done again is what the lower policy would have done from the start.
+CUDA graphs are given up first. Policies, from the fastest to the smallest: recompute none, mlp
+(fused blocks), block; then half of the blocks in host memory, then all but two. Every random number
+of a micro-step follows from (seed, step, micro-step), so what is done again is what the lower
+policy would have done from the start.
 """
 
 from __future__ import annotations
@@ -131,7 +132,11 @@ def run_group(
                 "cannot be repeated: go on from the last state with --resume auto and --recompute "
                 "block or more --blocks_to_swap"
             )
-        graphs = " and without CUDA graphs" if run.dit.graphs else ""
+        if run.dit.graphs:
+            run.dit.graphs.stop("memory ran out")
+            free_memory(run.device, keep_cached=False)
+            tell("out of memory: this step is done again without CUDA graphs, as are those to come")
+            continue
         policy = policies.lower()
         if policy is None:
             more = "" if isinstance(run.network, LoRANetwork) else " and more --blocks_to_swap"
@@ -139,10 +144,7 @@ def run_group(
                 "out of memory at the lowest policy: close what else uses the card and go on with "
                 f"--resume auto{more}, or start anew with a smaller resolution or batch_size"
             )
-        tell(
-            f"out of memory: this step is done again with {policy.option}{graphs}, "
-            "as are those to come"
-        )
+        tell(f"out of memory: this step is done again with {policy.option}, as are those to come")
 
 
 @contextlib.contextmanager
