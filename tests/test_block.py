@@ -1,6 +1,7 @@
 """The fused DiT against the eager one: loss, LoRA gradients, what is kept, what is computed."""
 
 import copy
+import functools
 import itertools
 import logging
 
@@ -10,6 +11,8 @@ from tiny_dit import TINY, dit_weights
 
 from anima_fast.adapters.lora import add_lora
 from anima_fast.kernels import dispatch
+from anima_fast.models import fuse
+from anima_fast.models.block import Settings
 from anima_fast.models.dit import DitConfig, load_dit
 from anima_fast.models.fuse import fuse_blocks, unfuse_blocks
 from anima_fast.models.recompute import block_policies
@@ -100,6 +103,15 @@ def test_agrees_with_eager(dtype, recompute):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_agree_with_eager(dtype, recompute, attn_mode):
     assert_agrees(dtype, recompute=recompute, kernels="triton", attn_mode=attn_mode)
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_around_library_products_agree(monkeypatch, dtype, recompute):
+    """What a card runs that no table names: products by the library, the adapters' gelu by ours."""
+    settings = functools.partial(Settings, products="cublas")
+    monkeypatch.setattr(fuse, "Settings", settings)
+    assert_agrees(dtype, recompute=recompute, kernels="triton")
 
 
 @pytest.mark.parametrize("zero_keys", [0, 507, [0, 30]])

@@ -125,7 +125,8 @@ def test_operators_of_the_fused_block_exist(
             if x is not None and x.requires_grad:
                 assert (grad.shape, grad.dtype, grad.device) == (x.shape, x.dtype, x.device), name
     calls = operators.calls
-    assert (calls["aten.mm.dtype_out"] > 0) == (adapters_dtype == torch.float32)
+    for product in ("mm", "bmm"):
+        assert (calls[f"aten.{product}.dtype"] > 0) == (adapters_dtype == torch.float32)
     found = {
         who: calls[f"aten._scaled_dot_product_{who}_attention_backward.default"]
         for who in ("cudnn", "flash")

@@ -8,8 +8,11 @@ from anima_fast.kernels.adamw import adamw
 from anima_fast.kernels.flow_loss import LOSS_TYPES, flow_loss, flow_loss_reference
 from anima_fast.kernels.gate_residual import gate_residual_backward
 from anima_fast.kernels.gelu import gelu
+from anima_fast.kernels.gemm import gemm
+from anima_fast.kernels.lora_linear import lora_linear_backward, lora_linear_forward
 from anima_fast.kernels.rmsnorm import rmsnorm, rmsnorm_backward
 from anima_fast.models.llm_adapter import AdapterNorm
+from anima_fast.parity import FLOORS, relative_error
 from anima_fast.training import flow
 from anima_fast.training.flow_settings import FlowSettings
 
@@ -285,3 +288,52 @@ def test_gelu_far_from_zero():
         wanted = torch.tensor(wanted, device=DEVICE, dtype=torch.float32)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
     assert gelu(a[3]).shape == () and gelu(a[:0]).shape == (0,)
+
+
+# The adapter around a library's product
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["triton", "cublas"])
+@pytest.mark.parametrize("adapted, needs_x", [(True, True), (True, False), (False, True)])
+def test_gelu_in_the_epilogue(dtype, implementation, adapted, needs_x):
+    """up and down of the MLP: gelu after the first adapter, its slope after the second's dx."""
+    m, n, k, rank = 70, 75, 37, 5 if adapted else 0
+    w, down, up = randn(n, k) / 6, randn(rank, k) / 6, randn(n, rank) / 2
+    x, dy, pre = randn(m, k), randn(m, n), randn(m, k)
+    layers = ([w], [down], [up], [0.3])
+
+    def both(dtype, **options):
+        given = [[t.to(dtype) for t in ts] for ts in layers[:3]]
+        y, _, act = lora_linear_forward(x.to(dtype), *given, layers[3], gelu=True, **options)
+        # The input of `down` is gelu(pre), which only backward sees.
+        kept = pre.to(dtype) if needs_x or adapted else None
+        h2 = lora_linear_forward(gelu(pre.to(dtype)), *given, layers[3], **options)[1]
+        dx, d_downs, d_ups = lora_linear_backward(
+            dy.to(dtype), None, h2, *given, layers[3], gelu_input=kept, needs_x=needs_x, **options
+        )
+        return [t for t in (y, act, dx, *d_downs, *d_ups) if t is not None]
+
+    exact = both(torch.float64, implementation="cublas")
+    with dispatch.use("reference"):
+        plain = both(dtype)
+    for found, eager, true in zip(both(dtype, implementation=implementation), plain, exact,
+                                  strict=True):  # fmt: skip
+        assert found.dtype == dtype and found.shape == true.shape
+        if true.numel():
+            allowed = 2 * relative_error(eager, true) + FLOORS[dtype]
+            assert relative_error(found, true) <= allowed
+
+
+def test_what_the_epilogue_adds_to_stays_in_its_margins():
+    """Tiles that hang over the edges read and write nothing beyond them."""
+    m, n, rank = 67, 33, 3
+    big = randn(m + 2, n + 2)
+    before, inner = big.clone(), big[1:-1, 1:-1]
+    h, up, pre = randn(m, rank), randn(n, rank), randn(m, n)
+    with dispatch.use("triton"):
+        gemm(h, up, scale=0.5, out=inner, add=True, gelu_grad=pre)
+    slope = torch.func.vmap(torch.func.vmap(torch.func.grad(torch.nn.functional.gelu)))(pre)
+    torch.testing.assert_close(inner, (before[1:-1, 1:-1] + 0.5 * h @ up.T) * slope)
+    inner.copy_(before[1:-1, 1:-1])
+    assert torch.equal(big, before)

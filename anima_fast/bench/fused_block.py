@@ -1,9 +1,9 @@
 """The fused block of the 2B model as an op: its launches are other variants than the ops' own.
 
-Inside the block norms add the residual's gradient, products carry GELU in their epilogue, sums for
-frozen weights are left out and gradients go into packed buffers. `bench resources` compiles these
-variants through this entry. It is no member of `OPS`: its definition is the eager block, and
-tests/test_block.py compares the two.
+Inside the block norms add the residual's gradient, products or adapters carry GELU in their
+epilogue, sums for frozen weights are left out and gradients go into packed buffers. `bench
+resources` compiles these variants through this entry. It is no member of `OPS`: its definition is
+the eager block, and tests/test_block.py compares the two.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def run_block(
     downs: list[Tensor],
     ups: list[Tensor],
     policy: str,
+    products: str,
 ) -> Tensor:
     """The block's result [B, L, D]; arguments as `models.block.FusedBlockFunction` names them."""
     tensors: dict[str, Tensor] = {
@@ -60,6 +61,7 @@ def run_block(
         head_dim=HEAD,
         scales={group: [1.0] * len(names) for group, names in GROUPS.items()},
         rows=None,
+        products=products,
     )
     return FusedBlockFunction.apply(settings, list(tensors), *tensors.values())
 
@@ -85,11 +87,13 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inp
         "ups": [draw(n, rank, dtype=torch.float32) for n, _ in shapes],
         # Other policies launch the same variants again.
         "policy": "none",
+        "products": "cublas" if sizes.get("cublas") else "triton",
     }
 
 
 def _real_shapes(tokens: int) -> Mapping[str, Sizes]:
-    return {"": {"L": tokens, "S": 96, "R": 32}}
+    sizes = {"L": tokens, "S": 96, "R": 32}
+    return {"triton": sizes, "cublas": {**sizes, "cublas": 1}}
 
 
 FUSED_BLOCK = Op(

@@ -27,6 +27,10 @@ and the next dx-GEMM reads da: 3 units. The adapter's gradient takes g against a
 rows, one column of tiles: there g is computed again, once, as a is loaded, and never kept. That
 unit included, 4 instead of 6. `gelu_value` and `gelu_slope` are for these kernels.
 
+Where a library makes the product, its result comes and goes once more to get the adapter's part;
+that kernel takes GELU along: forward reads a and writes a and g, backward reads dg and a and writes
+da and g, where two and three kernels would each read their input again.
+
 Source: Hendrycks & Gimpel 2016.
 """
 

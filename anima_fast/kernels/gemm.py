@@ -3,6 +3,7 @@
     forward    X [M, K] tokens, W [N, K] frozen, H = X Aᵀ [M, R], B [N, R] the adapter
     dX         X = dY, W = the frozen weight read the other way, H = G, B = Aᵀ
     H, G, dA, dB   the same without an adapter; any strides, so nothing is transposed in memory
+    Y += s·H Bᵀ    the same, added to a product that a library has written (`add`)
 
 The adapter's product comes first and is scaled, then the base product goes on in the same
 accumulator: the result is written once, and s·H Bᵀ costs R/K of the arithmetic and no traffic but
@@ -10,7 +11,8 @@ that of H. Products with few tiles (the adapter gradients sum over all tokens) a
 into partial sums that torch adds: no atomics, so results repeat. Epilogues:
 
     gelu       writes y and gelu(y), so that only the next product reads the activation
-    gelu_grad  multiplies with gelu'(a) of a given pre-activation a [M, N]
+    gelu_grad  multiplies with gelu'(a) of a given pre-activation a [M, N]; with both, gelu(a) is
+               written beside it, for the adapter's gradient
 
 Accumulation is float32. Source: the tiled product of the Triton tutorials, Hu et al. 2021 (LoRA).
 """
@@ -36,9 +38,10 @@ MIN_SPLIT = 512
 
 @triton.jit
 def _gemm(
-    X, W, Y, H, B, AUX, M, N, K, R, scale, k_split,
-    x_m, x_k, w_n, w_k, y_z, y_m, y_n, h_m, h_r, b_n, b_r, aux_m,
-    HAS_ADAPTER: tl.constexpr, EPILOGUE: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr,
+    X, W, Y, H, B, PRE, ACT, M, N, K, R, scale, k_split,
+    x_m, x_k, w_n, w_k, y_z, y_m, y_n, h_m, h_r, b_n, b_r, pre_m, act_m,
+    HAS_ADAPTER: tl.constexpr, ADD: tl.constexpr, HAS_PRE: tl.constexpr, HAS_ACT: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -77,15 +80,20 @@ def _gemm(
     if not HAS_ADAPTER:
         acc *= scale
     m = m_m & m_n
-    p_aux = AUX + o_m[:, None] * aux_m + o_n[None, :]
-    if EPILOGUE == "gelu_grad":
-        acc *= gelu_slope(tl.load(p_aux, mask=m, other=0.0).to(ACC))
-    y = acc.to(Y.dtype.element_ty)
     p_y = Y + tl.program_id(1).to(tl.int64) * y_z + o_m[:, None] * y_m + o_n[None, :] * y_n
+    if ADD:
+        acc += tl.load(p_y, mask=m, other=0.0).to(ACC)
+    p_act = ACT + o_m[:, None] * act_m + o_n[None, :]
+    if HAS_PRE:
+        pre = tl.load(PRE + o_m[:, None] * pre_m + o_n[None, :], mask=m, other=0.0).to(ACC)
+        if HAS_ACT:
+            tl.store(p_act, gelu_value(pre), mask=m)
+        acc *= gelu_slope(pre)
+    y = acc.to(Y.dtype.element_ty)
     tl.store(p_y, y, mask=m)
-    if EPILOGUE == "gelu":
+    if HAS_ACT and not HAS_PRE:
         # Of the rounded pre-activation, which backward will read.
-        tl.store(p_aux, gelu_value(y.to(ACC)), mask=m)
+        tl.store(p_act, gelu_value(y.to(ACC)), mask=m)
 
 
 @dataclass(frozen=True)
@@ -99,11 +107,14 @@ class Tile:
     stages: int
 
 
-def tile_for(m: int, n: int, dtype: torch.dtype) -> Tile:
+def tile_for(m: int, n: int, dtype: torch.dtype, add: bool = False) -> Tile:
     """The tile of a product. Chosen by what compiles without a spill within 99 KiB of shared
     memory, the least that a supported card has; no card has timed them."""
     if dtype.itemsize != 2:
         return Tile(32, 32, 32, 4, 2)
+    if add:
+        # One or two steps along K, then traffic: many small programs instead of a pipeline.
+        return Tile(64, 64, 32, 8, 1)
     if m <= 64:
         return Tile(32 if m <= 32 else 64, 128, 64, 4, 3)
     if n <= 64:
@@ -119,6 +130,7 @@ def gemm(
     adapter: tuple[Tensor, Tensor, float] | None = None,
     scale: float = 1.0,
     out: Tensor | None = None,
+    add: bool = False,
     gelu: Tensor | None = None,
     gelu_grad: Tensor | None = None,
 ) -> Tensor:
@@ -130,7 +142,8 @@ def gemm(
         adapter: h [M, R], b [N, R] and s.
         scale: a factor of the whole, without an adapter.
         out: [M, N] of any strides to write, instead of a new tensor.
-        gelu: [M, N], dense in N: gelu of the result is written there too.
+        add: add to what `out` holds.
+        gelu: [M, N], dense in N: gelu of the result, or of `gelu_grad`, is written there too.
         gelu_grad: [M, N], dense in N: the result is multiplied with gelu' of it.
 
     Returns:
@@ -139,10 +152,10 @@ def gemm(
     m, k, n = len(x), x.shape[1], len(w)
     if out is None:
         out = dispatch.empty(m, n, like=x, dtype=dtype or x.dtype)
-    tile = tile_for(m, n, x.dtype)
+    tile = tile_for(m, n, x.dtype, add)
     count = dispatch.cdiv(m, tile.m) * dispatch.cdiv(n, tile.n)
     # An adapter or an epilogue needs the whole sum in one program.
-    whole = adapter is not None or gelu is not None or gelu_grad is not None
+    whole = add or adapter is not None or gelu is not None or gelu_grad is not None
     split = 1 if whole else max(1, min(PROGRAMS // count, k // MIN_SPLIT))
     k_split = dispatch.cdiv(dispatch.cdiv(k, split), tile.k) * tile.k
     split = dispatch.cdiv(k, k_split)
@@ -150,12 +163,13 @@ def gemm(
     if split > 1:
         target = dispatch.empty(split, m, n, like=x, dtype=dispatch.wide_dtype(x))
     h, b, scale = adapter or (x, w, scale)
-    aux = gelu if gelu is not None else gelu_grad if gelu_grad is not None else x
+    pre, act = (x if t is None else t for t in (gelu_grad, gelu))
     _gemm[(count, split)](
-        x, w, target, h, b, aux, m, n, k, h.shape[1], scale, k_split,
-        *x.stride(), *w.stride(), *target.stride(), *h.stride(), *b.stride(), aux.stride(0),
-        HAS_ADAPTER=adapter is not None,
-        EPILOGUE="gelu" if gelu is not None else "gelu_grad" if gelu_grad is not None else "none",
+        x, w, target, h, b, pre, act, m, n, k, h.shape[1], scale, k_split,
+        *x.stride(), *w.stride(), *target.stride(), *h.stride(), *b.stride(),
+        pre.stride(0), act.stride(0),
+        HAS_ADAPTER=adapter is not None, ADD=add,
+        HAS_PRE=gelu_grad is not None, HAS_ACT=gelu is not None,
         GROUP=GROUP, BLOCK_R=16 if x.dtype.itemsize == 4 else 32,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         PRECISION=dispatch.dot_precision(), ACC=dispatch.accumulator(x),

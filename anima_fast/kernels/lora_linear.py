@@ -12,7 +12,10 @@ Two implementations of the same sums:
 
     triton   the adapter inside the base product's accumulator (gemm.py): y is written once
     cublas   the base product by cuBLAS, the adapter added to y by cuBLAS with β = 1: y is written,
-             read and written again, 2·M·N values more, for a base product at the library's speed
+             read and written again, 2·M·N values more, for a base product at the library's speed.
+             Adapters of one rank and strength are one batched product: a single one has too few
+             tiles for a large card. Where a gelu follows or precedes, the adapter is added by our
+             kernel, which takes the gelu along
 
 `auto` looks the card up in `MEASURED`; on a card without an entry it takes cuBLAS, which no Triton
 product beats by more than the adapter's traffic, 3 % at M = 4096, N = K = 2048.
@@ -103,6 +106,17 @@ def _places(
     return columns, ranks, [i for i, size in enumerate(sizes) if size]
 
 
+def _alike(ups: Sequence[Tensor], scales: Sequence[float]) -> bool:
+    """Whether several layers have adapters that one batched product computes."""
+    kinds = {(*b.shape, s) for b, s in zip(ups, scales, strict=True)}
+    return len(ups) > 1 and len(kinds) == 1 and ups[0].shape[1] > 0
+
+
+def _by_part(x: Tensor, parts: int) -> Tensor:
+    """Columns side by side [M, parts·N], or rows on top of each other, as [parts, M, N]."""
+    return x.unflatten(1, (parts, -1)).transpose(0, 1)
+
+
 def lora_linear_forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -145,14 +159,23 @@ def lora_linear_forward(
             gemm(x, w, adapter=adapter, out=y[:, columns[i]], gelu=part)
         return y, h, act
     y = x @ stacked(weights).T
-    for i in adapted:
-        y[:, columns[i]].addmm_(h[:, ranks[i]], ups[i].T, alpha=scales[i])
+    if gelu and adapted == [0] and len(ups) == 1 and dispatch.runs_triton(x):
+        act = dispatch.empty(*y.shape, like=x)
+        gemm(h, ups[0], scale=scales[0], out=y, add=True, gelu=act)
+        return y, h, act
+    if _alike(ups, scales):
+        parts = len(ups)
+        b = stacked(ups).unflatten(0, (parts, -1)).transpose(1, 2)  # [parts, R, N]
+        _by_part(y, parts).baddbmm_(_by_part(h, parts), b, alpha=scales[0])
+    else:
+        for i in adapted:
+            y[:, columns[i]].addmm_(h[:, ranks[i]], ups[i].T, alpha=scales[i])
     return y, h, gelu_forward(y) if gelu else None
 
 
 def lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     h: Tensor | None,
     weights: Sequence[Tensor],
     downs: Sequence[Tensor],
@@ -169,55 +192,95 @@ def lora_linear_backward(
 
     Args:
         dy: [M, ΣN]. The others as given to, or returned by, the forward.
+        x: [M, K]; None without adapters, or with `gelu_input`.
         gelu_input: [M, K], the pre-activation whose gelu is x: dx is then its gradient.
         needs_x: compute dx.
         dtype: of dA and dB; that of the adapters when None.
     """
-    triton = uses_triton(x, implementation)
+    triton = uses_triton(dy, implementation)
     columns, ranks, adapted = _places(weights, downs)
     dtype = dtype or downs[0].dtype
     # The gradients of dA are rows of one product, made below.
     d_downs = [a if i in adapted else a.to(dtype) for i, a in enumerate(downs)]
-    d_ups = [dispatch.empty(*b.shape, like=b, dtype=dtype) for b in ups]
-    g = dispatch.empty(x.shape[0], ranks[-1].stop, like=x) if adapted else None
-
-    def product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> None:
-        # The scale is applied before the one rounding.
-        if triton:
-            gemm(a, b, out=out, scale=scale)
-        elif out.dtype == a.dtype:
-            torch.addmm(out, a, b.T, beta=0, alpha=scale, out=out)
-        else:
-            if a.is_cuda:
-                # cuBLAS writes its float32 accumulators; there is no such product on the CPU.
-                torch.ops.aten.mm.dtype_out(a, b.T, out.dtype, out=out)
-            else:
-                out.copy_(a @ b.T)
-            if scale != 1.0:
-                out.mul_(scale)
-
+    product = gemm_product if triton else library_product
+    # dB reads h, which holds the factors; dA and dx read g, which must get them here.
+    g = dispatch.empty(dy.shape[0], ranks[-1].stop, like=dy) if adapted else None
+    if not triton and _alike(ups, scales):
+        parts = len(ups)
+        b, dys = stacked(ups).unflatten(0, (parts, -1)), _by_part(dy, parts)
+        product(dys, b, scales[0], g.dtype, _by_part(g, parts))
+        d_ups = list(product(dys.mT, _by_part(h, parts), scales[0], dtype))
+    else:
+        d_ups = [b if i in adapted else b.to(dtype) for i, b in enumerate(ups)]
+        for i in adapted:
+            part = dy[:, columns[i]]
+            product(part, ups[i], scales[i], g.dtype, g[:, ranks[i]])
+            d_ups[i] = product(part.T, h[:, ranks[i]], scales[i], dtype)
     for i in adapted:
-        columns_i, part = dy[:, columns[i]], g[:, ranks[i]]
-        product(columns_i, ups[i].T, part, scales[i])
-        # dB reads h, which holds the factors; dA and dx read g, which must get them here.
-        product(columns_i.T, h[:, ranks[i]].T, d_ups[i], scales[i])
         if factors is not None and factors[i] is not None:
-            part *= factors[i]
+            g[:, ranks[i]] *= factors[i]
+    dx = act = None
+    if needs_x:
+        a = stacked([downs[i] for i in adapted]) if adapted else None
+        # What the adapter's gradient reads is written as its pre-activation is read; in the whole
+        # product's epilogue that would take more registers than there are.
+        if adapted and x is None and not triton:
+            act = dispatch.empty(*gelu_input.shape, like=dy)
+        dx = _backward_x(dy, stacked(weights), g, a, gelu_input, act, triton)
     if adapted:
-        d_a = dispatch.empty(ranks[-1].stop, x.shape[1], like=x, dtype=dtype)
-        product(g.T, x.T, d_a)
+        if x is None:
+            x = gelu_forward(gelu_input) if act is None else act
+        d_a = product(g.T, x, 1.0, dtype)
         for i in adapted:
             d_downs[i] = d_a[ranks[i]]
-    if not needs_x:
-        return None, d_downs, d_ups
-    w, a = stacked(weights), stacked([downs[i] for i in adapted]) if adapted else None
+    return dx, d_downs, d_ups
+
+
+def _backward_x(
+    dy: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    a: Tensor | None,
+    gelu_input: Tensor | None,
+    act: Tensor | None,
+    triton: bool,
+) -> Tensor:
+    """dy w + g a, times gelu' of `gelu_input` if given; gelu of that goes into `act` if given."""
     if triton:
-        adapter = (g, a.T, 1.0) if adapted else None
-        return gemm(dy, w.T, adapter=adapter, gelu_grad=gelu_input), d_downs, d_ups
+        adapter = None if a is None else (g, a.T, 1.0)
+        return gemm(dy, w.T, adapter=adapter, gelu_grad=gelu_input)
     dx = dy @ w
-    if adapted:
-        dx.addmm_(g, a)
-    return dx if gelu_input is None else gelu_backward(dx, gelu_input), d_downs, d_ups
+    if gelu_input is None:
+        return dx if a is None else dx.addmm_(g, a)
+    if a is not None and dispatch.runs_triton(dy):
+        return gemm(g, a.T, out=dx, add=True, gelu=act, gelu_grad=gelu_input)
+    if act is not None:
+        act.copy_(gelu_forward(gelu_input))
+    return gelu_backward(dx if a is None else dx.addmm_(g, a), gelu_input)
+
+
+def gemm_product(
+    a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """scale·a b by the Triton kernel, into `out` if given."""
+    return gemm(a, b.T, scale=scale, dtype=dtype, out=out)
+
+
+def library_product(
+    a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """scale·a b, of matrices or batches of them; into `out` if given, of a's dtype then."""
+    batched = a.ndim == 3
+    if dtype == a.dtype:
+        scaled = torch.baddbmm if batched else torch.addmm
+        # With β = 0 the first argument is not read.
+        return scaled(a.new_empty(()) if out is None else out, a, b, beta=0, alpha=scale, out=out)
+    if a.is_cuda and dtype == torch.float32 and a.dtype.itemsize == 2:
+        # cuBLAS writes its float32 accumulators; there is no such product on the CPU.
+        wide = (torch.bmm if batched else torch.mm)(a, b, out_dtype=dtype)
+    else:
+        wide = (a @ b).to(dtype)
+    return wide if scale == 1.0 else wide.mul_(scale)
 
 
 @torch.library.custom_op("anima_fast::lora_linear", mutates_args=())
@@ -267,7 +330,7 @@ def _op_backward(
         implementation=implementation,
     )
     # Results of a custom op must not share memory.
-    return dx.view(x.shape), [d.clone() for d in d_downs], d_ups
+    return dx.view(x.shape), [d.clone() for d in d_downs], [d.clone() for d in d_ups]
 
 
 @_op_backward.register_fake
@@ -368,7 +431,7 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inp
         "weights": [matrix(n, k) for _ in range(parts)],
         "downs": [matrix(rank, k) for rank in ranks],
         "ups": [matrix(n, rank) for rank in ranks],
-        "scales": [0.5 + i for i in range(parts)],
+        "scales": [0.5 if sizes.get("equal") else 0.5 + i for i in range(parts)],
         "implementation": "cublas" if sizes.get("cublas") else "auto",
     }
 
@@ -408,6 +471,7 @@ OP = Op(
         {"M": 130, "N": 70, "K": 65, "R": 20, "parts": 2},
         {"M": 1100, "N": 40, "K": 33, "R": 4, "parts": 1},
         {"M": 33, "N": 24, "K": 40, "R": 8, "parts": 3, "cublas": 1},
+        {"M": 35, "N": 26, "K": 44, "R": 5, "parts": 3, "cublas": 1, "equal": 1},
     ),
     real_shapes=_real_shapes,
     cost=_cost,

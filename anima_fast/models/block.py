@@ -34,7 +34,6 @@ from anima_fast.kernels.gate_residual_layernorm_modulate import (
     gate_residual_layernorm_modulate_backward,
     gate_residual_layernorm_modulate_forward,
 )
-from anima_fast.kernels.gelu import gelu_forward
 from anima_fast.kernels.layernorm_modulate import (
     layernorm_modulate_backward,
     layernorm_modulate_forward,
@@ -74,6 +73,8 @@ class Settings:
     head_dim: int
     scales: dict[str, list[float]]
     rows: ZeroRows | None
+    # Of matrices, by kernels/lora_linear.py.
+    products: str = "auto"
     pack: Callable[[Tensor], Any] | None = None
     unpack: Callable[[Any], Tensor] | None = None
 
@@ -110,6 +111,7 @@ class Values:
             "downs": [cast.get(name, t[name]) for name in names["down"]],
             "ups": [cast.get(name, t[name]) for name in names["up"]],
             "scales": self.settings.scales[group],
+            "implementation": self.settings.products,
             "factors": [t.get(name) for name in names["factor"]],
         }
 
@@ -207,15 +209,11 @@ class Backward:
     def linear(self, group: str, dy: Tensor, x: Tensor | None, **options: Any) -> Tensor | None:
         """dx [B, L, K] of a linear group; the adapters' gradients go into `grads`."""
         shape = dy.shape[:-1]
-        layers = self.v.layers(group)
-        if x is None:
-            # Nothing reads x without an adapter but its shape.
-            x = dy.new_empty(()).expand(*shape, layers["weights"][0].shape[1])
         dx, d_downs, d_ups = lora_linear_backward(
             dy.reshape(-1, dy.shape[-1]),
-            x.reshape(-1, x.shape[-1]),
+            None if x is None else x.reshape(-1, x.shape[-1]),
             self.t.get(f"h.{group}"),
-            **layers,
+            **self.v.layers(group),
             dtype=self.adapter_dtype(group),
             **options,
         )
@@ -281,9 +279,8 @@ class Backward:
         goes_on = self.below_mlp or v.adapted("up")
         if t.get("a") is None:
             t["a"], _ = v.linear("up", v.modulated(t["x2"], 2) if h is None else h)
-        act = gelu_forward(t["a"]) if v.adapted("down") else None
         a = t["a"].reshape(-1, t["a"].shape[-1])
-        da = self.linear("down", dy, act, needs_x=goes_on, gelu_input=a)
+        da = self.linear("down", dy, None, needs_x=goes_on, gelu_input=a)
         return self.linear("up", da, h, needs_x=self.below_mlp) if goes_on else None
 
     def cross(self, dy: Tensor) -> Tensor | None:
