@@ -80,20 +80,21 @@ def _gemm(
     if not HAS_ADAPTER:
         acc *= scale
     m = m_m & m_n
-    p_y = Y + tl.program_id(1).to(tl.int64) * y_z + o_m[:, None] * y_m + o_n[None, :] * y_n
+    Y += tl.program_id(1).to(tl.int64) * y_z
+    # Places are worked out where they are used: registers are short.
     if ADD:
-        acc += tl.load(p_y, mask=m, other=0.0).to(ACC)
-    p_act = ACT + o_m[:, None] * act_m + o_n[None, :]
+        acc += tl.load(Y + o_m[:, None] * y_m + o_n[None, :] * y_n, mask=m, other=0.0).to(ACC)
     if HAS_PRE:
         pre = tl.load(PRE + o_m[:, None] * pre_m + o_n[None, :], mask=m, other=0.0).to(ACC)
         if HAS_ACT:
-            tl.store(p_act, gelu_value(pre), mask=m)
+            tl.store(ACT + o_m[:, None] * act_m + o_n[None, :], gelu_value(pre), mask=m)
         acc *= gelu_slope(pre)
     y = acc.to(Y.dtype.element_ty)
-    tl.store(p_y, y, mask=m)
+    tl.store(Y + o_m[:, None] * y_m + o_n[None, :] * y_n, y, mask=m)
     if HAS_ACT and not HAS_PRE:
         # Of the rounded pre-activation, which backward will read.
-        tl.store(p_act, gelu_value(y.to(ACC)), mask=m)
+        a = gelu_value(y.to(ACC))
+        tl.store(ACT + o_m[:, None] * act_m + o_n[None, :], a, mask=m)
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,11 @@ def tile_for(m: int, n: int, dtype: torch.dtype, add: bool = False) -> Tile:
         return Tile(64, 64, 32, 8, 1)
     if m <= 64:
         return Tile(32 if m <= 32 else 64, 128, 64, 4, 3)
+    if n <= 32:
+        # Of more rows or longer steps, Triton 3.6 or 3.7 spills on sm_120.
+        return Tile(64, 32, 32, 4, 4)
     if n <= 64:
-        return Tile(128, 32 if n <= 32 else 64, 64, 4, 3)
+        return Tile(128, 64, 64, 4, 3)
     return Tile(128, 128, 64, 8, 3)
 
 

@@ -59,6 +59,8 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     group: {kind: tuple(f"{kind}.{group}.{i}" for i in range(len(layers))) for kind in KINDS}
     for group, layers in GROUPS.items()
 }
+# Those of all adapters.
+ADAPTERS = [n for group in NAMES.values() for kind in ("down", "up") for n in group[kind]]
 # Places of shift, scale and gate of the three sublayers in the modulation [B, 9, D].
 SHIFT, SCALE, GATE = 0, 1, 2
 
@@ -93,13 +95,12 @@ class Values:
 
         Those of one group come behind each other, so that stacking them is a view.
         """
-        names = [n for group in NAMES.values() for kind in ("down", "up") for n in group[kind]]
-        given = {name: self.t[name].detach() for name in names if self.t[name].numel()}
+        given = {name: x for name in ADAPTERS if (x := self.t[name]).shape[0] and x.shape[1]}
         if all(x.dtype == self.settings.dtype for x in given.values()):
             return given
         sizes = [x.numel() for x in given.values()]
-        views = self.t["context"].new_empty(sum(sizes)).split(sizes)
-        views = [v.view(x.shape) for v, x in zip(views, given.values(), strict=True)]
+        parts = self.t["context"].new_empty(sum(sizes)).split(sizes)
+        views = [part.view(x.shape) for part, x in zip(parts, given.values(), strict=True)]
         torch._foreach_copy_(views, list(given.values()))
         return dict(zip(given, views, strict=True))
 
