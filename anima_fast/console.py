@@ -34,6 +34,11 @@ def configure_console(
     return logger
 
 
+def one_line(text: object) -> str:
+    """A text as one line without control characters, which a file could send to the terminal."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
+
+
 def _plain_handler() -> logging.Handler:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

@@ -1,6 +1,7 @@
 """`anima-fast dataset`: what it finds in a folder of broken files, its page, JSON and masks."""
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from anima_fast.cli import app
 from anima_fast.data.plan import build_plan
-from anima_fast.dataset_report import findings, health
+from anima_fast.dataset_report import findings, health, thumbs
 from anima_fast.dataset_report.duplicates import find_duplicates
 from anima_fast.dataset_report.masks import loss_cells, overlay
 from anima_fast.dataset_report.pixels import difference_hash, look
@@ -284,6 +285,20 @@ def test_names_cannot_break_the_page(tmp_path):
     assert call(config(tmp_path), "--html", page).exit_code == 0
     text = page.read_text(encoding="utf-8")
     assert "<script" not in text and "<b>&" not in text and "&lt;script&gt;" in text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_names_and_tags_cannot_write_to_the_terminal(tmp_path):
+    put(tmp_path / "images" / "a\x1b[31m\nb.png", smooth(1, (9, 9)), "red\x1b[31mtag, b")
+    (tmp_path / "images" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    shown = call(config(tmp_path, images="images")).output
+    assert "\x1b" not in shown
+    assert "a [31m b.png: 9x9" in shown and "red [31mtag" in shown
+    assert "gone.png: a link to a file that does not exist" in shown
+
+
+def test_a_tall_thumbnail_does_not_fill_the_screen():
+    assert [thumbs._widest(*size) for size in ((64, 64), (10, 1000), (1, 20))] == [176, 8, 12]
 
 
 def test_shades_cover_what_is_cut_off(tmp_path):

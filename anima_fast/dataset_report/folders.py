@@ -24,7 +24,7 @@ _ASPECT = 0.02
 
 
 def folder_problems(datasets: Iterable[Dataset]) -> list[Problem]:
-    """Images of other formats, images in subfolders and captions without an image."""
+    """Other formats, images in subfolders, dead links and captions without an image."""
     found: dict[tuple[str, str], Problem] = {}
     for dataset in datasets:
         for subset in dataset.subsets:
@@ -70,6 +70,8 @@ def _of_folder(folder: Path, subset: Subset) -> list[Problem]:
             if name.endswith(endings) and not _has_image(name, endings, stems)
         ]
     for entry in sorted(entries, key=lambda entry: entry.name):
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            found.append(Problem("skipped", entry.path, "a link to a file that does not exist"))
         if entry.is_dir() and (count := _count_images(entry.path, known)):
             text = f"{count} images in a subfolder, which is not searched: name it as a subset"
             found.append(Problem("skipped", entry.path, text))

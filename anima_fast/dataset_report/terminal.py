@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from anima_fast.console import one_line
 from anima_fast.data.problems import KINDS, Problem
 from anima_fast.dataset_report import health
 from anima_fast.dataset_report.findings import lost
@@ -35,7 +36,7 @@ def show_survey(survey: Survey, console: Console) -> None:
     if survey.tags:
         console.print(_tags(survey))
     for notice in survey.notices:
-        console.print(Text(f"note: {notice}", "yellow"))
+        console.print(Text(f"note: {one_line(notice)}", "yellow"))
     _show_problems(survey, console)
 
 
@@ -129,7 +130,8 @@ def _subsets(survey: Survey) -> Table:
     for entry in health.subsets(survey.plan):
         use = "regularisation" if entry["is_reg"] else "training"
         cells = (entry["images"], entry["repeats"], entry["uses"], entry["validation"])
-        table.add_row(Text(entry["folder"]), use, *(str(n) for n in cells), str(entry["unused"]))
+        folder = Text(one_line(entry["folder"]))
+        table.add_row(folder, use, *(str(n) for n in cells), str(entry["unused"]))
     return table
 
 
@@ -156,7 +158,7 @@ def _crops(survey: Survey) -> Table | None:
     table = _table("Largest crops", "image", "size", "bucket", "cut off")
     for item in ordered:
         size, bucket = (f"{w}x{h}" for w, h in (item.size, item.bucket))
-        table.add_row(Text(item.path.name), size, bucket, f"{lost(item):.0%}")
+        table.add_row(Text(one_line(item.path.name)), size, bucket, f"{lost(item):.0%}")
     return table
 
 
@@ -167,7 +169,7 @@ def _masks(survey: Survey) -> Table:
         "Masks" + (f", the {_MASKS} smallest" if more else ""), "image", "mask", "trained"
     )
     for mask in shown:
-        table.add_row(Text(mask.image.name), Text(mask.source), f"{mask.area:.0%}")
+        table.add_row(Text(one_line(mask.image.name)), Text(mask.source), f"{mask.area:.0%}")
     return table
 
 
@@ -188,6 +190,7 @@ def _tags(survey: Survey) -> Table:
     title = f"Most frequent of {len(survey.tags)} tags"
     table = _table(title, "tag", "captions", "of all")
     for tag, count in survey.tags.most_common(_TAGS):
+        tag = one_line(tag)
         shown = tag if len(tag) <= 60 else tag[:57] + "..."
         table.add_row(Text(shown), str(count), f"{count / total:.0%}")
     return table
@@ -226,7 +229,7 @@ def lines(problems: Sequence[Problem], most: int) -> list[str]:
     found = []
     for problem in problems[:most]:
         name = Path(problem.file).name
-        found.append(": ".join(part for part in (name, problem.text) if part))
+        found.append(one_line(": ".join(part for part in (name, problem.text) if part)))
     if len(problems) > most:
         found.append(f"and {len(problems) - most} more")
     return found

@@ -15,16 +15,20 @@ from typing import TYPE_CHECKING
 
 from anima_fast.data.cache_folders import printable
 from anima_fast.dataset_report.findings import crop_box, lost
+from anima_fast.dataset_report.pixels import THUMBNAIL
 
 if TYPE_CHECKING:
     from anima_fast.data.plan import ImageItem
     from anima_fast.dataset_report.survey import Survey
 
+# Height of a thumbnail on the page, in its pixels.
+_TALLEST = 240
+
 STYLE = """
 .thumbs { display: grid; gap: 10px; align-items: end;
   grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }
 .thumb { position: relative; background-size: 100% 100%; border-radius: 4px; overflow: hidden;
-  max-width: 176px; background-color: var(--line); }
+  width: 100%; max-width: 176px; min-height: 8px; background-color: var(--line); }
 .cut { position: absolute; background: repeating-linear-gradient(45deg, #d9480fcc 0 4px,
   #000a 4px 8px); }
 .thumbs figcaption { overflow-wrap: anywhere; line-height: 1.35; margin-top: 3px; }
@@ -63,12 +67,18 @@ class Thumbs:
             width, height = self._sizes[path]
             picture = (
                 f'<div class="thumb {self._classes[path]}" role="img" aria-label="{name}" '
-                f'style="aspect-ratio: {width} / {height}">{_cuts(crop) if crop else ""}</div>'
+                f'style="aspect-ratio: {width} / {height}; max-width: {_widest(width, height)}px">'
+                f"{_cuts(crop) if crop else ''}</div>"
             )
         return f'<figure title="{name}">{picture}<figcaption>{caption}</figcaption></figure>'
 
     def _data(self, path: Path) -> str:
         return base64.b64encode(self._looks[path].thumbnail).decode()
+
+
+def _widest(width: int, height: int) -> int:
+    """Pixels of the page: a tall picture is narrow, so that it does not fill a screen."""
+    return max(8, min(THUMBNAIL, round(_TALLEST * width / height)))
 
 
 def _cuts(item: ImageItem) -> str:

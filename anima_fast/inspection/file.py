@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from anima_fast.console import one_line
 from anima_fast.errors import UserError
 from anima_fast.inspection.caches import describe_cache, describe_npz
 from anima_fast.inspection.header import dtype_names, dtype_summary, highlights, shorten, size_text
@@ -156,7 +157,7 @@ def _unknown(checkpoint: Checkpoint) -> dict:
 def render(described: Mapping[str, Any], width: int | None = None) -> str:
     """What `describe` found as lines of text, as wide as the terminal (at most 100 columns)."""
     width = min(width or shutil.get_terminal_size((80, 24)).columns, WIDEST)
-    lines = [_clean(described["title"]), _clean(described["file"]), ""]
+    lines = [one_line(described["title"]), one_line(described["file"]), ""]
     lines += _rows(described["facts"], width)
     if described["option"]:
         lines += ["", *_wrap("use it with: ", described["option"], width)]
@@ -170,7 +171,7 @@ def render(described: Mapping[str, Any], width: int | None = None) -> str:
 
 def _rows(values: Mapping[str, Any], width: int, indent: int = 0) -> list[str]:
     """Labels in one column, values wrapped beside them; a table of values has one line each."""
-    labels = {key: _clean(key.replace("_", " ")) for key in values}
+    labels = {key: one_line(key.replace("_", " ")) for key in values}
     column = indent + max(map(len, labels.values()), default=0) + 2
     lines = []
     for key, value in values.items():
@@ -190,15 +191,10 @@ def _text(value: Any, key: str = "") -> str:
 def _wrap(start: str, text: str, width: int) -> list[str]:
     # Paths and names are never broken: they are there to be copied.
     wrapped = textwrap.wrap(
-        _clean(text),
+        one_line(text),
         max(width - len(start), 20),
         break_long_words=False,
         break_on_hyphens=False,
     )
     first, *rest = wrapped or [""]
     return [f"{start}{first}".rstrip(), *(" " * len(start) + line for line in rest)]
-
-
-def _clean(text: str) -> str:
-    """One line without control characters, which a file could send to the terminal."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
