@@ -229,6 +229,12 @@ def test_a_broken_config_is_status_2(tmp_path):
     assert call(config(tmp_path, images="absent")).exit_code == 2
 
 
+def test_nothing_to_train_is_no_clean_dataset(tmp_path):
+    put(tmp_path / "images" / "a.png", smooth(1))
+    result = call(config(tmp_path, "num_repeats = 0"))
+    assert result.exit_code == 2 and "no training images" in result.stderr
+
+
 def test_folder_layout_and_a_whole_training_command(tmp_path):
     for i in range(3):
         put(tmp_path / "train" / "4_thing" / f"{i}.png", smooth(i), None if i else "x")

@@ -136,10 +136,10 @@ def build_plan(options: object, problems: list[Problem] | None = None) -> Datase
         balanced = _balance(reg, sum(item.repeats for item in train))
         items += train + balanced
         unused += reg[len(balanced) :]
-    if not items and problems is None:
+    if not items and not problems:
         raise UserError(
-            "no training images: every image is held out for validation or for regularisation; "
-            "lower validation_split or add a subset without is_reg"
+            "no training images: every image is held out for validation, for regularisation, or "
+            "ignored with num_repeats 0; lower validation_split or add a subset without is_reg"
         )
     items = [replace(item, index=i) for i, item in enumerate(items)]
     held_out = [replace(item, index=i) for i, item in enumerate(held_out)]
