@@ -19,14 +19,17 @@ from anima_fast.option_groups.base import specs
 from anima_fast.option_groups.network_args import parse_network_args
 from anima_fast.options import FinetuneOptions, TrainOptions
 
-# Field -> option of sd-scripts; fields of the Anima panel begin with `anima_` as well.
+# Field -> option of sd-scripts; those of the Anima panel begin with `anima_`, and beat fields of
+# other panels that have the same name without it.
 RENAMED = {
     "epoch": "max_train_epochs", "optimizer": "optimizer_type", "max_resolution": "resolution",
+    "image_folder": "train_data_dir",
 }  # fmt: skip
 # Value of LoRA_type -> network module; LyCORIS ones name their algorithm after the slash.
 MODULES = {
-    "Anima": "networks.lora_anima", "LoHa": "networks.loha", "LoKr": "networks.lokr",
-    "Standard": "networks.lora_anima",
+    "": "networks.lora_anima", "Anima": "networks.lora_anima", "Standard": "networks.lora_anima",
+    "Kohya LoHa": "networks.loha", "Kohya LoKr": "networks.lokr",
+    "LoHa": "networks.loha", "LoKr": "networks.lokr",
 }  # fmt: skip
 # Fields that are words of network_args.
 NETWORK_FIELDS = (
@@ -34,6 +37,7 @@ NETWORK_FIELDS = (
     "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "use_scalar", "train_norm",
     "train_llm_adapter", "exclude_patterns", "include_patterns", "network_reg_dims",
     "network_reg_lrs", "conv_dim", "conv_alpha", "use_tucker", "use_cp", "bypass_mode",
+    "full_matrix",
 )  # fmt: skip
 LAUNCHER_FIELDS = (
     "num_processes", "num_machines", "num_cpu_threads_per_process", "multi_gpu", "gpu_ids",
@@ -46,6 +50,19 @@ ONLY = {
     "unet_lr": ("text_encoder_lr", "network_train_text_encoder_only"),
 }
 OTHER_PANELS = ("flux1_", "sd3_", "sdxl_", "lumina_", "hunyuan_", "chroma_")
+# Fields of those panels without such a beginning.
+OTHER_FIELDS = frozenset({
+    "guidance_scale", "model_prediction_type", "train_blocks", "t5xxl_dtype", "t5xxl_device",
+    "t5xxl_max_token_length", "noise_offset_type", "train_on_input", "unit", "constrain",
+    "rescaled", "split_mode", "single_blocks_to_swap", "double_blocks_to_swap", "train_t5xxl",
+    "weighting_scheme", "logit_mean", "logit_std", "mode_scale",
+})  # fmt: skip
+WINDOW = frozenset({
+    "model_list", "generate_caption_database", "generate_image_buckets", "full_path", "save_as",
+    "train_dir", "caption_metadata_filename", "latent_metadata_filename", "use_latent_files",
+})  # fmt: skip
+# Fields that only files for something else have.
+ELSE = {"lllite_mlp_dim": "a ControlNet", "token_string": "textual inversion"}
 
 
 def items(config: Mapping[str, Any], ledger: Ledger) -> tuple[str, list[Item]]:
@@ -55,23 +72,30 @@ def items(config: Mapping[str, Any], ledger: Ledger) -> tuple[str, list[Item]]:
         UserError: a file for another model.
     """
     lora_type = str(config.get("LoRA_type") or "")
+    for key, what in ELSE.items():
+        if key in config:
+            raise UserError(f"this file is for {what}, which is not supported for Anima")
     if not config.get("anima_checkbox") and not lora_type.startswith("Anima"):
         other = next((k[:-9] for k in config if k.endswith("_checkbox") and config[k]), "")
         if other or config.get("sdxl") or lora_type or not config.get("anima_qwen3"):
             model = other or ("SDXL" if config.get("sdxl") else lora_type or "Stable Diffusion")
             raise UserError(f"this file is for {model}: anima_fast trains the Anima model only")
+    if lora_type not in MODULES and not lora_type.startswith("LyCORIS/"):
+        known = ", ".join(filter(None, MODULES))
+        raise UserError(f"LoRA_type {lora_type!r} does not exist here: {known}, or a LyCORIS one")
     ledger.extend(config)
     found: dict[str, Item] = {}
     keys = ledger.open_keys()
     # The extra parameters come last, as they beat the fields.
     for key in sorted(keys, key="additional_parameters".__eq__):
         _field(key, config, ledger, found)
+    _metadata(config, ledger, found)
     _network(config, lora_type, ledger, found)
     return ("train" if lora_type else "finetune"), list(found.values())
 
 
 def _field(key: str, config: Mapping[str, Any], ledger: Ledger, found: dict[str, Item]) -> None:
-    value = config[key]
+    value, lora_type = config[key], str(config.get("LoRA_type") or "")
     name = RENAMED.get(key, key.removeprefix("anima_"))
     if key in LAUNCHER_FIELDS:
         ledger.drop(key, "it is about accelerate, which is not used here")
@@ -89,16 +113,22 @@ def _field(key: str, config: Mapping[str, Any], ledger: Ledger, found: dict[str,
         _parameters(key, str(value), ledger, found)
     elif key == "lr_warmup":
         _warmup(key, value, ledger, found)
-    elif key.startswith(OTHER_PANELS):
+    elif key.startswith(OTHER_PANELS) or key in OTHER_FIELDS:
         ledger.drop(key, "it is about another model")
-    elif is_off(value) and not isinstance(value, bool) and name not in ("seed", "network_alpha"):
+    elif key in WINDOW:
+        ledger.drop(key, "it is about the window and what it prepares")
+    elif key == "LyCORIS_preset":
+        _preset(key, value, lora_type, ledger)
+    elif config.get(f"anima_{key}") not in (None, ""):
+        ledger.drop(key, f"anima_{key} is given, and beats it")
+    elif is_off(value) and not isinstance(value, bool) and name != "network_alpha":
         # Where the GUI shows zero, it passes nothing on.
         ledger.drop(key, "it is not set")
     elif isinstance(value, bool) and not value:
         ledger.drop(key, "it is off")
     elif key == "epoch" and not is_off(config.get("max_train_steps")):
         ledger.drop(key, "max_train_steps is given, and beats it there")
-    elif name in found or (key != name and config.get(name) and name not in ("vae",)):
+    elif name in found or (key in RENAMED and not is_off(config.get(name))):
         ledger.drop(key, f"{name} is given as well, and beats it")
     else:
         words = name in ("optimizer_args", "lr_scheduler_args", "network_args")
@@ -120,6 +150,28 @@ def _parameters(key: str, value: str, ledger: Ledger, found: dict[str, Item]) ->
         words = list(option.words) if is_list else option.value
         found[option.name] = Item(label, option.name, words)
     ledger.take_elsewhere(key, "the options in it")
+
+
+def _preset(key: str, value: Any, lora_type: str, ledger: Ledger) -> None:
+    """LyCORIS_preset chooses layers of a LyCORIS network."""
+    used = lora_type.startswith("LyCORIS/")
+    ledger.drop(key, "presets of layers do not exist here" if used else "it is about LyCORIS")
+    if used and value not in ("", "full"):
+        ledger.todo.append(
+            f"LyCORIS_preset {value}: choose layers with include_patterns and exclude_patterns in "
+            "network_args; attention and MLP of all blocks are trained"
+        )
+
+
+def _metadata(config: Mapping[str, Any], ledger: Ledger, found: dict[str, Item]) -> None:
+    """The panel for fine-tuning trains on a metadata file that it writes into `train_dir`."""
+    latents = str(config.get("use_latent_files", "")).lower() == "yes"
+    field = "latent_metadata_filename" if latents else "caption_metadata_filename"
+    folder, name = config.get("train_dir"), config.get(field)
+    if folder and name and "in_json" not in found and not config.get("dataset_config"):
+        key = f"{field} in train_dir"
+        ledger.extend({key: f"{folder}/{name}"})
+        found["in_json"] = Item(key, "in_json", f"{folder}/{name}")
 
 
 def _attention(
@@ -147,7 +199,7 @@ def _network(
     """LoRA_type and the fields of the network as network_module and network_args."""
     family, _, algorithm = lora_type.partition("/")
     words = [f"algo={algorithm.lower()}"] if family == "LyCORIS" and algorithm else []
-    module = "lycoris.kohya" if words else MODULES.get(lora_type, "networks.lora_anima")
+    module = "lycoris.kohya" if words else MODULES[lora_type]
     if ledger.has("LoRA_type"):
         if lora_type:
             found["network_module"] = Item("LoRA_type", "network_module", module)

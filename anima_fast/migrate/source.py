@@ -238,7 +238,7 @@ def _trainer(config: Mapping[str, Any], name: str) -> str:
             f"{name} is a dataset of sd-scripts, which is read as it is: "
             f"anima-fast train --dataset_config {name} ..."
         )
-    if "LoRA_type" in config or ("train_data_dir" in config and "epoch" in config):
+    if "LoRA_type" in config or "anima_checkbox" in config or "epoch" in config:
         return "kohya-gui"
     if "job" in config and "config" in config:
         raise UserError(f"{name} is a job of ai-toolkit: importing reads {TRAINERS}")
