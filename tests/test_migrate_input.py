@@ -48,6 +48,25 @@ def sources(tmp_path, monkeypatch):
         ("echo it's\na --x 'b'", ["a", "--x", "b"], None),
         ("a --x 'b\nc'\nd", ["a", "--x", "b\nc"], None),
         ("a --args \"k=['x', 'y']\"", ["a", "--args", "k=['x', 'y']"], None),
+        ("X=1; Y=$X; export Z=3 W=4\na $X $Y $Z $W", ["a", "1", "1", "3", "4"], None),
+        ("X='--y 1'\nX+=' --z'\na $X", ["a", "--y", "1", "--z"], None),
+        (
+            'X=(\n  --y \'b c\'  # don\'t\n  # --w\n  "k=(1)"\n)\nX+=(--z)\na "${X[@]}" --d',
+            ["a", "--y", "b c", "k=(1)", "--z", "--d"],
+            None,
+        ),
+        ("X=(1)\nif true; then\n  X+=(2)\nfi\na ${X[@]}", ["a", "1"], None),
+        (
+            'X=(a --y)\nZ=("${X[@]}" --z)\nnohup "${Z[@]}" > log &',
+            ["nohup", "a", "--y", "--z"],
+            None,
+        ),
+        (
+            '$x = @(\n  "--y=D:\\b c",\n  "--z", "1,2"\n)\n$x += "--w"\n& a @x',
+            ["a", "--y=D:\\b c", "--z", "1,2", "--w"],
+            None,
+        ),
+        ("docker run x bash -lc 'cd /b && a --y'", ["a", "--y"], "/b"),
     ],
 )
 def test_words_of_a_shell(text, words, folder):

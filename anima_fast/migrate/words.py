@@ -15,40 +15,45 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-from anima_fast.errors import UserError
+from anima_fast.migrate.shell_line import (
+    LIST_BREAK,
+    OUTPUT,
+    PERCENT,
+    VARIABLE,
+    Line,
+    Unclosed,
+    fill,
+)
 
 # Set by every shell; others might hold passwords.
 _FOLDERS = ("HOME", "USERPROFILE", "PWD")
 # A drive letter, a cmd or PowerShell continuation, or a batch file's own words.
 _WINDOWS = re.compile(
     r"(?m)(?<![A-Za-z])[A-Za-z]:\\|\.\.?\\\w|[\^`][ \t]*$|^\s*@?echo off|^\s*@?set \w+=|\$env:"
+    r"|^\s*\$\w+\s*=\s*@\("
 )
 _CONTINUED = re.compile(r"[ \t]*[\\^`][ \t]*\r?\n[ \t]*")
+_DECLARED = r"(?:(?:export|local|readonly|declare|typeset)\s+(?:-\w+\s+)*)?"
 _ASSIGNMENT = re.compile(
     # sh: [export] NAME=value; PowerShell: $name = value, $env:NAME = value; cmd: set "NAME=value".
-    r"(?:export\s+)?(?P<sh>[A-Za-z_]\w*)=(?P<shv>.*)"
-    r"|\$(?:env:)?(?P<ps>[A-Za-z_]\w*)\s*=\s*(?P<psv>.*)"
+    _DECLARED + r"(?P<sh>[A-Za-z_]\w*)(?P<shadd>\+?)=(?P<shv>.*)"
+    r"|\$(?:env:)?(?P<ps>[A-Za-z_]\w*)\s*(?P<psadd>\+?)=\s*(?P<psv>.*)"
     r"|@?set\s+(?P<quote>\")?(?P<cmd>[A-Za-z_]\w*)=(?P<cmdv>.*?)(?(quote)\"\s*)",
     re.IGNORECASE,
 )
+# sh: NAME=(words) or NAME+=(words); PowerShell: $name = @("word", "word").
+_LIST = re.compile(
+    rf"(?m)^[ \t]*(?:{_DECLARED}(?P<sh>[A-Za-z_]\w*)(?P<shadd>\+?)=\("
+    r"|\$(?P<ps>[A-Za-z_]\w*)\s*(?P<psadd>\+?)=\s*@\()"
+)
+_LISTED = re.compile(r"\$\{(?P<sh>\w+)\[[@*]\]\}|[@$](?P<ps>\w+)")
+_PAIR = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
 # The left side of an assignment in PowerShell.
 _SET = re.compile(r"(?m)^\s*\$(env:)?\w+\s*=")
-# The variables of cmd are put in before a line is read, also into quotes.
-_PERCENT = re.compile(r"%(?P<cmd>[A-Za-z_]\w*)%|%(?P<script>~dp0)")
-_VARIABLE = re.compile(
-    # ${name:-default} may have another variable in its default.
-    r"\$\{(?:env:)?(?P<braced>[A-Za-z_]\w*|\d)(?::?[-=](?P<default>(?:[^{}]|\$\{[^{}]*\})*))?\}"
-    r"|\$(?:env:)?(?P<plain>[A-Za-z_]\w*)|" + _PERCENT.pattern
-)
-# What a command prints, which is not known here.
-_OUTPUT = re.compile(r"\$\([^()]*\)")
 # Lines between these may never run.
 _OPENS = {False: re.compile(r"(if|for|while|until|case)\b"), True: re.compile(r".*[{(]$")}
 _CLOSES = {False: re.compile(r"(fi|done|esac)\b"), True: re.compile(r"[})]")}
-_REDIRECTION = re.compile(r"\d?>>?(&\d)?|<|&>")
-_SEPARATOR = re.compile(r"&&|\|\|?|;|&(?=\s)")
-# A continuation mark whose line break was lost in copying, or PowerShell's call operator.
-_LOST_MARK = re.compile(r"[\\^`&](?=\s|$)")
+_SHELLS = re.compile(r"(.*/)?(ba|z|da)?sh")
 
 
 @dataclass(frozen=True)
@@ -67,43 +72,141 @@ def is_windows(text: str) -> bool:
 
 
 def split_commands(text: str) -> list[Command]:
-    """The commands of a text in order, with the variables that it sets put in.
+    """The commands of a text in order, with the variables and lists that it sets put in.
 
     Raises:
-        UserError: a quote that is never closed.
+        UserError: a quote or a list that is never closed.
     """
-    windows = is_windows(text)
-    text = _CONTINUED.sub(" ", text.replace("\r\n", "\n"))
-    variables = {name: os.environ[name] for name in _FOLDERS if name in os.environ}
-    used = {name.lower() for name in variable_names(_SET.sub("", text))}
-    exported: dict[str, str] = {}
-    folder: str | None = None
-    commands: list[Command] = []
-    depth = 0
-    for line in _logical_lines(text, windows):
-        if ".py" not in line and not _is_closed(line, windows):
-            continue
+    return _Script(text).read()
+
+
+class _Script:
+    """Reads a text line by line, and keeps what it sets."""
+
+    def __init__(self, text: str) -> None:
+        self.windows = is_windows(text)
+        self.text = _CONTINUED.sub(" ", text.replace("\r\n", "\n"))
+        self.variables = {name: os.environ[name] for name in _FOLDERS if name in os.environ}
+        self.used = {name.lower() for name in variable_names(_SET.sub("", self.text))}
+        self.lists: dict[str, list[str]] = {}
+        self.exported: dict[str, str] = {}
+        self.folder: str | None = None
+        self.commands: list[Command] = []
+        self.depth = 0
+
+    def read(self) -> list[Command]:
+        for line in _logical_lines(_joined_lists(self.text, self.windows), self.windows):
+            is_list = _LIST.match(line)
+            if ".py" not in line and not is_list and not _is_closed(line, self.windows):
+                continue
+            self._count_depth("" if is_list else line)
+            if is_list:
+                self._set_list(is_list, line)
+                continue
+            line = fill(line, self.variables, PERCENT) if self.windows else line
+            if not self._set(line):
+                for words in self._line(line, splits=not self.windows).read():
+                    self._command(words)
+        return self.commands
+
+    def _line(self, text: str, **how: bool) -> Line:
+        return Line(text, self.variables, self.windows, **how)
+
+    def _count_depth(self, line: str) -> None:
         # A block in one line is closed there.
-        opened = _OPENS[windows].match(line) and not re.search(r"\b(fi|done|esac)\W*$", line)
-        depth = max(0, depth - bool(_CLOSES[windows].match(line))) + bool(opened)
-        line = _fill(line, variables, _PERCENT) if windows else line
-        if found := _assigned(line, variables, windows):
-            # Under a condition only what has no value yet gets one.
-            variables |= {k: v for k, v in found.items() if not depth or k not in variables}
-            if line.lower().startswith(("export ", "$env:", "set ", "@set ")):
-                exported |= {k: v for k, v in found.items() if k.lower() not in used}
-            continue
-        for words in _Line(line, variables, windows, splits=not windows).read():
-            if words[0].lower() in ("cd", "%cd", "pushd", "set-location", "chdir"):
-                targets = [word for word in words[1:] if word.lower() not in ("/d", "-path")]
-                folder = targets[-1] if targets else folder
-            elif words[0].startswith("--") and commands:
-                # A line of options whose continuation mark got lost.
-                last = commands[-1]
-                commands[-1] = replace(last, words=(*last.words, *words))
+        closed = re.search(r"\b(fi|done|esac)\W*$", line)
+        opened = _OPENS[self.windows].match(line) and not closed
+        closes = bool(_CLOSES[self.windows].match(line))
+        self.depth = max(0, self.depth - closes) + bool(opened)
+
+    def _command(self, words: list[str]) -> None:
+        words = self._with_lists(words)
+        if words[0].lower() in ("cd", "%cd", "pushd", "set-location", "chdir"):
+            targets = [word for word in words[1:] if word.lower() not in ("/d", "-path")]
+            self.folder = targets[-1] if targets else self.folder
+        elif words[0].startswith("--") and self.commands:
+            # A line of options whose continuation mark got lost.
+            last = self.commands[-1]
+            self.commands[-1] = replace(last, words=(*last.words, *words))
+        elif not self.windows and (pairs := _pairs(words)):
+            for name, value in pairs.items():
+                self._keep({name: fill(value, self.variables)})
+        elif inner := _inner(words):
+            self.commands += split_commands(inner)
+        else:
+            self.commands.append(Command(tuple(words), self.folder, dict(self.exported)))
+
+    def _keep(self, found: dict[str, str]) -> None:
+        # Under a condition only what has no value yet gets one.
+        self.variables |= {
+            k: v for k, v in found.items() if not self.depth or k not in self.variables
+        }
+
+    def _set(self, line: str) -> bool:
+        """Take in the variable that a line sets, if that is all it does."""
+        match = _ASSIGNMENT.fullmatch(line.rstrip(";"))
+        found = _assigned(match, self.variables, self.windows) if match else {}
+        for name, value in found.items():
+            if match["shadd"] or match["psadd"]:
+                self._add(name, value)
             else:
-                commands.append(Command(tuple(words), folder, dict(exported)))
-    return commands
+                self._keep({name: value})
+        if line.lower().startswith(("export ", "$env:", "set ", "@set ")):
+            self.exported |= {k: v for k, v in found.items() if k.lower() not in self.used}
+        return bool(found)
+
+    def _add(self, name: str, value: str) -> None:
+        if self.depth:
+            return
+        if name.lower() in self.lists:
+            self.lists[name.lower()].append(value)
+        else:
+            self.variables[name] = self.variables.get(name, "") + value
+
+    def _set_list(self, match: re.Match, line: str) -> None:
+        reader = self._line(line[match.end() :], splits=not self.windows, in_list=True)
+        words = self._with_lists(next(iter(reader.read()), []))
+        name, adds = (match["sh"] or match["ps"]).lower(), match["shadd"] or match["psadd"]
+        if adds and not self.depth:
+            self.lists[name] = [*self.lists.get(name, []), *words]
+        elif not adds and (not self.depth or name not in self.lists):
+            self.lists[name] = words
+
+    def _with_lists(self, words: list[str]) -> list[str]:
+        """`${NAME[@]}` of sh, `@name` and `$name` of PowerShell, as the words of the list."""
+        out = []
+        for word in words:
+            match = _LISTED.fullmatch(word)
+            name = match and (match["sh"] or (self.windows and match["ps"]) or "").lower()
+            out += self.lists.get(name, [word]) if name else [word]
+        return out or words
+
+
+def _joined_lists(text: str, windows: bool) -> str:
+    """The text with every list in one line."""
+    at, parts = 0, []
+    while match := _LIST.search(text, at):
+        reader = Line(text[match.end() :].replace("\n", LIST_BREAK), {}, windows, in_list=True)
+        reader.read()
+        end = match.end() + reader.at
+        parts += [text[at : match.end()], text[match.end() : end].replace("\n", LIST_BREAK)]
+        at = end
+    return "".join([*parts, text[at:]])
+
+
+def _pairs(words: list[str]) -> dict[str, str]:
+    """The variables of `A=1` or `export A=1 B=2`; nothing where a command stands among them."""
+    declared = words[0] in ("export", "local", "readonly", "declare", "typeset")
+    matches = [_PAIR.fullmatch(word) for word in words[declared:] if not word.startswith("-")]
+    return {m["name"]: m["value"] for m in matches} if matches and all(matches) else {}
+
+
+def _inner(words: list[str]) -> str:
+    """The text of `bash -c "text"`, "" for other commands."""
+    for before, word, after in zip(words, words[1:], words[2:], strict=False):
+        if _SHELLS.fullmatch(before) and re.fullmatch(r"-\w*c", word):
+            return after
+    return ""
 
 
 def _logical_lines(text: str, windows: bool) -> Iterator[str]:
@@ -125,16 +228,16 @@ def _logical_lines(text: str, windows: bool) -> Iterator[str]:
 
 def _is_closed(text: str, windows: bool) -> bool:
     try:
-        _Line(text, {}, windows).read()
-    except _Unclosed:
+        Line(text, {}, windows).read()
+    except Unclosed:
         return False
     return True
 
 
 def variable_names(text: str) -> list[str]:
     """Names of the shell variables that stand in a text; of `$(date)` the whole."""
-    names = [next(filter(None, m.groups())) for m in _VARIABLE.finditer(_OUTPUT.sub("", text))]
-    return [*names, *(match[0][1:] for match in _OUTPUT.finditer(text))]
+    names = [next(filter(None, m.groups())) for m in VARIABLE.finditer(OUTPUT.sub("", text))]
+    return [*names, *(match[0][1:] for match in OUTPUT.finditer(text))]
 
 
 def option_names(text: str) -> list[str]:
@@ -148,131 +251,13 @@ def _is_comment(line: str) -> bool:
     return line.startswith(("#", "::")) or line.lower().lstrip("@").split(" ")[0] == "rem"
 
 
-def _assigned(line: str, variables: Mapping[str, str], windows: bool) -> dict[str, str]:
-    """The variable that a line sets, if that is all it does."""
-    match = _ASSIGNMENT.fullmatch(line.rstrip(";"))
-    if match is None:
-        return {}
+def _assigned(match: re.Match, variables: Mapping[str, str], windows: bool) -> dict[str, str]:
+    """The variable of an assignment; nothing for `NAME=value command ...`."""
     if match["cmd"]:
-        return {match["cmd"]: _fill(match["cmdv"], variables)}
+        return {match["cmd"]: fill(match["cmdv"], variables)}
     name, value = (match["sh"], match["shv"]) if match["sh"] else (match["ps"], match["psv"])
-    words = _Line(value, variables, windows).read()
-    # `NAME=value command ...` sets it for that command only; PowerShell's arrays are kept as text.
+    words = Line(value, variables, windows).read()
+    # It is set for that command only; PowerShell's arrays are kept as text.
     if len(words) > 1 or (words and len(words[0]) > 1):
         return {} if match["sh"] else {name: " ".join(words[0])}
     return {name: words[0][0] if words and words[0] else ""}
-
-
-def _fill(text: str, variables: Mapping[str, str], pattern: re.Pattern = _VARIABLE) -> str:
-    by_lower = {key.lower(): value for key, value in variables.items()}
-
-    def value(match: re.Match) -> str:
-        found = by_lower.get(next(filter(None, match.groups())).lower())
-        default = match.groupdict().get("default")
-        if default is not None and not found:
-            return _fill(default.strip("\"'"), variables)
-        return match[0] if found is None else found
-
-    return pattern.sub(value, text)
-
-
-class _Unclosed(UserError):
-    """A quote is not closed in a line."""
-
-
-class _Line:
-    """Reads one line, character by character, into commands of words."""
-
-    def __init__(
-        self, text: str, variables: Mapping[str, str], windows: bool, splits: bool = False
-    ) -> None:
-        self.text, self.variables, self.windows, self.splits = text, variables, windows, splits
-        self.at = 0
-        self.word: list[str] | None = None
-        self.skip_next = False
-        self.commands: list[list[str]] = [[]]
-
-    def read(self) -> list[list[str]]:
-        """The commands of the line; empty ones are left out."""
-        while self.at < len(self.text):
-            if self.text[self.at] == "#" and self.word is None:
-                break
-            self._step(self.text[self.at :])
-        self._end_word()
-        return [words for words in self.commands if words]
-
-    def _step(self, rest: str) -> None:
-        if rest[0].isspace():
-            self._end_word()
-            self.at += 1
-        elif self.word is None and _LOST_MARK.match(rest):
-            self.at += 1
-        elif separator := _SEPARATOR.match(rest):
-            self._end_word()
-            self.commands.append([])
-            self.at += separator.end()
-        elif self.word is None and (mark := _REDIRECTION.match(rest)):
-            # `2>&1` is whole, `> log.txt` takes the next word along.
-            self.skip_next = mark[1] is None
-            self.at += mark.end()
-        elif rest[0] in "\"'":
-            self._quoted(rest[0])
-        elif len(rest) > 1 and self._escaped(rest):
-            self._append(rest[1], 2)
-        elif output := _OUTPUT.match(rest):
-            self._append(output[0], output.end())
-        elif variable := _VARIABLE.match(rest):
-            self._put_in(_fill(variable[0], self.variables))
-            self.at += variable.end()
-        else:
-            self._append(rest[0], 1)
-
-    def _append(self, part: str, read: int) -> None:
-        self.word = [*(self.word or []), part]
-        self.at += read
-
-    def _put_in(self, value: str) -> None:
-        """A variable outside quotes: sh makes several words of it, or none."""
-        parts = value.split(" ") if self.splits and "$(" not in value else [value]
-        for i, part in enumerate(parts):
-            if i:
-                self._end_word()
-            if part or not self.splits:
-                self._append(part, 0)
-
-    def _end_word(self) -> None:
-        if self.word is not None:
-            if not self.skip_next:
-                self.commands[-1].append("".join(self.word))
-            self.word, self.skip_next = None, False
-
-    def _escaped(self, rest: str) -> bool:
-        """Whether the first character takes its meaning from the second, outside quotes."""
-        if rest[0] == "`":
-            return True
-        plain = rest[1].isalnum() or rest[1] in "_./-"
-        return rest[0] == "\\" and not self.windows and not plain
-
-    def _quoted(self, quote: str) -> None:
-        start, out = self.at, []
-        self.at += 1
-        while self.at < len(self.text):
-            rest = self.text[self.at :]
-            if rest[0] == quote:
-                text = "".join(out)
-                self._append(text if quote == "'" else _fill(text, self.variables), 1)
-                return
-            escaped = quote == '"' and len(rest) > 1 and self._escaped_in_quotes(rest)
-            out.append(rest[escaped])
-            self.at += 1 + escaped
-        raise _Unclosed(
-            f"the quote {quote} before {self.text[start + 1 : start + 31]!r} is never closed: put "
-            f"{quote} where the text ends"
-        )
-
-    def _escaped_in_quotes(self, rest: str) -> bool:
-        if not self.windows:
-            return rest[0] == "\\" and rest[1] in '"$`\\'
-        # In "D:\\folder\\" the last backslash belongs to the path.
-        closing = not rest[2:3].strip()
-        return (rest[0] == "`" and rest[1] in '"$`') or (rest[:2] == '\\"' and not closing)
