@@ -359,6 +359,7 @@ def test_a_dataset_file_is_copied_only_where_it_must_change(sources):
     assert subset["custom_attributes"] == {"a": {"b": 1}} and "keep_tokens" not in subset
     assert config["datasets"][0]["subsets"][1] == {"image_dir": "/data/b", "num_repeats": 3}
     assert "no such key of a dataset" in flat(said) and "future_key" in said
+    assert "custom_attributes.a.b = 1: kept, but nothing reads it here" in flat(said)
     (sources / "dataset.toml").write_text(
         '[general]\nresolution = 512\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = "/data/b"\n'
     )

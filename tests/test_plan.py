@@ -348,7 +348,9 @@ def test_summary(tmp_path):
     min_bucket_reso = 64
     subsets = [{{image_dir = '{images}'}}]
     """
-    found = plan(tmp_path, text).summary()
+    planned = plan(tmp_path, text)
+    assert any("custom_attributes have no effect" in notice for notice in planned.notices)
+    found = planned.summary()
     assert json.loads(json.dumps(found)) == found
     assert found["tag_frequency"] == {"girl": {"red": 4, "blue": 2}, "reg": {"a": 1, "b": 1}}
     assert found["dataset_dirs"] == {"girl": {"n_repeats": 3, "img_count": 2}}

@@ -55,6 +55,7 @@ def advise(items: list[ImageItem], datasets: list[Dataset], options: object) -> 
         *_about_masks(items, options),
         *_about_faces(items, options),
         *_about_cache_info(items),
+        *_about_attributes(datasets),
     ]
 
 
@@ -106,6 +107,13 @@ def _about_cache_info(items: list[ImageItem]) -> list[str]:
     if not any(item.subset.cache_info for item in items):
         return []
     return ["cache_info has no effect: captions and headers are read afresh at every start"]
+
+
+def _about_attributes(datasets: list[Dataset]) -> list[str]:
+    named = [s.where for dataset in datasets for s in dataset.subsets if s.custom_attributes]
+    if not named:
+        return []
+    return [f"custom_attributes have no effect, timestep_sampling.offset included: {layouts.some(named)}"]
 
 
 def _is_shrunk_by_limit(item: ImageItem) -> bool:

@@ -12,14 +12,15 @@ from anima_fast.migrate.ledger import Ledger, flatten
 from anima_fast.migrate.paths import Paths
 from anima_fast.migrate.source import parse_file
 
+ATTRIBUTES = "kept, but nothing reads it here: noise levels are drawn alike for all folders"
 FOLDERS = ("image_dir", "metadata_file", "conditioning_data_dir")
 
 
 def convert_dataset_file(ledger: Ledger, folders: tuple[Path, ...]) -> None:
     """Look into the dataset file that the options name, and correct a copy where it needs it.
 
-    A relative path becomes absolute, and a key that is unknown here is dropped. A file that needs
-    neither stays as it is. The ledger gets the keys of a file that is copied.
+    A relative path becomes absolute, a key that is unknown here is dropped, and one without effect
+    is named. A file that needs none of it stays as it is, and its keys are not in the ledger.
     """
     named = ledger.options.get("dataset_config")
     if not named:
@@ -35,7 +36,10 @@ def convert_dataset_file(ledger: Ledger, folders: tuple[Path, ...]) -> None:
     leaves = dict(flatten(config))
     named_folders = [v for k, v in leaves.items() if _last(k) in FOLDERS and isinstance(v, str)]
     paths = Paths.find(named_folders, [*folders, path.resolve().parent])
-    if any(_reason(key, value) or _moved(key, value, paths)[1] for key, value in leaves.items()):
+    if any(
+        _reason(key, value) or _moved(key, value, paths)[1] or "custom_attributes." in key
+        for key, value in leaves.items()
+    ):
         prefix = f"{path.name}: "
         ledger.extend(config, prefix)
         ledger.dataset = _table(config, "", prefix, ledger, paths)
@@ -56,7 +60,7 @@ def _table(
         elif isinstance(value, Mapping) and value:
             found[key] = dict(value)
             for leaf, _ in flatten(value, f"{prefix}{name}."):
-                ledger.take_elsewhere(leaf, "the dataset file")
+                ledger.change(leaf, None, None, ATTRIBUTES)
         elif reason := _reason(name, value):
             ledger.drop(f"{prefix}{name}", reason)
         else:

@@ -83,12 +83,15 @@ def _comments(lines: Iterable[str]) -> str:
 
 def _taken(entries: list[Entry]) -> list[str]:
     same = [e.option for e in entries if e.option == _name(e.key)]
-    renamed = [
-        f"{e.key} -> {e.option}" + (f" = {e.new}" if e.new else "")
-        for e in entries
-        if e.option != _name(e.key)
-    ]
-    return _wrapped([*([", ".join(same)] if same else []), *renamed] or ["nothing"])
+    renamed = [e for e in entries if e.option != _name(e.key) and e.new]
+    moved: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.option != _name(entry.key) and not entry.new:
+            moved.setdefault(str(entry.option), []).append(entry)
+    lines = [", ".join(same)] if same else []
+    lines += [f"{e.key} -> {e.option} = {e.new}" for e in renamed]
+    lines += [f"{', '.join(e.key for e in moved[where])} -> {where}" for where in moved]
+    return _wrapped(lines or ["nothing"])
 
 
 def _name(key: str) -> str:
