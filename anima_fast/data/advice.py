@@ -113,7 +113,8 @@ def _about_attributes(datasets: list[Dataset]) -> list[str]:
     named = [s.where for dataset in datasets for s in dataset.subsets if s.custom_attributes]
     if not named:
         return []
-    return [f"custom_attributes have no effect, timestep_sampling.offset included: {layouts.some(named)}"]
+    what = "custom_attributes have no effect, timestep_sampling.offset included"
+    return [f"{what}: {layouts.some(named)}"]
 
 
 def _is_shrunk_by_limit(item: ImageItem) -> bool:
