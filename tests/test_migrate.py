@@ -383,7 +383,7 @@ def test_datasets_of_diffusion_pipe(sources):
     assert small["subsets"] == [{"image_dir": picture, "num_repeats": 5}]
     assert by_size[832, 1216]["subsets"] == [
         {"image_dir": "/data/more", "conditioning_data_dir": "/data/masks", "num_repeats": 2,
-         "caption_prefix": "mia,"}
+         "caption_prefix": "mia,", "keep_tokens": 1}
     ]  # fmt: skip
 
 

@@ -152,7 +152,19 @@ def _subset(
         ledger.add("masked_loss", True, "mask_path is given")
     found |= _repeats(merged, own, prefix, ledger)
     found |= _captions(own, prefix, ledger)
+    if (merged.get("cache_shuffle_num") or merged.get("shuffle_tags")) and (
+        kept := _tags_of_prefix(merged)
+    ):
+        found["keep_tokens"] = kept
+        why = "the tags of caption_prefix, which stand before the shuffled ones there"
+        ledger.note(f"{prefix}keep_tokens", str(kept), why)
     return found
+
+
+def _tags_of_prefix(merged: Mapping[str, Any]) -> int:
+    separator = str(merged.get("cache_shuffle_delimiter", ",")).strip() or ","
+    tags = str(merged.get("caption_prefix") or "").split(separator)
+    return sum(bool(tag.strip()) for tag in tags)
 
 
 def _repeats(

@@ -129,6 +129,10 @@ class Ledger:
         why = "; ".join(dict.fromkeys([*(e.why for e in before), why]))
         self.added.append(Entry("", "", option, show(value), why))
 
+    def note(self, key: str, value: str, why: str) -> None:
+        """Something added to another file than that of the options."""
+        self.added.append(Entry("", "", key, value, why))
+
     def close(self, why: str) -> None:
         """Drop whatever is left."""
         for key in list(self._open):
