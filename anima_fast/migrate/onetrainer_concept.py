@@ -21,10 +21,27 @@ _TAKEN = {
     "text.enable_tag_shuffling": "shuffle_caption", "text.keep_tags_count": "keep_tokens",
     "text.tag_delimiter": "caption_separator", "text.tag_dropout_enable": _DROPOUT,
     "text.tag_dropout_mode": _DROPOUT, "text.tag_dropout_probability": _DROPOUT,
-    "image.enable_random_flip": "flip_aug",
+    "text_variations": "caption_variants", "image.enable_random_flip": "flip_aug",
     "image.resolution_override": "resolution of a dataset",
     "image.enable_resolution_override": "resolution of a dataset",
 }  # fmt: skip
+# A key that says nothing unless another one is on.
+_NEEDS = {
+    "image.resolution_override": "image.enable_resolution_override",
+    "text.tag_dropout_mode": "text.tag_dropout_enable",
+    "text.tag_dropout_probability": "text.tag_dropout_enable",
+    "text.tag_dropout_special_tags_mode": "text.tag_dropout_enable",
+    "text.caps_randomize_mode": "text.caps_randomize_enable",
+    "text.keep_tags_count": "text.enable_tag_shuffling",
+    "text.tag_delimiter": "text.enable_tag_shuffling",
+    "text_variations": "text.enable_tag_shuffling",
+    "image.random_rotate_max_angle": "image.enable_random_rotate",
+}  # fmt: skip
+_NO_COUNTERPART = {
+    "image.enable_crop_jitter": "crops are centred here, as latents are cached",
+    "image_variations": "latents are cached once here, and mirrored with flip_aug",
+}
+_PRIOR = "it is trained towards the base model's own predictions, which does not exist here"
 
 
 def read_resolutions(text: str) -> list[list[int]]:
@@ -60,6 +77,11 @@ class Concept:
             why = "the concept is switched off"
         elif self.concept.get("validation_concept") or self.concept.get("type") == "VALIDATION":
             why = "it is for validation, which holds out a part of the training images here"
+        elif self.concept.get("type") == "PRIOR_PREDICTION":
+            why = _PRIOR
+            self.ledger.todo.append(
+                f"{self.name}: {_PRIOR}; a subset with is_reg = true is the nearest"
+            )
         else:
             return True
         for key in self.ledger.open_keys(self.prefix):
@@ -75,10 +97,11 @@ class Concept:
     def subsets(self) -> list[dict[str, Any]]:
         """One subset for each folder with images."""
         if self._found is None:
-            shared = {"num_repeats": self._repeats(), **self._captions()}
+            folders = self._folders()
+            shared = {"num_repeats": self._repeats(folders), **self._captions()}
             if self.image.get("enable_random_flip", True):
                 shared["flip_aug"] = True
-            self._found = [{"image_dir": folder, **shared} for folder in self._folders()]
+            self._found = [{"image_dir": folder, **shared} for folder in folders]
         return self._found
 
     def _key(self, name: str) -> str:
@@ -102,14 +125,14 @@ class Concept:
             self.ledger.change(key, None, None, "each folder with images is a subset here")
         return folders or [self.folder]
 
-    def _repeats(self) -> int:
+    def _repeats(self, folders: list[str]) -> int:
         """balancing: repeats, or a number of images an epoch."""
         key = "repeats" if "repeats" in self.concept else "balancing"
         value = self.ledger.number(self._key(key), 1.0)
         if self.concept.get("balancing_strategy") == "SAMPLES":
-            count = sum(_images(Path(f)) for f in [self.folder]) if self.folder else 0
+            count = sum(_images(Path(folder)) for folder in folders)
             repeats = max(1, round(value / count)) if count else 1
-            why = f"num_repeats {repeats}: {value:g} images an epoch, of {count} in the folder"
+            why = f"num_repeats {repeats}: {value:g} images an epoch, of {count} there"
         else:
             repeats = max(1, round(value))
             why = f"num_repeats {repeats}: repeats are whole numbers here"
@@ -129,16 +152,26 @@ class Concept:
             delimiter = str(text.get("tag_delimiter", ",")).strip()
             if delimiter not in ("", ","):
                 found["caption_separator"] = delimiter
+            self._variants()
         rate = text.get("tag_dropout_probability") or 0.0
         if text.get("tag_dropout_enable") and rate:
             whole = str(text.get("tag_dropout_mode", "FULL")) == "FULL"
             found["caption_dropout_rate" if whole else "caption_tag_dropout_rate"] = float(rate)
+            key = self._key("text.tag_dropout_mode")
+            if "WEIGHTED" in str(text.get("tag_dropout_mode")) and self.ledger.has(key):
+                self.ledger.change(key, None, None, "every tag has the same chance here")
         source = str(text.get("prompt_source", "sample"))
         if source == "concept":
             found |= self._single_prompt()
         elif source == "filename":
             self.ledger.todo.append(f"{self.name}: write captions, which were file names there")
         return found
+
+    def _variants(self) -> None:
+        """The renderings of a shuffled caption: one number for all concepts here."""
+        number = int(self.ledger.number(self._key("text_variations"), 1))
+        if number > int(self.ledger.options.get("caption_variants", 1)):
+            self.ledger.put("caption_variants", number, "the most text_variations of a concept")
 
     def _single_prompt(self) -> dict[str, Any]:
         """One text file for all images: its line is the caption of images without one."""
@@ -160,7 +193,9 @@ class Concept:
         for key in self.ledger.open_keys(self.prefix):
             name = key.removeprefix(self.prefix)
             value = self.ledger.get(key)
-            if name in _TAKEN and not is_off(value):
+            if name in _NEEDS and is_off(self.ledger.get(self._key(_NEEDS[name]))):
+                self.ledger.drop(key, f"{_NEEDS[name].rpartition('.')[2]} is off")
+            elif name in _TAKEN and not is_off(value):
                 self.ledger.take_elsewhere(key, _TAKEN[name])
             elif name == "loss_weight" and value != 1:
                 self.ledger.drop(key, "only regularisation images have a weight (is_reg)")
@@ -168,8 +203,9 @@ class Concept:
             elif name in ("name", "seed", "validation_concept", "type", "__version"):
                 self.ledger.drop(key, "a label, which nothing here needs")
             else:
-                off = is_off(value) or value in (1, 1.0, "1")
-                self.ledger.drop(key, "it is off" if off else "it has no counterpart here")
+                off = is_off(value) or (value in (1, "1") and value is not True)
+                why = _NO_COUNTERPART.get(name, "it has no counterpart here")
+                self.ledger.drop(key, "it is off" if off else why)
 
 
 def _folders_with_images(root: Path) -> list[Path]:

@@ -32,11 +32,14 @@ def convert_concepts(source: Source, ledger: Ledger, command: str) -> None:
     _settle_shared(ledger, resolutions)
     paths = Paths.find([str(c.get("path", "")) for c in concepts], source.folders)
     datasets: dict[str, dict[str, Any]] = {}
+    counts = set()
     for i, concept in enumerate(concepts):
         place = Concept(concept, f"{prefix}[{i}].", ledger, paths)
         if not place.is_used():
             continue
-        for size in place.resolutions() or resolutions:
+        sizes = place.resolutions() or resolutions
+        counts.add(len(sizes))
+        for size in sizes:
             entry = _entry(ledger, size)
             found = datasets.setdefault(repr(entry), {**entry, "subsets": []})
             found["subsets"] += place.subsets()
@@ -45,7 +48,13 @@ def convert_concepts(source: Source, ledger: Ledger, command: str) -> None:
         raise UserError("no concept is switched on and for training: there is nothing to train on")
     ledger.dataset = {"general": {"caption_extension": ".txt"}, "datasets": [*datasets.values()]}
     ledger.add("caption_extension", ".txt", "the only one there")
-    _epochs(ledger, len(resolutions))
+    shared = len(resolutions) if len(resolutions) in counts else max(counts)
+    _epochs(ledger, shared)
+    if len(counts) > 1:
+        ledger.todo.append(
+            f"the number of epochs is that of concepts with {shared} resolutions: adapt "
+            "num_repeats of the others, as an epoch has an image at all of its resolutions here"
+        )
     _masks(ledger)
 
 

@@ -18,6 +18,10 @@ SCHEDULERS = {
 }  # fmt: skip
 
 
+# For an optimizer that does not exist here: betas and eps are made for its own formulas.
+_OTHER = Known("AdamW", betas=0)
+
+
 def convert_rate(ledger: Ledger) -> None:
     """The learning rate and its curve."""
     _rate(ledger)
@@ -56,8 +60,12 @@ def _rate(ledger: Ledger) -> None:
         what = "it is part of learning_rate here" if factor > 1 else "it is off"
         ledger.drop("learning_rate_scaler", what)
     # The DiT is all that is trained, so its own rate comes last and counts.
-    for key in ("learning_rate", "transformer.learning_rate"):
+    own = "transformer.learning_rate"
+    for key in ("learning_rate", own):
         if not ledger.has(key) or ledger.get(key) is None:
+            continue
+        if key != own and ledger.get(own) is not None:
+            ledger.drop(key, f"{own} beats it")
             continue
         value = float(f"{ledger.number(key) * factor:.6g}")
         if factor > 1:
@@ -137,14 +145,13 @@ def convert_optimizer(ledger: Ledger, command: str) -> None:
         ledger.drop(rest, f"{known.name} has no such argument, or it is not set")
     key = "clip_grad_norm"
     if ledger.has(key):
-        value = ledger.number(key)
-        ledger.take(key, "max_grad_norm", value)
+        ledger.take(key, "max_grad_norm", ledger.number(key))
 
 
 def _nearest(kind: str) -> Known:
     """The plain form of an optimizer that has another one there, such as PRODIGY_ADV."""
     longer = [name for name in ONETRAINER if kind.upper().startswith(name)]
-    return ONETRAINER[max(longer, key=len)] if longer else Known("AdamW")
+    return ONETRAINER[max(longer, key=len)] if longer else _OTHER
 
 
 def _arguments(ledger: Ledger, known: Known, prefix: str, command: str) -> None:
@@ -154,7 +161,7 @@ def _arguments(ledger: Ledger, known: Known, prefix: str, command: str) -> None:
     if betas and all(isinstance(beta, (int, float)) for beta in betas):
         arguments["betas"] = betas
         taken += [f"beta{i}" for i in range(1, known.betas + 1)]
-    names = ("eps", "weight_decay", *known.accepts)
+    names = ("weight_decay",) if known is _OTHER else ("eps", "weight_decay", *known.accepts)
     for name in names:
         value = ledger.get(f"{prefix}{name}")
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
