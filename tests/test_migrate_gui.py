@@ -79,3 +79,17 @@ def test_the_panel_for_fine_tuning(gui):
     found = imported.ledger.options
     assert imported.command == "finetune"
     assert (found["train_data_dir"], found["in_json"]) == ("/d/i", "/d/m/c.json")
+
+
+def test_names_of_the_next_lora_scripts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.toml").write_text(
+        'model_type = "anima"\nanima_training_mode = "finetune"\nqwen3 = "/m/q"\n'
+        'anima_checkpoint_mode = "unsloth"\nanima_finetune_learning_rate = "1e-5"\n'
+        'optimizer_type = "AdaFactor"\noptimizer_args_custom = ["relative_step=False"]\n'
+    )
+    imported = convert(open_source("x.toml"))
+    found = imported.ledger.options
+    assert imported.command == "finetune" and found["learning_rate"] == 1e-5
+    assert found["unsloth_offload_checkpointing"] is True
+    assert found["optimizer_args"] == ["relative_step=False"]

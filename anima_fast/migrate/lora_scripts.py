@@ -1,4 +1,4 @@
-"""Fields that only lora-scripts' files have beside sd-scripts' options: LyCORIS and one preview.
+"""Fields that only lora-scripts' files have: LyCORIS, one preview, and a choice of checkpointing.
 
 lycoris_algo = "lokr"        ->  network_args = ["algo=lokr"]
 positive_prompts = "1girl"   ->  sample_prompt = ["1girl --w 512"]
@@ -7,6 +7,7 @@ sample_width = 512
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from anima_fast.migrate.ledger import Ledger
@@ -21,8 +22,21 @@ PREVIEW_WORDS = {
 }  # fmt: skip
 
 
+# Value of anima_checkpoint_mode -> the option it stands for.
+CHECKPOINTS = {
+    "standard": "gradient_checkpointing", "cpu": "cpu_offload_checkpointing",
+    "unsloth": "unsloth_offload_checkpointing",
+}  # fmt: skip
+
+
 def join_fields(items: list[Item], ledger: Ledger) -> list[Item]:
     """The items with such fields put together into options; files without them stay as they are."""
+    items = [
+        replace(item, name=CHECKPOINTS[item.value], value=True)
+        if item.name == "anima_checkpoint_mode" and item.value in CHECKPOINTS
+        else item
+        for item in items
+    ]
     given = {item.name: item for item in items}
     return _preview(_lycoris(items, given, ledger), given, ledger)
 

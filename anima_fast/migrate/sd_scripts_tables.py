@@ -37,6 +37,8 @@ OTHER_NAMES = {
     "dit_path": "pretrained_model_name_or_path", "dit": "pretrained_model_name_or_path",
     "anima_transformer": "pretrained_model_name_or_path", "qwen3_path": "qwen3", "qwen": "qwen3",
     "vae_path": "vae", "t5_tokenizer_dir": "t5_tokenizer_path",
+    "anima_finetune_learning_rate": "learning_rate", "optimizer_args_custom": "optimizer_args",
+    "network_args_custom": "network_args",
 }  # fmt: skip
 # Network modules of forks.
 OTHER_NETWORKS = {
@@ -104,5 +106,7 @@ DROPPED = {
     "resume": "a state of another trainer cannot be continued; network_weights = \"LAST_LORA\" "
     "starts from its last file, with a new optimizer",
     "model_train_type": "it chose the script, which is known",
+    "model_type": "it chose the script, which is known",
+    "anima_training_mode": "it chose the script, which is known",
 }  # fmt: skip
 DEEPSPEED = "DeepSpeed is for several devices, and one is used here"
