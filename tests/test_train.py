@@ -412,6 +412,13 @@ def test_a_wrong_model_file_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["Adan", "absent_package.Adam"])
+def test_an_unknown_optimizer_is_refused_before_anything_is_encoded(world, tmp_path, kind):
+    with pytest.raises(UserError, match=f"--optimizer_type {kind}"):
+        train(train_options(world, tmp_path / "out", optimizer_type=kind))
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_many_swapped_blocks_are_refused_before_anything_is_written(world, tmp_path):
     with pytest.raises(UserError, match="does not fit a DiT of 2 blocks"):
         train(train_options(world, tmp_path / "out", blocks_to_swap=1))

@@ -14,6 +14,7 @@ from anima_fast.memory.swap import swapped_indices
 from anima_fast.models.attention import check_attn_mode, check_torch_version, check_triton
 from anima_fast.models.model_files import check_lora_files, check_model_files
 from anima_fast.prompts import collect_prompts
+from anima_fast.training.optimizer_names import find_optimizer
 
 if TYPE_CHECKING:
     from anima_fast.options import SampleOptions, TrainOptions
@@ -52,6 +53,7 @@ def check_start(options: TrainOptions, device: torch.device) -> None:
     dit = check_model_files(options)
     if hasattr(options, "network_weights"):
         check_lora_files(options)
+    find_optimizer(options.optimizer_type)
     collect_prompts(options)
     swapped_indices(dit.num_blocks, options.blocks_to_swap or 0)
     check_policies(options.recompute or "none", dit.num_blocks, fused=fused)
