@@ -207,6 +207,14 @@ def test_every_setting_is_said_with_its_reason():
             assert len(lines) == 1 and setting.reason in lines[0]
 
 
+def test_what_a_dataset_file_may_say_is_told():
+    said = " unless the dataset file has batch_size"
+    _, notices = resolve("8gb")
+    assert any("train_batch_size = 1," + said in notice for notice in notices)
+    _, notices = resolve("8gb", dataset_config=None, train_data_dir="d", resolution="1024")
+    assert not any(said in notice for notice in notices)
+
+
 def test_without_the_fused_kernels_mlp_means_block():
     options, notices = resolve("12gb", kernels="eager")
     assert options.recompute == "block" and options.gradient_checkpointing

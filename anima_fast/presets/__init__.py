@@ -207,6 +207,7 @@ def _apply(
             lines.append(f"{name} is left out, as {rivals[0]} is given")
         else:
             over = _replace(name, value, preset.name, chosen)
+            over += _below_the_dataset_file(name, by_hand)
             reason = f" ({setting.reason})" if setting.reason else ""
             lines.append(f"{name} = {shown(value)}{over}{reason}")
     if foreign:
@@ -231,6 +232,15 @@ def _replace(name: str, value: Any, preset: str, chosen: dict[str, tuple[Any, st
         del chosen[other]
     chosen[name] = value, preset
     return f", instead of {', '.join(over)}" if over else ""
+
+
+def _below_the_dataset_file(name: str, by_hand: Mapping[str, Any]) -> str:
+    """A dataset file is given by hand too, and its keys beat options."""
+    from anima_fast.data.schema import KEYS
+
+    key = next((key.name for key in KEYS.values() if key.option == name), None)
+    named = key is not None and by_hand.get("dataset_config")
+    return f", unless the dataset file has {key}" if named else ""
 
 
 def _for_this_machine(setting: Setting, by_hand: Mapping[str, Any]) -> Any:
