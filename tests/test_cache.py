@@ -19,7 +19,8 @@ SPEC = LatentSpec("k" * 64, (64, 32), flip=False, alpha=False)
 def item(**more):
     subset = {"resize_interpolation": None, "flip_aug": False, "alpha_mask": False}
     subset |= {name: more.pop(name) for name in list(more) if name in subset}
-    values = {"bucket": (64, 64), "resized": (70, 64), "subset": SimpleNamespace(**subset)}
+    values = {"bucket": (64, 64), "resized": (70, 64), "subset": SimpleNamespace(**subset),
+              "is_turned": False}  # fmt: skip
     return SimpleNamespace(**{**values, **more})
 
 
@@ -30,6 +31,7 @@ def key(made=None, image="i", vae="v", dtype=torch.float32):
 def test_every_part_of_the_key_counts():
     keys = [
         key(),
+        key(item(is_turned=True)),
         key(image="j"),
         key(vae="w"),
         key(dtype=torch.bfloat16),

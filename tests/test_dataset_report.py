@@ -1,5 +1,7 @@
 """`anima-fast dataset`: what it finds in a folder of broken files, its page, JSON and masks."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -305,6 +307,22 @@ def test_names_and_tags_cannot_write_to_the_terminal(tmp_path):
 
 def test_a_tall_thumbnail_does_not_fill_the_screen():
     assert [thumbs._widest(*size) for size in ((64, 64), (10, 1000), (1, 20))] == [176, 8, 12]
+
+
+def test_an_exif_rotation_that_is_applied_is_no_finding(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    put(tmp_path / "images" / "a.jpg", smooth(1, (120, 60)), exif=exif)
+    found = report(config(tmp_path))
+    assert "rotated" in kinds(found) and found["images"][0]["size"] == [120, 60]
+    found = report(config(tmp_path, "exif_rotation = true"))
+    assert "rotated" not in kinds(found)
+    assert found["images"][0]["size"] == [60, 120] and found["images"][0]["bucket"] == [48, 80]
+    (tmp_path / "page.html").unlink(missing_ok=True)
+    assert call(config(tmp_path, "exif_rotation = true"), "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    thumbnail = base64.b64decode(re.search(r"base64,([^)]+)\)", page)[1])
+    assert Image.open(io.BytesIO(thumbnail)).size == (60, 120)
 
 
 def test_shades_cover_what_is_cut_off(tmp_path):

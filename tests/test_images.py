@@ -54,7 +54,7 @@ def test_rgb_and_rgba_keep_the_stored_colours(tmp_path):
     assert np.array_equal(images.read_image(tmp_path / "a.png", "RGBA"), data)
     Image.fromarray(data[..., :3]).save(tmp_path / "b.png")
     assert (images.read_image(tmp_path / "b.png", "RGBA")[..., 3] == 255).all()
-    assert images.image_size(tmp_path / "a.png") == (7, 5)
+    assert images.read_header(tmp_path / "a.png").size == (7, 5)
     with pytest.raises(ValueError, match="mode"):
         images.read_image(tmp_path / "a.png", "L")
 
@@ -96,8 +96,8 @@ def test_exif_rotation_is_seen_and_not_applied(tmp_path):
     exif[0x0112] = 6
     Image.fromarray(pixels(4, 6)).save(tmp_path / "r.jpg", exif=exif)
     Image.fromarray(pixels(4, 6)).save(tmp_path / "p.jpg")
-    assert images.read_header(tmp_path / "r.jpg") == images.Header((6, 4), True)
-    assert images.read_header(tmp_path / "p.jpg") == images.Header((6, 4), False)
+    assert images.read_header(tmp_path / "r.jpg") == images.Header((6, 4), 6)
+    assert images.read_header(tmp_path / "p.jpg") == images.Header((6, 4), 1)
     assert images.read_image(tmp_path / "r.jpg").shape == (4, 6, 3)
 
 
@@ -123,7 +123,7 @@ def png_header(width, height):
 )
 def test_files_that_are_no_sane_image(tmp_path, data, expected):
     (tmp_path / "a.png").write_bytes(data)
-    for read in (images.image_size, images.read_image):
+    for read in (images.read_header, images.read_image):
         with pytest.raises(UserError, match=expected) as caught:
             read(tmp_path / "a.png")
         assert "a.png" in str(caught.value)
@@ -131,9 +131,9 @@ def test_files_that_are_no_sane_image(tmp_path, data, expected):
 
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        images.image_size(tmp_path / "none.png")
+        images.read_header(tmp_path / "none.png")
     with pytest.raises(UserError, match="cannot read"):
-        images.image_size(tmp_path)
+        images.read_header(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp"])
@@ -263,3 +263,29 @@ def test_face_box_and_crop(tmp_path):
     Image.fromarray(data).save(plain.path)
     same = [images.load_item(plain, crop_rng=random.Random(s))[0].tobytes() for s in (1, 2)]
     assert same[0] == same[1]
+
+
+# How a camera stores an upright picture for each number of EXIF.
+STORED = {
+    1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_rotation_as_an_option(tmp_path, orientation):
+    """Size, pixels and mask are those of the picture saved upright."""
+    upright, exif = pixels(48, 32), Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    for name in ("a.png", "mask.png"):
+        stored.save(tmp_path / name, exif=exif)
+    header = images.read_header(tmp_path / "a.png")
+    assert header.upright_size == (32, 48) and header.size == stored.size
+    assert header.exif_rotated == (orientation != 1)
+    mask = tmp_path / "mask.png"
+    turned = item(tmp_path / "a.png", (32, 48), mask=mask, exif_rotation=True)
+    rgb, _ = images.load_item(turned)
+    np.testing.assert_allclose((rgb + 1) * 127.5, upright.transpose(2, 0, 1), atol=1e-3)
+    np.testing.assert_allclose(images.load_mask(turned) * 255, upright[..., 0], atol=1e-3)

@@ -60,13 +60,14 @@ def advise(items: list[ImageItem], datasets: list[Dataset], options: object) -> 
 
 
 def about_rotation(items: list[ImageItem]) -> list[str]:
-    """A notice that names the images with an EXIF rotation."""
-    rotated = sorted({item.path.name for item in items if item.exif_rotated})
+    """A notice that names the images with an EXIF rotation that is not applied."""
+    turned = {item.path.name for item in items if item.exif_rotated and not item.is_turned}
+    rotated = sorted(turned)
     if not rotated:
         return []
     return [
         f"{len(rotated)} images carry an EXIF rotation, which is not applied "
-        f"({layouts.some(rotated)}): save them upright if they lie on their side"
+        f"({layouts.some(rotated)}): save them upright, or set exif_rotation = true, if they lie on their side"
     ]
 
 

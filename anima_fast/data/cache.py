@@ -134,6 +134,7 @@ def latent_spec(item: ImageItem, *, image_sha256: str, vae: str, dtype: torch.dt
             "dtype": str(dtype),
             "flip": subset.flip_aug,
             "alpha": subset.alpha_mask,
+            **({"turned": True} if item.is_turned else {}),
         }
     )
     return LatentSpec(key, item.bucket, subset.flip_aug, subset.alpha_mask)

@@ -62,6 +62,7 @@ class Subset:
     face_crop_aug_range: tuple[float, float] | None = None
     alpha_mask: bool = False
     resize_interpolation: str | None = None
+    exif_rotation: bool = False
     validation_split: float = 0.0
     validation_seed: int | None = None
     custom_attributes: dict = field(default_factory=dict, hash=False)

@@ -85,7 +85,8 @@ class LatentPhase:
         unusable, newer = [], []
         for i, item in enumerate(items):
             path = legacy_cache.latents_path(item)
-            if not path.is_file():
+            # sd-scripts never turns an image.
+            if item.is_turned or not path.is_file():
                 continue
             entry = None
             if self.keep or not self.options.skip_cache_check:

@@ -1,7 +1,8 @@
 """Image files to pixels: headers, decoding, resizing, cropping, masks, colour augmentation.
 
 Only Pillow decodes. An RGBA image loses its alpha without compositing and EXIF rotation is not
-applied: both as sd-scripts does, so that buckets and caches agree with it. The first frame of an
+applied unless the subset asks for it: both as sd-scripts does, so that buckets and caches agree
+with it. The first frame of an
 animation counts. All functions are safe to call from threads; nothing is kept between calls.
 
 `flip_aug` is not applied here: mirrored latents are encoded beside the plain ones, by flipping the
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from anima_fast.data.resize import resize
 from anima_fast.errors import UserError
@@ -50,15 +51,20 @@ class ImageError(UserError):
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of an image says: (width, height), and whether EXIF asks for a rotation."""
+    """What the header of an image says: (width, height), and EXIF's number of the rotation."""
 
     size: tuple[int, int]
-    exif_rotated: bool
+    orientation: int = 1
 
+    @property
+    def exif_rotated(self) -> bool:
+        """Whether EXIF asks for a rotation or a reflection."""
+        return 2 <= self.orientation <= 8
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) from the header; errors as `read_header`."""
-    return read_header(path).size
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """(width, height) after it."""
+        return self.size[::-1] if 5 <= self.orientation <= 8 else self.size
 
 
 def read_header(path: str | os.PathLike) -> Header:
@@ -68,19 +74,30 @@ def read_header(path: str | os.PathLike) -> Header:
         UserError: an unreadable or empty file, no image, a size of 0 or above 200 megapixels.
     """
     with opened(path) as image:
-        rotated = False
-        # Looking further would decode a whole PNG; a damaged EXIF block rotates nothing.
-        if "exif" in image.info:
-            with contextlib.suppress(Exception):
-                rotated = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
-        return Header(image.size, rotated)
+        return Header(image.size, _orientation(image))
 
 
-def read_image(path: str | os.PathLike, mode: str = "RGB") -> np.ndarray:
+def _orientation(image: Image.Image) -> int:
+    # Looking further would decode a whole PNG; a damaged EXIF block rotates nothing.
+    if "exif" in image.info:
+        with contextlib.suppress(Exception):
+            return int(image.getexif().get(_ORIENTATION, 1))
+    return 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded image turned as its EXIF data says."""
+    return ImageOps.exif_transpose(image) if 2 <= _orientation(image) <= 8 else image
+
+
+def read_image(
+    path: str | os.PathLike, mode: str = "RGB", *, exif_rotation: bool = False
+) -> np.ndarray:
     """Decode an image (8 or 16 bit, grey, palette, CMYK ...).
 
     Args:
         mode: "RGB", or "RGBA" with alpha 255 where the file has none.
+        exif_rotation: turn it as its EXIF data says.
     Returns:
         [h, w, 3] or [h, w, 4] uint8.
     Raises:
@@ -90,6 +107,7 @@ def read_image(path: str | os.PathLike, mode: str = "RGB") -> np.ndarray:
         raise ValueError(f"mode is {mode!r}, expected 'RGB' or 'RGBA'")
     with opened(path) as image:
         image.load()
+        image = upright(image) if exif_rotation else image
         return np.asarray(to_8bit(image).convert(mode))
 
 
@@ -123,7 +141,8 @@ def load_item(
         UserError: as `read_image`.
     """
     has_alpha = item.subset.alpha_mask
-    pixels = read_image(item.path, "RGBA" if has_alpha else "RGB")
+    mode, turned = "RGBA" if has_alpha else "RGB", item.subset.exif_rotation
+    pixels = read_image(item.path, mode, exif_rotation=turned)
     cut = _plan_cut(item, crop_rng)
     rgb = cut.apply(np.ascontiguousarray(pixels[..., :3]), item)
     if crop_rng is not None and item.subset.color_aug:
@@ -141,7 +160,8 @@ def load_mask(item: ImageItem, *, crop_rng: random.Random | None = None) -> np.n
     """
     if item.mask_path is None:
         return None
-    red = np.ascontiguousarray(read_image(item.mask_path)[..., 0])
+    turned = item.subset.exif_rotation
+    red = np.ascontiguousarray(read_image(item.mask_path, exif_rotation=turned)[..., 0])
     # A mask may be stored smaller than its image; a face box counts in the image's pixels.
     red = resize(red, item.size, "bilinear")
     return _plan_cut(item, crop_rng).apply(red, item) / np.float32(255)

@@ -38,6 +38,7 @@ class ImageItem:
 
     `index` is its place in `DatasetPlan.items` or `.validation_items`, `repeats` its number of uses
     in an epoch, `loss_weight` the factor of its loss, `mask_path` the loss mask from a mask folder.
+    `exif_rotated`: EXIF asks for a rotation; `size` is that of the turned image if it is applied.
     """
 
     index: int
@@ -53,6 +54,11 @@ class ImageItem:
     loss_weight: float
     mask_path: Path | None
     exif_rotated: bool
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the pixels are turned as EXIF asks for, which is an option."""
+        return self.exif_rotated and self.subset.exif_rotation
 
 
 @dataclass
@@ -183,7 +189,10 @@ def _read_subset(
     rule = dataset.bucket_rule
     found = []
     for (path, caption), header in zip(listing.entries, _headers(paths, problems), strict=True):
-        placement = None if header is None else _place(path, header.size, rule, problems)
+        if header is None:
+            continue
+        size = header.upright_size if subset.exif_rotation else header.size
+        placement = _place(path, size, rule, problems)
         if placement is None:
             continue
         found.append(
@@ -193,7 +202,7 @@ def _read_subset(
                 caption=caption,
                 subset=subset,
                 dataset=dataset,
-                size=header.size,
+                size=size,
                 resized=placement.resized,
                 bucket=placement.bucket,
                 repeats=subset.num_repeats,

@@ -79,7 +79,10 @@ KINDS = {
         "images that lose much to the crop",
         "crop by hand, raise max_bucket_reso, or lower bucket_reso_steps",
     ),
-    "rotated": Kind("images with an EXIF rotation, which is not applied", "save them upright"),
+    "rotated": Kind(
+        "images with an EXIF rotation, which is not applied",
+        "save them upright, or set exif_rotation = true",
+    ),
     "transparent": Kind(
         "images with transparent parts, which show the colour stored below",
         "put them on a background, or train with alpha_mask = true",

@@ -56,6 +56,7 @@ KEYS: dict[str, Key] = {
         _key("validation_split", "float", "GDS", 0.0, high=1),
         _key("validation_seed", "int", "GDS", low=-(2**63), high=2**64),
         _key("resize_interpolation", "str", "GDS", choices=INTERPOLATIONS),
+        _key("exif_rotation", "bool", "GDS", False),
         _key("image_dir", "str", "S", option=None, filled=True),
         _key("metadata_file", "str", "S", option=None, filled=True),
         _key("conditioning_data_dir", "str", "S", option=None, filled=True),

@@ -52,7 +52,11 @@ def plan_problems(items: Iterable[ImageItem], tokens: CaptionTokens | None) -> l
     found: dict[tuple[str, str], Problem] = {}
     for problem in chain(
         *(_of_caption(item) for item in items),
-        (Problem("rotated", str(item.path)) for item in items if item.exif_rotated),
+        (
+            Problem("rotated", str(item.path))
+            for item in items
+            if item.exif_rotated and not item.is_turned
+        ),
         # The worst first.
         (_upscaled(item) for item in sorted(items, key=scale, reverse=True)),
         (_cropped(item) for item in sorted(items, key=lost, reverse=True)),

@@ -42,10 +42,11 @@ def mask_problems(items: Iterable[ImageItem]) -> list[Problem]:
         if item.mask_path is None:
             continue
         try:
-            width, height = images.image_size(item.mask_path)
+            header = images.read_header(item.mask_path)
         except images.ImageError as error:
             found.append(Problem("unreadable mask", str(item.mask_path), error.reason))
             continue
+        width, height = header.upright_size if item.subset.exif_rotation else header.size
         if abs(width / height / (item.size[0] / item.size[1]) - 1) > _ASPECT:
             sizes = f"{width}x{height}, the image is {item.size[0]}x{item.size[1]}"
             found.append(Problem("mask aspect", str(item.mask_path), f"{sizes}: it is stretched"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,7 @@ def look_at(
     paths: Sequence[Path],
     *,
     thumbnails: bool = False,
+    turned: Set[Path] = frozenset(),
     threads: int | None = None,
     on_done: Callable[[], None] = lambda: None,
 ) -> dict[Path, Look]:
@@ -60,12 +61,16 @@ def look_at(
     Args:
         paths: each is read once.
         thumbnails: make them too.
+        turned: images that training turns as their EXIF data says.
         threads: by default twice the processors, at most 16.
         on_done: called after each image, in the calling thread.
     """
     count = threads or min(16, 2 * (os.cpu_count() or 1))
     with ThreadPoolExecutor(count, "look") as pool:
-        waiting = {pool.submit(look, path, thumbnail=thumbnails): path for path in paths}
+        waiting = {
+            pool.submit(look, path, thumbnail=thumbnails, turned=path in turned): path
+            for path in paths
+        }
         found = {}
         for future in as_completed(waiting):
             found[waiting[future]] = future.result()
@@ -73,7 +78,7 @@ def look_at(
     return found
 
 
-def look(path: Path, *, thumbnail: bool = False) -> Look:
+def look(path: Path, *, thumbnail: bool = False, turned: bool = False) -> Look:
     """Decode one image; damage is told, never raised."""
     try:
         with images.opened(path) as image:
@@ -85,7 +90,7 @@ def look(path: Path, *, thumbnail: bool = False) -> Look:
             image.draft(image.mode, (_SMALL, _SMALL))
             image.load()
             facts |= _alpha(image)
-            small = _to_rgb(image)
+            small = _to_rgb(images.upright(image) if turned else image)
             small.thumbnail((_SMALL, _SMALL), Image.Resampling.BOX, reducing_gap=2.0)
     except images.ImageError as error:
         return Look(damage=error.reason)

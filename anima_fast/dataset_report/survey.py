@@ -191,7 +191,8 @@ def _look_at_pixels(
         done += 1
         on_progress("reading images", done, len(sizes))
 
-    survey.looks = look_at(list(sizes), thumbnails=thumbnails, on_done=count)
+    turned = {item.path for item in survey.items if item.is_turned}
+    survey.looks = look_at(list(sizes), thumbnails=thumbnails, turned=turned, on_done=count)
     for path in sizes:
         problems += _of_look(path, survey.looks[path], path in masked)
     survey.exact, survey.near = find_duplicates(survey.looks, sizes)

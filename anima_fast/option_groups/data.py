@@ -130,6 +130,9 @@ class ImageOptions:
         None, "Filter for resizing (default: area to shrink, lanczos to enlarge).",
         choices=INTERPOLATIONS,
     )  # fmt: skip
+    exif_rotation: bool = _image(
+        False, "Turn images as their EXIF data says; sd-scripts never does."
+    )
     flip_aug: bool = _image(False, "Mirror half of the images.")
     color_aug: bool = _image(False, "Shift hue or gamma of some images; not with cached latents.")
     random_crop: bool = _image(False, "Crop at random places; not with cached latents.")
