@@ -67,7 +67,8 @@ def about_rotation(items: list[ImageItem]) -> list[str]:
         return []
     return [
         f"{len(rotated)} images carry an EXIF rotation, which is not applied "
-        f"({layouts.some(rotated)}): save them upright, or set exif_rotation = true, if they lie on their side"
+        f"({layouts.some(rotated)}): if they lie on their side, set exif_rotation = true or save "
+        "them upright"
     ]
 
 
