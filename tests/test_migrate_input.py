@@ -1,5 +1,6 @@
 """What importing reads: words of shells, the command itself, and everything that it refuses."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from migrate_fakes import enter_sources, flat
 from typer.testing import CliRunner
 
 from anima_fast.cli import app
+from anima_fast.migrate.importer import convert
+from anima_fast.migrate.source import open_source
 from anima_fast.migrate.words import split_commands
 
 
@@ -185,3 +188,21 @@ def test_the_command_line(sources):
     assert len(set(texts)) == 1
     bad = runner.invoke(app, ["import-kohya", line, "--cwd", "nowhere"])
     assert bad.exit_code == 2 and "--cwd" in bad.output
+
+
+def test_the_folder_of_a_script(sources):
+    Path("b.bat").write_text(
+        "@echo off\nset DATA=%~dp0pictures\naccelerate launch anima_train_network.py "
+        '--train_data_dir="%DATA%" --output_dir=%~dp0out\n'
+    )
+    ledger = convert(open_source("b.bat")).ledger
+    here = str(sources.resolve())
+    assert ledger.options["train_data_dir"] == f"{here}{os.sep}pictures"
+    assert ledger.options["output_dir"] == f"{here}{os.sep}out"
+
+
+def test_a_number_that_the_shell_knows_is_to_do(sources):
+    line = "accelerate launch anima_train_network.py --seed=$SEED --network_dim=8"
+    ledger = convert(open_source(line)).ledger
+    assert "seed" not in ledger.options and ledger.options["network_dim"] == 8
+    assert "write seed into the file: $SEED is of your shell" in ledger.todo

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from anima_fast.errors import UserError
@@ -23,8 +24,9 @@ from anima_fast.migrate.sd_scripts_tables import (
     WHY_DEFAULT,
 )
 from anima_fast.migrate.values import is_nothing, is_off, plain, same
+from anima_fast.migrate.words import variable_names
 from anima_fast.option_files import refused
-from anima_fast.option_groups.base import convert, nearest, specs
+from anima_fast.option_groups.base import convert, specs
 from anima_fast.option_groups.network_args import LYCORIS, parse_network_args
 from anima_fast.option_groups.tables import ALIASES, IGNORED
 from anima_fast.options import FinetuneOptions, TrainOptions
@@ -113,8 +115,8 @@ class _Converter:
         elif SECRET.search(name):
             self.ledger.drop(item.key, "a password")
         else:
-            hint = nearest(name, [*self.known, *ALIASES])
-            hint = f"; {hint}" if hint.startswith("did") else ""
+            near = get_close_matches(name, [*self.known, *ALIASES], 1, 0.9)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
             self.ledger.drop(item.key, f"no such option here{hint}")
 
     def _alias(self, item: Item, name: str) -> None:
@@ -130,6 +132,11 @@ class _Converter:
         spec, value = self.known[name], plain(self.known[name], item.value)
         if is_nothing(spec, value):
             self.ledger.drop(item.key, "it is off, as here without it")
+            return
+        unset = [] if spec.kind == "str" or spec.is_list else variable_names(str(value))
+        if unset:
+            self.ledger.drop(item.key, f"${unset[0]} is of your shell")
+            self.ledger.todo.append(f"write {name} into the file: ${unset[0]} is of your shell")
             return
         if name in ("train_data_dir", "reg_data_dir", "in_json") and self.value("dataset_config"):
             self.ledger.drop(item.key, "dataset_config is given, and beats it there too")

@@ -146,7 +146,7 @@ def parse_file(path: Path, content: str | None = None) -> Any:
 def _commands(text: str, file: Path | None, folders: tuple[Path, ...]) -> Source:
     if not text.strip():
         raise UserError(f"the source is empty: expected a file, or something like {EXAMPLE}")
-    launch = find_launch(split_commands(text))
+    launch = find_launch(split_commands(text, file.resolve().parent if file else None))
     unset = tuple(dict.fromkeys(variable_names(" ".join(launch.arguments))))
     # Options that a script puts together in variables and lists, mostly under conditions.
     given = option_names(" ".join([*launch.arguments, *launch.launcher]))

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from pathlib import Path
 
 from anima_fast.migrate.shell_line import (
     LIST_BREAK,
@@ -71,22 +72,27 @@ def is_windows(text: str) -> bool:
     return bool(_WINDOWS.search(text))
 
 
-def split_commands(text: str) -> list[Command]:
+def split_commands(text: str, script_folder: Path | None = None) -> list[Command]:
     """The commands of a text in order, with the variables and lists that it sets put in.
 
+    Args:
+        text: a script or a command line.
+        script_folder: where the script lies, which `%~dp0` and `$PSScriptRoot` stand for.
     Raises:
         UserError: a quote or a list that is never closed.
     """
-    return _Script(text).read()
+    return _Script(text, script_folder).read()
 
 
 class _Script:
     """Reads a text line by line, and keeps what it sets."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, folder: Path | None) -> None:
         self.windows = is_windows(text)
         self.text = _CONTINUED.sub(" ", text.replace("\r\n", "\n"))
         self.variables = {name: os.environ[name] for name in _FOLDERS if name in os.environ}
+        if folder is not None:
+            self.variables |= {"~dp0": f"{folder}{os.sep}", "PSScriptRoot": str(folder)}
         self.used = {name.lower() for name in variable_names(_SET.sub("", self.text))}
         self.lists: dict[str, list[str]] = {}
         self.exported: dict[str, str] = {}
