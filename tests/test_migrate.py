@@ -529,6 +529,8 @@ def test_a_ledger_settles_each_key_once():
     ledger.extend({"a": 1, "b": {"c": [1, 2], "d": {}}, "e": [{"f": 1}, {}]})
     assert ledger.open_keys() == ["a", "b.c", "b.d", "e[0].f", "e[1]"]
     ledger.take("a", "x")
+    with pytest.raises(UserError, match="expected one value, got a table"):
+        ledger.drop("absent", "why")
     with pytest.raises(AssertionError, match="settled twice"):
         ledger.drop("a", "why")
     ledger.close("unknown")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from anima_fast.errors import UserError
 MOST_BITS = 16
 # Mean difference of the colours of a 4x4 grid, of 255.
 MOST_TINT = 18.0
-# Rows of the distance matrix at a time.
-_ROWS = 2048
+# Rows of the distance matrix at a time, and pairs of likes.
+_ROWS, _PAIRS = 2048, 65536
 
 
 def find_duplicates(
@@ -41,18 +41,25 @@ def find_duplicates(
         (exact, near). Of images with the same pixels only the first appears in `near`.
     """
     paths = sorted(path for path, look in looks.items() if look.signature is not None)
-    pairs = list(_alike([looks[path] for path in paths]))
-    named = [(paths[a], paths[b]) for a, b in pairs]
-    exact = _exact_groups([pair for pair in named if sizes[pair[0]] == sizes[pair[1]]])
-    first = {path: group[0] for group in exact for path in group}
-    merged = {tuple(sorted({first.get(p, p) for p in pair})) for pair in named}
-    return exact, _groups([pair for pair in merged if len(pair) == 2])
+    pairs = _alike([looks[path] for path in paths])
+    area = np.array([sizes[path] for path in paths]).reshape(-1, 2)
+    alike = pairs[(area[pairs[:, 0]] == area[pairs[:, 1]]).all(1)]
+    exact = _exact_groups([paths[i] for i in np.unique(alike)])
+    # Of images with the same pixels the first stands for all.
+    place = {path: i for i, path in enumerate(paths)}
+    first = np.arange(len(paths))
+    for group in exact:
+        first[[place[path] for path in group]] = place[group[0]]
+    merged = np.unique(np.sort(first[pairs], 1), axis=0)
+    near = merged[merged[:, 0] != merged[:, 1]].tolist()
+    return exact, _groups([(paths[a], paths[b]) for a, b in near])
 
 
-def _alike(looks: Sequence[Look]) -> Iterator[tuple[int, int]]:
-    """Index pairs a < b of images that look alike."""
+def _alike(looks: Sequence[Look]) -> np.ndarray:
+    """Index pairs a < b of images that look alike: [N, 2]."""
+    found = [np.zeros((0, 2), np.int32)]
     if len(looks) < 2:
-        return
+        return found[0]
     bits = np.stack([look.signature for look in looks])
     # With ±1 for bits, the number of equal minus different ones is a product.
     signs = bits.astype(np.float32) * 2 - 1
@@ -60,14 +67,16 @@ def _alike(looks: Sequence[Look]) -> Iterator[tuple[int, int]]:
     length = bits.shape[1]
     for start in range(0, len(looks), _ROWS):
         distance = (length - signs[start : start + _ROWS] @ signs[start:].T) / 2
-        near = np.argwhere(distance <= MOST_BITS)
-        for a, b in near[near[:, 0] < near[:, 1]] + start:
-            if np.abs(tints[a] - tints[b]).mean() <= MOST_TINT:
-                yield int(a), int(b)
+        near = np.argwhere(distance <= MOST_BITS).astype(np.int32)
+        pairs = near[near[:, 0] < near[:, 1]] + np.int32(start)
+        for some in (pairs[i : i + _PAIRS] for i in range(0, len(pairs), _PAIRS)):
+            gaps = np.abs(tints[some[:, 0]] - tints[some[:, 1]]).mean((1, 2, 3))
+            found.append(some[gaps <= MOST_TINT])
+    return np.concatenate(found)
 
 
-def _exact_groups(pairs: Sequence[tuple[Path, Path]]) -> list[list[Path]]:
-    paths = sorted({path for pair in pairs for path in pair})
+def _exact_groups(paths: Sequence[Path]) -> list[list[Path]]:
+    """Files with the same pixels, of `paths` in order."""
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
         contents = list(pool.map(_file_digest, paths))
         # Copies of a file need not be decoded to be told the same.

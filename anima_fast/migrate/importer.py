@@ -103,7 +103,7 @@ def convert(source: Source) -> Imported:
         command = convert_one(source, ledger)
     except UserError:
         raise
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         # A text where a table belongs, and the like: no trainer would read such a file.
         name = source.file.name if source.file else "the command line"
         raise UserError(

@@ -142,6 +142,8 @@ class Ledger:
         self, key: str, entries: list[Entry], option: str | None = None, value: Any = None,
         why: str = "",
     ) -> None:  # fmt: skip
+        if key not in self.source:
+            raise UserError(f"{key}: expected one value, got a table or a list of them")
         if key not in self._open:
             raise AssertionError(f"{key} is settled twice")
         del self._open[key]
