@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from anima_fast.cli import app
 from anima_fast.data.plan import build_plan
-from anima_fast.dataset_report import findings, health, thumbs
+from anima_fast.dataset_report import findings, health, page, thumbs
 from anima_fast.dataset_report.duplicates import find_duplicates
 from anima_fast.dataset_report.masks import loss_cells, overlay
 from anima_fast.dataset_report.pixels import difference_hash, look
@@ -307,6 +308,12 @@ def test_names_and_tags_cannot_write_to_the_terminal(tmp_path):
 
 def test_a_tall_thumbnail_does_not_fill_the_screen():
     assert [thumbs._widest(*size) for size in ((64, 64), (10, 1000), (1, 20))] == [176, 8, 12]
+
+
+def test_a_long_name_is_shortened_in_its_middle():
+    assert page._short(Path("a&b.png")) == "a&amp;b.png"
+    short = page._short(Path("begin" + "x" * 200 + "end.png"))
+    assert short.startswith("begin") and short.endswith("end.png") and len(short) == 60
 
 
 def test_an_exif_rotation_that_is_applied_is_no_finding(tmp_path):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Files named under a kind of problem, thumbnails beside them, groups of likes.
 _FILES, _PICTURES, _GROUPS = 100, 24, 40
+# Characters of a file's name.
+_NAME = 60
 # Up to this many thumbnails the buckets are unfolded.
 _OPEN = 60
 
@@ -102,7 +104,7 @@ def _finding(
     for problem in problems:
         path = captions.get(Path(problem.file), Path(problem.file))
         text = html.escape(problem.text)
-        name = html.escape(printable(Path(problem.file).name))
+        name = _short(Path(problem.file))
         if path in pictures and len(figures) < _PICTURES:
             cut = items.get(path) if kind == "crop" else None
             figures.append(pictures.figure(path, f"{name}<br>{text}", cut))
@@ -160,7 +162,13 @@ def _about(item: ImageItem) -> str:
     facts = [f"{item.size[0]}x{item.size[1]}"]
     facts += [f"{item.repeats} uses"] if item.repeats != 1 else []
     facts += [f"{share:.0%} cut"] if share >= 0.005 else []
-    return f"{html.escape(printable(item.path.name))}<br>{', '.join(facts)}"
+    return f"{_short(item.path)}<br>{', '.join(facts)}"
+
+
+def _short(path: Path) -> str:
+    """A file's name for the page; the middle of a long one is left out."""
+    name = printable(path.name)
+    return html.escape(name if len(name) <= _NAME else f"{name[: _NAME - 20]}…{name[-19:]}")
 
 
 def _crops(survey: Survey, pictures: Thumbs) -> str:
@@ -185,7 +193,7 @@ def _groups(title: str, groups: Sequence[Sequence[Path]], pictures: Thumbs) -> s
         return ""
     shown = "".join(
         '<section class="finding"><div class="thumbs">'
-        + "".join(pictures.figure(p, html.escape(printable(p.name))) for p in group[:_PICTURES])
+        + "".join(pictures.figure(p, _short(p)) for p in group[:_PICTURES])
         + "</div></section>"
         for group in groups[:_GROUPS]
     )

@@ -32,7 +32,7 @@ details { margin: 8px 0; } summary { cursor: pointer; }
 .scroll { overflow-x: auto; } .scroll td, .scroll th { padding-right: 14px; white-space: nowrap; }
 .columns { columns: 260px; } .columns div { break-inside: avoid; display: flex; gap: 10px;
   justify-content: space-between; } .columns div span { overflow-wrap: anywhere; }
-@media (max-width: 460px) { .thumbs { grid-template-columns: repeat(3, 1fr); }
+@media (max-width: 460px) { .thumbs { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   body { padding: 16px 12px; } table.facts th { padding-right: 12px; white-space: normal; } }
 """
 

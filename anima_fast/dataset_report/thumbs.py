@@ -31,6 +31,7 @@ STYLE = """
   width: 100%; max-width: 176px; min-height: 8px; background-color: var(--line); }
 .cut { position: absolute; background: repeating-linear-gradient(45deg, #d9480fcc 0 4px,
   #000a 4px 8px); }
+.thumbs figure { min-width: 0; }
 .thumbs figcaption { overflow-wrap: anywhere; line-height: 1.35; margin-top: 3px; }
 .none { display: grid; place-items: center; aspect-ratio: 1; font-size: 12px; color: var(--soft); }
 """
