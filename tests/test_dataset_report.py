@@ -232,6 +232,12 @@ def test_a_broken_config_is_status_2(tmp_path):
     assert call(config(tmp_path, images="absent")).exit_code == 2
 
 
+def test_data_can_be_looked_at_before_the_model_files_are_there(tmp_path):
+    put(tmp_path / "images" / "a.png", smooth(1))
+    found = report(config(tmp_path), "--qwen3", tmp_path / "nowhere", "--vae", tmp_path / "none")
+    assert found["plan"]["images"] == 1 and "does not exist" in found["tokens"]["reason"]
+
+
 def test_nothing_to_train_is_no_clean_dataset(tmp_path):
     put(tmp_path / "images" / "a.png", smooth(1))
     result = call(config(tmp_path, "num_repeats = 0"))

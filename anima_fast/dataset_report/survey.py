@@ -15,7 +15,6 @@ from anima_fast.dataset_report.findings import plan_problems
 from anima_fast.dataset_report.folders import folder_problems, mask_problems
 from anima_fast.dataset_report.pixels import Look, look_at
 from anima_fast.dataset_report.tags import count_tags, spelling_variants
-from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
     from anima_fast.data.caption_tokens import CaptionTokens
@@ -161,7 +160,8 @@ def _tokenizers(options: TrainOptions) -> tuple[Tokenizers | None, str]:
         if path:
             explicit_files(source, Path(path))
     if options.qwen3 and not Path(options.qwen3).exists():
-        raise UserError(f"--qwen3 {options.qwen3} does not exist: check the path")
+        # The data can be looked at before the model files are there.
+        return None, f"not counted: --qwen3 {options.qwen3} does not exist"
     try:
         return load_tokenizers(
             options.qwen3,
