@@ -177,6 +177,14 @@ def test_tables_name_files_and_remedies(broken):
     assert call(broken / "data.toml", "--strict").exit_code == 1
 
 
+def test_a_narrow_terminal_breaks_names_only(broken, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = call(broken / "data.toml").output
+    assert re.search(r"folder +use +images +repeats +uses", shown)
+    rows = [line.strip() for line in shown.splitlines() if "█" in line]
+    assert rows and all(re.match(r"\d+x\d+ ", row) for row in rows)
+
+
 def test_a_clean_dataset_is_clean(tmp_path):
     for i in range(3):
         put(tmp_path / "images" / f"{i}.png", smooth(i, (64, 64)), f"one, {i}")

@@ -27,7 +27,7 @@ def show_survey(survey: Survey, console: Console) -> None:
     """Print what will be trained, then what is wrong with it."""
     console.print(_facts(survey))
     console.print(_subsets(survey))
-    console.print(_buckets(survey))
+    console.print(_buckets(survey, _bar_width(console)))
     if crops := _crops(survey):
         console.print(crops)
     if survey.masks:
@@ -118,24 +118,34 @@ def _facts(survey: Survey) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
+        justify = "left" if name in _LEFT else "right"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name not in _NAMES)
     return table
 
 
-_LEFT = ("folder", "bucket", "image", "mask", "use", "tag", "share", "tokens", "")
+# Columns of names, which a narrow terminal breaks.
+_NAMES = ("folder", "image", "mask", "tag")
+_LEFT = (*_NAMES, "bucket", "use", "share", "tokens", "")
+
+
+def _bar_width(console: Console) -> int:
+    return max(4, min(_BAR, console.width - 40))
 
 
 def _subsets(survey: Survey) -> Table:
-    table = _table("Subsets", "folder", "use", "images", "repeats", "uses", "held out", "unused")
-    for entry in health.subsets(survey.plan):
+    entries = health.subsets(survey.plan)
+    # What no subset has takes no column.
+    more = {"held out": "validation", "unused": "unused"}
+    more = {name: key for name, key in more.items() if any(entry[key] for entry in entries)}
+    table = _table("Subsets", "folder", "use", "images", "repeats", "uses", *more)
+    for entry in entries:
         use = "regularisation" if entry["is_reg"] else "training"
-        cells = (entry["images"], entry["repeats"], entry["uses"], entry["validation"])
-        folder = Text(one_line(entry["folder"]))
-        table.add_row(folder, use, *(str(n) for n in cells), str(entry["unused"]))
+        counts = [entry[key] for key in ("images", "repeats", "uses", *more.values())]
+        table.add_row(Text(one_line(entry["folder"])), use, *map(str, counts))
     return table
 
 
-def _buckets(survey: Survey) -> Table:
+def _buckets(survey: Survey, width: int) -> Table:
     several = len(survey.plan.datasets) > 1
     table = _table(
         "Buckets", *(["dataset"] if several else []), "bucket", "images", "uses", "share"
@@ -144,7 +154,7 @@ def _buckets(survey: Survey) -> Table:
     most = max((entry["repeats"] for entry in entries), default=1)
     for entry in entries:
         first = [str(entry["dataset"])] if several else []
-        bar = "█" * max(1, round(_BAR * entry["repeats"] / most))
+        bar = "█" * max(1, round(width * entry["repeats"] / most))
         size = f"{entry['width']}x{entry['height']}"
         table.add_row(*first, size, str(entry["images"]), str(entry["repeats"]), bar)
     return table
@@ -178,9 +188,9 @@ def _show_tokens(survey: Survey, console: Console) -> None:
     if not rows:
         return
     table = _table("Captions by tokens", "tokens", "Qwen3", "T5", "")
-    most = max(max(qwen, t5) for _, qwen, t5 in rows)
+    most, width = max(max(qwen, t5) for _, qwen, t5 in rows), _bar_width(console)
     for name, qwen, t5 in rows:
-        bar = "█" * (round(_BAR * t5 / most) or (1 if t5 else 0))
+        bar = "█" * (round(width * t5 / most) or (1 if t5 else 0))
         table.add_row(name, str(qwen), str(t5), bar)
     console.print(table)
 
