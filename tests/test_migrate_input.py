@@ -201,6 +201,14 @@ def test_the_folder_of_a_script(sources):
     assert ledger.options["output_dir"] == f"{here}{os.sep}out"
 
 
+def test_limits_of_noise_levels_that_did_nothing_there(sources):
+    line = "accelerate launch anima_train_network.py --min_timestep 200 --max_timestep 1000"
+    ledger = convert(open_source(line)).ledger
+    assert (ledger.options["min_timestep"], ledger.options["max_timestep"]) == (200, 1000)
+    changed = [e for e in ledger.changed if "limits the noise levels here" in e.why]
+    assert [e.option for e in changed] == ["min_timestep"]
+
+
 def test_a_number_that_the_shell_knows_is_to_do(sources):
     line = "accelerate launch anima_train_network.py --seed=$SEED --network_dim=8"
     ledger = convert(open_source(line)).ledger

@@ -18,6 +18,7 @@ from anima_fast.migrate.sd_scripts_tables import (
     DEEPSPEED,
     DEFAULTS,
     DROPPED,
+    LIMITS,
     OTHER_NAMES,
     OTHER_NETWORKS,
     OTHER_VALUES,
@@ -158,6 +159,8 @@ class _Converter:
             self.ledger.todo.append(f"{name} {new} is of another package: install it here too")
         if name == "optimizer_type" and not _foreign(new) and not _is_optimizer(new):
             self.ledger.todo.append(f"choose optimizer_type: {new} does not exist here")
+        if new != LIMITS.get(name, new):
+            why = "it had no effect on Anima there, and limits the noise levels here"
         if name == "sample_prompts":
             why = f"{why}; {PREVIEWS}" if why else PREVIEWS
         self._settle(item, name, new, why)

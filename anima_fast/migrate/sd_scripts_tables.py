@@ -55,6 +55,9 @@ OTHER_VALUES = {
     ("mixed_precision", "fp32"): ("no", "another name"),
 }
 
+# Options that do something here only: the values that do nothing.
+LIMITS = {"min_timestep": 0, "max_timestep": 1000}
+
 # Its own defaults: written down where a source leaves the option out and ours is another one.
 DEFAULTS = {
     "learning_rate": 2e-6, "mixed_precision": "no", "caption_extension": ".caption",
