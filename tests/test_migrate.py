@@ -387,6 +387,13 @@ def test_datasets_of_diffusion_pipe(sources):
     ]  # fmt: skip
 
 
+def test_images_without_captions_of_diffusion_pipe(sources):
+    file = sources / "pipe_dataset.toml"
+    file.write_text("skip_empty_caption = false\n" + file.read_text())
+    datasets = load_dataset_config(run("pipe_lora.toml")[0][1])["datasets"]
+    assert {s["class_tokens"] for d in datasets for s in d["subsets"]} == {""}
+
+
 def test_the_dataset_of_lora_easy_training_scripts(sources):
     config = load_dataset_config(run("easy_training.toml")[0][1])
     assert config["general"] == {

@@ -23,7 +23,7 @@ DROPPED = {
     "frame_buckets": "it is about videos", "shuffle_metadata": "images are shuffled every epoch",
     "num_ar_buckets": "buckets are all multiples of 64 pixels between the limits here",
     "subsample_ratio": "all images of a folder are trained here",
-    "skip_empty_caption": "an image without a caption is trained with an empty one here",
+    "skip_empty_caption": "training names images without a caption and refuses them here",
     "default_mask_file": "an image without a mask is trained whole here",
     "control_path": "training on pairs of images is not supported",
     "online_captions": "captions are read from .txt files here",
@@ -152,6 +152,9 @@ def _subset(
         ledger.add("masked_loss", True, "mask_path is given")
     found |= _repeats(merged, own, prefix, ledger)
     found |= _captions(own, prefix, ledger)
+    if merged.get("skip_empty_caption") is False:
+        # What an image without a caption file has as caption.
+        found["class_tokens"] = ""
     if (merged.get("cache_shuffle_num") or merged.get("shuffle_tags")) and (
         kept := _tags_of_prefix(merged)
     ):
@@ -225,6 +228,8 @@ def _settle_sizes(prefix: str, ledger: Ledger) -> None:
         elif name == "size_buckets":
             why = "buckets around the largest of these areas: sizes cannot be listed here"
             ledger.change(key, None, None, why)
+        elif name == "skip_empty_caption" and ledger.get(key) is False:
+            ledger.take_elsewhere(key, 'class_tokens = ""')
         elif name in DROPPED:
             ledger.drop(key, DROPPED[name])
             if name in ("control_path", "online_captions") and not is_off(ledger.get(key)):
