@@ -24,7 +24,7 @@ DROPPED = {
     "num_ar_buckets": "buckets are all multiples of 64 pixels between the limits here",
     "subsample_ratio": "all images of a folder are trained here",
     "skip_empty_caption": "training names images without a caption and refuses them here",
-    "default_mask_file": "an image without a mask is trained whole here",
+    "default_mask_file": "every image of a folder with masks needs one of its own here",
     "control_path": "training on pairs of images is not supported",
     "online_captions": "captions are read from .txt files here",
     "cache_shuffle_delimiter": "it is about cache_shuffle_num, which is off",
@@ -232,5 +232,6 @@ def _settle_sizes(prefix: str, ledger: Ledger) -> None:
             ledger.take_elsewhere(key, 'class_tokens = ""')
         elif name in DROPPED:
             ledger.drop(key, DROPPED[name])
-            if name in ("control_path", "online_captions") and not is_off(ledger.get(key)):
+            by_hand = ("control_path", "online_captions", "default_mask_file")
+            if name in by_hand and not is_off(ledger.get(key)):
                 ledger.todo.append(f"{name}: {DROPPED[name]}")
