@@ -246,6 +246,13 @@ def test_data_can_be_looked_at_before_the_model_files_are_there(tmp_path):
     assert found["plan"]["images"] == 1 and "does not exist" in found["tokens"]["reason"]
 
 
+def test_a_relative_folder_is_named_with_what_it_is_relative_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = config(tmp_path)
+    path.write_text(path.read_text().replace((tmp_path / "images").as_posix(), "lost"))
+    assert f"'lost' does not exist in {Path.cwd()}" in call(path).stderr
+
+
 def test_nothing_to_train_is_no_clean_dataset(tmp_path):
     put(tmp_path / "images" / "a.png", smooth(1))
     result = call(config(tmp_path, "num_repeats = 0"))

@@ -75,7 +75,8 @@ def list_images(folder: str | os.PathLike, notices: list[str]) -> list[Path]:
     """
     if not os.path.isdir(folder):
         kind = "is not a folder" if os.path.exists(folder) else "does not exist"
-        raise UserError(f"image_dir {str(folder)!r} {kind}: check the path")
+        base = "" if os.path.isabs(folder) else f" in {os.getcwd()}, which it is relative to"
+        raise UserError(f"image_dir {str(folder)!r} {kind}{base}: check the path")
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
     except OSError as error:
