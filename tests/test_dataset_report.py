@@ -253,6 +253,14 @@ def test_a_relative_folder_is_named_with_what_it_is_relative_to(tmp_path, monkey
     assert f"'lost' does not exist in {Path.cwd()}" in call(path).stderr
 
 
+def test_lines_that_are_never_trained_are_found(tmp_path):
+    put(tmp_path / "images" / "a.png", smooth(1), "first\n\nsecond\nthird\n")
+    put(tmp_path / "images" / "b.png", smooth(2), "one\n")
+    found = kinds(report(config(tmp_path)))
+    assert found == {"further lines": {"a.txt": "2 lines are left out"}}
+    assert not kinds(report(config(tmp_path, "enable_wildcard = true")))
+
+
 def test_nothing_to_train_is_no_clean_dataset(tmp_path):
     put(tmp_path / "images" / "a.png", smooth(1))
     result = call(config(tmp_path, "num_repeats = 0"))

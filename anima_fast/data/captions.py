@@ -48,6 +48,11 @@ class Caption:
     file: Path | None = field(default=None, compare=False)
     blank: bool = field(default=False, compare=False)
 
+    def unused_lines(self, subset: Subset) -> int:
+        """Lines that are never trained, as only the first counts without wildcards."""
+        count = sum(bool(line.strip()) for line in _NEWLINE.split(self.text))
+        return 0 if subset.enable_wildcard else max(0, count - 1)
+
     def lines(self, subset: Subset) -> list[str]:
         """The candidates: every non-empty line with wildcards on, else the first; at least one."""
         found = [line.strip() for line in _NEWLINE.split(self.text) if line.strip()]

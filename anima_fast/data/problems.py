@@ -55,6 +55,10 @@ KINDS = {
     "empty caption": Kind(
         "caption files that are empty", "write a caption; they train without one"
     ),
+    "further lines": Kind(
+        "captions of several lines, of which only the first is trained",
+        "write one line, or set enable_wildcard = true to draw one of them at random",
+    ),
     "long caption": Kind(
         "captions longer than the text's 512 rows",
         "shorten them, or use --long_captions whole",

@@ -77,6 +77,9 @@ def _of_caption(item: ImageItem) -> Iterator[Problem]:
         yield Problem("empty caption", str(item.caption.file))
     elif has_no_caption(item) and item.subset.class_tokens is not None:
         yield Problem("class caption", str(item.path), f"trained as {item.subset.class_tokens!r}")
+    if lines := item.caption.unused_lines(item.subset):
+        what = "1 line is left out" if lines == 1 else f"{lines} lines are left out"
+        yield Problem("further lines", str(item.caption.file or item.path), what)
 
 
 def _upscaled(item: ImageItem) -> Problem | None:
