@@ -306,6 +306,18 @@ def test_sd_scripts_latents_that_do_not_fit_are_encoded(project):
     assert any("3 latent files are encoded anew" in notice for notice in project.notices)
 
 
+def test_sd_scripts_latents_of_images_that_are_turned_here_are_encoded(project):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(project.images / "0.png") as image:
+        image.save(project.images / "0.png", exif=exif)
+    for i in range(4):
+        legacy_latents(project, i)
+    project.subset = "exif_rotation = true"
+    project.encode()
+    assert counts(project)["vae"] == 1
+
+
 def test_sd_scripts_latents_need_the_mirrored_ones_with_flip(project):
     project.subset = "flip_aug = true\nalpha_mask = true"
     extra = {

@@ -83,6 +83,12 @@ def test_eps_of_an_unknown_optimizer_is_not_taken_over(whole):
     assert {"optimizer.eps", "optimizer.beta1"} <= set(dropped(ledger))
 
 
+def test_null_is_not_set(whole):
+    ledger = whole({"path": "pictures/a"}, train_device=None)
+    assert "device" not in ledger.options
+    assert dropped(ledger)["train_device"] == "it is not set"
+
+
 def test_the_rate_of_the_transformer_beats_the_other(whole):
     ledger = whole({"path": "pictures/a"}, learning_rate=3e-4, transformer={"learning_rate": 1e-4})
     assert ledger.options["learning_rate"] == 1e-4

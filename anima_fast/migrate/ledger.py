@@ -96,6 +96,9 @@ class Ledger:
         """The key means the same here, as `option` (its own name when None)."""
         option = option or key
         value = self.source[key] if value is None else value
+        if value is None:
+            self.drop(key, "it is not set")
+            return
         self.options[option] = value
         self._settle(key, self.taken, option, value)
 
