@@ -83,6 +83,14 @@ def test_eps_of_an_unknown_optimizer_is_not_taken_over(whole):
     assert {"optimizer.eps", "optimizer.beta1"} <= set(dropped(ledger))
 
 
+def test_what_is_not_used_is_not_called_taken_over(whole):
+    sample = {"prompt": "a", "seed": 5, "random_seed": True}
+    concept = {"path": "pictures/a", "text": {"prompt_source": "filename"}}
+    ledger = whole(concept, samples=[sample], sample_after_unit="EPOCH")
+    assert ledger.options["sample_prompt"] == ["a"]
+    assert {"samples[0].seed", "concepts[0].text.prompt_source"} <= set(dropped(ledger))
+
+
 def test_null_is_not_set(whole):
     ledger = whole({"path": "pictures/a"}, train_device=None)
     assert "device" not in ledger.options

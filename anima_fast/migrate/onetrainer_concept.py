@@ -195,6 +195,8 @@ class Concept:
             value = self.ledger.get(key)
             if name in _NEEDS and is_off(self.ledger.get(self._key(_NEEDS[name]))):
                 self.ledger.drop(key, f"{_NEEDS[name].rpartition('.')[2]} is off")
+            elif name == "text.prompt_source" and value == "filename":
+                self.ledger.drop(key, "captions are files here")
             elif name in _TAKEN and not is_off(value):
                 self.ledger.take_elsewhere(key, _TAKEN[name])
             elif name == "loss_weight" and value != 1:

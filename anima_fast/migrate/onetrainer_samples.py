@@ -27,7 +27,9 @@ def convert_samples(source: Source, ledger: Ledger) -> None:
             prompts.append(_line(sample))
         for key in ledger.open_keys(f"{prefix}[{i}]."):
             name = key.rsplit(".", 1)[-1]
-            if used and (name in MARKS or name == "prompt"):
+            if used and name == "seed" and _is_random(sample):
+                ledger.drop(key, "a random seed is drawn, there and here")
+            elif used and (name in MARKS or name in ("prompt", "random_seed")):
                 ledger.take_elsewhere(key, "sample_prompt")
             else:
                 ledger.drop(key, "it has no counterpart here" if used else "it is switched off")
@@ -64,12 +66,15 @@ def _samples(source: Source, ledger: Ledger) -> tuple[list[Mapping[str, Any]], s
     return samples, prefix
 
 
+def _is_random(sample: Mapping[str, Any]) -> bool:
+    return bool(sample.get("random_seed")) or int(sample.get("seed") or 0) < 0
+
+
 def _line(sample: Mapping[str, Any]) -> str:
     """A prompt with its settings behind it; a random seed is none."""
     parts = [" ".join(str(sample["prompt"]).split())]
     for key, mark in MARKS.items():
         value = sample.get(key)
-        random = key == "seed" and (sample.get("random_seed") or int(value or 0) < 0)
-        if value not in (None, "") and not random:
+        if value not in (None, "") and not (key == "seed" and _is_random(sample)):
             parts.append(f"--{mark} {' '.join(str(value).split())}")
     return " ".join(parts)
