@@ -43,8 +43,11 @@ def test_files_that_come_late_break_and_go(tmp_path):
     answer = run.answer(answer["tokens"])
     assert answer["run"] == {"output_name": "other", "steps": None, "images": None}
     assert answer["dataset"] is None
-    (out / "run.json").write_text("[1]")
-    assert run.answer({})["run"]["output_name"] == "other"
+    for broken in ("[1]", '{"a": ' + "[" * 700 + "]" * 700 + "}"):
+        (out / "run.json").write_text(broken)
+        assert run.answer({})["run"]["output_name"] == "other"
+    (out / "run.json").write_text('{"state": ["odd"], "output_name": "other"}')
+    assert run.answer({})["state"]["name"] == "preparing"
     for path in out.iterdir():
         path.unlink()
     out.rmdir()

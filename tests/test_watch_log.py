@@ -65,6 +65,7 @@ def test_a_log_is_read_as_it_grows_each_byte_once(tmp_path):
         '{"kind": "step", "step": 1, "loss": 5.0}',
         '{"kind": "sigma_bins", "step": 9, "means": "x"}',
         '{"kind": "step", "step": 1' + "0" * 400 + "}",
+        '{"kind": "sigma_bins", "step": 9, "means": ' + "[" * 700 + "]" * 700 + "}",
     ],
 )  # fmt: skip
 def test_a_line_that_makes_no_sense_is_left_out(tmp_path, line):

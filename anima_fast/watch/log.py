@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anima_fast.watch.curves import CurveTable
-from anima_fast.watch.reading import number, plain
+from anima_fast.watch.reading import number
 from anima_fast.watch.tail import Tail
 
 # Of one call: parsing that much takes well below a second.
@@ -18,6 +18,7 @@ BYTES_AT_ONCE = 8 << 20
 MOST_EVENTS = 500
 MOST_EPOCH_MARKS = 2000
 MOST_PREVIEW_FILES = 20_000
+MOST_BINS = 100
 # Steps whose median is the speed now.
 _RECENT = 50
 _SCALARS = ("loss", "loss_avg", "grad_norm", "step_s", "images_per_s", "memory_mib")
@@ -141,4 +142,11 @@ class LogView:
         self.events.append({"step": step, "text": str(record.get("text", ""))[:2000]})
 
     def _take_bins(self, step: float, record: Mapping) -> None:
-        self.sigma_bins = [*self.sigma_bins[:1], plain(dict(record))]
+        lists = {name: record.get(name) for name in ("means", "counts")}
+        bins = {
+            name: [number(value) for value in values[:MOST_BINS]]
+            for name, values in lists.items()
+            if isinstance(values, list)
+        }
+        at = {"step": step, "epoch": number(record.get("epoch"))}
+        self.sigma_bins = [*self.sigma_bins[:1], {**at, **bins}]

@@ -82,10 +82,10 @@ class JsonFile:
     def _read(self) -> dict[str, Any] | None:
         content = read_whole(self.path, MOST_JSON_BYTES)
         try:
-            value = json.loads(content.decode("utf-8")) if content is not None else None
+            value = plain(json.loads(content.decode("utf-8"))) if content is not None else None
         except (ValueError, RecursionError):
             return None
-        return plain(value) if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else None
 
 
 def file_stamp(path: Path) -> tuple[int, int, int] | None:

@@ -190,7 +190,7 @@ class WatchedRun:
 
     def _updated_at(self, run: Mapping[str, Any]) -> float | None:
         """When the run ended, or last wrote something, in seconds since 1970."""
-        ended = moment(run.get("updated_at")) if run.get("state") in ENDED else None
+        ended = moment(run.get("updated_at")) if str(run.get("state")) in ENDED else None
         if ended is not None and not self._goes_on():
             return ended
         files = (self.run_file.path, self.console.path, self.log.tail.path)

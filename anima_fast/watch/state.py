@@ -35,7 +35,7 @@ def describe_state(
         says_something: whether there is a console log.
         goes_on: whether an ended run speaks again.
     """
-    said = run.get("state")
+    said = str(run.get("state"))
     if said in ENDED and goes_on:
         step = None
     elif said in ENDED:
