@@ -56,6 +56,29 @@ def test_a_failed_run_names_its_error(world, tmp_path, monkeypatch):
         train(train_options(world, tmp_path))
     found = facts(tmp_path)
     assert found["state"] == "failed" and found["error"] == "the disk is full"
+    assert console(tmp_path)[-1][20:] == "error: the disk is full"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(UserError("a file\nis missing"), "error: a file is missing"),
+     (KeyError("x"), "error: KeyError: 'x'"), (KeyboardInterrupt(), "interrupted")],
+)  # fmt: skip
+def test_a_run_that_ends_while_it_prepares_says_so(world, tmp_path, monkeypatch, error, words):
+    def broken(_options, *, seed, say):
+        say("reading the dataset")
+        raise error
+
+    monkeypatch.setattr(loop, "prepare", broken)
+    with pytest.raises(type(error)):
+        train(train_options(world, tmp_path))
+    assert [line[20:] for line in console(tmp_path)] == ["reading the dataset", words]
+
+
+def test_a_command_refused_at_once_makes_no_folder(world, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        train(train_options({**world, "vae": "absent.safetensors"}, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_fresh_run_moves_the_old_lines_aside_and_a_resumed_one_adds(world, tmp_path):

@@ -135,7 +135,7 @@ def test_names_of_previews(name, facts):
     ("run", "facts", "name"),
     [
         ({}, {}, "waiting"),
-        ({}, {"says_something": True, "quiet_s": 3}, "preparing"),
+        ({}, {"says": "reading", "quiet_s": 3}, "preparing"),
         ({}, {"step": 5, "quiet_s": 3}, "running"),
         ({}, {"step": 5, "quiet_s": 3000}, "ended"),
         ({"state": "running"}, {"quiet_s": 400}, "preparing"),
@@ -147,6 +147,9 @@ def test_names_of_previews(name, facts):
         ({"state": "interrupted"}, {"step": 5, "quiet_s": 1e9}, "interrupted"),
         ({"state": "failed", "error": "x"}, {"quiet_s": 1e9}, "failed"),
         ({"state": "finished"}, {"step": 5, "quiet_s": 3, "goes_on": True}, "preparing"),
+        ({"state": "finished"}, {"step": 5, "goes_on": True, "says": "error: x"}, "failed"),
+        ({}, {"says": "error: no such file", "quiet_s": 9999}, "failed"),
+        ({}, {"says": "interrupted"}, "interrupted"),
         ({"state": 7}, {"step": 5, "quiet_s": 3}, "running"),
     ],
 )
@@ -154,6 +157,17 @@ def test_states(run, facts, name):
     facts = {"step": None, "step_s": None, "quiet_s": None, **facts}
     found = describe_state(run, **facts)
     assert found["name"] == name and found["text"]
+
+
+def test_a_run_that_fails_before_its_first_step(tmp_path):
+    """There is no run.json, or that of the run before: the console tells."""
+    fake = FakeRun(tmp_path)
+    fake.say("reading the dataset")
+    fake.say("error: cannot read image a.png")
+    state = WatchedRun(tmp_path).answer({})["state"]
+    assert state["name"] == "failed" and state["text"].endswith(" error: cannot read image a.png")
+    fake.say("reading the dataset")
+    assert WatchedRun(tmp_path).answer({})["state"]["name"] == "preparing"
 
 
 def test_silence_is_told_in_minutes(tmp_path):

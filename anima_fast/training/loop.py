@@ -74,7 +74,7 @@ def train(options: TrainOptions) -> TrainResult | None:
     seed = choose_seed(options) if saved_seed is None else saved_seed
     folder = None if options.debug_dataset else options.output_dir
     console = ConsoleLog(folder, fresh=state is None)
-    with one_line_out_of_memory(), Progress(options, log=console) as progress:
+    with console, one_line_out_of_memory(), Progress(options, log=console) as progress:
         if options.debug_dataset:
             show_dataset(options, seed, say=progress.say)
             return None

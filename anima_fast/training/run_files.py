@@ -25,8 +25,16 @@ RUN_FILE = "run.json"
 CONSOLE_FILE = "console.log"
 
 
+def describe_error(error: BaseException) -> str:
+    """What went wrong, on one line; the kind too where it is no message for users."""
+    text = " ".join(str(error).split())[:1000]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
 class ConsoleLog:
     """The lines that the console shows, each with its time, in `OUT/console.log`.
+
+    A context manager: what ends the run early is the last line of a run that has said something.
 
     Args:
         folder: the output folder; None writes nothing.
@@ -38,6 +46,19 @@ class ConsoleLog:
         if self.path is not None and fresh:
             with contextlib.suppress(OSError):
                 os.replace(self.path, self.path.with_name("console.previous.log"))
+
+    def __enter__(self) -> ConsoleLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is None or self.path is None or not self.path.is_file():
+            return
+        if isinstance(error, Exception):
+            self.write(f"error: {describe_error(error)}")
+        else:
+            self.write("interrupted")
 
     def write(self, text: str) -> None:
         """Append a line. The file is closed again, so that others may move it on Windows too."""
@@ -94,8 +115,7 @@ class RunFile:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if error is not None:
-            text = " ".join(str(error).split()) or type(error).__name__
-            self.facts |= {"state": "failed", "error": text[:1000]}
+            self.facts |= {"state": "failed", "error": describe_error(error)}
         self.facts["updated_at"] = time.time()
         self._write()
 

@@ -78,7 +78,7 @@ class WatchedRun:
                     step=log.last.get("step"),
                     step_s=log.step_s,
                     quiet_s=None if updated is None else max(0.0, self.clock() - updated),
-                    says_something=bool(self.console_lines),
+                    says=self._last_words(),
                     goes_on=self._goes_on(),
                 ),
                 "updated_at": updated,
@@ -115,6 +115,13 @@ class WatchedRun:
             return None
         first, last = self._console_times
         return written - max(0.0, last - first)
+
+    def _last_words(self) -> str | None:
+        """The last line of the console log without its time."""
+        if not self.console_lines:
+            return None
+        line = self.console_lines[-1]
+        return line if moment(line[:19]) is None else line[20:]
 
     def _goes_on(self) -> bool:
         """Whether the console says more since `run.json` was written: an ended run is resumed.

@@ -12,8 +12,10 @@ _QUIET_STEPS = 10
 ENDED = {
     "finished": "The run is complete.",
     "interrupted": "The run was stopped and saved; the same command with --resume auto goes on.",
-    "failed": "The run ended with an error.",
+    "failed": "The run ended with an error",
 }
+# Last lines of a console log whose run ended while it read data and models: run.json tells nothing.
+_ERROR, _STOPPED = "error: ", "interrupted"
 
 
 def describe_state(
@@ -22,7 +24,7 @@ def describe_state(
     step: float | None,
     step_s: float | None,
     quiet_s: float | None,
-    says_something: bool = False,
+    says: str | None = None,
     goes_on: bool = False,
 ) -> dict[str, str]:
     """`name` (for the badge) and `text` (a sentence) of a run.
@@ -32,15 +34,21 @@ def describe_state(
         step: the last step in the log.
         step_s: seconds per step.
         quiet_s: seconds since the run last wrote anything.
-        says_something: whether there is a console log.
+        says: the last line of the console log; None when there is none.
         goes_on: whether an ended run speaks again.
     """
     said = str(run.get("state"))
     if said in ENDED and goes_on:
         step = None
+    elif said == "failed":
+        return _failed(run.get("error"))
     elif said in ENDED:
         return {"name": said, "text": ENDED[said]}
-    if not run and step is None and not says_something:
+    if says is not None and says.startswith(_ERROR):
+        return _failed(says.removeprefix(_ERROR))
+    if says == _STOPPED:
+        return {"name": "interrupted", "text": "The run was stopped before it made a step."}
+    if not run and step is None and says is None:
         return {"name": "waiting", "text": "No run has written here yet."}
     limit = QUIET_S if step is not None else QUIET_BEFORE_STEPS_S
     if quiet_s is not None and quiet_s > max(limit, _QUIET_STEPS * (step_s or 0.0)):
@@ -48,6 +56,11 @@ def describe_state(
     if step is None:
         return {"name": "preparing", "text": "Reading data and models; no step was made yet."}
     return {"name": "running", "text": "Training."}
+
+
+def _failed(error: object) -> dict[str, str]:
+    reason = f": {error}" if error else "."
+    return {"name": "failed", "text": f"{ENDED['failed']}{reason}"}
 
 
 def _stalled(quiet_s: float, has_run_file: bool) -> dict[str, str]:

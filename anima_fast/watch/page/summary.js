@@ -52,9 +52,7 @@ function showProgress(share, state) {
 function showBanner(answer) {
   const { name, text } = answer.state;
   const banner = byId("banner");
-  let shown = null;
-  if (name === "failed") shown = answer.run.error ? `${text} ${answer.run.error}` : text;
-  else if (["interrupted", "stalled", "ended"].includes(name)) shown = text;
+  const shown = ["failed", "interrupted", "stalled", "ended"].includes(name) ? text : null;
   banner.hidden = shown === null;
   banner.dataset.state = name;
   if (shown !== null && banner.textContent !== shown) banner.textContent = shown;
