@@ -7,10 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 480, 240
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 34, 32
+# Of a phone: letters have their size there, and three charts stand side by side at a desk.
+WIDTH, HEIGHT = 340, 210
+LEFT, RIGHT, TOP, BOTTOM = 48, 10, 42, 34
+ROW = 14
 MOST_POINTS = 600
-COLORS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
+COLORS = tuple(f"var(--{letter})" for letter in "abcdef")
 
 
 @dataclass(frozen=True)
@@ -29,47 +31,32 @@ class Series:
         return [tuple(sum(v) / len(v) for v in zip(*group, strict=True)) for group in groups]
 
 
-def chart(title: str, series: Sequence[Series], x_label: str = "step") -> str:
+def chart(title: str, series: Sequence[Series], x_label: str = "step", zero: bool = False) -> str:
     """An SVG element with axes, a legend when there are several lines, and the lines.
 
-    Series without a point are left out; a single point is drawn as a dot.
+    Series without a point are left out; a single point is drawn as a dot. The axis begins at 0 with
+    `zero`, else near the lowest value.
     """
     lines = [(s, points) for s in series if (points := s.known())]
-    head = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
-        f'<text class="title" x="{LEFT}" y="14">{html.escape(title)}</text>'
-    )
     if not lines:
-        return f'{head}<text x="{LEFT}" y="{HEIGHT / 2:g}">not known</text></svg>'
+        return _nothing(title)
     xs = [x for _, points in lines for x, _ in points]
     ys = [y for _, points in lines for _, y in points]
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 6), ticks(min(ys), max(ys), 5)
-    x_ticks = [x for x in x_ticks if min(xs) <= x <= max(xs)] or [min(xs)]
-    x_range, y_range = (min(xs), max(xs)), (y_ticks[0], y_ticks[-1])
+    x_marks = ticks(min(xs), max(xs), 5)
+    x_marks = [x for x in x_marks if min(xs) <= x <= max(xs)] or [min(xs)]
+    legend, rows = _legend([one for one, _ in lines]) if len(lines) > 1 else ([], 0)
+    frame = _Frame(title, ticks(min(0, *ys) if zero else min(ys), max(ys), 5), max(0, rows - 1))
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_range[0]) / ((x_range[1] - x_range[0]) or 1)
-        up = (y - y_range[0]) / (y_range[1] - y_range[0])
-        return (
-            LEFT + across * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM),
-        )
+        across = (x - min(xs)) / ((max(xs) - min(xs)) or 1)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), frame.height_of(y)
 
-    parts = [head]
-    for y in y_ticks:
-        _, at = place(x_range[0], y)
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-        )
-        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{y:.4g}</text>')
-    for x in x_ticks:
-        at, _ = place(x, y_range[0])
-        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 16}" text-anchor="middle">{x:.6g}</text>')
+    parts = [*frame.parts, *legend]
+    parts += [frame.below(place(x, 0)[0], f"{x:.6g}") for x in x_marks]
     parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 2}" text-anchor="middle">'
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{frame.bottom + 29}" text-anchor="middle">'
         f"{html.escape(x_label)}</text>"
     )
-    legend_at = LEFT
     for i, (one, points) in enumerate(lines):
         color, faint = COLORS[i % len(COLORS)], ' class="faint"' if one.faint else ""
         placed = [place(x, y) for x, y in points]
@@ -79,12 +66,6 @@ def chart(title: str, series: Sequence[Series], x_label: str = "step") -> str:
         else:
             text = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
             parts.append(f'<polyline{faint} stroke="{color}" points="{text}"/>')
-        if len(lines) > 1:
-            parts.append(
-                f'<rect x="{legend_at}" y="21" width="9" height="9" fill="{color}"{faint}/>'
-                f'<text x="{legend_at + 13}" y="29">{html.escape(one.name)}</text>'
-            )
-            legend_at += 30 + 6 * len(one.name)
     return "".join([*parts, "</svg>"])
 
 
@@ -96,37 +77,95 @@ def bars(title: str, labels: Sequence[str], values: Sequence[float | None]) -> s
         labels: below them, one each.
         values: heights, from 0.
     """
-    head = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
-        f'<text class="title" x="{LEFT}" y="14">{html.escape(title)}</text>'
-    )
     known = [v for v in values if v is not None and math.isfinite(v)]
     if not known:
-        return f'{head}<text x="{LEFT}" y="{HEIGHT / 2:g}">not known</text></svg>'
-    marks = ticks(0.0, max(known) or 1.0, 5)
-    room, bottom = HEIGHT - TOP - BOTTOM, HEIGHT - BOTTOM
+        return _nothing(title)
+    frame = _Frame(title, ticks(0.0, max(known) or 1.0, 5))
     step = (WIDTH - LEFT - RIGHT) / len(values)
-    parts = [head]
-    for mark in marks:
-        at = bottom - mark / marks[-1] * room
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-            f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{mark:.4g}</text>'
-        )
+    parts = [*frame.parts]
     for i, (label, value) in enumerate(zip(labels, values, strict=True)):
         x = LEFT + i * step
-        middle = x + step / 2
-        parts.append(
-            f'<text x="{middle:.1f}" y="{HEIGHT - 16}" text-anchor="middle">'
-            f"{html.escape(label)}</text>"
-        )
+        parts.append(frame.below(x + step / 2, label))
         if value is not None and math.isfinite(value):
-            height = value / marks[-1] * room
+            top = frame.height_of(value)
             parts.append(
-                f'<rect x="{x + 2:.1f}" y="{bottom - height:.1f}" width="{step - 4:.1f}" '
-                f'height="{height:.1f}" fill="{COLORS[0]}"><title>{value:.5g}</title></rect>'
+                f'<rect x="{x + 2:.1f}" y="{top:.1f}" width="{step - 4:.1f}" '
+                f'height="{frame.bottom - top:.1f}" fill="{COLORS[0]}">'
+                f"<title>{value:.5g}</title></rect>"
             )
     return "".join([*parts, "</svg>"])
+
+
+class _Frame:
+    """Title, lines and numbers of the vertical axis, and where a value stands.
+
+    Args:
+        title: above all.
+        marks: of the axis, from its lowest value to its highest.
+        extra_rows: of the legend, beyond its first.
+    """
+
+    def __init__(self, title: str, marks: Sequence[float], extra_rows: int = 0) -> None:
+        self.low, self.high = marks[0], marks[-1]
+        self.top = TOP + extra_rows * ROW
+        height = HEIGHT + extra_rows * ROW
+        self.bottom = height - BOTTOM
+        self.parts = [_head(title, height)]
+        for mark in marks:
+            at, text = self.height_of(mark), axis_number(mark)
+            self.parts.append(
+                f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+                f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>'
+            )
+
+    def height_of(self, value: float) -> float:
+        """The y of a value."""
+        up = (value - self.low) / (self.high - self.low)
+        return self.bottom - up * (self.bottom - self.top)
+
+    def below(self, x: float, text: str) -> str:
+        """A number of the horizontal axis; the last one ends where the chart does."""
+        anchor = "end" if x > WIDTH - 4 * len(text) else "middle"
+        return (
+            f'<text x="{x:.1f}" y="{self.bottom + 16}" text-anchor="{anchor}">'
+            f"{html.escape(text)}</text>"
+        )
+
+
+def axis_number(value: float) -> str:
+    """1.5e-4 and 12000, where `g` alone would take more room than there is."""
+    if value == 0 or abs(value) >= 1e-3:
+        return f"{value:g}"
+    mantissa, power = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(power)}"
+
+
+def _head(title: str, height: int) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">'
+        f'<text class="title" x="2" y="14">{html.escape(title)}</text>'
+    )
+
+
+def _nothing(title: str) -> str:
+    middle = f'x="{WIDTH / 2:g}" y="{HEIGHT / 2:g}" text-anchor="middle"'
+    return f"{_head(title, HEIGHT)}<text {middle}>not known</text></svg>"
+
+
+def _legend(series: Sequence[Series]) -> tuple[list[str], int]:
+    """Names with their colours, and the number of rows that they need."""
+    parts, x, row = [], 2, 0
+    for i, one in enumerate(series):
+        width = 24 + 6 * len(one.name)
+        if x > 2 and x + width > WIDTH:
+            x, row = 2, row + 1
+        y, faint = 29 + row * ROW, ' class="faint"' if one.faint else ""
+        parts.append(
+            f'<rect x="{x}" y="{y - 8}" width="9" height="9" fill="{COLORS[i % len(COLORS)]}"'
+            f'{faint}/><text x="{x + 13}" y="{y}">{html.escape(one.name)}</text>'
+        )
+        x += width
+    return parts, row + 1
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from anima_fast import __version__
 from anima_fast.files import write_text
 from anima_fast.report_parts import curves, preview_grid
+from anima_fast.watch.reading import number
 
 if TYPE_CHECKING:
     from anima_fast.options import TrainOptions
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #667085; --line: #d9dee7; --page: #fff;
-  --a: #1f6feb; --b: #d9480f; --c: #2b8a3e; --d: #862e9c; }
+  --a: #1f6feb; --b: #d9480f; --c: #2b8a3e; --d: #862e9c; --e: #b8326f; --f: #0e7490; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #343b48;
-  --page: #14181f; --a: #79b0ff; --b: #ff9f6b; --c: #7ddc91; --d: #dba6ef; } }
+  --page: #14181f; --a: #79b0ff; --b: #ff9f6b; --c: #7ddc91; --d: #dba6ef; --e: #ff8fbd;
+  --f: #5fd0e3; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
   max-width: 1080px; margin: 0 auto; padding: 24px 16px 48px; }
 h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 32px 0 8px; }
@@ -34,20 +36,25 @@ p.lead { color: var(--soft); margin: 0 0 16px; }
 table { border-collapse: collapse; } th { text-align: left; font-weight: 500; color: var(--soft);
   padding: 2px 20px 2px 0; vertical-align: top; white-space: nowrap; }
 td { padding: 2px 0; overflow-wrap: anywhere; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 16px; }
-.charts svg { width: 100%; height: auto; display: block; }
+@media (max-width: 460px) { .facts th { white-space: normal; padding-right: 12px; width: 40%; } }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr));
+  gap: 16px; }
+.charts svg { box-sizing: border-box; width: 100%; height: auto; display: block; padding: 12px;
+  border: 1px solid var(--line); border-radius: 12px; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
 svg text.title { font-size: 13px; font-weight: 600; fill: var(--ink); }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg polyline { fill: none; stroke-width: 1.6; }
 svg .faint { opacity: .35; stroke-width: 1; }
-@media (max-width: 460px) { .charts { grid-template-columns: 1fr; } }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 12px; }
 figure { margin: 0; } figure img { display: block; width: 100%; border-radius: 6px; }
 figcaption { font-size: 13px; color: var(--soft); }
-.over-time { overflow-x: auto; } .over-time td { padding: 4px; vertical-align: top; }
-.over-time img { display: block; width: 160px; border-radius: 6px; }
-.over-time th { font-size: 13px; padding: 2px 8px 2px 4px; }
-.over-time th.prompt { white-space: normal; min-width: 120px; max-width: 180px; }
+.over-time { overflow-x: auto; } .over-time td { padding: 0 8px 0 0; vertical-align: top; }
+.over-time img { display: block; border-radius: 8px; height: auto;
+  width: clamp(150px, calc((min(100vw, 1080px) - 32px) / var(--times) - 8px), 320px); }
+.over-time th { font-size: 13px; padding: 2px 8px 6px 0; }
+.over-time th.prompt { padding-top: 14px; white-space: normal; color: var(--ink); }
+.prompt span { position: sticky; left: 0; display: inline-block; overflow-wrap: anywhere;
+  max-width: calc(min(100vw, 1080px) - 32px); }
 """
 
 
@@ -104,7 +111,7 @@ def write_report(
 <body>
 <h1>{escape(title)}</h1>
 <p class="lead">{escape(lead)}</p>
-<table>
+<table class="facts">
 {rows}
 </table>
 <h2>Curves</h2>
@@ -146,16 +153,16 @@ def report_run(options: TrainOptions, result: TrainResult) -> Path:
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """The records of a `log.jsonl`; a line cut off by a crash is left out."""
+    """The records of a `log.jsonl`; lines that a crash cut off or broke are left out."""
     records = []
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for line in lines:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and "step" in record:
+        if isinstance(record, dict) and number(record.get("step")) is not None:
             records.append(record)
     return records
 

@@ -11,10 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from anima_fast.plot import Series, bars, chart
+from anima_fast.watch.reading import number
 
 # Columns of the grid of previews, and the longer side of a picture in it.
 MOST_COLUMNS = 12
 SIDE = 320
+# Of a prompt above its row.
+MOST_LETTERS = 160
 
 
 def curves(records: Sequence[Mapping]) -> str:
@@ -39,13 +42,26 @@ def curves(records: Sequence[Mapping]) -> str:
                 Series(name, [(r["step"], (r.get("lr") or {}).get(name)) for r in steps])
                 for name in sorted(rates)
             ],
+            zero=True,
         ),
         # The first step reads, compiles and allocates: beside the others it would hide them.
-        chart("Seconds per step", [Series("seconds", _points(steps[1:] or steps, "step_s"))]),
-        chart("Peak memory in MiB", [Series("memory", _points(steps, "memory_mib"))]),
+        chart(
+            "Seconds per step",
+            [Series("seconds", _points(steps[1:] or steps, "step_s"))],
+            zero=True,
+        ),
+        _memory(steps),
         *_by_noise(records),
     ]
     return "\n".join(charts)
+
+
+def _memory(steps: Sequence[Mapping]) -> str:
+    """Peak memory, in GiB as soon as there is one."""
+    points = _points(steps, "memory_mib")
+    unit, size = ("MiB", 1) if max((y or 0 for _, y in points), default=0) < 1024 else ("GiB", 1024)
+    scaled = [(x, None if y is None else y / size) for x, y in points]
+    return chart(f"Peak memory in {unit}", [Series("memory", scaled)], zero=True)
 
 
 def _by_noise(records: Sequence[Mapping]) -> list[str]:
@@ -68,7 +84,7 @@ def _by_noise(records: Sequence[Mapping]) -> list[str]:
 
 
 def preview_grid(records: Sequence[Mapping], folder: Path) -> str:
-    """A table of previews: a row for each prompt, a column for each time; "" without any.
+    """A table of previews: a row below each prompt, a column for each time; "" without any.
 
     Args:
         records: of the log.
@@ -91,14 +107,17 @@ def preview_grid(records: Sequence[Mapping], folder: Path) -> str:
     rows = []
     for (prompt, _), paths in found.items():
         first = prompt.split("\n")[0]
-        label = html.escape(first if len(first) <= 80 else f"{first[:79]}…")
+        label = html.escape(first if len(first) <= MOST_LETTERS else f"{first[:MOST_LETTERS]}…")
         cells = "".join(f"<td>{_thumbnail(paths.get(i))}</td>" for i in range(len(shown)))
-        rows.append(f'<tr><th class="prompt">{label}</th>{cells}</tr>')
+        rows.append(
+            f'<tr><th class="prompt" colspan="{len(shown)}"><span>{label}</span></th></tr>'
+            f"<tr>{cells}</tr>"
+        )
     left_out = len(previews) - len(shown)
     note = f'<p class="lead">{left_out} more lie in the folder sample.</p>' if left_out else ""
     return (
-        "<h2>Previews</h2>\n"
-        f'<div class="over-time"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>{note}'
+        f'<h2>Previews</h2>\n<div class="over-time" style="--times: {len(shown)}">'
+        f"<table><tr>{head}</tr>{''.join(rows)}</table></div>{note}"
     )
 
 
@@ -143,4 +162,4 @@ def _of_kind(records: Sequence[Mapping], kind: str) -> list[Mapping]:
 
 
 def _points(records: Iterable[Mapping], name: str) -> list[tuple[float, float | None]]:
-    return [(record["step"], record.get(name)) for record in records]
+    return [(record["step"], number(record.get(name))) for record in records]

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from anima_fast.plot import MOST_POINTS, Series, chart, ticks
+from anima_fast.plot import MOST_POINTS, Series, axis_number, chart, ticks
 from anima_fast.report import Picture, read_log, write_report
 
 
@@ -77,6 +77,47 @@ def test_a_cut_off_line_is_left_out(tmp_path):
     assert len(read_log(log_file(tmp_path / "log.jsonl"))) == 31
     assert read_log(tmp_path / "absent.jsonl") == []
     assert "No step was logged" in page(tmp_path, log=tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\xff\xfe", b'{"kind": "step", "step": "3"}', b'{"kind": "step", "step": NaN}',
+     b'{"kind": "step", "step": true}', b"[" * 5000, b'{"kind": "step", "step": null}'],
+)  # fmt: skip
+def test_a_line_that_makes_no_sense_is_left_out(tmp_path, line):
+    log = log_file(tmp_path / "log.jsonl")
+    log.write_bytes(line + b"\n" + log.read_bytes())
+    assert len(read_log(log)) == 31 and "<polyline" in page(tmp_path, log=log)
+
+
+def test_long_names_make_the_legend_higher_and_leave_the_lines_their_room():
+    few, many = (
+        ElementTree.fromstring(chart("t", [Series(f"group {i}", [(1, 1), (2, 3)]) for i in names]))
+        for names in (range(2), range(9))
+    )
+    heights = [float(svg.attrib["viewBox"].split()[3]) for svg in (few, many)]
+    spans = []
+    for svg in (few, many):
+        ends = svg.find("polyline").attrib["points"].replace(",", " ").split()
+        spans.append(float(ends[1]) - float(ends[3]))
+        assert max(float(t.attrib["y"]) for t in svg.findall("text")) < heights[len(spans) - 1]
+    assert spans[0] == spans[1] and heights[0] < heights[1]
+
+
+def test_memory_of_a_card_is_in_gib_and_starts_at_nothing(tmp_path):
+    steps = [{"kind": "step", "step": i, "memory_mib": 11_240 + i} for i in (1, 2)]
+    log = tmp_path / "card.jsonl"
+    log.write_text("\n".join(map(json.dumps, steps)), encoding="utf-8")
+    memory = svgs(page(tmp_path, log=log))[-1]
+    assert memory.attrib["aria-label"] == "Peak memory in GiB"
+    assert "0" in [text.text for text in memory.findall("text")]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (1.5e-4, "1.5e-4"), (12_000, "12000"), (0.1 + 0.2, "0.3")]
+)
+def test_numbers_of_an_axis_are_short(value, text):
+    assert axis_number(value) == text
 
 
 def test_many_points_are_averaged():
@@ -154,9 +195,9 @@ def test_rows_of_previews_follow_the_prompts(tmp_path):
             save_png(tmp_path / name, Image.new("RGB", (8, 8)), f"{prompt}\nSteps: 3, Seed: {step}")
         records.append({"kind": "preview", "step": step, "files": files})
     rows = preview_grid(records, tmp_path).split("<tr>")[2:]
-    labels = [row.split("</th>")[0].rsplit(">")[-1] for row in rows]
+    labels = [row.split("</span>")[0].rsplit(">")[-1] for row in rows[::2]]
     assert labels == ["cat", "dog", "dog", "fox"]
-    shown = [[cell.startswith("<img") for cell in row.split("<td>")[1:]] for row in rows]
+    shown = [[cell.startswith("<img") for cell in row.split("<td>")[1:]] for row in rows[1::2]]
     assert shown == [[True, False], [True, True], [True, True], [False, True]]
 
 
