@@ -56,6 +56,7 @@ def test_a_run_is_shown_whole(browser, served, size, dark):
     assert path_points(browser, "#chart-memory path.line") == 130
     assert visible(browser, "#chart-loss circle.dot") == 6
     assert visible(browser, "#chart-sigma .bar-fill") == 10
+    assert visible(browser, "#chart-sigma .bar-mark span") == 3
     assert visible(browser, "#chart-loss .flag") == 1
     browser.wait("[...document.images].every((one) => one.loading === 'lazy' || one.complete)")
     assert visible(browser, "#previews-body img") == 9, "three steps with three prompts"

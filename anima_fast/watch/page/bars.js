@@ -1,6 +1,7 @@
 // Training loss by noise level: bars of the newest epoch, outlines of the first, dots of validation.
 
-import { make, short } from "./format.js";
+import { axisNumber, make, short } from "./format.js";
+import { ticks } from "./scale.js";
 import { sigmaBins } from "./store.js";
 
 const percent = (share) => `${(100 * share).toFixed(2)}%`;
@@ -24,9 +25,16 @@ export class SigmaBars {
     this.card.hidden = losses.length === 0;
     document.getElementById("charts").classList.toggle("has-sigma", losses.length > 0);
     if (!losses.length) return;
-    const top = 1.08 * Math.max(...losses);
+    const marks = ticks(0, Math.max(...losses) || 1, 3);
+    const top = marks.at(-1);
     this.writeLegend(newest.length ? records.at(-1) : null, oldest.length ? records[0] : null, dots.length > 0);
     this.plot.replaceChildren(
+      ...marks.map((mark) => {
+        const text = make("span", {}, axisNumber(mark, marks[1]));
+        const line = make("i", { class: "bar-mark", "aria-hidden": "true" }, text);
+        line.style.bottom = percent(mark / top);
+        return line;
+      }),
       ...newest.map((bin, i) => bar(bin, oldest[i], top)),
       ...dots.map((dot) => {
         const mark = make("i", { class: "bar-dot", title: `validation at σ ${dot.sigma}: ${short(dot.loss)}` });

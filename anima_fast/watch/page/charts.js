@@ -2,7 +2,7 @@
 
 import { SigmaBars } from "./bars.js";
 import { Chart } from "./chart.js";
-import { exponent, say, several, short } from "./format.js";
+import { axisNumber, exponent, say, several, short } from "./format.js";
 import { emptyTable, merge, smooth } from "./store.js";
 
 // Steps over which a curve is averaged, by place of the slider. Untouched, it follows the run: a fifth
@@ -11,21 +11,17 @@ const WINDOWS = [0, 5, 10, 20, 50, 100, 200, 500, 1000, 5000];
 const COLORS = 6;
 
 const byId = (id) => document.getElementById(id);
-const trimmed = (value, step) => {
-  const digits = Math.max(0, Math.min(8, -Math.floor(Math.log10(step) + 1e-9)));
-  return Math.abs(value) >= 1e5 || (value !== 0 && step < 1e-5) ? exponent(value) : value.toFixed(digits);
-};
 
 let table = emptyTable();
 let marks = { validation: null, epochs: [], events: [], sigma_bins: [] };
 let settings = { window: null, raw: true, log: false, part: 1 };
 
 const charts = {
-  loss: new Chart(byId("chart-loss"), { format: short, tick: trimmed, empty: "No step was logged yet." }),
+  loss: new Chart(byId("chart-loss"), { format: short, tick: axisNumber, empty: "No step was logged yet." }),
   rate: new Chart(byId("chart-rate"), { format: exponent, tick: (v) => exponent(Number(v.toPrecision(3))), zero: true }),
-  speed: new Chart(byId("chart-speed"), { format: (v) => short(v, 3), tick: trimmed, zero: true }),
-  memory: new Chart(byId("chart-memory"), { format: (v) => short(v, 3), tick: trimmed, zero: true }),
-  norm: new Chart(byId("chart-norm"), { format: (v) => short(v, 3), tick: trimmed, zero: true }),
+  speed: new Chart(byId("chart-speed"), { format: (v) => short(v, 3), tick: axisNumber, zero: true }),
+  memory: new Chart(byId("chart-memory"), { format: (v) => short(v, 3), tick: axisNumber, zero: true }),
+  norm: new Chart(byId("chart-norm"), { format: (v) => short(v, 3), tick: axisNumber, zero: true }),
 };
 const bars = new SigmaBars(byId("chart-sigma"));
 

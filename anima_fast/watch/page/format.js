@@ -16,6 +16,12 @@ export function exponent(value) {
   return `${Number(mantissa)}e${Number(power)}`;
 }
 
+/** A mark of an axis whose marks are `step` apart. */
+export function axisNumber(value, step) {
+  const digits = Math.max(0, Math.min(8, -Math.floor(Math.log10(step) + 1e-9)));
+  return Math.abs(value) >= 1e5 || (value !== 0 && step < 1e-5) ? exponent(value) : value.toFixed(digits);
+}
+
 /** 12,345 */
 export function count(value) {
   return Number.isFinite(value) ? Math.round(value).toLocaleString("en") : "–";
