@@ -236,6 +236,9 @@ def _logging(draft: Draft) -> None:
 
 
 def _previews(draft: Draft) -> None:
+    for name in ("sample_every_n_steps", "sample_every_n_epochs"):
+        if draft.values[name] < 0:
+            draft.set(name, 0, f"{name} {draft.values[name]}: taken as 0, which is off")
     prompts = draft.sample_prompts or draft.sample_prompt
     wanted = draft.sample_every_n_steps or draft.sample_every_n_epochs or draft.sample_at_first
     if wanted and not prompts:

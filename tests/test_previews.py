@@ -93,6 +93,9 @@ def test_options_that_need_prompts():
         TrainOptions(sample_every_n_steps=5)
     options = TrainOptions(sample_prompt=("x",))
     assert options.sample_every_n_epochs == 1
+    options = TrainOptions(sample_prompt=("x",), sample_every_n_steps=-1, sample_at_first=True)
+    assert (options.sample_every_n_steps, options.sample_every_n_epochs) == (0, 0)
+    assert any("sample_every_n_steps -1" in notice for notice in options.notices)
 
 
 # Runs

@@ -124,9 +124,9 @@ class PreviewOptions:
         "ComfyUI (1024x1024, 30 steps, guidance 4, shift 3).",
     )  # fmt: skip
     sample_prompt: tuple[str, ...] = _preview((), "Single prompts, in quotes, written likewise.")
-    sample_every_n_steps: int = _preview(0, "Pictures every so many steps; 0 = off.", low=0)
+    sample_every_n_steps: int = _preview(0, "Pictures every so many steps; 0 = off.")
     sample_every_n_epochs: int = _preview(
-        0, "Pictures every so many epochs; 0 = off. Wins over steps.", low=0
+        0, "Pictures every so many epochs; 0 = off. Wins over steps."
     )
     sample_at_first: bool = _preview(False, "Pictures before the first step.")
 
