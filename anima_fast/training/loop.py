@@ -38,7 +38,7 @@ from anima_fast.training.setup import (
 )
 from anima_fast.training.signals import StopSignal
 from anima_fast.training.state import resolve_resume, state_seed
-from anima_fast.training.validation import validate
+from anima_fast.training.validation import validate_or_skip
 
 if TYPE_CHECKING:
     from anima_fast.options import TrainOptions
@@ -211,7 +211,7 @@ def log_validation(
     checkpoints: Checkpoints,
 ) -> None:
     """Compute, log and print the validation loss, if anything is held out."""
-    found = validate(run, settings)
+    found = validate_or_skip(run, settings, progress.say)
     if found is None:
         return
     average, options = position.loss_average, run.options

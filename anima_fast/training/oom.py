@@ -149,7 +149,7 @@ def run_group(
 
 @contextlib.contextmanager
 def one_line_out_of_memory() -> Iterator[None]:
-    """Memory that is out where nothing can be done again: loading, validation, the optimizer."""
+    """Memory that is out where nothing can be done again: loading, the optimizer."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -7,11 +7,13 @@ because the LoRA does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from anima_fast.data.encode_models import free_memory
 from anima_fast.data.seeding import seeded
 from anima_fast.training.flow import FlowSettings
 from anima_fast.training.optimizers import averaged_weights
@@ -31,6 +33,21 @@ class Validation:
     per_sigma: dict[str, float]
 
 
+def validate_or_skip(
+    run: Run, settings: FlowSettings, say: Callable[[str], None]
+) -> Validation | None:
+    """`validate`; None too, which is said, when memory is out: no reason to end a run that fits."""
+    for _ in range(2):
+        try:
+            return validate(run, settings)
+        except torch.OutOfMemoryError:
+            pass
+        # Out here the frames that held the tensors of the failed attempt are gone.
+        free_memory(run.device, keep_cached=False)
+    say("out of memory: no validation loss this time, training goes on")
+    return None
+
+
 @torch.no_grad()
 def validate(run: Run, settings: FlowSettings) -> Validation | None:
     """The validation loss of the present weights; None when nothing is held out."""
@@ -42,16 +59,18 @@ def validate(run: Run, settings: FlowSettings) -> Validation | None:
     settings = replace(settings, ip_noise_gamma=None)
     run.network.eval()
     losses = []
-    with averaged_weights(run.optimizer):
-        for position, batch_indices in enumerate(indices):
-            batch = run.batches.load(batch_indices, epoch=1, step=position, validation=True)
-            latents = batch_latents(run, batch)
-            for sigma in SIGMAS:
-                draw = seeded("validation", seed, position, sigma).getrandbits(63)
-                generator = torch.Generator().manual_seed(draw)
-                noise = torch.randn(latents.shape, generator=generator).to(latents)
-                sigmas = torch.full((len(latents),), sigma, device=latents.device)
-                losses.append(batch_loss(run, batch, latents, noise, sigmas, settings).mean())
-    run.network.train()
+    try:
+        with averaged_weights(run.optimizer):
+            for position, batch_indices in enumerate(indices):
+                batch = run.batches.load(batch_indices, epoch=1, step=position, validation=True)
+                latents = batch_latents(run, batch)
+                for sigma in SIGMAS:
+                    draw = seeded("validation", seed, position, sigma).getrandbits(63)
+                    generator = torch.Generator().manual_seed(draw)
+                    noise = torch.randn(latents.shape, generator=generator).to(latents)
+                    sigmas = torch.full((len(latents),), sigma, device=latents.device)
+                    losses.append(batch_loss(run, batch, latents, noise, sigmas, settings).mean())
+    finally:
+        run.network.train()
     means = torch.stack(losses).view(-1, len(SIGMAS)).mean(0).tolist()
     return Validation(sum(means) / len(means), dict(zip(map(str, SIGMAS), means, strict=True)))
