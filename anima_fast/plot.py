@@ -43,7 +43,8 @@ def chart(title: str, series: Sequence[Series], x_label: str = "step", zero: boo
     xs = [x for _, points in lines for x, _ in points]
     ys = [y for _, points in lines for _, y in points]
     x_marks = ticks(min(xs), max(xs), 5)
-    x_marks = [x for x in x_marks if min(xs) <= x <= max(xs)] or [min(xs)]
+    # There is no half step.
+    x_marks = [x for x in x_marks if min(xs) <= x <= max(xs) and x == int(x)] or [min(xs)]
     legend, rows = _legend([one for one, _ in lines]) if len(lines) > 1 else ([], 0)
     frame = _Frame(title, ticks(min(0, *ys) if zero else min(ys), max(ys), 5), max(0, rows - 1))
 
@@ -170,8 +171,8 @@ def _legend(series: Sequence[Series]) -> tuple[list[str], int]:
 
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) from below `low` to above `high`."""
-    if high == low:
-        # A constant: a scale around it whose width belongs to its size.
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        # A constant, give or take its last bits: a scale around it whose width belongs to its size.
         room = abs(low) * 0.1 or 1.0
         low, high = low - room, high + room
     rough = (high - low) / most

@@ -141,7 +141,8 @@ def test_larger_values_stand_higher_and_later_ones_further_right():
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (-3, 17), (1e-4, 1.0001e-4), (5, 5), (0, 0), (0.97, 1234)]
+    ("low", "high"),
+    [(0, 1), (-3, 17), (1e-4, 1.0001e-4), (5, 5), (0, 0), (0.97, 1234), (0.1, 0.10000000000000002)],
 )
 def test_ticks_are_round_and_enclose_the_values(low, high):
     found = ticks(low, high, 5)

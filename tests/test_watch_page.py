@@ -334,6 +334,41 @@ def test_strange_files_do_no_harm(browser, served):
         assert browser.problems == []
 
 
+def test_a_loss_that_never_changes_is_drawn(browser, served):
+    """Its smoothed values differ in their last bits, which is no range for an axis."""
+    fake = FakeRun(served.out)
+    fake.log(*({"kind": "step", "step": i, "loss": 0.1, "lr": {"unet": 1e-4}} for i in range(60)))
+    open_page(browser, served)
+    assert path_points(browser, "#chart-loss path.line") == 60
+    assert path_points(browser, "#chart-rate path.line") == 60
+    assert browser.problems == []
+
+
+def test_the_axis_of_a_short_run_has_whole_steps(browser, served):
+    FakeRun(served.out).advance(2)
+    open_page(browser, served)
+    marks = browser.ask(
+        "[...document.querySelectorAll('#chart-loss text:not([text-anchor=end])')]"
+        ".map((one) => one.textContent)"
+    )
+    assert marks and all(mark.isdigit() for mark in marks)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"captions": null, "subsets": [null, 3], "tags": [1, null, ["a"]], "problems": [null]}',
+        '{"captions": [], "buckets": [1, null, {"width": "<b>"}], "tags": "x"}',
+        '{"problems": [{"kind": ["x"], "file": 7, "text": {}}], "images": "<b>", "uses": -1}',
+    ],
+)
+def test_an_odd_dataset_file_is_shown_as_far_as_it_goes(browser, served, content):
+    served.out.mkdir(exist_ok=True)
+    (served.out / "dataset.json").write_text(content)
+    open_page(browser, served)
+    assert visible(browser, "#dataset .dataset") == 1 and browser.problems == []
+
+
 def test_a_long_log_is_drawn_in_few_points(browser, served):
     fake = FakeRun(served.out, steps=20_000, per_epoch=1000)
     fake.run_file()

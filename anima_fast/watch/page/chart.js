@@ -89,7 +89,7 @@ export class Chart {
     // Letters are about 7 pixels wide, and the last number may end where its mark is.
     const room = Math.max(46, 10 * Math.round(x1).toLocaleString("en").length + 8);
     const most = Math.max(2, Math.floor((right - left) / room));
-    const inside = ticks(x0, x1, most).filter((x) => x >= x0 && x <= x1);
+    const inside = ticks(x0, x1, most).filter((x) => x >= x0 && x <= x1 && Number.isInteger(x));
     for (const x of inside) {
       const at = this.scale.x(x);
       // A number in the middle of its mark would leave the chart at the right end.

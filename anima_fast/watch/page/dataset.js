@@ -4,7 +4,7 @@ import { count, fileName, make, several } from "./format.js";
 
 const MOST_ROWS = 60;
 const MOST_TAGS = 60;
-const list = (value) => (Array.isArray(value) ? value : []);
+const list = (value) => (Array.isArray(value) ? value.filter((one) => one !== null) : []);
 const total = (part, name) => part?.[`${name}_total`] ?? list(part?.[name]).length;
 
 /** Show a `dataset.json`, or that there is none. */
@@ -34,7 +34,7 @@ function files(entries, whole, show = (entry) => fileName(entry)) {
 }
 
 function health(data) {
-  const { captions = {} } = data;
+  const captions = data.captions ?? {};
   const counts = [
     ["images", data.images], ["uses / epoch", data.uses], ["held out", data.validation || null],
     ["batches / epoch", data.batches_per_epoch], ["captions", captions.count],
@@ -90,7 +90,7 @@ function sizes(data) {
 }
 
 function words(data) {
-  const tags = list(data.tags).slice(0, MOST_TAGS);
+  const tags = list(data.tags).filter(Array.isArray).slice(0, MOST_TAGS);
   const chips = tags.map(([tag, number]) => make("li", {}, tag, make("b", {}, count(number))));
   const more = total(data, "tags") - tags.length;
   if (more > 0) chips.push(make("li", { class: "more" }, `and ${count(more)} more`));

@@ -4,7 +4,8 @@ const SPACE = { left: 54, right: 14, top: 10, bottom: 24 };
 
 /** Round numbers (1, 2 or 5 times a power of ten apart) that enclose or lie within a range. */
 export function ticks(low, high, most) {
-  if (high === low) {
+  // Sums of one constant differ in their last bits; marks between them are no numbers of their own.
+  if (high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) {
     const room = Math.abs(low) * 0.1 || 1;
     [low, high] = [low - room, high + room];
   }
