@@ -23,7 +23,7 @@ def world(tmp_path_factory):
 class FullCard:
     """Lets a DiT run out of memory in the middle of chosen calls."""
 
-    def __init__(self, monkeypatch, fails):
+    def __init__(self, monkeypatch, fails, error=None):
         self.calls, self.fails = 0, set(fails)
         real = AnimaDiT.forward
 
@@ -31,7 +31,7 @@ class FullCard:
             out = real(dit, *args, **kwargs)
             self.calls += 1
             if self.calls in self.fails:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error or torch.OutOfMemoryError("CUDA out of memory")
             return out
 
         monkeypatch.setattr(AnimaDiT, "forward", forward)
@@ -91,6 +91,22 @@ def test_graphs_are_given_up_before_a_policy(world, tmp_path, monkeypatch):
     train(train_options(world, tmp_path, max_train_epochs=2))
     first, second = (event["text"] for event in records(tmp_path, "event"))
     assert "without CUDA graphs" in first and "--recompute block" in second
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"]
+)
+def test_what_cuda_and_its_libraries_say_counts_too(world, tmp_path, monkeypatch, text):
+    FullCard(monkeypatch, [1], RuntimeError(text))
+    train(train_options(world, tmp_path, max_train_epochs=1))
+    assert len(records(tmp_path, "event")) == 1
+
+
+def test_another_error_is_not_taken_for_it(world, tmp_path, monkeypatch):
+    FullCard(monkeypatch, [1], RuntimeError("CUDA error: an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        train(train_options(world, tmp_path, max_train_epochs=1))
+    assert not records(tmp_path, "event")
 
 
 def test_at_the_end_a_state_is_left_and_the_remedy_named(world, tmp_path, monkeypatch):

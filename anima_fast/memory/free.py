@@ -1,4 +1,4 @@
-"""How much memory is free: on a card, and in the host."""
+"""How much memory is free, on a card and in the host, and whether an error says that none is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import os
 from pathlib import Path
 
 import torch
+
+# What CUDA and its libraries say when memory is out beside torch's allocator: in pinned memory, a
+# library's workspace, a recorded graph.
+_SAY_SO = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the card's memory is out."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAY_SO)
 
 
 def device_free(device: torch.device) -> int | None:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from anima_fast.adapters.network import LoRANetwork
 from anima_fast.data.encode_models import free_memory
 from anima_fast.errors import UserError
+from anima_fast.memory.free import is_out_of_memory
 from anima_fast.memory.offload import install_block_runner
 from anima_fast.training.flow import FlowSettings
 from anima_fast.training.step import micro_step
@@ -120,8 +120,9 @@ def run_group(
                 (batch, backward(run, batch, settings, step=step, micro=micro))
                 for micro, batch in enumerate(batches)
             ]
-        except torch.OutOfMemoryError:
-            pass
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
         # Out here the frames that held the tensors of the failed attempt are gone.
         run.network.zero_grad_flat()
         run.sigma_bins.restore(bins)
@@ -152,7 +153,9 @@ def one_line_out_of_memory() -> Iterator[None]:
     """Memory that is out where nothing can be done again: loading, the optimizer."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             "out of memory: close what else uses the card, or give --recompute block, more "
             "--blocks_to_swap or an 8-bit optimizer"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from anima_fast.data.encode_models import TextModels, free_memory, load_run_tokenizers
 from anima_fast.errors import UserError
+from anima_fast.memory.free import is_out_of_memory
 from anima_fast.models.vae import load_vae
 from anima_fast.pictures import describe, save_png, to_image, unescape
 from anima_fast.prompts import Prompt, collect_prompts, say_ignored
@@ -234,6 +235,6 @@ def decode(run: Run, latents: Tensor) -> Tensor:
 
 def one_line(error: BaseException) -> str:
     """What went wrong, for a line at the console."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return "out of memory: use smaller --w and --h in the prompts, or --vae_chunk_size 64"
     return f"{' '.join(str(error).split())[:300] or type(error).__name__}"

@@ -15,6 +15,7 @@ import torch
 
 from anima_fast.data.encode_models import free_memory
 from anima_fast.data.seeding import seeded
+from anima_fast.memory.free import is_out_of_memory
 from anima_fast.training.flow import FlowSettings
 from anima_fast.training.optimizers import averaged_weights
 from anima_fast.training.step import batch_latents, batch_loss
@@ -40,8 +41,9 @@ def validate_or_skip(
     for _ in range(2):
         try:
             return validate(run, settings)
-        except torch.OutOfMemoryError:
-            pass
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
         # Out here the frames that held the tensors of the failed attempt are gone.
         free_memory(run.device, keep_cached=False)
     say("out of memory: no validation loss this time, training goes on")
