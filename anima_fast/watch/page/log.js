@@ -29,7 +29,7 @@ function lineOf(line) {
   const [, day, time, text] = /^(\d{4}-\d{2}-\d{2}) (\d{2}:\d{2}:\d{2}) (.*)$/s.exec(line) ?? [null, null, null, line];
   const kind = /\b(error|failed|out of memory|traceback)\b/i.test(text)
     ? "bad"
-    : /\b(warning|warn|skipped|retry|retried)\b/i.test(text) ? "odd" : null;
+    : /\b(warning|warn|skipped|retry|retried|no preview|no validation loss)\b/i.test(text) ? "odd" : null;
   return make("div", { class: kind }, time && make("time", { title: day }, time), text);
 }
 
