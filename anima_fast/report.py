@@ -45,7 +45,8 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
 svg text.title { font-size: 13px; font-weight: 600; fill: var(--ink); }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg polyline { fill: none; stroke-width: 1.6; }
 svg .faint { opacity: .35; stroke-width: 1; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 12px; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(44%, 200px), 1fr));
+  gap: 12px; }
 figure { margin: 0; } figure img { display: block; width: 100%; border-radius: 6px; }
 figcaption { font-size: 13px; color: var(--soft); }
 .over-time { overflow-x: auto; } .over-time td { padding: 0 8px 0 0; vertical-align: top; }
