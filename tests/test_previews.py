@@ -166,6 +166,62 @@ def test_a_preview_is_what_sample_makes_with_the_checkpoint(world, tmp_path, giv
         assert np.abs(pixels(path).astype(int) - image).max() <= 1
 
 
+def test_a_card_rounds_previews_as_sample_does(world, tmp_path, monkeypatch):
+    """Neither TF32 nor a search for algorithms nor fused norms, which the run keeps for itself."""
+    from anima_fast.models import llm_adapter, vae
+    from anima_fast.training import loop
+
+    def switches():
+        backends = torch.backends
+        return (
+            backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark
+        )  # fmt: skip
+
+    before, seen, adapters = switches(), [], set()
+    real, steps, adapt = vae.VAE.decode, loop.run_group, llm_adapter.LLMAdapter.forward
+
+    def decode(self, *args, **kwargs):
+        seen.append(("picture", *switches()))
+        return real(self, *args, **kwargs)
+
+    def group(run, *args, **kwargs):
+        run.conditioning.adapter.fuse_norms()
+        seen.append(("step", *switches()))
+        return steps(run, *args, **kwargs)
+
+    def forward(self, *args):
+        norms = {m.fused for m in self.modules() if isinstance(m, llm_adapter.AdapterNorm)}
+        adapters.add((torch.is_grad_enabled(), *norms))
+        return adapt(self, *args)
+
+    monkeypatch.setattr(vae.VAE, "decode", decode)
+    monkeypatch.setattr(loop, "run_group", group)
+    monkeypatch.setattr(llm_adapter.LLMAdapter, "forward", forward)
+    try:
+        train(train_options(
+            world, tmp_path / "out", max_train_epochs=None, max_train_steps=2,
+            sample_prompt=(SMALL,), sample_every_n_steps=1, cuda_allow_tf32=True,
+            cuda_cudnn_benchmark=True, network_args=("train_llm_adapter=True",),
+        ))  # fmt: skip
+        fast, exact = (True,) * 3, (False,) * 3
+        assert seen == [("step", *fast), ("picture", *exact)] * 2
+        assert adapters == {(True, True), (False, False)} and switches() == fast
+        run_sample(
+            SampleOptions(
+                dit=world["pretrained_model_name_or_path"], qwen3=world["qwen3"], vae=world["vae"],
+                t5_tokenizer_path=world["t5_tokenizer_path"], prompt="a cat", width=64, height=64,
+                steps=1, cfg=1.0, device="cpu", output=str(tmp_path / "a.png"),
+            ),
+            quiet=True,
+        )  # fmt: skip
+        assert seen[-1] == ("picture", *exact)
+    finally:
+        tf32, convolutions, benchmark = before
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.backends.cudnn.benchmark = benchmark
+
+
 def test_previews_do_not_change_the_run(world, tmp_path):
     given = {"network_dropout": 0.5, "max_train_epochs": 2, "learning_rate": 0.01}
     train(train_options(world, tmp_path / "a", **given))

@@ -169,11 +169,14 @@ class AdapterBlock(nn.Module):
 
 
 class LLMAdapter(nn.Module):
-    """The whole adapter; see the module docstring for the formula."""
+    """The whole adapter; see the module docstring for the formula.
+
+    Attributes: `fused` says whether every norm is one kernel.
+    """
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.fused = config, False
         # Without values: drawing normal numbers on the meta device imports dynamo, which takes 2 s.
         table = torch.empty(config.vocabulary, config.width)
         self.embed = nn.Embedding.from_pretrained(table, freeze=False)
@@ -181,11 +184,12 @@ class LLMAdapter(nn.Module):
         self.out_proj = nn.Linear(config.width, config.context_dim)
         self.norm = AdapterNorm(config.context_dim)
 
-    def fuse_norms(self) -> None:
-        """Run every norm as one kernel."""
+    def fuse_norms(self, on: bool = True) -> None:
+        """Run every norm as one kernel, or not."""
+        self.fused = on
         for module in self.modules():
             if isinstance(module, AdapterNorm):
-                module.fused = True
+                module.fused = on
 
     def forward(
         self, t5_ids: Tensor, t5_mask: Tensor, source_states: Tensor, source_mask: Tensor

@@ -31,7 +31,7 @@ from anima_fast.sampling.outputs import Outputs
 from anima_fast.sampling.start import load_start, picture_size
 from anima_fast.sampling.texts import encode_prompts, zero_keys
 from anima_fast.sampling.workflow import comfyui_prompt
-from anima_fast.training.checks import choose_device, uses_fused_blocks
+from anima_fast.training.checks import choose_device, set_backends, uses_fused_blocks
 from anima_fast.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
         if axis.name == "strength" and not options.init_image:
             raise UserError("--grid strength needs --init_image FILE")
     device, dtype = choose_device(options), DTYPES[options.dtype]
+    set_backends()
     for path, weight in given:
         if not math.isfinite(weight):
             raise UserError(f"--lora {path}:{weight}: use a finite weight")

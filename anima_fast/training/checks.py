@@ -72,9 +72,17 @@ def check_start(options: TrainOptions, device: torch.device) -> None:
                 "stays in fp32) or no"
             )
     check_output_folder(options)
-    torch.backends.cuda.matmul.allow_tf32 = options.cuda_allow_tf32
-    torch.backends.cudnn.allow_tf32 = options.cuda_allow_tf32
-    torch.backends.cudnn.benchmark = options.cuda_cudnn_benchmark
+    set_backends(tf32=options.cuda_allow_tf32, benchmark=options.cuda_cudnn_benchmark)
+
+
+def set_backends(*, tf32: bool = False, benchmark: bool = False) -> None:
+    """How float32 products and convolutions are computed on a card.
+
+    By itself torch allows TF32 in convolutions, which the VAE of previews and `sample` consists of.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = benchmark
 
 
 def uses_fused_blocks(options: TrainOptions | SampleOptions, device: torch.device) -> bool:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ from anima_fast.sampling.texts import (
     tokenize_prompt,
     zero_keys,
 )
+from anima_fast.training.checks import set_backends
 from anima_fast.training.optimizers import averaged_weights
 
 if TYPE_CHECKING:
@@ -93,7 +95,8 @@ class Previews:
         run.network.multiplier = 1.0
         try:
             devices = [run.device] if run.device.type == "cuda" else []
-            with torch.random.fork_rng(devices), averaged_weights(run.optimizer), torch.no_grad():
+            weights, rounding = averaged_weights(run.optimizer), computed_as_sample(run)
+            with torch.random.fork_rng(devices), weights, rounding, torch.no_grad():
                 for index, prompt in enumerate(self.current(say)):
                     if stopped():
                         break
@@ -165,6 +168,22 @@ class Previews:
         if found.context is not None:
             return found.context.to(run.device, parts.dtype)
         return adapt(found.tokens, found.states.to(run.device, parts.dtype), parts.adapter)
+
+
+@contextmanager
+def computed_as_sample(run: Run) -> Iterator[None]:
+    """Inside the block the card rounds as in `sample`, whatever the run allows for speed."""
+    options, adapter = run.options, run.conditioning.adapter
+    fused = adapter is not None and adapter.fused
+    set_backends()
+    if fused:
+        adapter.fuse_norms(False)
+    try:
+        yield
+    finally:
+        set_backends(tf32=options.cuda_allow_tf32, benchmark=options.cuda_cudnn_benchmark)
+        if fused:
+            adapter.fuse_norms()
 
 
 @dataclass(frozen=True)
