@@ -133,8 +133,19 @@ def test_when_they_are_made_and_what_they_are_called(world, tmp_path):
         {"optimizer_type": "AdamWScheduleFree"},
         {"blocks_to_swap": 0, "recompute": "block", "kernels": "eager"},
         {"tlora_min_rank": 1},
+        {"save_precision": "bf16", "network_module": "networks.loha"},
     ],
-    ids=["plain", "text encoder", "adapter, dropout", "lokr", "live", "averaged", "block", "tlora"],
+    ids=[
+        "plain",
+        "text encoder",
+        "adapter, dropout",
+        "lokr",
+        "live",
+        "averaged",
+        "block",
+        "tlora",
+        "saved in bf16",
+    ],
 )
 def test_a_preview_is_what_sample_makes_with_the_checkpoint(world, tmp_path, given):
     if "AdamWScheduleFree" in str(given):
@@ -224,6 +235,7 @@ def test_a_card_rounds_previews_as_sample_does(world, tmp_path, monkeypatch):
 
 def test_previews_do_not_change_the_run(world, tmp_path):
     given = {"network_dropout": 0.5, "max_train_epochs": 2, "learning_rate": 0.01}
+    given |= {"save_precision": "bf16", "save_every_n_epochs": 1}
     train(train_options(world, tmp_path / "a", **given))
     train(train_options(
         world, tmp_path / "b", sample_prompt=(SMALL,), sample_at_first=True,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from anima_fast.adapters.network import LoRANetwork
 from anima_fast.data.encode_models import TextModels, free_memory, load_run_tokenizers
 from anima_fast.errors import UserError
 from anima_fast.memory.free import is_out_of_memory
@@ -36,6 +37,7 @@ from anima_fast.sampling.texts import (
     tokenize_prompt,
     zero_keys,
 )
+from anima_fast.training.checkpoints import SAVE_DTYPES
 from anima_fast.training.checks import set_backends
 from anima_fast.training.optimizers import averaged_weights
 
@@ -96,7 +98,8 @@ class Previews:
         try:
             devices = [run.device] if run.device.type == "cuda" else []
             weights, rounding = averaged_weights(run.optimizer), computed_as_sample(run)
-            with torch.random.fork_rng(devices), weights, rounding, torch.no_grad():
+            random = torch.random.fork_rng(devices)
+            with random, weights, weights_as_saved(run), rounding, torch.no_grad():
                 for index, prompt in enumerate(self.current(say)):
                     if stopped():
                         break
@@ -168,6 +171,27 @@ class Previews:
         if found.context is not None:
             return found.context.to(run.device, parts.dtype)
         return adapt(found.tokens, found.states.to(run.device, parts.dtype), parts.adapter)
+
+
+@contextmanager
+def weights_as_saved(run: Run) -> Iterator[None]:
+    """Inside the block a LoRA has the weights of its file, where that holds fewer digits.
+
+    A whole model is not copied for it.
+    """
+    dtype = SAVE_DTYPES[run.options.save_precision]
+    if dtype is None or not isinstance(run.network, LoRANetwork):
+        yield
+        return
+    flat = run.network.flat
+    own = flat.detach().clone()
+    with torch.no_grad():
+        flat.copy_(own.to(dtype))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            flat.copy_(own)
 
 
 @contextmanager
