@@ -124,6 +124,17 @@ def disk_error(error: OSError, path: Path) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror or error}; choose another folder")
 
 
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Delete what killed runs left half-written under the names of `atomic_write` and its like."""
+    path = Path(path)
+    pattern = re.compile(rf"\.{re.escape(path.name[:80])}\.[0-9a-f]{{8}}\.tmp")
+    # A folder that is missing or cannot be read is the matter of whoever writes there.
+    with contextlib.suppress(OSError):
+        for found in list(path.parent.iterdir()):
+            if pattern.fullmatch(found.name):
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
+
+
 def check_folder(path: str | os.PathLike) -> None:
     """Prove that a folder can be written, making it if need be, before hours are spent for it.
 

@@ -283,7 +283,10 @@ def test_convert_takes_both_spellings(monkeypatch, words, expected):
     assert calls == [expected]
 
 
-@pytest.mark.parametrize("words", ["a", "", "--input a", "a b --to x", "a b --input c --output d"])
+@pytest.mark.parametrize(
+    "words",
+    ["a", "", "--input a", "a b --to x", "a b --to comfyui --reverse", "a b --input c --output d"],
+)
 def test_convert_refuses(monkeypatch, words):
     fake(monkeypatch, "anima_fast.adapters.formats", convert_file=None)
     done = invoke("convert", *words.split())

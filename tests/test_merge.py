@@ -302,6 +302,24 @@ def test_wrong_files_and_outputs(tmp_path, base):
     assert not out.exists()
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, base):
+    network = write_network(tmp_path / "n.safetensors")
+    (tmp_path / "file").write_bytes(b"")
+    said = []
+    text = refusal(base, [(network, 1.0)], tmp_path / "file" / "out.safetensors", say=said.append)
+    assert "a part of it is a file" in text and not said
+
+
+def test_what_a_kill_left_is_deleted_by_the_next_run(tmp_path, base):
+    network = write_network(tmp_path / "n.safetensors")
+    half = tmp_path / ".out.safetensors.0b4a7fe0.tmp"
+    other = tmp_path / ".my.out.safetensors.0b4a7fe0.tmp"
+    half.write_bytes(b"half")
+    other.write_bytes(b"half")
+    merge_into_checkpoint(base, [(network, 1.0)], tmp_path / "out.safetensors")
+    assert not half.exists() and other.exists()
+
+
 # Networks with each other
 
 

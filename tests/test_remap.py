@@ -159,6 +159,11 @@ def test_modules_outside_the_blocks_and_metadata_stay(tmp_path):
         ({"mapping": "0=0,0=1"}, "given twice"),
         ({"mapping": "0=0,x"}, "is no pair"),
         ({"mapping": "nothing.txt"}, "expected pairs"),
+        ({"mapping": "99999999=0"}, "numbers below 1000"),
+        ({"to": 10**8}, "--to 100000000: use a number"),
+        ({"to": 0}, "--to 0: use a number"),
+        ({"to": 40, "source": 10**8}, "--from 100000000: use"),
+        ({"to": 40, "duplicate": float("nan")}, "--duplicate nan"),
         ({"mapping": "0=0", "to": 40, "source": 28, "dst": "a.safetensors"}, "a.safetensors"),
     ],
 )
@@ -193,5 +198,7 @@ def test_the_command_says_what_went_where(tmp_path):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0 and "published insertions" in result.output
     assert "blocks 0 to 1 become 0 to 1" in result.output and out.exists()
+    result = CliRunner().invoke(app, [*words[:2], "--to", "2", "--output", str(out)])
+    assert "left out: blocks 1 to 26, which" in result.output
     result = CliRunner().invoke(app, [*words[:2], "--to", "28", "--output", str(out)])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from anima_fast.adapters import names
 from anima_fast.adapters.hashes import with_hashes
 from anima_fast.adapters.parts import Part, adapted_weight, part_of
 from anima_fast.errors import UserError
-from anima_fast.files import save_safetensors
+from anima_fast.files import check_folder, remove_leftovers, save_safetensors
 from anima_fast.models.checkpoint import Checkpoint, detect_kind, wrong_kind
 
 FOLDED = "anima_fast.folded_alphas"
@@ -226,16 +226,35 @@ def convert_file(
         The dialect written.
 
     Raises:
-        UserError: no LoRA of this model, the same file twice, or a module without such a name.
+        UserError: no LoRA of this model, the same file twice, a bad path, or a module without such
+            a name.
     """
-    if Path(src).resolve() == Path(dst).resolve():
-        raise UserError(f"{dst} is the input itself: give another --output")
+    check_output(dst, [src])
     parts, dialect, metadata = read_lora(src)
     target = "kohya" if reverse else to or ("comfyui" if dialect == "kohya" else "kohya")
     if target not in names.DIALECTS:
         raise UserError(f"the dialect {target} is unknown: use {', '.join(names.DIALECTS)}")
     write_lora(dst, unfold(parts, metadata), target, metadata=metadata, fold_alpha=fold_alpha)
     return target
+
+
+def check_output(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> Path:
+    """The output path, refused when it cannot be written or is one of the inputs.
+
+    What a killed run left half-written there is deleted. Raises `UserError`.
+    """
+    output = Path(output)
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder: give the name of a file")
+    if output.suffix.lower() != ".safetensors":
+        raise UserError(f"--output {output}: the name must end with .safetensors")
+    for path in inputs:
+        if Path(path).resolve() == output.resolve():
+            raise UserError(f"--output {output} is one of the inputs: give another name")
+    # Decompositions take minutes; a folder is not made before there is something to put in it.
+    check_folder(next(folder for folder in output.absolute().parents if folder.exists()))
+    remove_leftovers(output)
+    return output
 
 
 @torch.no_grad()

@@ -31,14 +31,16 @@ def _convert(
 
     if to is not None and to not in ("kohya", "comfyui", "diffusers"):
         raise UserError(f"--to {to}: use kohya, comfyui or diffusers")
+    if reverse and to not in (None, "kohya"):
+        raise UserError(f"--reverse means --to kohya: give it or --to {to}")
     words = [path for path in (input, src, output, dst) if path is not None]
     source = input or src
     # `convert --input A B` and `convert A --output B` both leave one positional word.
     target = output or (src if input and dst is None else dst)
     if source is None or target is None or len(words) != 2:
         raise UserError("convert needs two files: convert SRC DST, or --input SRC --output DST")
-    convert_file(source, target, to=to, reverse=reverse, fold_alpha=fold_alpha)
-    typer.echo(f"wrote {target}")
+    dialect = convert_file(source, target, to=to, reverse=reverse, fold_alpha=fold_alpha)
+    typer.echo(f"wrote {target} ({dialect} names)")
 
 
 @app.command("inspect")

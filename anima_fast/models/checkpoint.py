@@ -35,11 +35,11 @@ LEFTOVERS = re.compile(
 FOREIGN = re.compile(r"(first_stage_model|cond_stage_model|conditioner|text_encoders?|vae)\..*")
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 KIND_NAMES = {
-    "dit": "this is an Anima DiT; give it to --pretrained_model_name_or_path",
+    "dit": "this is an Anima DiT; give it to --pretrained_model_name_or_path or --dit",
     "llm_adapter": "this is an LLM adapter; give it to --llm_adapter_path",
     "qwen3": "this is a Qwen3 text encoder; give it to --qwen3",
     "vae": "this is a Qwen-Image VAE; give it to --vae",
-    "lora": "this is a LoRA; give it to --network_weights or --base_weights",
+    "lora": "this is a LoRA; give it to --network_weights, --base_weights or --lora",
     "latent_cache": "this is a latent cache of this program, no model",
     "text_cache": "this is a text cache of this program, no model",
     "unknown": "this is no model that this program knows",

@@ -27,6 +27,8 @@ EXPANSIONS: dict[tuple[int, int], dict[int, int]] = {
 }  # fmt: skip
 # The depths of published models.
 DEPTHS = (28, 40, 52)
+# More is a slip of the finger.
+MOST_BLOCKS = 1000
 PAIR = re.compile(r"(\d+)=(\d+)(?:\*(-?[\d.]+))?")
 
 
@@ -156,6 +158,8 @@ def _manifest_map(path: Path, text: str, source: int) -> BlockMap:
 
 
 def _checked(found: BlockMap) -> BlockMap:
+    if found.target > MOST_BLOCKS:
+        raise UserError(f"--map: block {found.target - 1}: use numbers below {MOST_BLOCKS}")
     sources = {**found.copies, **found.same}
     bad = [t for t in sources if t >= found.target]
     if bad:

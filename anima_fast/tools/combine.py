@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from anima_fast.adapters.formats import check_output
 from anima_fast.adapters.names import DIALECTS
 from anima_fast.adapters.parts import LoRAPart, Part
 from anima_fast.data.encode_progress import EncodeProgress
@@ -24,7 +25,6 @@ from anima_fast.tools.low_rank import weighted_sum
 from anima_fast.tools.merge import MERGED, entries
 from anima_fast.tools.networks import (
     Network,
-    check_output,
     dtype_of,
     new_metadata,
     write_network,

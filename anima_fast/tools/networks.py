@@ -179,19 +179,3 @@ def path_and_weight(text: str) -> tuple[str, float]:
     if not math.isfinite(weight):
         raise UserError(f"--lora {text}: the weight must be a finite number")
     return path, weight
-
-
-def check_output(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> Path:
-    """The output path, refused when it cannot be written or is one of the inputs.
-
-    Raises `UserError`.
-    """
-    output = Path(output)
-    if output.suffix.lower() != ".safetensors":
-        raise UserError(f"--output {output}: the name must end with .safetensors")
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder: give the name of a file")
-    for path in inputs:
-        if Path(path).resolve() == output.resolve():
-            raise UserError(f"--output {output} is one of the inputs: give another name")
-    return output

@@ -8,18 +8,20 @@ At strength 1 such a Δ acts twice, once in each of the two blocks.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, replace
 
 import torch
 
+from anima_fast.adapters.formats import check_output
 from anima_fast.adapters.parts import Part
 from anima_fast.errors import UserError
 from anima_fast.models.dit_config import DitConfig
-from anima_fast.tools.block_maps import DEPTHS, BlockMap, given_map, known_map
+from anima_fast.tools.block_maps import DEPTHS, MOST_BLOCKS, BlockMap, given_map, known_map
 from anima_fast.tools.checkpoints import ModelFile, part_of_module
-from anima_fast.tools.networks import Network, check_output, with_comment
+from anima_fast.tools.networks import Network, with_comment
 
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 REMAPPED = "anima_fast.remapped"
@@ -72,6 +74,11 @@ def remap_file(
             another width, or a DoRA whose Δ would have to be scaled.
     """
     check_output(dst, [src] if model is None else [src, model])
+    for option, blocks in (("--to", to), ("--from", source)):
+        if blocks is not None and not 1 <= blocks <= MOST_BLOCKS:
+            raise UserError(f"{option} {blocks}: use a number of blocks from 1 to {MOST_BLOCKS}")
+    if not math.isfinite(duplicate):
+        raise UserError(f"--duplicate {duplicate}: use a finite strength, such as 0.5")
     network = Network.read(src)
     target = None if model is None else ModelFile.open(model)
     to = _depth(target, to) if target is not None else to
@@ -207,4 +214,15 @@ def _runs(used: dict[int, int]) -> list[str]:
 
 
 def _numbers(values: list[int]) -> str:
-    return ", ".join(map(str, values))
+    """Rising numbers as text, runs of three and more as "4 to 9"."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    words = (
+        [f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(value) for value in run]
+        for run in runs
+    )
+    return ", ".join(word for run in words for word in run)

@@ -23,7 +23,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from anima_fast.errors import UserError
-from anima_fast.files import atomic_folder, replace, save_safetensors, write_json
+from anima_fast.files import (
+    atomic_folder,
+    remove_leftovers,
+    replace,
+    save_safetensors,
+    write_json,
+)
 from anima_fast.models.checkpoint import Checkpoint
 from anima_fast.training.schedules import restore_scheduler
 from anima_fast.training.state_checks import (
@@ -91,7 +97,7 @@ def save_state(
         UserError: disk full, no permission, or an optimizer whose state cannot be saved.
     """
     folder = Path(folder)
-    _remove_leftovers(folder)
+    remove_leftovers(folder)
     with atomic_folder(folder) as new:
         save_safetensors(network.state_tensors(), new / NETWORK_FILE)
         write_packed(new, "optimizer", optimizer.state_dict())
@@ -313,10 +319,3 @@ def _age(folder: Path) -> tuple[float, str]:
     """When a state was saved; the folder's own time when its record cannot be read."""
     record, problem = read_record(folder)
     return (folder.stat().st_mtime if problem else record["saved_at"], folder.name)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Half-written folders that a killed run left under the names of `atomic_folder`."""
-    if folder.parent.is_dir():
-        for path in folder.parent.glob(f".{folder.name[:80]}.????????.tmp"):
-            shutil.rmtree(path, ignore_errors=True)
