@@ -107,6 +107,11 @@ def test_weights_are_read_as_comfyui_reads_them(prompt, expected):
     assert [weight for _, weight in found] == pytest.approx([w for _, w in expected])
 
 
+def test_parentheses_without_end_are_one_readable_error():
+    with pytest.raises(UserError, match="too deeply"):
+        weighted_segments("(" * 5000 + "x" + ")" * 5000)
+
+
 def test_weights_multiply_the_rows_of_their_tokens(world):
     tokenizers = load_tokenizers(world["qwen3"], t5_tokenizer_path=world["t5_tokenizer_path"])
     device = torch.device("cpu")
@@ -354,6 +359,8 @@ def test_comfyui_finds_its_nodes(world, tmp_path, loras):
     chunks = Image.open(out).text
     assert chunks["parameters"].startswith("猫 (cat:1.2)\n")
     nodes = json.loads(chunks["prompt"])
+    # ComfyUI's page decodes the chunk as UTF-8 and knows no international one.
+    assert chunks["prompt"].isascii()
     by_kind = {node["class_type"]: node["inputs"] for node in nodes.values()}
     sampler = by_kind["KSampler"]
     assert (sampler["seed"], sampler["steps"], sampler["cfg"]) == (5, 2, 3.5)
@@ -407,6 +414,7 @@ def command(world, *words):
 @pytest.mark.parametrize(
     ("words", "match"),
     [
+        ([], "--prompt is required"),
         (["--prompt", "embedding:bad"], "textual inversion"),
         (["--prompt", "x", "--strength", "0.5"], "--init_image"),
         (["--prompt", "x", "--strength", "0"], "out of range"),

@@ -159,7 +159,11 @@ def _matching(
         target = by_name.get(name)
         layer = target and (target.linear.out_features, target.linear.in_features)
         if target is None or tuple(part.shape) != layer:
-            raise UserError(f"{name} does not fit this model: it is made for another")
+            has = f"one of {list(layer)}" if layer else "none"
+            raise UserError(
+                f"{name} does not fit this model: it is for a weight of {list(part.shape)}, the "
+                f"model has {has} (`anima-fast remap` moves a network to another depth)"
+            )
     return [target for target in targets if target.name in parts]
 
 

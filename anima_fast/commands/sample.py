@@ -29,6 +29,8 @@ def _sample(values: dict[str, Any]) -> None:
     if "pretrained_model_name_or_path" in values:
         values.setdefault("dit", values["pretrained_model_name_or_path"])
         del values["pretrained_model_name_or_path"]
+    if not values.keys() & {"prompt", "prompts"}:
+        raise UserError("--prompt is required: what to show, or a file of prompts with --prompts")
     known = specs(SampleOptions)
     options = SampleOptions(
         **{name: convert(known[name], v, f"--{name}", text=True) for name, v in values.items()}

@@ -5,6 +5,7 @@ So a half-precision model does not round them away, and their strength can chang
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,20 @@ class LoRAFile:
     def read(cls, path: str | Path, weight: float = 1.0) -> LoRAFile:
         """Read a file of any dialect; raises `UserError` when it is no LoRA of this model."""
         return cls(Path(path), weight, read_lora(path)[0])
+
+
+def check_fit(loras: Iterable[LoRAFile], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse files that do not fit a DiT of these shapes, before a model is loaded for them."""
+    for lora in loras:
+        for name, part in lora.parts.items():
+            shape = shapes.get(f"{name}.weight")
+            if _owner(name) == "" and (shape is None or tuple(shape) != part.shape):
+                has = "none" if shape is None else f"one of {list(shape)}"
+                raise UserError(
+                    f"{lora.path} does not fit this DiT: {name} is for a weight of "
+                    f"{list(part.shape)}, the DiT has {has} (`anima-fast remap` moves a network to "
+                    "another depth)"
+                )
 
 
 def attach_lora(

@@ -10,18 +10,26 @@ from __future__ import annotations
 
 import math
 
+from anima_fast.errors import UserError
+
 EMPHASIS = 1.1
 # Stand for escaped parentheses while a prompt is taken apart.
 OPEN, CLOSE = "\x00\x02", "\x00\x01"
 
 
 def weighted_segments(prompt: str) -> list[tuple[str, float]]:
-    """A prompt as texts with their weights, in order; at least one."""
+    """A prompt as texts with their weights, in order; at least one.
+
+    Raises `UserError` for hundreds of parentheses in each other.
+    """
     text = prompt.replace(r"\)", CLOSE).replace(r"\(", OPEN)
-    found = [
-        (segment.replace(CLOSE, ")").replace(OPEN, "("), weight)
-        for segment, weight in _segments(text, 1.0)
-    ]
+    try:
+        segments = _segments(text, 1.0)
+    except RecursionError:
+        raise UserError(
+            f"the prompt {prompt[:40]!r} nests its parentheses too deeply: write (words:1.3)"
+        ) from None
+    found = [(text.replace(CLOSE, ")").replace(OPEN, "("), weight) for text, weight in segments]
     return found or [("", 1.0)]
 
 

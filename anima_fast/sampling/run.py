@@ -18,7 +18,8 @@ from anima_fast.adapters.network import LoRANetwork
 from anima_fast.data.encode_models import free_memory
 from anima_fast.errors import UserError
 from anima_fast.memory.offload import install_block_runner
-from anima_fast.models.dit import AnimaDiT, load_dit
+from anima_fast.models.checkpoint import Checkpoint
+from anima_fast.models.dit import AnimaDiT, dit_tensors, load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.models.model_files import check_model_files
 from anima_fast.models.vae import load_vae
@@ -26,7 +27,7 @@ from anima_fast.pictures import describe, save_png, to_image, unescape
 from anima_fast.sampling.euler import euler_sample, start_noise
 from anima_fast.sampling.grid import compose, expand, read_axes
 from anima_fast.sampling.jobs import Job, batches, make_jobs
-from anima_fast.sampling.loras import LoRAFile, attach_lora
+from anima_fast.sampling.loras import LoRAFile, attach_lora, check_fit
 from anima_fast.sampling.outputs import Outputs
 from anima_fast.sampling.start import load_start, picture_size
 from anima_fast.sampling.texts import encode_prompts, zero_keys
@@ -95,6 +96,7 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
         if not math.isfinite(weight):
             raise UserError(f"--lora {path}:{weight}: use a finite weight")
     loras = [LoRAFile.read(path, weight) for path, weight in given]
+    check_fit(loras, dit_tensors(Checkpoint.open(options.dit)).shapes)
     jobs = [replace(job, weights=tuple(weight for _, weight in given)) for job in jobs]
     sheets = [expand(job, axes) for job in jobs] if axes else []
     if sheets:

@@ -74,4 +74,5 @@ def comfyui_prompt(
     )  # fmt: skip
     image = add("VAEDecode", samples=samples, vae=decoder)
     add("SaveImage", images=image, filename_prefix="anima")
-    return json.dumps(nodes, ensure_ascii=False)
+    # ASCII: ComfyUI's page reads the chunk as UTF-8, which a PNG's plain text is not.
+    return json.dumps(nodes)
