@@ -56,7 +56,8 @@ def check_required(options: Any) -> None:
     """Raise `UserError` for the first option that a training run needs and does not have."""
     for name in REQUIRED:
         if not getattr(options, name):
-            raise UserError(f"--{name} is required: see `anima-fast train --help`")
+            command = "train" if hasattr(options, "network_module") else "finetune"
+            raise UserError(f"--{name} is required: see `anima-fast {command} --help`")
     if not (options.dataset_config or options.train_data_dir or options.in_json):
         raise UserError(
             "no data: give --dataset_config FILE, or --train_data_dir FOLDER with --resolution"

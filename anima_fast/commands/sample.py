@@ -7,12 +7,12 @@ from typing import Any
 from anima_fast.commands.app import option_command
 from anima_fast.errors import UserError
 from anima_fast.option_groups.base import specs
-from anima_fast.option_groups.tables import REFUSED_SAMPLE
+from anima_fast.option_groups.tables import OUTSIDE
 from anima_fast.options import SampleOptions
 
 
 def _other_names() -> frozenset[str]:
-    return frozenset({"pretrained_model_name_or_path", *REFUSED_SAMPLE})
+    return frozenset({"pretrained_model_name_or_path", *OUTSIDE})
 
 
 @option_command("sample", SampleOptions, {}, _other_names)
@@ -21,8 +21,8 @@ def _sample(values: dict[str, Any]) -> None:
 
     An existing file of the same name is replaced; several pictures are numbered on.
     """
-    for name in values.keys() & REFUSED_SAMPLE.keys():
-        raise UserError(f"--{name}: {REFUSED_SAMPLE[name]}")
+    for name in values.keys() & OUTSIDE.keys():
+        raise UserError(f"--{name}: {OUTSIDE[name]}")
     from anima_fast.option_groups.base import convert
     from anima_fast.sampling import run_sample
 

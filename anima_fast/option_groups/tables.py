@@ -70,6 +70,24 @@ _WHOLE = "it is an option of full fine-tuning (`anima-fast finetune`); remove it
 _RESUME = "not needed: --resume continues exactly where the state was saved"
 _CONTROL = "ControlNet is not supported for Anima; remove it"
 _INVERSION = "textual inversion is not supported for Anima; remove it"
+# What is not part of this program, under the names that people ask for it by.
+OUTSIDE = {
+    **dict.fromkeys(
+        (
+            "controlnet", "control_net", "controlnet_model_name_or_path", "control_net_models",
+            "control_net_lllite_models", "cond_emb_dim",
+        ),
+        _CONTROL,
+    ),
+    **dict.fromkeys(
+        (
+            "textual_inversion", "textual_inversion_embeddings", "embedding", "embeddings",
+            "token_string", "init_word", "num_vectors_per_token", "use_object_template",
+            "use_style_template",
+        ),
+        _INVERSION,
+    ),
+}  # fmt: skip
 
 # Refused by name with a reason, never ignored: the run would not be what was asked for.
 REFUSED = {
@@ -109,13 +127,7 @@ REFUSED = {
     "initial_step": _RESUME,
     "skip_until_initial_step": _RESUME,
     "dataset_class": "own dataset classes are not supported; describe the data in --dataset_config",
-    "controlnet_model_name_or_path": _CONTROL,
-    "cond_emb_dim": _CONTROL,
-    "token_string": _INVERSION,
-    "init_word": _INVERSION,
-    "num_vectors_per_token": _INVERSION,
-    "use_object_template": _INVERSION,
-    "use_style_template": _INVERSION,
+    **OUTSIDE,
 }
 
 # Names without a value on the command line; the others of the two tables above take one.
@@ -127,14 +139,3 @@ BARE_FLAGS = frozenset({
     "ddp_gradient_as_bucket_view", "ddp_static_graph", "xformers", "sdpa", "use_8bit_adam",
     "use_lion_optimizer",
 })  # fmt: skip
-
-# Of `sample`, refused by name with a reason.
-REFUSED_SAMPLE = {
-    "controlnet": _CONTROL,
-    "controlnet_model_name_or_path": _CONTROL,
-    "control_net_models": _CONTROL,
-    "control_net_lllite_models": _CONTROL,
-    "textual_inversion_embeddings": _INVERSION,
-    "embedding": _INVERSION,
-    "embeddings": _INVERSION,
-}
