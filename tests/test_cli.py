@@ -294,6 +294,19 @@ def test_convert_refuses(monkeypatch, words):
     assert done.stderr.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    "words", ["merge --foo", "extract a", "tarin", "resize a --rank x", "bench foo", "inspect a b"]
+)
+def test_words_that_no_command_knows_are_one_line(words):
+    done = invoke(*words.split())
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "--help`" in done.stderr
+
+
+def test_a_group_without_a_command_shows_its_page():
+    assert "Usage" in invoke("bench").output
+
+
 def test_sample(monkeypatch):
     calls = []
     fake(monkeypatch, "anima_fast.sampling", run_sample=calls.append)

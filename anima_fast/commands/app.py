@@ -19,6 +19,9 @@ from anima_fast.option_groups.base import Spec, specs
 from anima_fast.option_groups.tables import BARE_FLAGS
 from anima_fast.option_words import read_words
 
+# Typer's or click's own, whichever this Typer is built on.
+UsageError = typer.BadParameter.__base__
+
 
 class Commands(TyperGroup):
     """Turns errors of users into one line and an exit status."""
@@ -28,6 +31,14 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+        except UsageError as error:
+            # A group without a command shows its help page.
+            if type(error).__name__ == "NoArgsIsHelpError":
+                raise
+            text = " ".join(error.format_message().split()).rstrip(".?")
+            path = error.ctx.command_path if error.ctx else ctx.command_path
+            typer.echo(f"error: {text}: see `{path} --help`", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
