@@ -226,6 +226,15 @@ def test_image_to_image_starts_from_the_picture(world, tmp_path):
     assert np.abs(near - seen).mean() < np.abs(far - seen).mean()
 
 
+def test_the_picture_to_start_from_is_never_replaced(world, tmp_path):
+    source = tmp_path / "in.png"
+    Image.new("RGB", (48, 32)).save(source)
+    before = source.read_bytes()
+    with pytest.raises(UserError, match="init_image itself"):
+        render(world, tmp_path / "x" / ".." / "in.png", init_image=str(source), strength=0.5)
+    assert source.read_bytes() == before
+
+
 def test_a_picture_of_16_bits_is_that_of_8(world, tmp_path):
     levels = np.linspace(0, 255, 48 * 32).reshape(32, 48).astype(np.uint16)
     pictures = []

@@ -101,6 +101,8 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
     sheets = [expand(job, axes) for job in jobs] if axes else []
     if sheets:
         jobs = [job for rows in sheets for row in rows for job in row]
+    if options.init_image and Path(options.init_image).resolve() == Path(options.output).resolve():
+        raise UserError(f"--output {options.output} is --init_image itself: give another name")
     outputs = Outputs(options.output, len(jobs), grid=bool(axes))
     with Progress() as progress, torch.no_grad():
         say = (lambda text: None) if quiet else progress.say
