@@ -13,8 +13,8 @@ from anima_fast.errors import UserError
 
 @app.command("convert")
 def _convert(
-    src: Annotated[Path | None, typer.Argument(help="LoRA file to read.")] = None,
-    dst: Annotated[Path | None, typer.Argument(help="LoRA file to write.")] = None,
+    src: Annotated[Path | None, typer.Argument(help="Network file to read.")] = None,
+    dst: Annotated[Path | None, typer.Argument(help="Network file to write.")] = None,
     input: Annotated[Path | None, typer.Option(help="The same as SRC.")] = None,
     output: Annotated[Path | None, typer.Option(help="The same as DST.")] = None,
     to: Annotated[
@@ -26,7 +26,7 @@ def _convert(
         typer.Option("--fold_alpha", "--fold-alpha", help="Multiply alpha / rank into weights."),
     ] = False,
 ) -> None:
-    """Convert a LoRA file between kohya, ComfyUI and diffusers names."""
+    """Convert a LoRA, LoHa, LoKr or DoRA file between kohya, ComfyUI and diffusers names."""
     from anima_fast.adapters.formats import convert_file
 
     if to is not None and to not in ("kohya", "comfyui", "diffusers"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -154,7 +155,9 @@ def compose(rows: Sequence[Sequence[Image.Image]], axes: Sequence[Axis]) -> Imag
 
     tops = [wrapped(axes[0].label(v), w) for v, w in zip(axes[0].values, widths, strict=True)]
     sides = [wrapped(axes[1].label(v), side) for v in axes[1].values] if len(axes) > 1 else []
-    left = side + 2 * GAP if sides else GAP
+    # As wide as the longest line, not as the limit that it was wrapped at.
+    widest = max((font.getlength(line) for lines in sides for line in lines), default=-GAP)
+    left = math.ceil(widest) + 2 * GAP
     top = max(map(len, tops)) * round(1.4 * letter) + 2 * GAP
     size = (left + sum(widths) + GAP * len(widths), top + sum(heights) + GAP * len(heights))
     sheet = Image.new("RGB", size, "white")
