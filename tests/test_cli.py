@@ -303,6 +303,12 @@ def test_words_that_no_command_knows_are_one_line(words):
     assert done.stderr.startswith("error: ") and "--help`" in done.stderr
 
 
+@pytest.mark.parametrize("words", ["-h", "merge -h", "train -h", "bench model -h"])
+def test_a_short_word_for_help(words):
+    done = invoke(*words.split())
+    assert done.exit_code == 0 and "Usage" in done.output
+
+
 def test_a_group_without_a_command_shows_its_page():
     assert "Usage" in invoke("bench").output
 

@@ -50,6 +50,7 @@ app = typer.Typer(
     cls=Commands,
     help="Train LoRAs for the Anima image model on one GPU.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     add_completion=False,
 )
