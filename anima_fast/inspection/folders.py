@@ -112,6 +112,4 @@ def unknown_folder(folder: Path) -> UserError:
     if not found:
         return UserError(f"{folder} is a folder with nothing that inspect reads: {EXPECTED}")
     shown = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
-    return UserError(
-        f"{folder} is a folder with {len(found)} files or states: give one of them ({shown})"
-    )
+    return UserError(f"{folder} is a folder of files or states: give one of them ({shown})")
