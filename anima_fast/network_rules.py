@@ -10,6 +10,16 @@ from anima_fast.option_groups.network_args import parse_network_args
 if TYPE_CHECKING:
     from anima_fast.option_rules import Draft
 
+# Keywords of `add_lora` that `dim_from_weights` takes from the file, and how users write them.
+OF_THE_FILE = {
+    "exclude_patterns": "exclude_patterns",
+    "include_patterns": "include_patterns",
+    "blocks": "train_block_indices",
+    "reg_dims": "network_reg_dims",
+    "dora": "dora_wd",
+    "lokr": "factor and the like",
+}
+
 
 def _network(draft: Draft) -> None:
     arguments = parse_network_args(draft.network_args, draft.network_module)
@@ -29,13 +39,19 @@ def _network(draft: Draft) -> None:
     if draft.tlora_min_rank is not None:
         if arguments.kind != "lora":
             raise UserError(f"--tlora_min_rank masks ranks of a LoRA, not of a {arguments.kind}")
-        if draft.tlora_min_rank > draft.network_dim:
+        if draft.tlora_min_rank > draft.network_dim and not draft.dim_from_weights:
             raise UserError(
                 f"--tlora_min_rank {draft.tlora_min_rank} is above --network_dim "
                 f"{draft.network_dim}: it is the rank that is left at the highest noise"
             )
     if draft.dim_from_weights and not draft.network_weights:
         raise UserError("--dim_from_weights needs --network_weights FILE to take the ranks from")
+    unused = [shown for key, shown in OF_THE_FILE.items() if key in arguments.kwargs]
+    if draft.dim_from_weights and unused:
+        draft.notices.append(
+            f"dim_from_weights takes modules, kinds and ranks from the file: {', '.join(unused)} "
+            "in network_args: no effect"
+        )
     if len(draft.base_weights_multiplier) > len(draft.base_weights):
         raise UserError(
             f"--base_weights_multiplier has {len(draft.base_weights_multiplier)} values for "
@@ -50,6 +66,12 @@ def _trained_parts(draft: Draft) -> None:
         raise UserError(
             "--network_train_unet_only and --network_train_text_encoder_only exclude each other: "
             "drop both to train both"
+        )
+    frozen = bool(draft.text_encoder_lr) and not any(draft.text_encoder_lr)
+    if draft.network_train_text_encoder_only and frozen:
+        raise UserError(
+            "--network_train_text_encoder_only with --text_encoder_lr 0 trains nothing: give the "
+            "text encoder a rate"
         )
 
 

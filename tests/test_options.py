@@ -165,6 +165,10 @@ def test_warmup_in_steps_fraction_and_percent(text, value):
         ({"lr_warmup_steps": 10}, "constant_with_warmup"),
         ({"min_timestep": 600, "max_timestep": 600}, "must be below"),
         ({"dim_from_weights": True}, "--network_weights"),
+        (
+            {"network_train_text_encoder_only": True, "text_encoder_lr": (0.0,)},
+            "trains nothing",
+        ),
         ({"base_weights_multiplier": (1.0,)}, "at most one each"),
         ({"save_model_as": "ckpt"}, "pickle"),
         ({"save_model_as": "pt"}, "pickle"),

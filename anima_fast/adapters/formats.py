@@ -258,22 +258,37 @@ def check_output(output: str | os.PathLike, inputs: Iterable[str | os.PathLike])
 
 
 @torch.no_grad()
-def merge_lora(dit: nn.Module, path: str | os.PathLike, multiplier: float = 1.0) -> None:
+def merge_lora(
+    dit: nn.Module,
+    path: str | os.PathLike,
+    multiplier: float = 1.0,
+    *,
+    llm_adapter: nn.Module | None = None,
+    text_encoder: nn.Module | None = None,
+) -> int:
     """W ← W with the file built in at a strength (parts.py), in float32, back to W's dtype.
 
     Weights are replaced, not written over: those of a mapped file or of a caller's state dict stay
-    as they are. Raises `UserError` when the file does not fit the DiT; nothing is changed then.
+    as they are.
+
+    Returns:
+        How many modules were passed over, as they belong to a model that is not given.
+
+    Raises:
+        UserError: the file does not fit a model; nothing is changed then.
     """
     parts, _, _ = read_lora(path)
-    modules = dict(dit.named_modules())
-    parts = {
-        n: p for n, p in parts.items() if not n.startswith((names.TEXT_ENCODER, names.ADAPTER))
-    }
-    for name, part in parts.items():
+    owners = {names.TEXT_ENCODER: text_encoder and text_encoder.model, names.ADAPTER: llm_adapter}
+    absent = tuple(prefix for prefix, owner in owners.items() if owner is None)
+    models = {"": dit} | {prefix: owner for prefix, owner in owners.items() if prefix not in absent}
+    modules = {p + n: module for p, model in models.items() for n, module in model.named_modules()}
+    given = {name: part for name, part in parts.items() if not name.startswith(absent)}
+    for name, part in given.items():
         module = modules.get(name)
         if module is None or module.weight.shape != part.shape:
             raise UserError(f"{path}: {name} does not fit this DiT: it is made for another size")
-    for name, part in parts.items():
+    for name, part in given.items():
         weight = modules[name].weight
         part = part.map(lambda x, device=weight.device: x.to(device))
         weight.data = adapted_weight(weight, part, multiplier).to(weight)
+    return len(parts) - len(given)

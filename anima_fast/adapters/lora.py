@@ -84,7 +84,8 @@ def add_lora(
         unet_lr, text_encoder_lr: rates of the two parts; the second defaults to the first.
         dtype: of parameters and gradients.
         seed: of the initial values, which depend on the module's name and nothing else.
-        modules_from: parts of a file: take exactly its modules, kinds, ranks, alphas and values.
+        modules_from: parts of a file: take exactly its modules, kinds, ranks, alphas and values,
+            whatever is said above about them.
 
     Returns:
         The network, in train mode, on the CPU (`network.to(device)` before making an optimizer).
@@ -101,14 +102,17 @@ def add_lora(
         text_encoder,
         exclude=exclude_patterns,
         include=[".*"] if modules_from is not None else include_patterns,
-        blocks=blocks,
+        blocks=blocks if modules_from is None else None,
     )
     if modules_from is not None:
         owners = {names.TEXT_ENCODER: text_encoder, names.ADAPTER: llm_adapter}
         left_out = tuple(prefix for prefix, model in owners.items() if model is None)
         targets = _matching(targets, modules_from, left_out, train_dit)
     if not targets:
-        raise UserError("no module is left to train: loosen exclude_patterns")
+        raise UserError(
+            "no module is left to train: loosen exclude_patterns or train_block_indices in "
+            "--network_args"
+        )
     dropouts = Dropouts(dropout, rank_dropout, module_dropout)
     adapters = {}
     for target in targets:

@@ -236,6 +236,8 @@ def initial_lokr(
 def initial_magnitudes(linear: nn.Linear, of_inputs: bool = False) -> Tensor:
     """‖W‖ over the inputs of each output [out, 1], or over the outputs of each input [1, in]."""
     weight = linear.weight.detach()
-    return torch.linalg.vector_norm(
+    norms = torch.linalg.vector_norm(
         weight, dim=0 if of_inputs else 1, keepdim=True, dtype=torch.float32
-    ).cpu()
+    )
+    # A model without values is only asked whether a network fits it.
+    return torch.ones(norms.shape) if norms.is_meta else norms.cpu()

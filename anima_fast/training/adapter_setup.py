@@ -13,12 +13,14 @@ from torch import nn
 from anima_fast.adapters.formats import merge_lora, read_lora
 from anima_fast.adapters.lora import add_lora
 from anima_fast.adapters.network import LoRANetwork
+from anima_fast.errors import UserError
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.training.checks import DTYPES
+from anima_fast.training.conditioning import Conditioning
 
 if TYPE_CHECKING:
+    from anima_fast.models.dit_config import DitConfig
     from anima_fast.options import TrainOptions
-    from anima_fast.training.conditioning import Conditioning
 
 
 def build_network(
@@ -30,10 +32,7 @@ def build_network(
     say: Callable[[str], None],
 ) -> LoRANetwork:
     """Merge `base_weights`, attach the LoRA, load `network_weights`."""
-    multipliers = [*options.base_weights_multiplier, *[1.0] * len(options.base_weights)]
-    for path, multiplier in zip(options.base_weights, multipliers, strict=False):
-        merge_lora(dit, path, multiplier)
-        say(f"merged {path} into the DiT at {multiplier:g}")
+    merge_base_weights(options, dit, conditioning, say=say)
     given = options.network_weights
     layers = [name for name, module in dit.named_modules() if isinstance(module, nn.Linear)]
     network = add_lora(
@@ -67,6 +66,62 @@ def build_network(
         say(f"{count} {kind} modules")
     say(f"{sum(p.numel() for p in network.parameters()):,} parameters")
     return network
+
+
+def merge_base_weights(
+    options: TrainOptions, dit: AnimaDiT, conditioning: Conditioning, *, say: Callable[[str], None]
+) -> None:
+    """Build the files of `base_weights` into the frozen models, each at its strength."""
+    multipliers = [*options.base_weights_multiplier, *[1.0] * len(options.base_weights)]
+    for path, multiplier in zip(options.base_weights, multipliers, strict=False):
+        left = merge_lora(
+            dit,
+            path,
+            multiplier,
+            llm_adapter=conditioning.adapter,
+            text_encoder=conditioning.text_encoder,
+        )
+        say(f"merged {path} into the model at {multiplier:g}")
+        if left:
+            say(
+                f"{left} modules of {path} belong to the text path, whose outputs are cached: "
+                "they are merged only without --cache_text_encoder_outputs"
+            )
+
+
+def check_network(options: TrainOptions, sizes: DitConfig) -> None:
+    """Refuse a network that does not fit the DiT, before anything is encoded.
+
+    The network is made on a DiT without values. Where the text path is trained too its models would
+    be needed, so there it is known only when they are loaded.
+
+    Raises `UserError` as `build_network` does, and for options that the file of
+    `dim_from_weights` cannot follow.
+    """
+    if options.dim_from_weights:
+        check_kinds(options)
+    if options.trains_llm_adapter or options.trains_text_encoder:
+        return
+    with torch.device("meta"):
+        dit = AnimaDiT(sizes)
+    no_text = Conditioning(torch.device("meta"), dit.dtype)
+    build_network(options, dit, no_text, seed=0, say=lambda text: None)
+
+
+def check_kinds(options: TrainOptions) -> None:
+    """Refuse options of plain LoRA where `dim_from_weights` takes another network from a file."""
+    parts = read_lora(options.network_weights)[0].values()
+    for name, fits in (
+        ("scale_weight_norms", lambda part: part.network == "LoRA"),
+        ("tlora_min_rank", lambda part: part.kind == "lora"),
+        ("network_dropout", lambda part: part.kind == "lora"),
+    ):
+        other = next((part.network for part in parts if not fits(part)), None)
+        if getattr(options, name) and other:
+            raise UserError(
+                f"--{name} is for LoRA, and --dim_from_weights takes a {other} from "
+                f"{options.network_weights}: drop --{name}"
+            )
 
 
 def unmatched_patterns(options: TrainOptions, names: Iterable[str]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from anima_fast.prompts import collect_prompts
 from anima_fast.training.optimizer_names import find_optimizer
 
 if TYPE_CHECKING:
+    from anima_fast.models.dit_config import DitConfig
     from anima_fast.options import SampleOptions, TrainOptions
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -44,8 +45,11 @@ def choose_device(options: TrainOptions | SampleOptions) -> torch.device:
     return device
 
 
-def check_start(options: TrainOptions, device: torch.device) -> None:
-    """What can be refused before anything is encoded, and backend switches."""
+def check_start(options: TrainOptions, device: torch.device) -> DitConfig:
+    """What can be refused before anything is encoded, and backend switches.
+
+    Returns the sizes of the DiT.
+    """
     check_torch_version()
     dtype = DTYPES[options.mixed_precision]
     check_attn_mode(options.attn_mode, training=True, device=device, dtype=dtype)
@@ -73,6 +77,7 @@ def check_start(options: TrainOptions, device: torch.device) -> None:
             )
     check_output_folder(options)
     set_backends(tf32=options.cuda_allow_tf32, benchmark=options.cuda_cudnn_benchmark)
+    return dit
 
 
 def set_backends(*, tf32: bool = False, benchmark: bool = False) -> None:

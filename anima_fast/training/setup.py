@@ -29,7 +29,7 @@ from anima_fast.files import write_text
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.option_files import to_toml
 from anima_fast.options import FinetuneOptions
-from anima_fast.training.adapter_setup import build_network
+from anima_fast.training.adapter_setup import build_network, check_network
 from anima_fast.training.checks import DTYPES, check_start, choose_device, uses_fused_blocks
 from anima_fast.training.conditioning import Conditioning, load_conditioning
 from anima_fast.training.disk_check import check_disk
@@ -117,7 +117,9 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     as it can be known.
     """
     device = choose_device(options)
-    check_start(options, device)
+    sizes = check_start(options, device)
+    if not trains_all(options):
+        check_network(options, sizes)
     seed_everything(seed)
 
     say("reading the dataset")
