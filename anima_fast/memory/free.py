@@ -33,17 +33,20 @@ def host_free() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         found = dict(line.split(":", 1) for line in lines if ":" in line)
-        return min(int(found["MemAvailable"].split()[0]) * 1024, _limit() or 2**63)
+        available, limit = int(found["MemAvailable"].split()[0]) * 1024, _limit()
+        return available if limit is None else min(available, limit)
     except (OSError, KeyError, ValueError):
         return None
 
 
-def _limit() -> int | None:
+def _limit(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
     """What the control group of a container leaves; None without a limit."""
-    folder = Path("/sys/fs/cgroup")
     try:
         limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
         used = int((folder / "memory.current").read_text(encoding="utf-8"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        # Files that were read long ago count as used, and make room when room is needed.
+        used -= int(stat.get("inactive_file", 0))
         return None if limit == "max" else max(0, int(limit) - used)
     except (OSError, ValueError):
         return None

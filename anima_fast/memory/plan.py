@@ -30,6 +30,9 @@ WORKSPACE_UNITS, OUTSIDE_UNITS = 14.0, 8.0
 STEP_BYTES = 4
 # Assumed: what the program itself takes of host memory, and of a card (context, libraries).
 PROGRAM_BYTES, CONTEXT_BYTES = 3 * GIB, int(0.8 * GIB)
+# The first without a card, whose libraries are most of it: 0.5 GiB at the end of a tiny run, of
+# which the greater part is taken before free memory is measured.
+CPU_PROGRAM_BYTES = GIB // 2
 # Assumed: the part of free memory that can be used before fragments get in the way.
 USABLE_SHARE = 0.95
 
@@ -69,6 +72,7 @@ class Setting:
         batch, tokens, rows: B, L and S of the largest batch.
         residual_bytes: of a number between blocks.
         other_bytes: further models that stay on the device.
+        program_bytes: of the program itself, in host memory.
     """
 
     compute_bytes: int
@@ -87,6 +91,7 @@ class Setting:
     rows: int
     residual_bytes: int
     other_bytes: int = 0
+    program_bytes: int = PROGRAM_BYTES
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def predict(sizes: Sizes, setting: Setting) -> Prediction:
         workspace=workspace,
         update=_update(sizes, s),
         other=s.other_bytes,
-        host=PROGRAM_BYTES + _host(sizes, s),
+        host=s.program_bytes + _host(sizes, s),
         both=s.accumulates,
         fused=s.fused,
     )

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from anima_fast.data.encode import choose_image_mode, choose_text_mode
 from anima_fast.data.plan import DatasetPlan
-from anima_fast.memory.plan import Prediction, Setting, Sizes, predict
+from anima_fast.memory.plan import (
+    CPU_PROGRAM_BYTES,
+    PROGRAM_BYTES,
+    Prediction,
+    Setting,
+    Sizes,
+    predict,
+)
 from anima_fast.models.llm_adapter import AdapterConfig
 from anima_fast.models.recompute import block_policies
 from anima_fast.training.finetune import base_tensors, looks_at_all, training_dtype
@@ -79,6 +86,7 @@ def prediction(options: FinetuneOptions, batch: Batch, device: torch.device) -> 
         rows=TEXT_ROWS,
         residual_bytes=2 if options.mixed_precision == "bf16" else 4,
         other_bytes=other_models(options),
+        program_bytes=CPU_PROGRAM_BYTES if device.type == "cpu" else PROGRAM_BYTES,
     )
     return predict(sizes, setting)
 
