@@ -110,6 +110,37 @@ def test_a_lora_network_trains_alike(mode):
     assert torch.equal(*gradients)
 
 
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_the_norms_of_magnitudes_are_of_the_weights_on_the_device(kind, monkeypatch):
+    """Backward computes them again when a swapped block's parameters are in host memory again.
+
+    Here host and device are one, so weights are doubled on their way between them.
+    """
+
+    def copy_doubled(swap, index, weights):
+        with torch.no_grad():
+            for name, host in swap.parameters[index].items():
+                weights[name].copy_(2 * host)
+
+    monkeypatch.setattr(BlockSwap, "_copy", copy_doubled)
+    gradients = []
+    for swapped in (True, False):
+        dit = make_dit(CONFIG)
+        network = add_lora(dit, kind=kind, rank=4, dora="outputs", seed=1)
+        with torch.no_grad():
+            network.flat.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+        if swapped:
+            install_block_runner(dit, blocks_to_swap=3)
+        else:
+            for index in swapped_indices(CONFIG.num_blocks, 3):
+                for parameter in dit.blocks[index].parameters():
+                    parameter.data.mul_(2)
+        dit(*make_inputs(CONFIG), zero_keys=9).square().mean().backward()
+        gradients.append(network.flat_grad.clone())
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
+
+
 def test_gradients_reach_what_is_shared_by_the_blocks():
     """An adapter on the timestep embedding, as include patterns allow."""
     results = []

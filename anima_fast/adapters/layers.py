@@ -152,7 +152,7 @@ class AdaptedLinear(nn.Module):
 
     def _decomposed(self, x: Tensor) -> Tensor:
         plain, bias = self._plain_forward(x), self._linear[0].bias
-        factor = self._factor().to(x.dtype)
+        factor = self._factor(self._linear[0].weight).to(x.dtype)
         if is_of_inputs(self.dora_scale):
             scaled = x * factor
             full = self._plain_forward(scaled) + self.delta(scaled, 1.0)
@@ -161,33 +161,34 @@ class AdaptedLinear(nn.Module):
         full = factor * (product + self.delta(x, 1.0))
         return plain + self.multiplier * (full - product)
 
-    def _factor(self) -> Tensor:
+    def _factor(self, weight: Tensor) -> Tensor:
         """m / ‖W + Δ‖, one number each output or input, float32."""
         of_inputs = is_of_inputs(self.dora_scale)
+        # W is given and not looked up: a swapped block has it on the device in forward only.
         squares = [
-            checkpoint(self._squares, start, stop, of_inputs, use_reentrant=False)
+            checkpoint(self._squares, weight, start, stop, of_inputs, use_reentrant=False)
             for start, stop in row_ranges(self._linear[0].out_features)
         ]
         square = sum(squares) if of_inputs else torch.cat(squares)
         return wide(self.dora_scale).view(-1) / square.sqrt().clamp_min(NORM_FLOOR)
 
-    def _squares(self, start: int, stop: int, of_inputs: bool) -> Tensor:
-        weight = self._base_rows(start, stop) + self.rows(start, stop)
-        return weight.square().sum(dim=0 if of_inputs else 1)
+    def _squares(self, weight: Tensor, start: int, stop: int, of_inputs: bool) -> Tensor:
+        decomposed = self._base_rows(weight, start, stop) + self.rows(start, stop)
+        return decomposed.square().sum(dim=0 if of_inputs else 1)
 
-    def _base_rows(self, start: int, stop: int) -> Tensor:
+    def _base_rows(self, weight: Tensor, start: int, stop: int) -> Tensor:
         """Rows of the weight with the adapters below built in, float32."""
         for below in self._below:
-            return below._built_rows(start, stop)
-        return wide(self._linear[0].weight[start:stop])
+            return below._built_rows(weight, start, stop)
+        return wide(weight[start:stop])
 
-    def _built_rows(self, start: int, stop: int) -> Tensor:
-        base = self._base_rows(start, stop)
+    def _built_rows(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        base = self._base_rows(weight, start, stop)
         if self._removed:
             return base
         if self._part.dora_scale is None:
             return base + self.multiplier * self.rows(start, stop)
-        factor = self._factor()
+        factor = self._factor(weight)
         factor = factor if is_of_inputs(self.dora_scale) else factor[start:stop, None]
         return base + self.multiplier * (factor * (base + self.rows(start, stop)) - base)
 
