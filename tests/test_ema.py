@@ -53,14 +53,31 @@ def test_the_file_beside_the_lora_is_the_mean_of_the_steps(world, tmp_path):
     assert all(torch.equal(plain[key], steps[-1][key]) for key in plain)
     found = load_file(tmp_path / "a" / "lora-ema.safetensors")
     start = load_file(tmp_path / "a" / "lora-step00000001-ema.safetensors")
-    # Up matrices start at zero, so their mean is known from the first step on.
+    assert_is_mean(found, steps)
+    assert start.keys() == found.keys()
+
+
+def assert_is_mean(found, steps):
+    """Up matrices start at zero, so their mean is known from the first step on."""
     for key in (k for k in found if "lora_up" in k):
         mean = torch.zeros_like(found[key])
         for t, weights in enumerate(steps):
             decay = min(0.6, (1 + t) / (10 + t))
             mean = decay * mean + (1 - decay) * weights[key]
         torch.testing.assert_close(found[key], mean, rtol=1e-4, atol=1e-8)
-    assert start.keys() == found.keys()
+
+
+def test_the_mean_beside_a_schedule_free_average_is_that_of_the_steps(world, tmp_path):
+    """Recomputed from the resume states, which hold the training points."""
+    run(
+        world, tmp_path, optimizer_type="AdamWScheduleFree", lr_scheduler="constant",
+        max_train_epochs=None, max_train_steps=4, save_every_n_steps=1, save_state=True,
+    )  # fmt: skip
+    names = [*(f"lora-step{i:08d}-state" for i in (1, 2, 3)), "lora-state"]
+    steps = [load_file(tmp_path / name / "network.safetensors") for name in names]
+    assert_is_mean(load_file(tmp_path / "lora-ema.safetensors"), steps)
+    average = load_file(tmp_path / "lora.safetensors")
+    assert any(not torch.equal(average[key], steps[-1][key]) for key in average)
 
 
 def test_a_resumed_run_has_the_same_mean(world, tmp_path):

@@ -111,8 +111,10 @@ class Checkpoints:
 
     def save_weights(self, stem: str, position: Position) -> Path:
         """Write the LoRA, or the whole model, in the format and precision asked for."""
-        path = self._write(stem, position)
+        with averaged_weights(self.run.optimizer):
+            path = self._write(stem, position)
         if self.run.ema is not None:
+            # The mean of the steps themselves: a schedule-free optimizer's average is its own.
             with self.run.ema.in_place():
                 self._write(f"{stem}{EMA_MARK}", position)
         return path
@@ -120,17 +122,16 @@ class Checkpoints:
     def _write(self, stem: str, position: Position) -> Path:
         path = self.folder / f"{stem}.safetensors"
         network, dtype = self.run.network, SAVE_DTYPES[self.options.save_precision]
-        with averaged_weights(self.run.optimizer):
-            if self.whole_model:
-                network.save(path, dtype=dtype, metadata=model_metadata(self.options))
-            else:
-                network.save(
-                    path,
-                    dialect=self.options.lora_format,
-                    dtype=dtype,
-                    metadata=self._metadata(position),
-                    fold_alpha=self.options.fold_alpha,
-                )
+        if self.whole_model:
+            network.save(path, dtype=dtype, metadata=model_metadata(self.options))
+        else:
+            network.save(
+                path,
+                dialect=self.options.lora_format,
+                dtype=dtype,
+                metadata=self._metadata(position),
+                fold_alpha=self.options.fold_alpha,
+            )
         return path
 
     def save_state(self, name: str, position: Position, *, keep_previous: bool = False) -> None:
