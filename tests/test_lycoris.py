@@ -342,6 +342,20 @@ def test_the_other_dtype_stays_close():
         assert relative_error(layer.delta(x.bfloat16(), 1.0).float(), exact) < 0.03
 
 
+@pytest.mark.parametrize("of_inputs", [False, True])
+def test_small_changes_of_magnitudes_act_in_16_bits(of_inputs):
+    """A factor of 1.003 is 1 in bfloat16, and the network would train without its magnitudes."""
+    linear = make_linear((256, 64)).to(torch.bfloat16)
+    part = make_part("lora", (256, 64))
+    part = replace(part, up=torch.zeros(256, 3))
+    part = replace(part, dora_scale=1.003 * initial_magnitudes(linear, of_inputs))
+    x = torch.randn(64, 64).bfloat16()
+    plain = linear(x).double()
+    attached(part, linear)
+    ratio = (linear(x).double() * plain).sum() / plain.square().sum()
+    assert 1.002 < ratio < 1.004
+
+
 def test_the_sides_that_loraplus_speeds_up():
     for kind, suffix in (("lora", "up"), ("loha", "w2_a"), ("lokr", "w1")):
         network = add_lora(make_dit(), kind=kind, rank=2, loraplus_ratio=8.0, unet_lr=1e-3)
