@@ -67,11 +67,32 @@ def _trained_parts(draft: Draft) -> None:
             "--network_train_unet_only and --network_train_text_encoder_only exclude each other: "
             "drop both to train both"
         )
-    frozen = bool(draft.text_encoder_lr) and not any(draft.text_encoder_lr)
-    if draft.network_train_text_encoder_only and frozen:
+    if draft.network_train_text_encoder_only and _text_encoder_is_frozen(draft):
         raise UserError(
             "--network_train_text_encoder_only with --text_encoder_lr 0 trains nothing: give the "
             "text encoder a rate"
+        )
+
+
+def _text_encoder_is_frozen(draft: Draft) -> bool:
+    """By a rate of 0, as against no rate of its own."""
+    return bool(draft.text_encoder_lr) and not any(draft.text_encoder_lr)
+
+
+def _format(draft: Draft) -> None:
+    """Found now and not when the finished network is to be saved."""
+    if draft.lora_format != "diffusers":
+        return
+    arguments = parse_network_args(draft.network_args, draft.network_module)
+    if arguments.kind != "lora" or "dora" in arguments.kwargs:
+        raise UserError(
+            "--lora_format diffusers holds plain LoRA only: use comfyui or kohya for LoHa, LoKr "
+            "and DoRA"
+        )
+    if not draft.network_train_unet_only and not _text_encoder_is_frozen(draft):
+        raise UserError(
+            "--lora_format diffusers has no names for the text encoder, which is trained too: add "
+            "--network_train_unet_only, or use comfyui or kohya"
         )
 
 
@@ -91,4 +112,4 @@ def _cached_text_is_frozen(draft: Draft) -> None:
         )  # fmt: skip
 
 
-NETWORK_RULES = (_network, _trained_parts, _cached_text_is_frozen)
+NETWORK_RULES = (_network, _trained_parts, _cached_text_is_frozen, _format)

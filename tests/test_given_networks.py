@@ -115,6 +115,10 @@ def test_a_taken_network_has_the_ranks_and_modules_of_its_file(world, files, tmp
         ({"network_weights": "lokr"}, "this network has a LoRA of rank 4"),
         ({"network_weights": "dora"}, "is a DoRA"),
         ({"base_weights": "other"}, "made for another size"),
+        (
+            {"network_weights": "lokr", "dim_from_weights": True, "lora_format": "diffusers"},
+            "plain LoRA only",
+        ),
     ],
 )  # fmt: skip
 def test_a_network_that_does_not_fit_is_refused_before_anything_is_encoded(
@@ -125,7 +129,7 @@ def test_a_network_that_does_not_fit_is_refused_before_anything_is_encoded(
     for name in ("network_weights", "base_weights"):
         if name in given:
             path = {**files, "other": str(other)}[given[name]]
-            given = {name: (path,) if name == "base_weights" else path}
+            given = {**given, name: (path,) if name == "base_weights" else path}
     monkeypatch.setattr("anima_fast.training.setup.encode_dataset", None)
     with pytest.raises(UserError, match=message):
         run(world, tmp_path / "out", **given)

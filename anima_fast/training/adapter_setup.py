@@ -57,6 +57,8 @@ def build_network(
     if given:
         ignored = network.load(given)
         say(f"started from {given}" + (f"; {len(ignored)} keys ignored" if ignored else ""))
+    # A format that cannot hold it shall be refused now, and not when it is finished.
+    network.state_tensors(options.lora_format)
     if options.tlora_min_rank is not None:
         network.tlora = (options.tlora_min_rank, options.tlora_alpha)
     for text in unmatched_patterns(options, {*layers, *network.modules_by_name}):
