@@ -138,6 +138,11 @@ def _precision(draft: Draft) -> None:
     for flag, precision in (("full_bf16", "bf16"), ("full_fp16", "fp16")):
         if draft.values[flag] and draft.mixed_precision != precision:
             draft.set("mixed_precision", precision, f"{flag}: mixed_precision set to {precision}")
+    if draft.full_fp16 and draft.values.get("weight_update", "plain") == "plain":
+        draft.notices.append(
+            "full_fp16: squares of small gradients vanish in float16, so that steps of Adam may "
+            "explode: --mixed_precision fp16 alone keeps what is trained in float32"
+        )
 
 
 def _memory(draft: Draft) -> None:

@@ -114,6 +114,10 @@ def test_settled_combinations(given, settled):
 def test_notices():
     assert any("llm_adapter_lr 0" in notice for notice in FinetuneOptions().notices)
     assert FinetuneOptions(llm_adapter_lr=0.0).notices == ()
+    half = {"llm_adapter_lr": 0.0, "full_fp16": True, "mixed_precision": "fp16"}
+    assert FinetuneOptions(**half).notices == ()
+    plain = FinetuneOptions(**half, weight_update="plain")
+    assert any("may explode" in notice for notice in plain.notices)
     fused = FinetuneOptions(llm_adapter_lr=0.0, fused_backward_pass=True)
     assert any("by itself" in notice for notice in fused.notices)
     assert not FinetuneOptions(

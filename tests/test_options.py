@@ -205,6 +205,7 @@ def test_refused_combinations(given, message):
         ({"unsloth_offload_checkpointing": True}, {"gradient_checkpointing": True}, True),
         ({"cpu_offload_checkpointing": True}, {"gradient_checkpointing": True}, True),
         ({"full_fp16": True}, {"mixed_precision": "fp16"}, True),
+        ({"full_fp16": True, "mixed_precision": "fp16"}, {"mixed_precision": "fp16"}, True),
         ({"full_bf16": True, "mixed_precision": "no"}, {"mixed_precision": "bf16"}, True),
         ({"full_bf16": True}, {"mixed_precision": "bf16"}, False),
         ({"loss_type": "huber"}, {"huber_schedule": "constant"}, True),
