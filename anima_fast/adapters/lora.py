@@ -63,6 +63,7 @@ def add_lora(
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
     modules_from: Mapping[str, Part] | None = None,
+    device: str = "cpu",
 ) -> LoRANetwork:
     """Attach a network.
 
@@ -86,9 +87,10 @@ def add_lora(
         seed: of the initial values, which depend on the module's name and nothing else.
         modules_from: parts of a file: take exactly its modules, kinds, ranks, alphas and values,
             whatever is said above about them.
+        device: of the first values; "meta" makes none, for asking whether a network fits.
 
     Returns:
-        The network, in train mode, on the CPU (`network.to(device)` before making an optimizer).
+        The network, in train mode (`network.to(device)` before making an optimizer).
 
     Raises:
         UserError: rank below 1, a bad pattern, a block that does not exist, nothing to train, or
@@ -125,7 +127,7 @@ def add_lora(
                     f"network_reg_dims: {target.name} gets rank {own_rank}, use 1 or more"
                 )
             generator = _generator(seed, target.name)
-            part = _initial(target, kind, own_rank, alpha, generator, dora, lokr or {})
+            part = _initial(target, kind, own_rank, alpha, generator, dora, lokr or {}, device)
         adapters[target.name] = LAYERS[part.kind](target, part, dropouts)
     groups = _groups(
         adapters,
@@ -179,13 +181,18 @@ def _initial(
     generator: torch.Generator,
     dora: str | None,
     lokr: Mapping[str, Any],
+    device: str,
 ) -> Part:
     """The first values of an adapter: Δ = 0, and with magnitudes W' = W."""
     shape = (target.linear.out_features, target.linear.in_features)
-    if kind == "lokr":
-        part: Part = initial_lokr(shape, rank, alpha, generator, **lokr)
-    else:
-        part = {"lora": initial_lora, "loha": initial_loha}[kind](shape, rank, alpha, generator)
+    with torch.device(device):
+        if kind == "lokr":
+            part: Part = initial_lokr(shape, rank, alpha, generator, **lokr)
+        else:
+            maker = {"lora": initial_lora, "loha": initial_loha}[kind]
+            part = maker(shape, rank, alpha, generator)
+    # The one value that a network without values has too.
+    part = replace(part, alpha=torch.tensor(float(alpha or rank)))
     if dora is not None:
         part = replace(part, dora_scale=initial_magnitudes(target.linear, dora == "inputs"))
     return part

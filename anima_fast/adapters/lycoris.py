@@ -239,5 +239,4 @@ def initial_magnitudes(linear: nn.Linear, of_inputs: bool = False) -> Tensor:
     norms = torch.linalg.vector_norm(
         weight, dim=0 if of_inputs else 1, keepdim=True, dtype=torch.float32
     )
-    # A model without values is only asked whether a network fits it.
-    return torch.ones(norms.shape) if norms.is_meta else norms.cpu()
+    return norms if norms.is_meta else norms.cpu()

@@ -35,7 +35,7 @@ class LoRANetwork(nn.Module):
         self._dtype = dtype
         self._multiplier = 1.0
         self.tlora: tuple[int, float] | None = None
-        self._build("cpu")
+        self._build(next(self.parameters()).device)
 
     def _build(self, device: torch.device | str) -> None:
         trained = {id(p) for group in self._groups for p in group.params}

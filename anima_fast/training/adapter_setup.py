@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from anima_fast.adapters.formats import merge_lora, read_lora
+from anima_fast.adapters.formats import merge_lora, named_tensors, read_lora
 from anima_fast.adapters.lora import add_lora
 from anima_fast.adapters.network import LoRANetwork
 from anima_fast.errors import UserError
@@ -52,13 +52,15 @@ def build_network(
         else torch.float32,
         seed=seed,
         modules_from=read_lora(given)[0] if given and options.dim_from_weights else None,
+        device="meta" if dit.x_embedder.proj[1].weight.is_meta else "cpu",
         **options.network_kwargs,
     )
     if given:
         ignored = network.load(given)
         say(f"started from {given}" + (f"; {len(ignored)} keys ignored" if ignored else ""))
     # A format that cannot hold it shall be refused now, and not when it is finished.
-    network.state_tensors(options.lora_format)
+    parts = {name: adapter.part() for name, adapter in network.modules_by_name.items()}
+    named_tensors(parts, options.lora_format)
     if options.tlora_min_rank is not None:
         network.tlora = (options.tlora_min_rank, options.tlora_alpha)
     for text in unmatched_patterns(options, {*layers, *network.modules_by_name}):
