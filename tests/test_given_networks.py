@@ -109,6 +109,10 @@ def test_a_taken_network_has_the_ranks_and_modules_of_its_file(world, files, tmp
     ("given", "message"),
     [
         ({"network_args": ("train_block_indices=14-27",)}, "blocks 0 to 1"),
+        (
+            {"network_args": ("train_block_indices=2",), "cache_text_encoder_outputs": False},
+            "blocks 0 to 1",
+        ),
         ({"network_args": ("exclude_patterns=.*",)}, "no module is left"),
         ({"network_args": ("train_block_indices=",)}, "no module is left"),
         ({"network_weights": "lora"}, "is a LoRA of rank 8"),

@@ -295,6 +295,10 @@ def test_wrong_network_args(word, message):
         ("lycoris.kohya", ("algo=lokr", "full_matrix=1", "factor=-1"), "lokr",
          {"kind": "lokr", "lokr": {"factor": -1, "full_matrix": True}}),
         ("lycoris.kohya", ("algo=locon", "dora_wd=True"), "lora", {"dora": "outputs"}),
+        # As graphical interfaces write it, with all that is off.
+        ("lycoris.kohya", ("algo=loha", "use_scalar=False", "rs_lora=False", "train_norm=False",
+         "bypass_mode=False", "rank_dropout_scale=False", "dora_wd=False"), "loha",
+         {"kind": "loha"}),
         ("networks.lora_anima", ("dora_wd=True", "wd_on_output=False"), "lora",
          {"dora": "inputs"}),
         ("networks.lora_anima", ("train_block_indices=0-2, 5",), "lora", {"blocks": (0, 1, 2, 5)}),

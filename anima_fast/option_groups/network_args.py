@@ -46,7 +46,7 @@ _LOKR_KEYS = {
 _OF_CONVOLUTIONS = (
     "conv_dim", "conv_alpha", "use_tucker", "disable_conv_cp", "use_cp", "use_conv_cp",
 )  # fmt: skip
-# Keys of LyCORIS that would change the result.
+# Keys of LyCORIS that would change the result, unless they are off.
 _REFUSED = {
     "preset": "choose layers with include_patterns and exclude_patterns instead",
     "use_scalar": "its scalar is no part of the file's maths; remove it",
@@ -55,7 +55,10 @@ _REFUSED = {
     "unbalanced_factorization": "no loader can tell it from a file; remove it",
     "network_reg_alphas": "no release of sd-scripts has it; the alpha is the same everywhere",
 }
-_WITHOUT_EFFECT = {"bypass_mode": "adapters are always applied beside the layer"}
+_WITHOUT_EFFECT = {
+    "bypass_mode": "adapters are always applied beside the layer",
+    "rank_dropout_scale": "what rank dropout leaves is always scaled up",
+}
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ def parse_network_args(words: Iterable[str], module: str = "networks.lora_anima"
             notices.append(f"network_args {key}: the DiT has no convolutions; it has no effect")
         elif key in _WITHOUT_EFFECT:
             notices.append(f"network_args {key}: {_WITHOUT_EFFECT[key]}; it has no effect")
+        elif key in _REFUSED and value.lower() in FALSE_WORDS:
+            continue
         elif key in _REFUSED:
             raise UserError(f"--network_args {key} is not supported: {_REFUSED[key]}")
         elif key in _LOKR_KEYS and kind != "lokr":

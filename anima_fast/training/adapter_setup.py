@@ -13,6 +13,7 @@ from torch import nn
 from anima_fast.adapters.formats import merge_lora, named_tensors, read_lora
 from anima_fast.adapters.lora import add_lora
 from anima_fast.adapters.network import LoRANetwork
+from anima_fast.adapters.targets import find_targets
 from anima_fast.errors import UserError
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.training.checks import DTYPES
@@ -97,17 +98,18 @@ def check_network(options: TrainOptions, sizes: DitConfig) -> None:
     """Refuse a network that does not fit the DiT, before anything is encoded.
 
     The network is made on a DiT without values. Where the text path is trained too its models would
-    be needed, so there it is known only when they are loaded.
+    be needed: there only blocks are looked at.
 
     Raises `UserError` as `build_network` does, and for options that the file of
     `dim_from_weights` cannot follow.
     """
     if options.dim_from_weights:
         check_kinds(options)
-    if options.trains_llm_adapter or options.trains_text_encoder:
-        return
     with torch.device("meta"):
         dit = AnimaDiT(sizes)
+    if options.trains_llm_adapter or options.trains_text_encoder:
+        find_targets(dit, None, None, blocks=options.network_kwargs.get("blocks"))
+        return
     no_text = Conditioning(torch.device("meta"), dit.dtype)
     build_network(options, dit, no_text, seed=0, say=lambda text: None)
 
