@@ -43,7 +43,9 @@ class NetworkOptions:
     )
     network_weights: str | None = _network(None, "LoRA file to start from.")
     dim_from_weights: bool = _network(False, "Take ranks and alphas from network_weights.")
-    base_weights: tuple[str, ...] = _network((), "LoRA files merged into the DiT before training.")
+    base_weights: tuple[str, ...] = _network(
+        (), "LoRA, LoHa or LoKr files merged into the model before training."
+    )
     base_weights_multiplier: tuple[float, ...] = _network(
         (), "Their strengths; missing ones are 1."
     )
