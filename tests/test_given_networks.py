@@ -114,7 +114,6 @@ def test_a_taken_network_has_the_ranks_and_modules_of_its_file(world, files, tmp
             "blocks 0 to 1",
         ),
         ({"network_args": ("exclude_patterns=.*",)}, "no module is left"),
-        ({"network_args": ("train_block_indices=",)}, "no module is left"),
         ({"network_weights": "lora"}, "is a LoRA of rank 8"),
         ({"network_weights": "lokr"}, "this network has a LoRA of rank 4"),
         ({"network_weights": "dora"}, "is a DoRA"),

@@ -277,6 +277,8 @@ def test_network_args():
         ("network_reg_alphas=.*=1", "not supported"),
         ("preset=full", "include_patterns"),
         ("train_block_indices=9-3", "such as 14-27"),
+        ("train_block_indices=", "got none"),
+        ("dropout=0.1", "--network_dropout"),
         ("train_block_indices=0-99999999", "no block"),
         ("nothing", "key=value"),
     ],

@@ -48,6 +48,7 @@ _OF_CONVOLUTIONS = (
 )  # fmt: skip
 # Keys of LyCORIS that would change the result, unless they are off.
 _REFUSED = {
+    "dropout": "give --network_dropout instead",
     "preset": "choose layers with include_patterns and exclude_patterns instead",
     "use_scalar": "its scalar is no part of the file's maths; remove it",
     "rs_lora": "give --network_alpha multiplied by the root of the rank instead",
@@ -183,6 +184,8 @@ def _indices(value: str, where: str) -> tuple[int, ...] | None:
         if int(match[2] or match[1]) > 999:
             raise UserError(f"{where}: there is no block {match[2] or match[1]}")
         found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if not found:
+        raise UserError(f"{where}: expected blocks such as 14-27 or 0-3,8, or all; got none")
     return tuple(sorted(found))
 
 
