@@ -158,3 +158,14 @@ def test_a_refused_merge_of_the_text_path_changes_nothing(tmp_path):
     with pytest.raises(UserError, match=r"llm_adapter\.blocks\.9"):
         merge_lora(dit, tmp_path / "deep.safetensors", llm_adapter=make_adapter())
     assert_same(dit.state_dict(), make_dit().state_dict())
+
+
+def test_a_state_goes_on_with_the_files_that_were_merged_only(world, files, tmp_path):
+    given = {"base_weights": (files["lora"],), "base_weights_multiplier": (0.5,)}
+    run(world, tmp_path / "a", save_state_on_train_end=True, **given)
+    state = str(tmp_path / "a" / "lora-state")
+    for changes in ({}, {**given, "base_weights_multiplier": ()}):
+        with pytest.raises(UserError, match="base_weights was"):
+            run(world, tmp_path / "b", resume=state, **changes)
+    options = train_options(world, tmp_path / "c", max_train_epochs=2, resume=state, **given)
+    assert train(options).steps > 0

@@ -248,6 +248,7 @@ def test_a_step_that_drops_every_module_changes_nothing(world, tmp_path):
 def test_resume_auto_without_a_state_starts_at_the_beginning(world, tmp_path):
     result = train(train_options(world, tmp_path, resume="auto"))
     assert result.output.exists()
+    assert "starts from the beginning" in (tmp_path / "console.log").read_text(encoding="utf-8")
 
 
 def test_a_corrupt_state_offers_the_one_before(world, tmp_path):

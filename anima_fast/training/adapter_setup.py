@@ -73,12 +73,17 @@ def build_network(
     return network
 
 
+def base_files(options: TrainOptions) -> list[tuple[str, float]]:
+    """The files of `base_weights` and their strengths."""
+    multipliers = [*options.base_weights_multiplier, *[1.0] * len(options.base_weights)]
+    return list(zip(options.base_weights, multipliers, strict=False))
+
+
 def merge_base_weights(
     options: TrainOptions, dit: AnimaDiT, conditioning: Conditioning, *, say: Callable[[str], None]
 ) -> None:
     """Build the files of `base_weights` into the frozen models, each at its strength."""
-    multipliers = [*options.base_weights_multiplier, *[1.0] * len(options.base_weights)]
-    for path, multiplier in zip(options.base_weights, multipliers, strict=False):
+    for path, multiplier in base_files(options):
         left = merge_lora(
             dit,
             path,

@@ -80,6 +80,8 @@ def train(options: TrainOptions) -> TrainResult | None:
             return None
         if options.seed not in (None, seed):
             progress.say(f"the seed stays {seed}, that of the state; --seed is not used")
+        if options.resume and state is None:
+            progress.say("no resume state of this run is here: it starts from the beginning")
         remove_leftovers(options)
         # From here on the run's files say which it was.
         options = replace(options, seed=seed)

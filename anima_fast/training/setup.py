@@ -29,7 +29,7 @@ from anima_fast.files import write_text
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.option_files import to_toml
 from anima_fast.options import FinetuneOptions
-from anima_fast.training.adapter_setup import build_network, check_network
+from anima_fast.training.adapter_setup import base_files, build_network, check_network
 from anima_fast.training.checks import DTYPES, check_start, choose_device, uses_fused_blocks
 from anima_fast.training.conditioning import Conditioning, load_conditioning
 from anima_fast.training.disk_check import check_disk
@@ -107,7 +107,11 @@ class Run:
     @property
     def fingerprint(self) -> dict:
         """What a run that resumes must share with the one that was saved."""
-        return dataset_fingerprint(self.plan, self.length.accumulation)
+        found = dataset_fingerprint(self.plan, self.length.accumulation)
+        if not trains_all(self.options) and self.options.base_weights:
+            files = base_files(self.options)
+            found["base_weights"] = [f"{Path(path).name} {strength:g}" for path, strength in files]
+        return found
 
 
 def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> Run:
