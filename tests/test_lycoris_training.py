@@ -93,3 +93,10 @@ def test_a_state_of_another_kind_is_refused(world, tmp_path):
             )
         )  # fmt: skip
     assert not (tmp_path / "b" / "lora.safetensors").exists()
+
+
+@pytest.mark.parametrize(("words", "told"), [(("full_matrix=True",), True), ((), False)])
+def test_a_rank_without_effect_is_told(world, tmp_path, words, told):
+    given = {"network_module": "networks.lokr", "network_dim": 2, "network_args": words}
+    train(train_options(world, tmp_path, max_train_epochs=1, **given))
+    assert ("no effect" in (tmp_path / "console.log").read_text(encoding="utf-8")) is told

@@ -69,6 +69,8 @@ def build_network(
     modules = Counter(adapter.network for adapter in network.adapters)
     for kind, count in modules.items():
         say(f"{count} {kind} modules")
+    if whole := sum(adapter.rank is None for adapter in network.adapters):
+        say(f"{whole} of them have two whole factors: rank and alpha have no effect there")
     say(f"{sum(p.numel() for p in network.parameters()):,} parameters")
     return network
 
