@@ -78,8 +78,9 @@ class Guard:
 def lay_out(x: Tensor, layout: str, guard: Guard) -> Tensor:
     """`x` (or, expanded, its first row for all) in a guarded buffer of that memory layout."""
     if layout == "strided" and x.ndim >= 2:
-        # The gaps are NaN: reading one instead of the next row shows.
-        shape = (*x.shape[:-1], x.shape[-1] + 3)
+        # The gaps are NaN: reading one instead of the next row shows. No two tensors have the same,
+        # so that one's stride in the place of another's shows too.
+        shape = (*x.shape[:-1], x.shape[-1] + 3 + len(guard.buffers))
         return guard.empty(*shape, like=x)[..., : x.shape[-1]].copy_(x)
     if layout == "expanded" and x.ndim >= 2:
         return guard.copy(x[:1]).expand(x.shape)
