@@ -16,6 +16,7 @@ boost clock. All of these are ceilings that long runs under a power limit do not
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from anima_fast.errors import UserError
@@ -66,15 +67,20 @@ _GEFORCE = (
     ("rtx-3060-ti", 86, 38, 1665, 8, 448, 200),
     ("rtx-3070", 86, 46, 1725, 8, 448, 220),
     ("rtx-3080", 86, 68, 1710, 10, 760, 320),
+    ("rtx-3080-ti", 86, 80, 1665, 12, 912, 350),
     ("rtx-3090", 86, 82, 1695, 24, 936, 350),
+    ("rtx-3090-ti", 86, 84, 1860, 24, 1008, 450),
     ("rtx-4060", 89, 24, 2460, 8, 272, 115),
     ("rtx-4060-ti-8gb", 89, 34, 2535, 8, 288, 160),
     ("rtx-4060-ti-16gb", 89, 34, 2535, 16, 288, 165),
     ("rtx-4070", 89, 46, 2475, 12, 504, 200),
     ("rtx-4070-super", 89, 56, 2475, 12, 504, 220),
+    ("rtx-4070-ti", 89, 60, 2610, 12, 504, 285),
     ("rtx-4070-ti-super", 89, 66, 2610, 16, 672, 285),
     ("rtx-4080", 89, 76, 2505, 16, 717, 320),
+    ("rtx-4080-super", 89, 80, 2550, 16, 736, 320),
     ("rtx-4090", 89, 128, 2520, 24, 1008, 450),
+    ("rtx-5060", 120, 30, 2497, 8, 448, 145),
     ("rtx-5060-ti-8gb", 120, 36, 2572, 8, 448, 180),
     ("rtx-5060-ti-16gb", 120, 36, 2572, 16, 448, 180),
     ("rtx-5070", 120, 48, 2512, 12, 672, 250),
@@ -98,18 +104,30 @@ CARDS: dict[str, Card] = {
     for card in (*(_geforce(*row) for row in _GEFORCE), *(Card(*row) for row in _DATA_CENTRE))
 }
 
+# What drivers call cards that are sold under another name.
+_DRIVER_NAMES = {
+    "h100-80gb-hbm3": "h100-sxm",
+    "a100-sxm4-40gb": "a100-40",
+    "a100-sxm4-80gb": "a100-80",
+}
+
 
 def find_card(name: str) -> Card:
     """The card called `name`: as in `CARDS`, or with spaces, capitals, without "rtx" or "-sxm".
 
-    Raises `UserError` with the nearest names.
+    A name that is sold with several sizes of memory is the smallest: the others are as fast.
+    Drivers call them all the same. Raises `UserError` with the nearest names.
     """
-    wanted = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("geforce-")
+    wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
+    wanted = wanted.removeprefix("nvidia-").removeprefix("geforce-")
+    wanted = _DRIVER_NAMES.get(wanted, wanted)
     for spelling in (wanted, f"rtx-{wanted}"):
         if spelling in CARDS:
             return CARDS[spelling]
+    # Not any longer name: a 4070 Ti is no 4070 Ti Super.
+    variants = re.compile(rf"(rtx-)?{re.escape(wanted)}-(sxm|\d+gb)")
+    if found := [card for card in CARDS.values() if variants.fullmatch(card.name)]:
+        return min(found, key=lambda card: card.memory_gib)
     longer = [card for card in CARDS if card.startswith((f"{wanted}-", f"rtx-{wanted}-"))]
-    if len(longer) == 1:
-        return CARDS[longer[0]]
     near = longer or difflib.get_close_matches(wanted, CARDS, n=4, cutoff=0.5)
     raise UserError(f"--card {name} is unknown: use {', '.join(near or CARDS)}")

@@ -52,7 +52,7 @@ def _described(rates: Rates) -> Card:
     try:
         known = find_card(title)
     except UserError:
-        # A name that several cards share, or one of none: the measured rate is the peak.
+        # A card that is not in the table: the measured rate is the peak.
         known = None
     return Card(
         name="measured",
