@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anima_fast.adapters.lora import LoRANetwork, add_lora
+from anima_fast.bench.step import REAL
 from anima_fast.bench.timing import on_card
 from anima_fast.memory.offload import compile_blocks, install_block_runner
 from anima_fast.models.block_graphs import BlockGraphs
@@ -30,11 +31,6 @@ from anima_fast.training.flow import (
 from anima_fast.training.optimizers import clip_flat_grad
 
 DEVICE = "cuda" if on_card() else "cpu"
-# The published model; text rows of a middling caption, padded to 512 as in training.
-REAL = DitConfig(
-    model_channels=2048, num_blocks=28, num_heads=16, head_dim=128, context_dim=1024,
-    adaln_rank=256, mlp_hidden=8192,
-)  # fmt: skip
 TINY = DitConfig(
     model_channels=64, num_blocks=3, num_heads=2, head_dim=32, context_dim=24,
     adaln_rank=8, mlp_hidden=256,
@@ -42,27 +38,11 @@ TINY = DitConfig(
 CONFIG = REAL if on_card() else TINY
 DTYPE = torch.bfloat16 if on_card() else torch.float32
 RANK = 32 if on_card() else 4
+# Rows of a middling caption, padded to 512 as in training.
 TEXT_ROWS, PADDED_ROWS = (96, 512) if on_card() else (5, 20)
 POLICIES = ("none", "mlp", "block")
 # So small that hundreds of steps leave the loss where it was: providers can be compared by it.
 RATE = 1e-8
-
-
-def step_flops(config: DitConfig, tokens: int, batch: int, rank: int, text: int) -> float:
-    """Operations (two per multiply-add) that a LoRA step of the blocks needs, none twice.
-
-    Frozen layers: the product and its activation's gradient; adapters: also both weights'
-    gradients; attention: two products forward, four backward, text rows without padding. No
-    gradient goes below block 0's normed input or below the text. Modulation, embeddings and the
-    final layer, far below a percent at real sizes, are left out.
-    """
-    d, h, c = config.model_channels, config.mlp_hidden, config.context_dim
-    image, texts = [(d, d)] * 6 + [(d, h), (h, d)], [(c, d)] * 2
-    block = tokens * sum(2 * a * b + 3 * rank * (a + b) for a, b in image)
-    block += text * sum(a * b + rank * (2 * a + 3 * b) for a, b in texts)
-    block += 6 * tokens * (tokens + text) * d
-    first = 3 * tokens * d * (d + rank)
-    return 2.0 * batch * (config.num_blocks * block - first)
 
 
 def random_dit(config: DitConfig, dtype: torch.dtype = DTYPE) -> AnimaDiT:

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from step_models import DEVICE, POLICIES, REAL, Bench
+from step_models import DEVICE, POLICIES, Bench
 from torch import Tensor
 
 from anima_fast.bench.rows import Row
+from anima_fast.bench.step import REAL
 from anima_fast.bench.timing import on_card
 
 DTYPE = torch.bfloat16

@@ -18,8 +18,11 @@ from anima_fast.bench.cards import Card
 from anima_fast.bench.step import (
     PARAMETER_OPS,
     POLICIES,
+    REAL,
+    TEXT_ROWS,
     lora_parameters,
     memory,
+    step_flops,
     step_time,
 )
 from anima_fast.kernels import OPS
@@ -73,10 +76,11 @@ class OpTime:
 
 
 def sized(sizes: Sizes, *, batch: int, rank: int) -> dict[str, int]:
-    """Registry sizes with the letters of the legend that a run chooses: B batch, R rank."""
-    changed = dict(sizes)
-    if "B" in sizes:
-        changed["B"] = sizes["B"] * batch
+    """Registry sizes with the letters of the legend that a run chooses.
+
+    B batch, M the tokens of all samples (of an op that has no B), R rank.
+    """
+    changed = {name: size * batch if name in "BM" else size for name, size in sizes.items()}
     if "R" in sizes:
         changed["R"] = rank
     return changed
@@ -146,6 +150,7 @@ def _op_record(time: OpTime) -> dict[str, Any]:
 def _step_records(
     card: Card, times: Sequence[OpTime], *, tokens: int, batch: int, rank: int
 ) -> Iterator[dict[str, Any]]:
+    useful = step_flops(REAL, tokens, batch, rank, TEXT_ROWS)
     for policy in POLICIES:
         step = step_time(times, policy)
         need = memory(policy, tokens=tokens, batch=batch, rank=rank)
@@ -156,7 +161,7 @@ def _step_records(
             "backward_s": step.backward_s,
             "recompute_s": step.recompute_s,
             "other_s": step.other_s,
-            "mfu": step.mfu(card.bf16_tflops * 1e12),
+            "mfu": useful / (step.seconds * card.bf16_tflops * 1e12),
             "missing": list(step.missing),
             "memory_gib": {
                 "weights": need.weights,
