@@ -76,28 +76,31 @@ def _adamw_fwd(
     CLIP: tl.constexpr, NORM_EPS: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    live = (o < COUNT) & (o < tl.load(ENDS + RANGES - 1))
+    inside = o < COUNT
+    # Padding is written back as it was: a mask that ends at a loaded number would split the loads
+    # and stores of 16 bytes into single elements.
+    live = o < tl.load(ENDS + RANGES - 1)
     # From the last range to the first: the one with the first end beyond o has the last word.
     lr = tl.zeros([TILE], dtype=ACC)
     for i in range(RANGES):
         r = RANGES - 1 - i
         lr = tl.where(o < tl.load(ENDS + r), tl.load(LRS + r).to(ACC), lr)
-    p = tl.load(P + o, mask=live, other=0.0).to(ACC)
-    g = tl.load(G + o, mask=live, other=0.0).to(ACC)
-    m = tl.load(M + o, mask=live, other=0.0).to(ACC)
-    v = tl.load(V + o, mask=live, other=0.0).to(ACC)
+    p = tl.load(P + o, mask=inside, other=0.0).to(ACC)
+    g = tl.load(G + o, mask=inside, other=0.0).to(ACC)
+    m = tl.load(M + o, mask=inside, other=0.0).to(ACC)
+    v = tl.load(V + o, mask=inside, other=0.0).to(ACC)
     if CLIP:
         # Not a minimum: that would drop a NaN.
         factor = max_norm / (tl.load(NORM).to(ACC) + NORM_EPS)
         g *= tl.where(factor > 1.0, 1.0, factor)
     # m ← m + (1 − β₁)·(g − m), v ← β₂·v + (1 − β₂)·g²
-    m += beta1_rest * (g - m)
-    v = beta2 * v + beta2_rest * g * g
+    m_new = m + beta1_rest * (g - m)
+    v_new = beta2 * v + beta2_rest * g * g
     # p ← p·(1 − lr·λ) − (lr/(1 − β₁ᵗ))·m/(√v/√(1 − β₂ᵗ) + ε)
-    p = p * (1.0 - lr * weight_decay) - lr / bias1 * m / (tl.sqrt(v) / root_bias2 + eps)
-    tl.store(P + o, p, mask=live)
-    tl.store(M + o, m, mask=live)
-    tl.store(V + o, v, mask=live)
+    step = lr / bias1 * m_new / (tl.sqrt(v_new) / root_bias2 + eps)
+    tl.store(P + o, tl.where(live, p * (1.0 - lr * weight_decay) - step, p), mask=inside)
+    tl.store(M + o, tl.where(live, m_new, m), mask=inside)
+    tl.store(V + o, tl.where(live, v_new, v), mask=inside)
 
 
 def adamw_forward(

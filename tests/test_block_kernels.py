@@ -1,0 +1,217 @@
+"""What the fused block asks of kernels beyond the public ops, against what replaces the kernels.
+
+Sums left out, gradients added, GELU inside products, results written into parts of buffers.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from anima_fast.kernels import dispatch
+from anima_fast.kernels.attention import attention_backward, attention_forward
+from anima_fast.kernels.gate_residual import gate_residual_backward
+from anima_fast.kernels.gate_residual_layernorm_modulate import (
+    gate_residual_layernorm_modulate_backward,
+)
+from anima_fast.kernels.layernorm_modulate import layernorm_modulate_backward
+from anima_fast.kernels.lora_linear import lora_linear_backward, lora_linear_forward
+from anima_fast.kernels.qk_norm_rope import qk_norm_rope_backward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def both(function, *args, **options):
+    """Results of the kernels and of the definitions."""
+    for mode in ("triton", "reference"):
+        with dispatch.use(mode):
+            yield function(*args, **options)
+
+
+def assert_equal(found, wanted, **tolerance):
+    if isinstance(found, (tuple, list)):
+        assert len(found) == len(wanted)
+        for a, b in zip(found, wanted, strict=True):
+            assert_equal(a, b, **tolerance)
+    elif wanted is None or found is None:
+        assert found is wanted
+    else:
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted, **{"rtol": 1e-5, "atol": 2e-5, **tolerance})
+
+
+@pytest.fixture
+def draw():
+    """Random tensors, no two of which have the same strides; NaN lies between their rows."""
+    gaps = itertools.count(3)
+
+    def make(*shape, dtype=torch.float32):
+        buffer = torch.full((*shape[:-1], shape[-1] + next(gaps)), float("nan"), dtype=dtype)
+        buffer[..., : shape[-1]] = torch.randn(shape).to(dtype)
+        return buffer.to(DEVICE)[..., : shape[-1]]
+
+    return make
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("sums", [False, True])
+def test_layernorm_modulate_backward(draw, residual, sums):
+    """With 67 rows and 64 chunks the last programs have no row."""
+    dh, x, scale = draw(2, 67, 40), draw(2, 67, 40), draw(2, 40)
+    given = {"residual": draw(2, 67, 40) if residual else None, "needs_modulation": sums}
+    found, wanted = both(layernorm_modulate_backward, dh, x, scale, **given)
+    assert (found[1] is None) != sums
+    assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_seam_backward(draw, sums, dtype):
+    dx, dh, x, y = (draw(2, 67, 40) for _ in range(4))
+    gate, scale = draw(2, 40), draw(2, 40)
+    found, wanted = both(
+        gate_residual_layernorm_modulate_backward, dx, dh, x, y if sums else None, gate, scale,
+        dtype=dtype,
+    )  # fmt: skip
+    assert found[1].dtype == dtype
+    # dy of one element may round to the other side.
+    assert_equal(found, wanted, **({"rtol": 8e-3} if dtype == torch.bfloat16 else {}))
+
+
+def test_gate_residual_backward(draw):
+    dout, y, gate = draw(2, 67, 40), draw(2, 67, 40), draw(2, 40)
+    for given in (y, None):
+        assert_equal(*both(gate_residual_backward, dout, given, gate))
+
+
+@pytest.mark.parametrize("parts, rope", [(2, True), (1, False), (3, True)])
+@pytest.mark.parametrize("sums", [False, True])
+def test_qk_norm_rope_backward_in_place(draw, parts, rope, sums):
+    """Over its own gradient, the first parts of a packed buffer; the others stay."""
+    packed, weights = draw(2, 5, 3, 2, 12), draw(parts, 12)
+    cos, sin = (draw(5, 6), draw(5, 6)) if rope else (None, None)
+    gradient = draw(2, 5, 3, 2, 12)
+    results = []
+    for mode in ("triton", "reference"):
+        buffer = gradient.clone()
+        with dispatch.use(mode):
+            out, dweights = qk_norm_rope_backward(
+                buffer[:, :, :parts], packed, weights, cos, sin, out=buffer, needs_weights=sums
+            )
+        assert out is buffer and torch.equal(out[:, :, parts:], gradient[:, :, parts:])
+        results.append((out, dweights))
+    assert_equal(*results)
+    assert (results[0][1] is None) != sums
+
+
+@pytest.mark.parametrize("length, keys", [(300, 5), (40, 130), (65, 64)])
+def test_attention_backward_into_packed_gradients(draw, length, keys):
+    """Many queries over few keys are split; the parts around the three stay as they are."""
+    q, k, v, do = (draw(2, n, 3, 20) for n in (length, keys, keys, length))
+    zero = torch.tensor([0, 300], dtype=torch.int32, device=DEVICE)
+    results = []
+    for mode in ("triton", "reference"):
+        dq, dkv = draw(2, length, 2, 3, 20), draw(2, keys, 3, 3, 20)
+        before = dq[:, :, 1].clone(), dkv[:, :, 2].clone()
+        with dispatch.use(mode):
+            out, lse = attention_forward(q, k, v, zero)
+            into = dq[:, :, 0], dkv[:, :, 0], dkv[:, :, 1]
+            attention_backward(do, q, k, v, out, lse, into=into)
+        assert torch.equal(dq[:, :, 1], before[0]) and torch.equal(dkv[:, :, 2], before[1])
+        results.append((out, lse, *into))
+    assert_equal(*results)
+
+
+# Ranks of three layers; the second has no adapter.
+RANKS, WIDTHS, TOKENS, INNER = (4, 0, 7), (24, 17, 40), 70, 33
+
+
+def layers(draw):
+    return {
+        "weights": [draw(n, INNER) / 6 for n in WIDTHS],
+        "downs": [draw(r, INNER) / 6 for r in RANKS],
+        "ups": [draw(n, r) if r else draw(n, 1)[:, :0] for n, r in zip(WIDTHS, RANKS, strict=True)],
+        "scales": [0.5, 1.0, 1.5],
+        "factors": [draw(TOKENS, 4) > 0, None, 1 + draw(TOKENS, 7).abs()],
+    }
+
+
+@pytest.mark.parametrize("implementation", ["triton", "cublas"])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_lora_linear_forward(draw, implementation, dropped):
+    x, given = draw(TOKENS, INNER), layers(draw)
+    if not dropped:
+        given["factors"] = None
+    with dispatch.use("triton"):
+        y, h, act = lora_linear_forward(x, **given, gelu=True, implementation=implementation)
+    parts, hidden = [], []
+    for i, rank in enumerate(RANKS):
+        inner = x @ given["downs"][i].T
+        if dropped and rank:
+            inner = inner * given["factors"][i]
+        hidden.append(inner)
+        parts.append(x @ given["weights"][i].T + given["scales"][i] * inner @ given["ups"][i].T)
+    wanted = torch.cat(parts, 1)
+    assert_equal((y, h), (wanted, torch.cat(hidden, 1)))
+    assert_equal(act, torch.nn.functional.gelu(wanted))
+
+
+@pytest.mark.parametrize("implementation", ["triton", "cublas"])
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("gelu, needs_x", [(False, True), (True, True), (False, False)])
+def test_lora_linear_backward(draw, implementation, dropped, gelu, needs_x):
+    """Against autograd, x being gelu of a given pre-activation or not."""
+    a, given = draw(TOKENS, INNER), layers(draw)
+    if not dropped:
+        given["factors"] = None
+    dy = draw(TOKENS, sum(WIDTHS))
+    leaf = a.detach().clone().requires_grad_()
+    trained = {
+        kind: [t.detach().clone().requires_grad_() for t in given[kind]]
+        for kind in ("downs", "ups")
+    }
+    x = torch.nn.functional.gelu(leaf) if gelu else leaf
+    parts, hidden = [], []
+    for i, rank in enumerate(RANKS):
+        inner = x @ trained["downs"][i].T
+        if dropped and rank:
+            inner = inner * given["factors"][i]
+        hidden.append(inner)
+        parts.append(x @ given["weights"][i].T + given["scales"][i] * inner @ trained["ups"][i].T)
+    torch.cat(parts, 1).backward(dy)
+    with dispatch.use("triton"):
+        dx, d_downs, d_ups = lora_linear_backward(
+            dy, x.detach(), torch.cat(hidden, 1).detach(), **given,
+            gelu_input=a if gelu else None, needs_x=needs_x, dtype=torch.float32,
+            implementation=implementation,
+        )  # fmt: skip
+    assert_equal(dx, leaf.grad if needs_x else None)
+    for i, rank in enumerate(RANKS):
+        if rank:
+            assert_equal(d_downs[i], trained["downs"][i].grad, atol=2e-4)
+            assert_equal(d_ups[i], trained["ups"][i].grad, atol=2e-4)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "cublas"])
+def test_sums_of_16_bit_adapters_are_rounded_once(draw, implementation):
+    """float32 gradients of bfloat16 products keep what the accumulator holds."""
+    x, w = draw(900, 16, dtype=torch.bfloat16), draw(24, 16, dtype=torch.bfloat16)
+    a, b = draw(3, 16, dtype=torch.bfloat16), draw(24, 3, dtype=torch.bfloat16)
+    dy, h = draw(900, 24, dtype=torch.bfloat16), draw(900, 3, dtype=torch.bfloat16)
+    with dispatch.use("triton"):
+        _, (da,), (db,) = lora_linear_backward(
+            dy, x, h, [w], [a], [b], [0.3], needs_x=False, dtype=torch.float32,
+            implementation=implementation,
+        )  # fmt: skip
+    exact = 0.3 * dy.double().T @ h.double()
+    error = (db.double() - exact).norm() / exact.norm()
+    # Only the card's cuBLAS has a product with float32 results.
+    assert error < (1e-5 if implementation == "triton" or DEVICE == "cuda" else 5e-3)
+    g = (0.3 * dy.double() @ b.double()).bfloat16().double()
+    exact = g.T @ x.double()
+    assert (da.double() - exact).norm() / exact.norm() < 5e-3
