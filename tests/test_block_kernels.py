@@ -7,14 +7,19 @@ import itertools
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.attention import attention_backward, attention_forward
 from anima_fast.kernels.gate_residual import gate_residual_backward
 from anima_fast.kernels.gate_residual_layernorm_modulate import (
     gate_residual_layernorm_modulate_backward,
+    gate_residual_layernorm_modulate_forward,
 )
-from anima_fast.kernels.layernorm_modulate import layernorm_modulate_backward
+from anima_fast.kernels.layernorm_modulate import (
+    layernorm_modulate_backward,
+    layernorm_modulate_forward,
+)
 from anima_fast.kernels.lora_linear import lora_linear_backward, lora_linear_forward
 from anima_fast.kernels.qk_norm_rope import qk_norm_rope_backward
 
@@ -81,6 +86,34 @@ def test_seam_backward(draw, sums, dtype):
     assert found[1].dtype == dtype
     # dy of one element may round to the other side.
     assert_equal(found, wanted, **({"rtol": 8e-3} if dtype == torch.bfloat16 else {}))
+
+
+def test_the_seam_norms_what_it_stores(draw):
+    """Bit for bit: backward norms the rounded x' again."""
+    x, y = (draw(2, 5, 70, dtype=torch.bfloat16) for _ in range(2))
+    gate, scale, shift = (draw(2, 70, dtype=torch.bfloat16) for _ in range(3))
+    for mode in ("triton", "reference"):
+        with dispatch.use(mode):
+            stored, h = gate_residual_layernorm_modulate_forward(
+                x, y, gate, scale, shift, torch.float32
+            )
+            again = layernorm_modulate_forward(stored, scale, shift, torch.float32)
+        assert stored.dtype == torch.bfloat16 and torch.equal(h, again)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="launches are replaced")
+def test_grids_for_any_number_of_tokens(monkeypatch):
+    """A card takes 65535 programs in y and z: tokens are counted in x."""
+    grids = []
+    monkeypatch.setattr(
+        InterpretedFunction, "__getitem__", lambda self, grid: lambda *a, **k: grids.append(grid)
+    )
+    x, vector = torch.zeros(1, 70000, 4), torch.zeros(1, 4)
+    with dispatch.use("triton"):
+        gate_residual_backward(x, None, vector)
+        layernorm_modulate_backward(x, x, vector, needs_modulation=False)
+        gate_residual_layernorm_modulate_backward(x, x, x, None, vector, vector)
+    assert grids == [(70000, 1)] * 3
 
 
 def test_gate_residual_backward(draw):

@@ -56,7 +56,7 @@ def _gate_residual_bwd(
     DOUT, Y, GATE, DY, DGATE, L, chunk, dout_b, dout_l, y_b, y_l, gate_b,
     NEEDS_GATE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    part, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     gate = tl.load(GATE + b * gate_b + o_d, mask=m_d, other=0.0).to(ACC)
@@ -67,7 +67,7 @@ def _gate_residual_bwd(
         if NEEDS_GATE:
             dgate += dout * tl.load(Y + b * y_b + l * y_l + o_d, mask=m_d, other=0.0).to(ACC)
     if NEEDS_GATE:
-        tl.store(DGATE + (b * tl.num_programs(1) + part) * D + o_d, dgate, mask=m_d)
+        tl.store(DGATE + (b * tl.num_programs(0) + part) * D + o_d, dgate, mask=m_d)
 
 
 def gate_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def gate_residual_backward(
         wide_type = dispatch.wide_dtype(dout)
         dgate = dispatch.empty(batch, parts, width, like=dout, dtype=wide_type)
     block = dispatch.power_of_2(width)
-    _gate_residual_bwd[(batch, parts)](
+    _gate_residual_bwd[(parts, batch)](
         dout, y, gate, dy, dgate, length, chunk, dout.stride(0), dout.stride(1),
         y.stride(0), y.stride(1), gate.stride(0),
         NEEDS_GATE=needs_gate, D=width, BLOCK_D=block, ACC=dispatch.accumulator(dout),

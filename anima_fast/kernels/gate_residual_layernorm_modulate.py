@@ -80,7 +80,7 @@ def _gate_residual_layernorm_modulate_bwd(
     NEEDS_MODULATION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    part, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     gate = tl.load(GATE + b * gate_b + o_d, mask=m_d, other=0.0).to(ACC)
@@ -103,7 +103,7 @@ def _gate_residual_layernorm_modulate_bwd(
             dscale += dh * x_hat
             dshift += dh
     if NEEDS_MODULATION:
-        o_part = (b * tl.num_programs(1) + part) * D + o_d
+        o_part = (b * tl.num_programs(0) + part) * D + o_d
         tl.store(DGATE + o_part, dgate, mask=m_d)
         tl.store(DSCALE + o_part, dscale, mask=m_d)
         tl.store(DSHIFT + o_part, dshift, mask=m_d)
@@ -171,7 +171,7 @@ def gate_residual_layernorm_modulate_backward(
         wide_type = dispatch.wide_dtype(x_out)
         sums = [dispatch.empty(batch, parts, width, like=x_out, dtype=wide_type) for _ in range(3)]
     block = dispatch.power_of_2(width)
-    _gate_residual_layernorm_modulate_bwd[(batch, parts)](
+    _gate_residual_layernorm_modulate_bwd[(parts, batch)](
         dx_out, dh, x_out, y, gate, scale, dx, dy, *sums, length, chunk,
         dx_out.stride(0), dx_out.stride(1), dh.stride(0), dh.stride(1),
         x_out.stride(0), x_out.stride(1), y.stride(0), y.stride(1),

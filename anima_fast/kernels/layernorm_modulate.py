@@ -78,7 +78,7 @@ def _layernorm_modulate_bwd(
     HAS_RES: tl.constexpr, NEEDS_MODULATION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    part, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     scale = tl.load(SCALE + b * scale_b + o_d, mask=m_d, other=0.0).to(ACC)
@@ -96,7 +96,7 @@ def _layernorm_modulate_bwd(
             dscale += dh * x_hat
             dshift += dh
     if NEEDS_MODULATION:
-        o_part = (b * tl.num_programs(1) + part) * D + o_d
+        o_part = (b * tl.num_programs(0) + part) * D + o_d
         tl.store(DSCALE + o_part, dscale, mask=m_d)
         tl.store(DSHIFT + o_part, dshift, mask=m_d)
 
@@ -161,7 +161,7 @@ def layernorm_modulate_backward(
         dscale = dispatch.empty(batch, parts, width, like=x, dtype=sums_dtype)
         dshift = dispatch.empty(batch, parts, width, like=x, dtype=sums_dtype)
     block = dispatch.power_of_2(width)
-    _layernorm_modulate_bwd[(batch, parts)](
+    _layernorm_modulate_bwd[(parts, batch)](
         dh, x, scale, res, dx, dscale, dshift, length, chunk,
         dh.stride(0), dh.stride(1), x.stride(0), x.stride(1), scale.stride(0),
         res.stride(0), res.stride(1),
