@@ -22,6 +22,7 @@ from anima_fast.kernels.layernorm_modulate import (
 )
 from anima_fast.kernels.lora_linear import lora_linear_backward, lora_linear_forward
 from anima_fast.kernels.qk_norm_rope import qk_norm_rope_backward
+from anima_fast.kernels.rmsnorm import rmsnorm_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -158,6 +159,30 @@ def test_attention_backward_into_packed_gradients(draw, length, keys):
         assert torch.equal(dq[:, :, 1], before[0]) and torch.equal(dkv[:, :, 2], before[1])
         results.append((out, lse, *into))
     assert_equal(*results)
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_attention_far_below_zero(draw):
+    """Where every logit is -1000, the keys beyond the last one must not count as e^1000."""
+    q, k, v, do = (draw(1, n, 2, 16) for n in (5, 3, 3, 5))
+    q, k = 16 + q, -16 + k
+    results = []
+    for mode in ("triton", "reference"):
+        with dispatch.use(mode):
+            out, lse = attention_forward(q, k, v, None)
+            results.append((out, lse, *attention_backward(do, q, k, v, out, lse)))
+    assert results[1][1].max() < -900
+    # Logits of 1000 in float32 carry four digits behind the point.
+    assert_equal(*results, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_rmsnorm_backward_multiplies_what_forward_did(draw, x_dtype):
+    """The gradient of a 16-bit weight has the rounded x̂ in it."""
+    dy, x, weight = draw(70, 40), draw(70, 40, dtype=x_dtype), draw(40, dtype=torch.bfloat16)
+    found, wanted = both(rmsnorm_backward, dy, x, weight)
+    assert_equal(found, wanted, **({"rtol": 1e-2} if x_dtype == torch.bfloat16 else {}))
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-5)
 
 
 # Ranks of three layers; the second has no adapter.
