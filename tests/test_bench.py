@@ -31,6 +31,7 @@ from anima_fast.bench.suite_report import build_report
 from anima_fast.bench.timing import Timer
 from anima_fast.cli import app
 from anima_fast.errors import UserError
+from anima_fast.files import check_folder
 from anima_fast.kernels import OPS
 
 CARD = {
@@ -248,7 +249,7 @@ def test_slices():
 
 def run(command, folder, **changes):
     one = suite.Slice("parity-gelu", "a made-up slice", tuple(command), **changes)
-    suite.prepare(folder)
+    check_folder(folder / "slices")
     (record,) = suite.run_slices([one], folder, say=lambda line: None)
     assert (
         json.loads((folder / "slices/parity-gelu.json").read_text())["status"] == record["status"]
@@ -345,6 +346,7 @@ def test_bad_input_is_one_line(words, message):
     result = CliRunner().invoke(app, ["bench", "all", *words])
     assert result.exit_code == 2
     assert message in result.output and len(result.output.strip().splitlines()) == 1
+    assert "/." not in result.output, "the file of the test is named"
 
 
 def test_list():

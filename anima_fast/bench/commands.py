@@ -125,13 +125,15 @@ def _all(
     """
     from anima_fast.bench import suite
     from anima_fast.bench.suite_report import build_report
+    from anima_fast.files import check_folder
 
     chosen = suite.choose(only or [])
     if list_only:
         for one in suite.slices():
             typer.echo(f"{one.name:40} {one.where:4} {one.title}")
         return
-    suite.prepare(out)
+    # Before the first slice, which may take nine minutes.
+    check_folder(out / "slices")
     if not suite.has_card():
         typer.echo("no CUDA card here: what can run on the CPU runs, at tiny sizes; no speed")
     try:

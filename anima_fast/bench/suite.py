@@ -26,7 +26,7 @@ from typing import Any
 
 from anima_fast.bench.rows import ROOT, machine
 from anima_fast.errors import UserError
-from anima_fast.files import write_json, write_text
+from anima_fast.files import write_json
 from anima_fast.kernels import OPS
 
 LIMIT_S = 540.0
@@ -256,13 +256,6 @@ def last_words(base: Path) -> str:
         if lines and not text.startswith("["):
             return lines[-1][:300]
     return ""
-
-
-def prepare(folder: Path) -> None:
-    """Make the output folder and see that it can be written; `UserError` when not."""
-    probe = folder / "slices" / ".writable"
-    write_text(probe, "")
-    probe.unlink()
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
