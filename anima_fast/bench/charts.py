@@ -83,7 +83,7 @@ def bars(
             parts.append(_bar(bar, x, y))
             y += BAR + 3
         y += GAP
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, "</svg></div>"])
 
 
 def _bar(bar: Bar, x, y: float) -> str:
@@ -153,11 +153,12 @@ def roofline(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color(provider)}" '
             f'fill-opacity=".8"><title>{tip}</title></circle>'
         )
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, "</svg></div>"])
 
 
 def _head(title: str, height: float) -> str:
     return (
+        '<div class="wide">'
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{html.escape(title)}">'
         f'<text class="title" x="4" y="14">{html.escape(title)}</text>'
     )

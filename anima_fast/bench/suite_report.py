@@ -39,7 +39,7 @@ table.data .n { text-align: right; } td.why { white-space: normal !important; mi
 .passed { color: var(--c); } .failed, .timed { color: var(--b); font-weight: 600; }
 .skipped, .soft { color: var(--soft); } h3 { font-size: 15px; margin: 20px 0 4px; }
 .note { border-left: 4px solid var(--b); padding: 8px 12px; margin: 16px 0; }
-svg { width: 100%; max-width: 860px; height: auto; display: block; margin: 12px 0; }
+svg { width: 100%; min-width: 600px; max-width: 860px; height: auto; display: block; margin: 12px 0; }
 pre { font-size: 12px; overflow-x: auto; } summary { cursor: pointer; color: var(--soft); }
 """
 LOG_LINES = 25
@@ -149,14 +149,14 @@ def slices_section(folder: Path, records: Iterable[Mapping[str, Any]]) -> str:
     for record in records:
         status = record["status"]
         mark = f"<span class='{status.split()[0]}'>{status}</span>"
-        lines.append((record["name"], record["title"], Html(mark),
-                      f"{record['seconds']:.0f} s", record["reason"]))  # fmt: skip
+        lines.append((record["name"], Html(mark), f"{record['seconds']:.0f} s", record["title"],
+                      record["reason"]))  # fmt: skip
         if status in (FAILED, TIMED_OUT):
             logs.append(
                 f"<details><summary>{html.escape(record['name'])}: last lines</summary>"
                 f"<pre>{html.escape(tail(folder, record['name']))}</pre></details>"
             )
-    shown = table(("slice", "what", "", "time", "reason"), lines, left=(0, 1, 2, 4), why=4)
+    shown = table(("slice", "", "time", "what", "reason"), lines, left=(0, 1, 3, 4), why=4)
     return "<h2>Slices</h2>\n" + shown + "\n".join(logs)
 
 
