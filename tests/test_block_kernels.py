@@ -19,6 +19,7 @@ from anima_fast.kernels.gate_residual_layernorm_modulate import (
 from anima_fast.kernels.layernorm_modulate import (
     layernorm_modulate_backward,
     layernorm_modulate_forward,
+    row_chunks,
 )
 from anima_fast.kernels.lora_linear import lora_linear_backward, lora_linear_forward
 from anima_fast.kernels.qk_norm_rope import qk_norm_rope_backward
@@ -67,12 +68,21 @@ def draw():
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("sums", [False, True])
 def test_layernorm_modulate_backward(draw, residual, sums):
-    """With 67 rows and 64 chunks the last programs have no row."""
+    """The last of the programs has three rows, the others have four."""
     dh, x, scale = draw(2, 67, 40), draw(2, 67, 40), draw(2, 40)
     given = {"residual": draw(2, 67, 40) if residual else None, "needs_modulation": sums}
     found, wanted = both(layernorm_modulate_backward, dh, x, scale, **given)
     assert (found[1] is None) != sums
     assert_equal(found, wanted)
+
+
+def test_chunks_of_rows():
+    """They hold every row once, and never are too few programs where there are rows for more."""
+    for length in (1, 3, 4, 5, 255, 1024, 1025, 4096, 9216, 70001):
+        chunk, parts = row_chunks(length, True)
+        assert (parts - 1) * chunk < length <= parts * chunk
+        assert parts <= 256 and (chunk == 4 or parts > 128)
+        assert row_chunks(length, False) == (1, length)
 
 
 @pytest.mark.parametrize("sums", [False, True])

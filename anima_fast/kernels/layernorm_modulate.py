@@ -28,8 +28,9 @@ from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
 
 EPS = 1e-6
 MAX_WIDTH = 8192
-# Programs per sample that each sum their rows' share of dscale and dshift.
-CHUNKS = 64
+# Programs per sample that each sum their rows' share of dscale and dshift: enough for the
+# multiprocessors of any card, but so many rows each that the sums are few beside them.
+CHUNKS, LEAST_ROWS = 256, 4
 
 
 def layernorm_modulate_reference(
@@ -108,8 +109,8 @@ def row_warps(block: int) -> int:
 
 def row_chunks(length: int, needs_sums: bool) -> tuple[int, int]:
     """Rows per program and programs per sample of a backward pass."""
-    chunk = -(-length // CHUNKS) if needs_sums else 1
-    return chunk, -(-length // chunk)
+    chunk = max(LEAST_ROWS, dispatch.cdiv(length, CHUNKS)) if needs_sums else 1
+    return chunk, dispatch.cdiv(length, chunk)
 
 
 def layernorm_modulate_forward(
