@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from anima_fast.kernels import dispatch
+from anima_fast.kernels import attention, dispatch
 from anima_fast.kernels.attention import attention_backward, attention_forward
 from anima_fast.kernels.gate_residual import gate_residual_backward
 from anima_fast.kernels.gate_residual_layernorm_modulate import (
@@ -153,20 +153,25 @@ def test_qk_norm_rope_backward_in_place(draw, parts, rope, sums):
     assert (results[0][1] is None) != sums
 
 
-@pytest.mark.parametrize("length, keys", [(300, 5), (40, 130), (65, 64)])
-def test_attention_backward_into_packed_gradients(draw, length, keys):
-    """Many queries over few keys are split; the parts around the three stay as they are."""
+@pytest.mark.parametrize(
+    "length, keys, programs", [(300, 5, 256), (300, 5, 13), (40, 130, 13), (65, 64, 256)]
+)
+def test_attention_backward_into_packed_gradients(draw, monkeypatch, length, keys, programs):
+    """Many queries over few keys are split, into parts of one tile or, among few programs, of more;
+    what lies around the three gradients stays as it is."""
+    monkeypatch.setattr(attention, "PROGRAMS", programs)
     q, k, v, do = (draw(2, n, 3, 20) for n in (length, keys, keys, length))
     zero = torch.tensor([0, 300], dtype=torch.int32, device=DEVICE)
     results = []
     for mode in ("triton", "reference"):
-        dq, dkv = draw(2, length, 2, 3, 20), draw(2, keys, 3, 3, 20)
-        before = dq[:, :, 1].clone(), dkv[:, :, 2].clone()
+        dq, dk, dv = (draw(2, n, 2, 3, 20) for n in (length, keys, keys))
+        before = [x[:, :, 1].clone() for x in (dq, dk, dv)]
         with dispatch.use(mode):
             out, lse = attention_forward(q, k, v, zero)
-            into = dq[:, :, 0], dkv[:, :, 0], dkv[:, :, 1]
+            into = tuple(x[:, :, 0] for x in (dq, dk, dv))
             attention_backward(do, q, k, v, out, lse, into=into)
-        assert torch.equal(dq[:, :, 1], before[0]) and torch.equal(dkv[:, :, 2], before[1])
+        for x, old in zip((dq, dk, dv), before, strict=True):
+            assert torch.equal(x[:, :, 1], old)
         results.append((out, lse, *into))
     assert_equal(*results)
 

@@ -39,7 +39,8 @@ table.data .n { text-align: right; } td.why { white-space: normal !important; mi
 .passed { color: var(--c); } .failed, .timed { color: var(--b); font-weight: 600; }
 .skipped, .soft { color: var(--soft); } h3 { font-size: 15px; margin: 20px 0 4px; }
 .note { border-left: 4px solid var(--b); padding: 8px 12px; margin: 16px 0; }
-svg { width: 100%; min-width: 600px; max-width: 860px; height: auto; display: block; margin: 12px 0; }
+svg { width: 100%; min-width: 600px; max-width: 860px; height: auto; display: block;
+  margin: 12px 0; }
 pre { font-size: 12px; overflow-x: auto; } summary { cursor: pointer; color: var(--soft); }
 """
 LOG_LINES = 25
