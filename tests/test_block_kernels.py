@@ -16,6 +16,7 @@ from anima_fast.kernels.gate_residual_layernorm_modulate import (
     gate_residual_layernorm_modulate_backward,
     gate_residual_layernorm_modulate_forward,
 )
+from anima_fast.kernels.gelu import gelu_forward
 from anima_fast.kernels.layernorm_modulate import (
     layernorm_modulate_backward,
     layernorm_modulate_forward,
@@ -232,6 +233,18 @@ def test_lora_linear_forward(draw, implementation, dropped):
     wanted = torch.cat(parts, 1)
     assert_equal((y, h), (wanted, torch.cat(hidden, 1)))
     assert_equal(act, torch.nn.functional.gelu(wanted))
+
+
+def test_gelu_in_a_product_is_of_what_is_stored(draw):
+    """Bit for bit: backward takes the slope at the rounded pre-activation."""
+    x, w = draw(TOKENS, INNER, dtype=torch.bfloat16), draw(24, INNER, dtype=torch.bfloat16)
+    none = torch.empty(0, INNER, dtype=torch.bfloat16), torch.empty(24, 0, dtype=torch.bfloat16)
+    down, up = (t.to(DEVICE) for t in none)
+    with dispatch.use("triton"):
+        y, _, act = lora_linear_forward(
+            x, [w], [down], [up], [1.0], gelu=True, implementation="triton"
+        )
+        assert torch.equal(act, gelu_forward(y))
 
 
 @pytest.mark.parametrize("implementation", ["triton", "cublas"])
