@@ -332,6 +332,27 @@ def test_cpu_rows_pretend_nothing(tmp_path):
 
 def test_an_empty_folder_has_a_report(tmp_path):
     assert "nothing has run" in page_of(tmp_path)
+    # All three files exist, as the command says.
+    assert read_rows(tmp_path / "results.csv") == []
+    assert (tmp_path / "results.csv").read_text().split(",")[0] == "op"
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == []
+
+
+def test_rows_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, rows = tmp_path / "rows.csv", made_up_rows()
+    write_rows(path, rows)
+    for row in rows:
+        append_row(tmp_path / "one_by_one.csv", row)
+    assert path.read_bytes() == (tmp_path / "one_by_one.csv").read_bytes()
+    assert read_rows(path) == rows
+
+    def broken(rows):
+        yield rows[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_rows(path, broken(rows))
+    assert read_rows(path) == rows
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import math
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from anima_fast.errors import UserError
-from anima_fast.files import disk_error
+from anima_fast.files import disk_error, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = ("p20", "p50", "p80", "gb_s", "tflop_s", "share_of_ceiling")
@@ -153,19 +154,27 @@ def append_row(path: Path, row: Row) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists() or not path.stat().st_size
         with open(path, "a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow({k: "" if v is None else v for k, v in asdict(row).items()})
+            _write(file, [row], header=new)
     except OSError as error:
         raise disk_error(error, path) from error
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write a CSV file anew."""
-    path.unlink(missing_ok=True)
+    """Write a CSV file anew, at once; without rows it is a header.
+
+    Raises `UserError` when the file cannot be written.
+    """
+    text = io.StringIO(newline="")
+    _write(text, rows, header=True)
+    write_text(path, text.getvalue())
+
+
+def _write(file: TextIO, rows: Iterable[Row], *, header: bool) -> None:
+    writer = csv.DictWriter(file, COLUMNS)
+    if header:
+        writer.writeheader()
     for row in rows:
-        append_row(path, row)
+        writer.writerow({k: "" if v is None else v for k, v in asdict(row).items()})
 
 
 def read_rows(path: Path) -> list[Row]:
