@@ -17,6 +17,7 @@ from anima_fast.kernels.gate_residual_layernorm_modulate import (
     gate_residual_layernorm_modulate_forward,
 )
 from anima_fast.kernels.gelu import gelu_forward
+from anima_fast.kernels.gemm import gemm
 from anima_fast.kernels.layernorm_modulate import (
     layernorm_modulate_backward,
     layernorm_modulate_forward,
@@ -233,6 +234,17 @@ def test_lora_linear_forward(draw, implementation, dropped):
     wanted = torch.cat(parts, 1)
     assert_equal((y, h), (wanted, torch.cat(hidden, 1)))
     assert_equal(act, torch.nn.functional.gelu(wanted))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("k", [7, 1500, 2049])
+def test_product_of_any_strides(draw, turned, k):
+    """Rows or columns dense, each of the six matrices its own strides; long sums are split."""
+    make = (lambda a, b: draw(b, a).T) if turned else draw
+    x, w, h, b, out = make(40, k), make(35, k), make(40, 5), make(35, 5), make(40, 35)
+    with dispatch.use("triton"):
+        assert_equal(gemm(x, w, scale=0.5, out=out), 0.5 * x @ w.T, atol=2e-4)
+        assert_equal(gemm(x, w, adapter=(h, b, 0.5)), x @ w.T + 0.5 * h @ b.T, atol=2e-4)
 
 
 def test_gelu_in_a_product_is_of_what_is_stored(draw):
