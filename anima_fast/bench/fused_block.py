@@ -78,7 +78,8 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inp
     return {
         "x0": draw(1, length, WIDTH, dtype=stream),
         "context": draw(1, rows, CONTEXT),
-        "modulation": draw(1, 9, WIDTH, dtype=stream),
+        # With adapters on the AdaLN layers the sums for their gradients are taken too.
+        "modulation": draw(1, 9, WIDTH, dtype=stream).requires_grad_(bool(sizes["adaln"])),
         "cos": draw(length, HEAD // 2),
         "sin": draw(length, HEAD // 2),
         "norms": [draw(2, HEAD), draw(2, HEAD)],
@@ -92,8 +93,14 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inp
 
 
 def _real_shapes(tokens: int) -> Mapping[str, Sizes]:
-    sizes = {"L": tokens, "S": 96, "R": 32}
-    return {"triton": sizes, "cublas": {**sizes, "cublas": 1}}
+    even = {"L": tokens, "S": 96, "R": 32, "adaln": 0}
+    # Sizes that 16 does not divide are other variants: texts have any number of rows.
+    odd = {"L": tokens - 2, "S": 77, "R": 4, "adaln": 1}
+    return {
+        f"{label} {products}": {**sizes, "cublas": products == "cublas"}
+        for label, sizes in (("even", even), ("odd", odd))
+        for products in ("triton", "cublas")
+    }
 
 
 FUSED_BLOCK = Op(
