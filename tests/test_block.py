@@ -160,6 +160,18 @@ def test_adaln_adapters():
     assert_agrees(HALF, include_patterns=[".*adaln.*"], kernels="triton", recompute="mlp")
 
 
+def test_strength_of_adapters():
+    """A multiplier acts in every layer, those of AdaLN too, as in the eager block."""
+    dit, network = fused_dit(include_patterns=[".*adaln.*"])
+    whole = call(dit)[0]
+    for adapter in network.adapters:
+        adapter.multiplier = 0.25
+    fused = call(dit)[0]
+    unfuse_blocks(dit)
+    torch.testing.assert_close(fused, call(dit)[0], rtol=1e-4, atol=1e-5)
+    assert relative_error(whole, fused) > 1e-2
+
+
 def test_adapters_outside_the_blocks():
     assert_agrees(torch.float32, include_patterns=[".*embedder.*", ".*final_layer.*"])
 
@@ -214,6 +226,40 @@ def test_gradient_of_the_text():
         out.square().mean().backward()
         found.append(context.grad)
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attn_mode", ["torch", "triton"])
+def test_gradient_of_a_text_that_leaves_out_rows(attn_mode):
+    """The zero rows that a sample does not see get no gradient; each of three has its own count."""
+    inputs = make_inputs(batch=3)
+    inputs["context"][0, 3:] = 0
+    inputs["context"][1, 4:] = 0
+    found = []
+    for fused in (False, True):
+        dit, network = fused_dit()
+        dit.attn_mode = attn_mode
+        if not fused:
+            unfuse_blocks(dit)
+        context = inputs["context"].clone().requires_grad_()
+        with dispatch.use("reference"):
+            out = dit(inputs["latents"], inputs["sigma"], context, zero_keys=[-2, -1, 9])
+            out.square().mean().backward()
+        found.append((context.grad, network.flat_grad.clone()))
+    assert not found[1][0][0, 3:].any() and not found[1][0][1, 4:].any()
+    assert found[1][0][2].all(-1).all()
+    for eager, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, eager, atol=1e-6, rtol=1e-4)
+
+
+def test_adapters_keep_their_precision_beside_layers_without():
+    """A float32 gradient is not rounded to the 16 bit of the group's first layer."""
+    dit, network = fused_dit(HALF, **only(".*[.]v_proj"))
+    with dispatch.use("triton"):
+        call(dit, HALF)[0].float().square().mean().backward()
+    for adapter in network.adapters:
+        for x in (adapter.down, adapter.up):
+            assert x.dtype == x.grad.dtype == torch.float32
+            assert not torch.equal(x.grad, x.grad.to(HALF).float())
 
 
 def test_frozen_weights_and_inputs_have_no_gradient():
