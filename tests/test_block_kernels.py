@@ -23,7 +23,7 @@ from anima_fast.kernels.layernorm_modulate import (
     layernorm_modulate_forward,
     row_chunks,
 )
-from anima_fast.kernels.lora_linear import lora_linear_backward, lora_linear_forward
+from anima_fast.kernels.lora_linear import lora_linear_backward, lora_linear_forward, stacked
 from anima_fast.kernels.qk_norm_rope import qk_norm_rope_backward
 from anima_fast.kernels.rmsnorm import rmsnorm_backward
 
@@ -245,6 +245,14 @@ def test_product_of_any_strides(draw, turned, k):
     with dispatch.use("triton"):
         assert_equal(gemm(x, w, scale=0.5, out=out), 0.5 * x @ w.T, atol=2e-4)
         assert_equal(gemm(x, w, adapter=(h, b, 0.5)), x @ w.T + 0.5 * h @ b.T, atol=2e-4)
+
+
+def test_stacked_matrices_are_a_view_only_in_order():
+    buffer = torch.randn(9, 4)
+    parts = [buffer[:2], buffer[2:7], buffer[7:]]
+    assert stacked(parts).data_ptr() == buffer.data_ptr() and torch.equal(stacked(parts), buffer)
+    for other in (parts[::-1], [parts[0], parts[2]], [buffer[:3], buffer[2:5]], [parts[1].clone()]):
+        assert torch.equal(stacked(other), torch.cat(other))
 
 
 def test_gelu_in_a_product_is_of_what_is_stored(draw):
