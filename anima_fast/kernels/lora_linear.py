@@ -38,6 +38,7 @@ from anima_fast.kernels import dispatch
 from anima_fast.kernels.gelu import gelu_backward, gelu_forward
 from anima_fast.kernels.gemm import gemm
 from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.kernels.products import by_part, gemm_product, library_product, stacked
 
 IMPLEMENTATIONS = ("auto", "triton", "cublas")
 # Compute capability → the largest count of tokens at which the Triton product was measured to be
@@ -61,22 +62,6 @@ def lora_linear_reference(
             y = y + s * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
         results.append(y)
     return torch.cat(results, -1)
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Matrices on top of each other: a view where they lie so in memory, else a copy."""
-    first = tensors[0]
-    if len(tensors) == 1:
-        return first
-    storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
-    offset = start
-    for x in tensors:
-        same = x.storage_offset() == offset and x.untyped_storage().data_ptr() == storage
-        if not (same and x.is_contiguous()):
-            return torch.cat(list(tensors))
-        offset += x.numel()
-    width = first.shape[1]
-    return first.as_strided(((offset - start) // width, width), (width, 1))
 
 
 def uses_triton(x: Tensor, implementation: str = "auto") -> bool:
@@ -110,11 +95,6 @@ def _alike(ups: Sequence[Tensor], scales: Sequence[float]) -> bool:
     """Whether several layers have adapters that one batched product computes."""
     kinds = {(*b.shape, s) for b, s in zip(ups, scales, strict=True)}
     return len(ups) > 1 and len(kinds) == 1 and ups[0].shape[1] > 0
-
-
-def _by_part(x: Tensor, parts: int) -> Tensor:
-    """Columns side by side [M, parts·N], or rows on top of each other, as [parts, M, N]."""
-    return x.unflatten(1, (parts, -1)).transpose(0, 1)
 
 
 def lora_linear_forward(
@@ -166,7 +146,7 @@ def lora_linear_forward(
     if _alike(ups, scales):
         parts = len(ups)
         b = stacked(ups).unflatten(0, (parts, -1)).transpose(1, 2)  # [parts, R, N]
-        _by_part(y, parts).baddbmm_(_by_part(h, parts), b, alpha=scales[0])
+        by_part(y, parts).baddbmm_(by_part(h, parts), b, alpha=scales[0])
     else:
         for i in adapted:
             y[:, columns[i]].addmm_(h[:, ranks[i]], ups[i].T, alpha=scales[i])
@@ -207,9 +187,9 @@ def lora_linear_backward(
     g = dispatch.empty(dy.shape[0], ranks[-1].stop, like=dy) if adapted else None
     if not triton and _alike(ups, scales):
         parts = len(ups)
-        b, dys = stacked(ups).unflatten(0, (parts, -1)), _by_part(dy, parts)
-        product(dys, b, scales[0], g.dtype, _by_part(g, parts))
-        d_ups = list(product(dys.mT, _by_part(h, parts), scales[0], dtype))
+        b, dys = stacked(ups).unflatten(0, (parts, -1)), by_part(dy, parts)
+        product(dys, b, scales[0], g.dtype, by_part(g, parts))
+        d_ups = list(product(dys.mT, by_part(h, parts), scales[0], dtype))
     else:
         d_ups = [b if i in adapted else b.to(dtype) for i, b in enumerate(ups)]
         for i in adapted:
@@ -257,30 +237,6 @@ def _backward_x(
     if act is not None:
         act.copy_(gelu_forward(gelu_input))
     return gelu_backward(dx if a is None else dx.addmm_(g, a), gelu_input)
-
-
-def gemm_product(
-    a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
-    """scale·a b by the Triton kernel, into `out` if given."""
-    return gemm(a, b.T, scale=scale, dtype=dtype, out=out)
-
-
-def library_product(
-    a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
-    """scale·a b, of matrices or batches of them; into `out` if given, of a's dtype then."""
-    batched = a.ndim == 3
-    if dtype == a.dtype:
-        scaled = torch.baddbmm if batched else torch.addmm
-        # With β = 0 the first argument is not read.
-        return scaled(a.new_empty(()) if out is None else out, a, b, beta=0, alpha=scale, out=out)
-    if a.is_cuda and dtype == torch.float32 and a.dtype.itemsize == 2:
-        # cuBLAS writes its float32 accumulators; there is no such product on the CPU.
-        wide = (torch.bmm if batched else torch.mm)(a, b, out_dtype=dtype)
-    else:
-        wide = (a @ b).to(dtype)
-    return wide if scale == 1.0 else wide.mul_(scale)
 
 
 @torch.library.custom_op("anima_fast::lora_linear", mutates_args=())

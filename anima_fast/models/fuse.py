@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from anima_fast.kernels.lora_linear import stacked
+from anima_fast.kernels.products import stacked
 from anima_fast.models.block import GROUPS, KINDS, NAMES, FusedBlockFunction, Settings
 from anima_fast.models.dit_layers import Shared
 from anima_fast.models.modulation import adaln_layers, pack

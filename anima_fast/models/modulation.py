@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anima_fast.kernels.lora_linear import stacked
+from anima_fast.kernels.products import stacked
 
 if TYPE_CHECKING:
     from anima_fast.models.dit import Block
