@@ -9,7 +9,11 @@ from anima_fast.kernels.flow_loss import LOSS_TYPES, flow_loss, flow_loss_refere
 from anima_fast.kernels.gate_residual import gate_residual_backward
 from anima_fast.kernels.gelu import gelu
 from anima_fast.kernels.gemm import gemm
-from anima_fast.kernels.lora_linear import lora_linear_backward, lora_linear_forward
+from anima_fast.kernels.lora_linear import (
+    lora_linear_backward,
+    lora_linear_forward,
+    lora_linear_reference,
+)
 from anima_fast.kernels.rmsnorm import rmsnorm, rmsnorm_backward
 from anima_fast.models.llm_adapter import AdapterNorm
 from anima_fast.parity import FLOORS, relative_error
@@ -346,3 +350,21 @@ def test_what_the_epilogue_adds_to_stays_in_its_margins(rank, sloped):
     torch.testing.assert_close(inner, expected, rtol=1e-4, atol=1e-4)
     inner.copy_(before[1:-1, 1:-1])
     assert torch.equal(big, before)
+
+
+@pytest.mark.parametrize("scales", [(0.3, 0.3), (0.3, 0.7)])
+def test_layers_of_one_rank_and_any_strengths(scales):
+    """As one batched product where strengths agree, else one after another."""
+    m, n, k, rank = 19, 12, 15, 4
+    x, dy = randn(m, k), randn(m, 2 * n)
+    weights, downs, ups = ([randn(*s) for _ in scales] for s in ((n, k), (rank, k), (n, rank)))
+    leaves = [x, *downs, *ups]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    expected = lora_linear_reference(x, weights, downs, ups, scales)
+    grads = torch.autograd.grad(expected, leaves, dy)
+    with torch.no_grad():
+        layers = (weights, downs, ups, scales)
+        y, h, _ = lora_linear_forward(x, *layers, implementation="cublas")
+        dx, d_downs, d_ups = lora_linear_backward(dy, x, h, *layers, implementation="cublas")
+    torch.testing.assert_close([y, dx, *d_downs, *d_ups], [expected.detach(), *grads])
