@@ -95,7 +95,7 @@ class Values:
 
         Those of one group come behind each other, so that stacking them is a view.
         """
-        given = {name: x for name in ADAPTERS if (x := self.t[name]).shape[0] and x.shape[1]}
+        given = {name: x for name in ADAPTERS if (x := self.t[name]).numel()}
         if all(x.dtype == self.settings.dtype for x in given.values()):
             return given
         sizes = [x.numel() for x in given.values()]
