@@ -46,8 +46,10 @@ def compiled(*words):
     return json.loads(done.stdout), done.returncode
 
 
-def test_every_kernel_on_every_card():
-    found, status = compiled("-m", "anima_fast", "bench", "resources", "--quick", "--json")
+@pytest.mark.parametrize("quick", [("--quick",), pytest.param((), marks=pytest.mark.slow)])
+def test_every_kernel_on_every_card(quick):
+    """The slow one compiles float32 and float16 for every card too."""
+    found, status = compiled("-m", "anima_fast", "bench", "resources", *quick, "--json")
     assert not found["problems"], "\n".join(found["problems"])
     assert status == 0
     rows = found["kernels"]
