@@ -206,6 +206,20 @@ def test_what_cannot_be_recorded_runs_plainly(recorder, caplog, options, zero_ke
     assert sum("CUDA graphs are off" in line and said in line for line in caplog.messages) == 1
 
 
+@pytest.mark.parametrize("always", [True, False])
+def test_training_outside_the_blocks_runs_plainly(recorder, always):
+    """There a recording would have no gradient to be compared by."""
+    options = {"include_patterns": [".*final_layer.*"], "exclude_patterns": [".*"]}
+    graphed, plain = make_dit(recorder, **options), make_dit(**options)
+    graphed[0].graphs.always, graphed[0].graphs.timed = always, Timed(True)
+    for seed in range(5):
+        found, expected = (step(*one, batch_of(seed), None) for one in (graphed, plain))
+        assert len(found) > 1 and found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value)
+    assert recorder.recordings == 0
+
+
 def test_evaluation_runs_plainly(recorder):
     dit, _ = make_dit(recorder)
     with torch.no_grad():

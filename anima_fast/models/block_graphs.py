@@ -236,7 +236,10 @@ def why_not(dit: AnimaDiT, shared: Shared) -> str:
             block.fused.parts.check()
     except NotFused as reason:
         return str(reason)
-    if any(adapter.drops for adapter in adapters_of(dit)):
+    adapters = list(adapters_of(dit))
+    if not adapters:
+        return "no adapter on the blocks' layers, whose gradients would be compared"
+    if any(adapter.drops for adapter in adapters):
         return "dropout, or T-LoRA's rank masks"
     if shared.zero_rows is not None and shared.zero_rows.leaves_out:
         return "a batch mixes captions above 512 tokens with shorter ones"
