@@ -43,7 +43,7 @@ from anima_fast.option_groups.training import (
     OptimizerOptions,
     SchedulerOptions,
 )
-from anima_fast.option_groups.words import parse_arguments
+from anima_fast.option_groups.words import parse_arguments, path_and_weight
 from anima_fast.option_rules import settle
 
 # The positions that Qwen3-0.6B was trained with.
@@ -285,15 +285,9 @@ class SampleOptions(_Checked):
             self._put("vae_chunk_size", self.vae_chunk_size + 1)
         if self.strength != 1 and not self.init_image:
             raise UserError("--strength needs --init_image FILE: the picture to start from")
+        _ = self.loras
 
     @property
     def loras(self) -> tuple[tuple[str, float], ...]:
-        """(path, weight) of each LoRA file. A drive letter's colon is no weight."""
-        found = []
-        for text in self.lora:
-            path, colon, weight = text.rpartition(":")
-            try:
-                found.append((path, float(weight)) if colon and path else (text, self.lora_weight))
-            except ValueError:
-                found.append((text, self.lora_weight))
-        return tuple(found)
+        """(path, weight) of each LoRA file."""
+        return tuple(path_and_weight(text, self.lora_weight) for text in self.lora)

@@ -266,6 +266,16 @@ def test_a_drive_letter_is_no_weight():
     assert given.loras == ((r"C:\x\y.safetensors", 0.5), (r"C:\x\y.safetensors", 0.8))
 
 
+def test_sample_and_merge_read_one_word_alike(tmp_path):
+    (tmp_path / "v:2").touch()
+    (tmp_path / "a.safetensors").touch()
+    whole = str(tmp_path / "v:2")
+    assert SampleOptions(lora=(whole,)).loras == ((whole, 1.0),)
+    for word in ("abc", "nan", "inf"):
+        with pytest.raises(UserError, match=r"finite|no number"):
+            SampleOptions(lora=(f"{tmp_path / 'a.safetensors'}:{word}",))
+
+
 # Grids
 
 
@@ -435,7 +445,7 @@ def command(world, *words):
         (["--prompts", "none.txt"], "cannot read the prompts"),
         (["--prompts", os.devnull], "rename it"),
         (["--prompts", "none.txt", "--prompt", "x"], "exclude each other"),
-        (["--prompt", "x", "--lora", "a.safetensors:nan"], "use a finite weight"),
+        (["--prompt", "x", "--lora", "a.safetensors:nan"], "must be a finite number"),
         (["--prompt", "x", "--grid", "seed"], "expected name=value"),
     ],
 )

@@ -1,9 +1,11 @@
-"""The key=value lists inside options, such as `optimizer_args` and `lr_scheduler_args`."""
+"""Words with parts inside options: key=value (`optimizer_args`), path:weight (`lora`)."""
 
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from anima_fast.errors import UserError
@@ -36,3 +38,22 @@ def literal(value: str) -> Any:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return value
+
+
+def path_and_weight(text: str, default: float = 1.0) -> tuple[str, float]:
+    """A word of --lora, PATH or PATH:WEIGHT; a drive letter's colon is no weight.
+
+    A file of the whole name wins. Raises `UserError` for a weight that is not a finite number.
+    """
+    path, colon, word = text.rpartition(":")
+    if not colon or not path or Path(text).exists():
+        return text, default
+    try:
+        weight = float(word)
+    except ValueError:
+        if Path(path).exists():
+            raise UserError(f"--lora {text}: the weight {word!r} is no number") from None
+        return text, default
+    if not math.isfinite(weight):
+        raise UserError(f"--lora {text}: the weight must be a finite number")
+    return path, weight

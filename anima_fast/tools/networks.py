@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -160,22 +159,3 @@ def with_comment(metadata: Mapping[str, str], comment: str) -> dict[str, str]:
     old = metadata.get("ss_training_comment", "")
     known = old not in ("", "None")
     return {**metadata, "ss_training_comment": f"{old}; {comment}" if known else comment}
-
-
-def path_and_weight(text: str) -> tuple[str, float]:
-    """A word of --lora, PATH or PATH:WEIGHT; a drive letter's colon is no weight.
-
-    Raises `UserError` for a weight that is no finite number.
-    """
-    path, colon, word = text.rpartition(":")
-    if not colon or not path or Path(text).exists():
-        return text, 1.0
-    try:
-        weight = float(word)
-    except ValueError:
-        if Path(path).exists():
-            raise UserError(f"--lora {text}: the weight {word!r} is no number") from None
-        return text, 1.0
-    if not math.isfinite(weight):
-        raise UserError(f"--lora {text}: the weight must be a finite number")
-    return path, weight
