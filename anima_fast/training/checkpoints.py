@@ -24,6 +24,7 @@ from anima_fast.training.finetune import model_metadata
 from anima_fast.training.full_network import FullNetwork
 from anima_fast.training.optimizers import averaged_weights
 from anima_fast.training.state import save_state
+from anima_fast.training.state_checks import class_name
 
 if TYPE_CHECKING:
     from anima_fast.options import TrainOptions
@@ -225,7 +226,6 @@ def remove_leftovers(options: TrainOptions) -> None:
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, options: TrainOptions) -> str:
     """Class and arguments in one text: `torch.optim.adamw.AdamW(weight_decay=0.1)`."""
-    cls = type(optimizer)
     arguments = ",".join(f"{k}={v}" for k, v in options.optimizer_kwargs.items())
-    name = f"{cls.__module__}.{cls.__qualname__}"
+    name = class_name(optimizer)
     return f"{name}({arguments})" if arguments else name

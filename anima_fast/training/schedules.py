@@ -35,6 +35,8 @@ POLYNOMIAL_END_RATE = 1e-7
 class Schedule(LambdaLR):
     """A named schedule: each group's rate is its own rate times a pure function of the step."""
 
+    saved_name = "anima_fast.Schedule"
+
     def __init__(
         self, optimizer: torch.optim.Optimizer, name: str, curves: list[Curve], total_steps: int
     ) -> None:
@@ -66,6 +68,8 @@ class Schedule(LambdaLR):
 
 class AdafactorSchedule(LRScheduler):
     """Reports the rate that AdaFactor with `relative_step` computes for itself."""
+
+    saved_name = "anima_fast.AdafactorSchedule"
 
     def __init__(self, optimizer: torch.optim.Optimizer, initial_rate: float) -> None:
         self.initial_rate = initial_rate

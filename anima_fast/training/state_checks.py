@@ -15,6 +15,12 @@ from anima_fast.errors import UserError
 from anima_fast.files import dtype_code, read_safetensors_header
 from anima_fast.training.state_files import NETWORK_FILE, tensors_of
 
+# States written before own classes had a `saved_name` hold the module where the class was.
+FORMER_NAMES = {
+    f"anima_fast.training.schedules.{name}": f"anima_fast.{name}"
+    for name in ("Schedule", "AdafactorSchedule")
+}
+
 if TYPE_CHECKING:
     from anima_fast.data.plan import DatasetPlan
     from anima_fast.training.network import Network
@@ -124,9 +130,10 @@ def check_scheduler(
     folder: Path, schedule: dict, scheduler: torch.optim.lr_scheduler.LRScheduler
 ) -> None:
     """The same kind of scheduler; a named schedule may be another one."""
-    if schedule["class"] != class_name(scheduler):
+    saved = FORMER_NAMES.get(schedule["class"], schedule["class"])
+    if saved != class_name(scheduler):
         raise UserError(
-            f"{folder} was made with the scheduler {schedule['class']}, this run has "
+            f"{folder} was made with the scheduler {saved}, this run has "
             f"{class_name(scheduler)}: give the same --lr_scheduler, --lr_scheduler_type and "
             "--optimizer_type"
         )
@@ -160,6 +167,9 @@ def tell_kept_arguments(
 
 
 def class_name(thing: object) -> str:
-    """Module and name of a thing's class, or of the one that it stands for."""
+    """The name by which saved files know a thing's class, or the class that it stands for.
+
+    A class of this package carries a `saved_name`, which stays when its module moves.
+    """
     cls = getattr(thing, "stands_for", type(thing))
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return getattr(cls, "saved_name", f"{cls.__module__}.{cls.__qualname__}")

@@ -77,7 +77,7 @@ class WeightUpdates(torch.optim.Optimizer):
     @property
     def stands_for(self) -> type:
         """The class that a resume state names."""
-        return type(self.inner)
+        return getattr(self.inner, "stands_for", type(self.inner))
 
     @property
     def param_groups(self) -> list[dict]:
