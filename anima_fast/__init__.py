@@ -19,11 +19,11 @@ __version__ = "0.1.0"
 _HOME = {
     "load_dit": "models.dit",
     "load_llm_adapter": "models.llm_adapter",
-    "load_vae": "models.vae",
+    "load_vae": "models.vae_checkpoint",
     "load_text_encoder": "models.text_encoder",
     "add_lora": "adapters.lora",
     "train": "training.loop",
-    "TrainOptions": "options",
+    "TrainOptions": "options.run",
     "UserError": "errors",
 }
 

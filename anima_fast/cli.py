@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-from anima_fast.bench.commands import bench
 from anima_fast.commands.app import app
+from anima_fast.commands.bench import bench
 
 # Panels of the help page and the modules of `commands` in them, in its order.
 PANELS = {

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import time
 from pathlib import Path
+from types import TracebackType
 
+from anima_fast.errors import UserError
 from anima_fast.files import disk_error
 
 LOGGER = "anima_fast"
@@ -60,3 +65,52 @@ def _file_handler(path: Path) -> logging.Handler:
         raise disk_error(error, path) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
+
+
+CONSOLE_FILE = "console.log"
+
+
+def describe_error(error: BaseException) -> str:
+    """What went wrong, on one line; the kind too where it is no message for users."""
+    text = " ".join(str(error).split())[:1000]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+class ConsoleLog:
+    """The lines that the console shows, each with its time, in `OUT/console.log`.
+
+    A context manager: what ends the run early is the last line of a run that has said something.
+
+    Args:
+        folder: the output folder; None writes nothing.
+        fresh: a run that does not resume moves an older file to `console.previous.log`.
+    """
+
+    def __init__(self, folder: str | None, *, fresh: bool = True) -> None:
+        self.path = Path(folder) / CONSOLE_FILE if folder else None
+        if self.path is not None and fresh:
+            with contextlib.suppress(OSError):
+                os.replace(self.path, self.path.with_name("console.previous.log"))
+
+    def __enter__(self) -> ConsoleLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is None or self.path is None or not self.path.is_file():
+            return
+        if isinstance(error, Exception):
+            self.write(f"error: {describe_error(error)}")
+        else:
+            self.write("interrupted")
+
+    def write(self, text: str) -> None:
+        """Append a line. The file is closed again, so that others may move it on Windows too."""
+        if self.path is None:
+            return
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8", errors="replace") as file:
+                file.write(f"{stamp} {' '.join(text.splitlines())}\n")

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # Before anything imports triton: without a card its kernels run interpreted, on the CPU.
 if not torch.cuda.is_available():
-    from anima_fast import interpreter
+    from anima_fast.bench import interpreter
 
     interpreter.start()
 
 from anima_fast.bench.rows import Row, append_row, machine
-from anima_fast.bench.timing import Ceilings, ceilings, on_card
+from anima_fast.measure.timer import Ceilings, ceilings, on_card
 
 CPU_NOTE = "(on a CPU ours runs the plain definitions of the kernels)"
 

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from anima_fast.adapters.lora import LoRANetwork, add_lora
 from anima_fast.bench.step import REAL
-from anima_fast.bench.timing import on_card
+from anima_fast.measure.timer import on_card
 from anima_fast.memory.offload import compile_blocks, install_block_runner
 from anima_fast.models.block_graphs import BlockGraphs
 from anima_fast.models.dit import AnimaDiT, DitConfig
-from anima_fast.training.flat_adamw import FlatAdamW
-from anima_fast.training.flow import (
+from anima_fast.models.flow import (
     FlowSettings,
     flow_loss,
     fused_flow_loss,
     noisy_latents,
     velocity_target,
 )
-from anima_fast.training.optimizers import clip_flat_grad
+from anima_fast.training.optimizers.build import clip_flat_grad
+from anima_fast.training.optimizers.flat_adamw import FlatAdamW
 
 DEVICE = "cuda" if on_card() else "cpu"
 TINY = DitConfig(

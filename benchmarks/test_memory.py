@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anima_fast.bench.rows import Row
 from anima_fast.bench.step import REAL
-from anima_fast.bench.timing import on_card
+from anima_fast.measure.timer import on_card
 
 DTYPE = torch.bfloat16
 TOKENS = (1024, 4096) if on_card() else (256,)

@@ -45,7 +45,7 @@ def load(provider: str, weights: Path, width: int) -> Callable[[Tensor], Tensor]
         mean = torch.tensor(model.config.latents_mean)[:, None, None]
         std = torch.tensor(model.config.latents_std)[:, None, None]
         return lambda x: (model.encode(x[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
-    from anima_fast.models.vae import load_vae
+    from anima_fast.models.vae_checkpoint import load_vae
 
     vae = load_vae(weights)
     rows = 64 if provider.endswith("chunk_rows=64") else None

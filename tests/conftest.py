@@ -19,7 +19,7 @@ except ImportError:
 
 # Before anything imports triton: without a card its kernels run interpreted, on the CPU.
 if not torch.cuda.is_available():
-    from anima_fast import interpreter
+    from anima_fast.bench import interpreter
 
     interpreter.start()
 

@@ -15,7 +15,7 @@ from torch import nn
 from anima_fast.data import encode_text
 from anima_fast.data.plan import build_plan
 from anima_fast.models.tokenizers import TokenBatch
-from anima_fast.options import TrainOptions
+from anima_fast.options.run import TrainOptions
 
 WIDTH = 8
 
@@ -111,11 +111,11 @@ class Work:
 
 def install(monkeypatch):
     """Put the fakes in the place of the loaders; returns their `Work`."""
-    from anima_fast.models import llm_adapter, text_encoder, tokenizers, vae
+    from anima_fast.models import llm_adapter, text_encoder, tokenizers, vae_checkpoint
 
     work = Work()
     monkeypatch.setattr(
-        vae, "load_vae", lambda path, *, device, dtype: work.make("vae", FakeVae, dtype)
+        vae_checkpoint, "load_vae", lambda path, *, device, dtype: work.make("vae", FakeVae, dtype)
     )
     monkeypatch.setattr(
         text_encoder,

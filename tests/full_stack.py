@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from stack import make_config, make_images, named
 
-from anima_fast.options import FinetuneOptions
-from anima_fast.tiny_stack import build_stack
+from anima_fast.demo.tiny_stack import build_stack
+from anima_fast.options.run import FinetuneOptions
 
 BLOCKS = 4
 

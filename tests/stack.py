@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from anima_fast.options import TrainOptions
-from anima_fast.tiny_stack import build_stack
+from anima_fast.demo.tiny_stack import build_stack
+from anima_fast.options.run import TrainOptions
 
 SIZES = ((64, 64), (64, 64), (96, 48), (48, 96), (64, 64))
 

@@ -7,15 +7,10 @@ import types
 import pytest
 import torch
 
+from anima_fast.device import check_torch_version
 from anima_fast.errors import UserError
 from anima_fast.models import attention as attention_module
-from anima_fast.models.attention import (
-    attention,
-    check_attn_mode,
-    check_torch_version,
-    prepare_zero_rows,
-    zero_logits,
-)
+from anima_fast.models.attention import attention, check_attn_mode, prepare_zero_rows, zero_logits
 
 
 def make_qkv(dtype=torch.float32, batch=2, length=6, rows=5, heads=3, dim=16):

@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from anima_fast.adapters.targets import find_targets
 from anima_fast.bench import step as dit_step
-from anima_fast.bench.cards import CARDS, find_card
 from anima_fast.bench.model import Rates, op_times, prediction, sized
 from anima_fast.bench.resources import LIMITS
 from anima_fast.bench.step import (
@@ -23,6 +22,7 @@ from anima_fast.cli import app
 from anima_fast.errors import UserError
 from anima_fast.kernels import OPS
 from anima_fast.kernels.op import Cost, Op
+from anima_fast.measure.cards import CARDS, find_card
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.dit_config import DitConfig
 

@@ -10,13 +10,13 @@ import torch
 from tiny_dit import TINY, dit_weights
 
 from anima_fast.adapters.lora import add_lora
+from anima_fast.bench.parity import FLOORS, relative_error
 from anima_fast.kernels import dispatch
 from anima_fast.models import fuse
 from anima_fast.models.block import Settings
 from anima_fast.models.dit import DitConfig, load_dit
 from anima_fast.models.fuse import fuse_blocks, unfuse_blocks
 from anima_fast.models.recompute import block_policies
-from anima_fast.parity import FLOORS, relative_error
 
 TWO = DitConfig(**{**TINY.__dict__, "num_blocks": 2})
 ALL = [".*"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from anima_fast.data import captions
 from anima_fast.data.captions import Caption
-from anima_fast.data.dataset_config import Subset
+from anima_fast.data.subset import Subset
 
 
 def render(text, seed=0, epoch=1, step=0, max_steps=100, tags="", **settings):

@@ -9,13 +9,14 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from anima_fast import option_files
 from anima_fast.cli import app
 from anima_fast.errors import UserError
-from anima_fast.option_groups.base import specs
-from anima_fast.option_groups.tables import BARE_FLAGS
-from anima_fast.option_words import read_words
-from anima_fast.options import SampleOptions, TrainOptions
+from anima_fast.options import files as option_files
+from anima_fast.options.command_line import read_words
+from anima_fast.options.declare import specs
+from anima_fast.options.other_names import BARE_FLAGS
+from anima_fast.options.run import TrainOptions
+from anima_fast.options.sample import SampleOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -277,7 +278,7 @@ def test_convert_takes_both_spellings(monkeypatch, words, expected):
     def convert_file(src, dst, to=None, reverse=False, fold_alpha=False):
         calls.append((str(src), str(dst), to, reverse, fold_alpha))
 
-    fake(monkeypatch, "anima_fast.adapters.formats", convert_file=convert_file)
+    fake(monkeypatch, "anima_fast.tools.convert", convert_file=convert_file)
     done = invoke("convert", *words.split())
     assert done.exit_code == 0, done.output
     assert calls == [expected]
@@ -288,7 +289,7 @@ def test_convert_takes_both_spellings(monkeypatch, words, expected):
     ["a", "", "--input a", "a b --to x", "a b --to comfyui --reverse", "a b --input c --output d"],
 )
 def test_convert_refuses(monkeypatch, words):
-    fake(monkeypatch, "anima_fast.adapters.formats", convert_file=None)
+    fake(monkeypatch, "anima_fast.tools.convert", convert_file=None)
     done = invoke("convert", *words.split())
     assert done.exit_code == 2
     assert done.stderr.startswith("error: ")

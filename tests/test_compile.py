@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from anima_fast.bench import resources
 from anima_fast.bench.dry import dry_launches
+from anima_fast.bench.interpreter import interpreting
 from anima_fast.bench.resources import (
     ARCHS,
     COMPILED,
@@ -25,7 +26,6 @@ from anima_fast.bench.resources import (
 from anima_fast.bench.tables import resources_table
 from anima_fast.cli import app
 from anima_fast.errors import UserError
-from anima_fast.interpreter import interpreting
 from anima_fast.kernels import OPS
 from anima_fast.kernels.dispatch import SHARED_KIB
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from anima_fast.data.dataset_config import load_dataset_config, resolve_datasets
 from anima_fast.data.plan import build_plan
-from anima_fast.data.schema import KEYS, check_config
 from anima_fast.errors import UserError
+from anima_fast.options.dataset_keys import KEYS, check_config
 
 DOC_EXAMPLE = """
 [general]

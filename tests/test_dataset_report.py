@@ -16,12 +16,13 @@ from stack import make_world, train_options
 from typer.testing import CliRunner
 
 from anima_fast.cli import app
+from anima_fast.data import findings, health
 from anima_fast.data.plan import build_plan
-from anima_fast.dataset_report import findings, health, page, thumbs
-from anima_fast.dataset_report.duplicates import find_duplicates
-from anima_fast.dataset_report.masks import loss_cells, overlay
-from anima_fast.dataset_report.pixels import difference_hash, look
-from anima_fast.dataset_report.tags import spelling_variants
+from anima_fast.data.tags import spelling_variants
+from anima_fast.reports.dataset import page, thumbs
+from anima_fast.reports.dataset.duplicates import find_duplicates
+from anima_fast.reports.dataset.masks import loss_cells, overlay
+from anima_fast.reports.dataset.pixels import difference_hash, look
 
 STOPS = {"unreadable", "narrow", "wrong size", "missing image", "unreadable caption", "no caption",
          "missing mask", "unreadable mask"}  # fmt: skip
@@ -470,7 +471,7 @@ def test_alpha_masks_are_those_of_training(tmp_path):
 
     from anima_fast.data.batches import Batches
     from anima_fast.data.encode import EncodedDataset
-    from anima_fast.training.flow import mask_cells
+    from anima_fast.models.flow import mask_cells
 
     image = smooth(1, (96, 64)).convert("RGBA")
     image.putalpha(Image.radial_gradient("L").resize((96, 64)))

@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from anima_fast import demo
-from anima_fast.demo_vae import PatchComponents, fit_vae
+from anima_fast.demo import run as demo
+from anima_fast.demo.tiny_stack import save_vae
+from anima_fast.demo.vae import PatchComponents, fit_vae
 from anima_fast.errors import UserError
-from anima_fast.models.vae import load_vae
-from anima_fast.tiny_stack import save_vae
+from anima_fast.models.vae_checkpoint import load_vae
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_the_report_shows_the_run(out):
 def test_previews_have_the_size_that_was_trained(out):
     """A bucket of the plan for each photograph, so that a preview shows what was learnt."""
     from anima_fast.data.plan import build_plan
-    from anima_fast.tiny_stack import Stack
+    from anima_fast.demo.tiny_stack import Stack
 
     models = out / "models"
     stack = Stack(

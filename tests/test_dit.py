@@ -17,9 +17,9 @@ from tiny_dit import (
 
 from anima_fast.models.dit import AnimaDiT, DitConfig, load_dit
 from anima_fast.models.dit_layers import RMSNorm, timestep_features
+from anima_fast.models.flow import FlowSettings, flow_loss, noisy_latents, velocity_target
 from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.models.rope import apply_rope, rope_angles
-from anima_fast.training.flow import FlowSettings, flow_loss, noisy_latents, velocity_target
 
 FULL = ["dit_hd64", "dit_hd128", "dit_hd64_padmask"]
 

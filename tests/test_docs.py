@@ -12,8 +12,8 @@ import typer
 import yaml
 
 from anima_fast.cli import app
-from anima_fast.data.schema import check_config
-from anima_fast.option_files import resolve_train_options
+from anima_fast.options.dataset_keys import check_config
+from anima_fast.options.files import resolve_train_options
 
 if sys.version_info >= (3, 11):
     import tomllib

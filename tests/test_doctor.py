@@ -6,9 +6,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from anima_fast import doctor
 from anima_fast.cli import app
-from anima_fast.download import DIT_FOLDER, TOKENIZERS, VAE
+from anima_fast.inspection import doctor
+from anima_fast.models.download import DIT_FOLDER, TOKENIZERS, VAE
 
 
 def test_this_machine_can_train_and_json_equals_the_report(tmp_path):

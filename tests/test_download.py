@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from anima_fast.download import (
+from anima_fast.errors import UserError
+from anima_fast.models.download import (
     DIT_RELEASES,
     TOKENIZERS,
     Downloaded,
@@ -20,7 +21,6 @@ from anima_fast.download import (
     fetch,
     train_command,
 )
-from anima_fast.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 ANIMA = "circlestone-labs/Anima"
@@ -240,10 +240,10 @@ def test_names_of_releases():
 def test_the_printed_command_is_accepted():
     import shlex
 
-    from anima_fast.option_files import resolve_train_options
-    from anima_fast.option_groups.base import specs
-    from anima_fast.option_words import read_words
-    from anima_fast.options import TrainOptions
+    from anima_fast.options.command_line import read_words
+    from anima_fast.options.declare import specs
+    from anima_fast.options.files import resolve_train_options
+    from anima_fast.options.run import TrainOptions
 
     folder = Path("/models")
     text = train_command(Downloaded(folder, folder / "d e", folder / "q", folder / "v"))

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 from stack import make_world, train_options
 
-from anima_fast.training.ema import Ema
 from anima_fast.training.loop import train
+from anima_fast.training.optimizers.ema import Ema
 
 
 @pytest.fixture(scope="module")

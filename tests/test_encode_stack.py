@@ -10,7 +10,7 @@ from anima_fast.data import captions, images
 from anima_fast.data.batches import Batches
 from anima_fast.data.encode import encode_dataset
 from anima_fast.data.plan import build_plan
-from anima_fast.models import llm_adapter, text_encoder, tokenizers, vae
+from anima_fast.models import llm_adapter, text_encoder, tokenizers, vae_checkpoint
 from anima_fast.models.dit import load_dit
 
 
@@ -27,7 +27,7 @@ def encode(world, output, **more):
 
 def test_entries_equal_direct_calls(world, tmp_path):
     plan, encoded, options = encode(world, tmp_path)
-    model = vae.load_vae(options.vae, dtype=torch.float32)
+    model = vae_checkpoint.load_vae(options.vae, dtype=torch.float32)
     for item, stored in zip(plan.items, encoded.latents, strict=True):
         pixels, _ = images.load_item(item)
         direct = model.encode(torch.from_numpy(pixels)[None])[0]
@@ -74,7 +74,9 @@ def test_a_batch_goes_through_the_dit_like_the_padded_form(world, tmp_path):
 def test_second_run_loads_nothing_and_first_run_frees_everything(world, tmp_path, monkeypatch):
     loaded = []
     for module, name in (
-        (vae, "load_vae"), (text_encoder, "load_text_encoder"), (llm_adapter, "load_llm_adapter"),
+        (vae_checkpoint, "load_vae"),
+        (text_encoder, "load_text_encoder"),
+        (llm_adapter, "load_llm_adapter"),
     ):  # fmt: skip
         real = getattr(module, name)
 

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from anima_fast.adapters.formats import merge_lora, read_lora
 from anima_fast.cli import app
+from anima_fast.demo.tiny_stack import random_weights
 from anima_fast.errors import UserError
 from anima_fast.files import sha256_file
 from anima_fast.models.dit import DitConfig, load_dit
-from anima_fast.tiny_stack import random_weights
 from anima_fast.tools.extract import extract_lora
 from anima_fast.tools.merge import merge_into_checkpoint
 from anima_fast.tools.ranks import RankRule

@@ -11,9 +11,9 @@ from anima_fast.data.seeding import seeded
 from anima_fast.errors import UserError
 from anima_fast.inspection.file import describe
 from anima_fast.models.dit import load_dit
+from anima_fast.models.flow import FlowSettings, sample_sigma
 from anima_fast.models.llm_adapter import load_llm_adapter
-from anima_fast.training.flow import FlowSettings, sample_sigma
-from anima_fast.training.full_network import part_of
+from anima_fast.training.finetune.full_network import part_of
 from anima_fast.training.loop import train
 from anima_fast.training.setup import prepare
 from anima_fast.training.step import micro_step

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from anima_fast.cli import app
 from anima_fast.errors import UserError
-from anima_fast.option_files import finetune_table_markdown, resolve_train_options, to_toml
-from anima_fast.option_groups.base import specs
-from anima_fast.option_groups.finetune import FinetuneGroup, network_options
-from anima_fast.options import FinetuneOptions, TrainOptions
-from anima_fast.training.disk_check import model_bytes, resume_bytes
+from anima_fast.options.declare import specs
+from anima_fast.options.files import finetune_table_markdown, resolve_train_options, to_toml
+from anima_fast.options.finetune import FinetuneGroup, network_options
+from anima_fast.options.run import FinetuneOptions, TrainOptions
+from anima_fast.training.finetune.disk_check import model_bytes, resume_bytes
 from anima_fast.training.loop import train
 
 PACKAGE = Path(__file__).parent.parent / "anima_fast"

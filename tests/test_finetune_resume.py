@@ -63,7 +63,7 @@ def test_resuming_from_a_state_gives_the_same_file(world, tmp_path, kind):
 
 RUNNER = """
 import json, sys
-from anima_fast.options import FinetuneOptions
+from anima_fast.options.run import FinetuneOptions
 from anima_fast.training.loop import train
 train(FinetuneOptions(**json.loads(sys.argv[1])))
 """

@@ -7,12 +7,8 @@ import pytest
 import torch
 
 from anima_fast.errors import UserError
-from anima_fast.training import flow
-from anima_fast.training.flow_settings import (
-    TIMESTEP_SAMPLINGS,
-    WEIGHTING_SCHEMES,
-    FlowSettings,
-)
+from anima_fast.models import flow
+from anima_fast.models.flow import TIMESTEP_SAMPLINGS, WEIGHTING_SCHEMES, FlowSettings
 
 SETTINGS = {
     "sigmoid": {},

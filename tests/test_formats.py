@@ -19,12 +19,13 @@ from tiny_dit import TINY, TINY_ADAPTER, dit_shapes, dit_weights, make_dit, make
 from torch import nn
 
 from anima_fast.adapters import names
-from anima_fast.adapters.formats import convert_file, merge_lora, read_lora, write_lora
+from anima_fast.adapters.formats import merge_lora, read_lora, write_lora
 from anima_fast.adapters.lora import add_lora
 from anima_fast.adapters.parts import LoRAPart
 from anima_fast.errors import UserError
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.models.llm_adapter import LLMAdapter
+from anima_fast.tools.convert import convert_file
 
 LAYER = "blocks.0.mlp.layer1"
 

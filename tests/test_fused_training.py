@@ -9,15 +9,15 @@ from stack import make_world, train_options
 from tiny_dit import TINY, dit_weights
 
 from anima_fast.adapters.lora import add_lora
+from anima_fast.device import uses_fused_blocks
 from anima_fast.errors import UserError
 from anima_fast.kernels import dispatch
 from anima_fast.memory.offload import install_block_runner
 from anima_fast.models import fuse
 from anima_fast.models.attention import attention, check_attn_mode
 from anima_fast.models.dit import load_dit
-from anima_fast.option_groups.base import specs
-from anima_fast.options import TrainOptions
-from anima_fast.training.checks import uses_fused_blocks
+from anima_fast.options.declare import specs
+from anima_fast.options.run import TrainOptions
 from anima_fast.training.loop import train
 
 CONFIG = dataclasses.replace(TINY, num_blocks=6)
@@ -188,8 +188,7 @@ def test_a_policy_that_cannot_be_had_is_refused_at_the_start(world, tmp_path, re
 
 
 def test_the_fused_loss_is_the_plain_one():
-    from anima_fast.training.flow import flow_loss, fused_flow_loss, velocity_target
-    from anima_fast.training.flow_settings import FlowSettings
+    from anima_fast.models.flow import FlowSettings, flow_loss, fused_flow_loss, velocity_target
 
     generator = torch.Generator().manual_seed(0)
     prediction, latents, noise = torch.randn(3, 2, 16, 6, 4, generator=generator)
@@ -213,8 +212,8 @@ def test_the_fused_loss_is_the_plain_one():
 
 def test_flat_adamw_is_adamw():
     """Steps, clipping, rates of groups and the state dict, both ways."""
-    from anima_fast.training.flat_adamw import FlatAdamW
-    from anima_fast.training.optimizers import build_optimizer, clip_flat_grad
+    from anima_fast.training.optimizers.build import build_optimizer, clip_flat_grad
+    from anima_fast.training.optimizers.flat_adamw import FlatAdamW
     from anima_fast.training.state_checks import class_name
 
     results = []
@@ -276,7 +275,7 @@ def test_fused_norms_of_the_llm_adapter():
 
 def test_a_second_card_becomes_the_current_one(monkeypatch):
     """Triton launches on the current card."""
-    from anima_fast.training.checks import choose_device
+    from anima_fast.device import choose_device
 
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -15,9 +15,9 @@ from PIL import Image
 
 from anima_fast.data import images
 from anima_fast.data.captions import Caption
-from anima_fast.data.dataset_config import Dataset, Subset
-from anima_fast.data.plan import ImageItem
-from anima_fast.data.resize import area_average, resize
+from anima_fast.data.items import ImageItem
+from anima_fast.data.resampling import area_average, resize
+from anima_fast.data.subset import Dataset, Subset
 from anima_fast.errors import UserError
 
 

@@ -17,12 +17,13 @@ from stack import make_world, train_options
 from tiny_dit import TINY_ADAPTER, adapter_weights, dit_weights
 from typer.testing import CliRunner
 
-from anima_fast.adapters.formats import convert_file, read_lora
+from anima_fast.adapters.formats import read_lora
 from anima_fast.cli import app
 from anima_fast.data.legacy_cache import read_text
 from anima_fast.errors import UserError
 from anima_fast.inspection.file import describe, render
 from anima_fast.models.dit import load_dit
+from anima_fast.tools.convert import convert_file
 from anima_fast.training.loop import train
 
 KEYS = {"file", "kind", "title", "facts", "option", "programs", "metadata", "notes"}

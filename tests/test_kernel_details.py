@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from anima_fast.bench.parity import FLOORS, relative_error
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.adamw import adamw
 from anima_fast.kernels.flow_loss import LOSS_TYPES, flow_loss, flow_loss_reference
@@ -15,10 +16,9 @@ from anima_fast.kernels.lora_linear import (
     lora_linear_reference,
 )
 from anima_fast.kernels.rmsnorm import rmsnorm, rmsnorm_backward
+from anima_fast.models import flow
+from anima_fast.models.flow import FlowSettings
 from anima_fast.models.llm_adapter import AdapterNorm
-from anima_fast.parity import FLOORS, relative_error
-from anima_fast.training import flow
-from anima_fast.training.flow_settings import FlowSettings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.05}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from anima_fast.interpreter import interpreting, start
+from anima_fast.bench.interpreter import interpreting, start
+from anima_fast.bench.parity import LAYOUTS, check_op, leaves, map_tensors
 from anima_fast.kernels import OPS, dispatch
-from anima_fast.parity import LAYOUTS, check_op, leaves, map_tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if interpreting():

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 
 from anima_fast.errors import UserError
-from anima_fast.options import TrainOptions
-from anima_fast.training.health import BadBatchTracker, find_fault
+from anima_fast.options.run import TrainOptions
+from anima_fast.progress import Progress, clock, describe
+from anima_fast.training.bad_batches import BadBatchTracker, find_fault
 from anima_fast.training.logs import RunLog
-from anima_fast.training.progress import Progress, clock, describe
 
 
 def record(step, **others):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_dit import make_dit, make_inputs, relative_error
 from torch import nn
 
-from anima_fast.adapters.formats import convert_file, merge_lora, read_lora
+from anima_fast.adapters.formats import merge_lora, read_lora
 from anima_fast.adapters.layers import Dropouts, initial_lora
 from anima_fast.adapters.lora import LAYERS, add_lora
 from anima_fast.adapters.lycoris import (
@@ -25,6 +25,7 @@ from anima_fast.adapters.lycoris import (
 from anima_fast.adapters.parts import adapted_weight, part_of
 from anima_fast.adapters.targets import Target
 from anima_fast.errors import UserError
+from anima_fast.tools.convert import convert_file
 
 HADAMARD = {"hada_w1_a": (4, 2), "hada_w1_b": (2, 4), "hada_w2_a": (4, 2), "hada_w2_b": (2, 4)}
 # (out, in): square, wide, high, odd, prime, one that does not split.

@@ -15,12 +15,18 @@ from anima_fast.memory.free import _limit, host_free
 from anima_fast.memory.plan import ADAPTER_UNITS, CPU_PROGRAM_BYTES, GIB, ROW_UNITS, TOKEN_UNITS
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.dit_config import DitConfig
+from anima_fast.models.flow import FlowSettings
 from anima_fast.models.llm_adapter import AdapterConfig, LLMAdapter
-from anima_fast.option_files import resolve_train_options
-from anima_fast.options import FinetuneOptions
-from anima_fast.training.flow import FlowSettings
-from anima_fast.training.memory_check import Budget, Needs, check_memory, memory_plan, show_memory
-from anima_fast.training.memory_needs import Batch, largest_batch, model_sizes, prediction
+from anima_fast.options.files import resolve_train_options
+from anima_fast.options.run import FinetuneOptions
+from anima_fast.training.finetune.memory_check import (
+    Budget,
+    Needs,
+    check_memory,
+    memory_plan,
+    show_memory,
+)
+from anima_fast.training.finetune.memory_needs import Batch, largest_batch, model_sizes, prediction
 from anima_fast.training.setup import prepare
 from anima_fast.training.step import micro_step
 
@@ -270,7 +276,7 @@ def test_nothing_helps_on_a_tiny_card(published):
 
 
 def test_little_host_memory_is_refused(published, monkeypatch):
-    monkeypatch.setattr("anima_fast.training.memory_check.host_free", lambda: 6 * GIB)
+    monkeypatch.setattr("anima_fast.training.finetune.memory_check.host_free", lambda: 6 * GIB)
     options = large(published, vram=24.0, full_bf16=True, blocks_to_swap=26)
     with pytest.raises(UserError, match=r"needs about .* of host memory, 6\.0 GiB are free"):
         check_memory(options, images(), CPU, say=print)
@@ -327,7 +333,7 @@ def test_a_full_container_is_not_one_without_a_limit(monkeypatch):
 
 
 def test_a_tiny_model_on_a_small_machine_is_not_refused(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("anima_fast.training.memory_check.host_free", lambda: GIB)
+    monkeypatch.setattr("anima_fast.training.finetune.memory_check.host_free", lambda: GIB)
     check_memory(full_options(world, tmp_path), images(64), CPU, say=print)
 
 

@@ -14,12 +14,12 @@ from anima_fast.adapters.formats import read_lora
 from anima_fast.adapters.lora import add_lora
 from anima_fast.adapters.parts import adapted_weight
 from anima_fast.cli import app
+from anima_fast.demo.tiny_stack import random_weights
 from anima_fast.errors import UserError
 from anima_fast.models.checkpoint import DIT_PREFIXES
 from anima_fast.models.dit import load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
-from anima_fast.option_groups.words import path_and_weight
-from anima_fast.tiny_stack import random_weights
+from anima_fast.options.words import path_and_weight
 from anima_fast.tools.combine import combine_networks
 from anima_fast.tools.merge import merge_into_checkpoint
 from anima_fast.tools.ranks import RankRule

@@ -16,11 +16,10 @@ from anima_fast.migrate.ledger import Ledger, flatten, show
 from anima_fast.migrate.onetrainer_flow import _distribution
 from anima_fast.migrate.sd_scripts_tables import DEFAULTS
 from anima_fast.migrate.source import Source, open_source, parse_file
-from anima_fast.option_files import resolve_train_options, to_toml
-from anima_fast.option_groups.base import specs
-from anima_fast.options import FinetuneOptions, TrainOptions
-from anima_fast.training.flow import sigma_from_draw
-from anima_fast.training.flow_settings import FlowSettings
+from anima_fast.models.flow import FlowSettings, sigma_from_draw
+from anima_fast.options.declare import specs
+from anima_fast.options.files import resolve_train_options, to_toml
+from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 CLASSES = {"train": TrainOptions, "finetune": FinetuneOptions}
 # File -> command, some of the options, and words that the lists must hold.

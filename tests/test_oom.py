@@ -10,7 +10,7 @@ from stack import make_world, records, train_options
 from anima_fast.errors import UserError
 from anima_fast.models.block_graphs import BlockGraphs
 from anima_fast.models.dit import AnimaDiT
-from anima_fast.options import FinetuneOptions
+from anima_fast.options.run import FinetuneOptions
 from anima_fast.training import oom
 from anima_fast.training.loop import train
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from anima_fast.errors import UserError
-from anima_fast.options import TrainOptions
-from anima_fast.training.optimizers import (
+from anima_fast.options.run import TrainOptions
+from anima_fast.training.optimizers.build import (
     averaged_weights,
     build_optimizer,
     clip_flat_grad,

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from anima_fast.errors import UserError
-from anima_fast.option_files import (
+from anima_fast.models.flow import FlowSettings
+from anima_fast.options.declare import specs
+from anima_fast.options.files import (
     OTHER_NAMES,
     config_path,
     option_page,
@@ -16,10 +18,9 @@ from anima_fast.option_files import (
     to_toml,
     write_config,
 )
-from anima_fast.option_groups.base import specs
-from anima_fast.option_groups.tables import ALIASES, BARE_FLAGS, IGNORED, REFUSED
-from anima_fast.options import SampleOptions, TrainOptions
-from anima_fast.training.flow_settings import FlowSettings
+from anima_fast.options.other_names import ALIASES, BARE_FLAGS, IGNORED, REFUSED
+from anima_fast.options.run import TrainOptions
+from anima_fast.options.sample import SampleOptions
 
 PACKAGE = Path(__file__).parent.parent / "anima_fast"
 NEEDED = {
@@ -476,7 +477,7 @@ def test_the_table_names_everything_once():
 def test_the_page_in_the_documentation_is_up_to_date():
     path = PACKAGE.parent / "docs" / "options.md"
     assert path.read_text(encoding="utf-8") == option_page(), (
-        "run: python -m anima_fast.option_files > docs/options.md"
+        "run: python -m anima_fast.options.files > docs/options.md"
     )
 
 

@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anima_fast.adapters import names
-from anima_fast.adapters.formats import convert_file, read_lora
+from anima_fast.adapters.formats import read_lora
 from anima_fast.adapters.parts import adapted_weight
 from anima_fast.errors import UserError
+from anima_fast.tools.convert import convert_file
 
 Q = "blocks.0.self_attn.q_proj"
 

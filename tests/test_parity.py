@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from anima_fast import parity
+from anima_fast.bench import parity
 from anima_fast.cli import app
 from anima_fast.kernels import OPS, dispatch
 from anima_fast.kernels.op import Cost, Op

@@ -13,11 +13,11 @@ from anima_fast.cli import app
 from anima_fast.errors import UserError
 from anima_fast.memory.plan import CONTEXT_BYTES, GIB, Setting, Sizes, predict
 from anima_fast.models.dit import AnimaDiT, DitConfig
-from anima_fast.option_files import resolve_train_options, to_toml
-from anima_fast.option_groups.base import specs
-from anima_fast.options import FinetuneOptions, TrainOptions
-from anima_fast.presets import FOLDER, RIVALS, load_preset, preset_names, split_names
-from anima_fast.training.weight_updates import CHUNK
+from anima_fast.options.declare import specs
+from anima_fast.options.files import resolve_train_options, to_toml
+from anima_fast.options.presets import FOLDER, RIVALS, load_preset, preset_names, split_names
+from anima_fast.options.run import FinetuneOptions, TrainOptions
+from anima_fast.training.optimizers.weight_updates import CHUNK
 
 NAMES = preset_names()
 CARDS = [name for name in NAMES if name.endswith("gb")]
@@ -284,4 +284,4 @@ def test_the_command_lists_and_prints_them():
 
 def test_the_files_are_part_of_the_package():
     project = (FOLDER.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
-    assert '"anima_fast.presets" = ["*.toml"]' in project
+    assert '"anima_fast.options.presets" = ["*.toml"]' in project

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from stack import make_world, records, train_options
 
 from anima_fast.errors import UserError
-from anima_fast.options import SampleOptions, TrainOptions
-from anima_fast.prompts import Prompt, parse_prompt, read_prompts
+from anima_fast.options.run import TrainOptions
+from anima_fast.options.sample import SampleOptions
 from anima_fast.sampling import run_sample
+from anima_fast.sampling.prompts import Prompt, parse_prompt, read_prompts
 from anima_fast.training import previews
 from anima_fast.training.loop import train
 

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from anima_fast.plot import MOST_POINTS, Series, axis_number, chart, ticks
-from anima_fast.report import Picture, read_log, write_report
+from anima_fast.reports.charts import MOST_POINTS, Series, axis_number, chart, ticks
+from anima_fast.reports.run_page import Picture, read_log, write_report
 
 
 def log_file(path, count=30):
@@ -155,7 +155,7 @@ def test_previews_stand_over_time_and_losses_by_sigma(tmp_path):
     """A row for each prompt, a column for each time; pictures that are gone leave their place."""
     from PIL import Image
 
-    from anima_fast.pictures import save_png
+    from anima_fast.sampling.pictures import save_png
 
     (tmp_path / "sample").mkdir()
     lines = [{"kind": "step", "step": i, "loss": 1.0} for i in (1, 2)]
@@ -186,8 +186,8 @@ def test_previews_stand_over_time_and_losses_by_sigma(tmp_path):
 
 def test_rows_of_previews_follow_the_prompts(tmp_path):
     """The file of prompts lost its first line after step 1; two prompts are alike."""
-    from anima_fast.pictures import save_png
-    from anima_fast.report_parts import preview_grid
+    from anima_fast.reports.run_parts import preview_grid
+    from anima_fast.sampling.pictures import save_png
 
     records = []
     for step, prompts in enumerate((["cat", "dog", "dog"], ["dog", "dog", "fox\nbrown"])):
@@ -203,7 +203,7 @@ def test_rows_of_previews_follow_the_prompts(tmp_path):
 
 
 def test_many_previews_are_thinned_out(tmp_path):
-    from anima_fast.report_parts import preview_grid
+    from anima_fast.reports.run_parts import preview_grid
 
     records = [{"kind": "preview", "step": i, "files": ["sample/x.png"]} for i in range(40)]
     grid = preview_grid(records, tmp_path)

@@ -7,7 +7,7 @@ from browser import Browser, find_browser
 from watch_page import DESK, PHONE, STICKING_OUT
 from watch_run import FakeRun
 
-from anima_fast.report import write_report
+from anima_fast.reports.run_page import write_report
 
 if os.name == "nt":
     pytest.skip("the browser's debugging pipe needs POSIX", allow_module_level=True)

@@ -7,10 +7,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from anima_fast.adapters.formats import FOLDED, convert_file, read_lora
+from anima_fast.adapters.formats import FOLDED, read_lora
 from anima_fast.adapters.parts import LoHaPart, LoKrPart, LoRAPart
 from anima_fast.cli import app
 from anima_fast.errors import UserError
+from anima_fast.tools.convert import convert_file
 from anima_fast.tools.low_rank import Dense, Product, weighted_sum
 from anima_fast.tools.ranks import RankRule
 from anima_fast.tools.report import Loss, lines, total_error

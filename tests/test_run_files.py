@@ -6,10 +6,10 @@ import os
 import pytest
 from stack import make_world, train_options
 
+from anima_fast.console import ConsoleLog
 from anima_fast.errors import UserError
 from anima_fast.training import loop
 from anima_fast.training.loop import train
-from anima_fast.training.run_files import ConsoleLog
 
 
 @pytest.fixture(scope="module")

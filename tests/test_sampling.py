@@ -7,15 +7,16 @@ import torch
 from golden import load, weights
 from PIL import Image
 
-from anima_fast import pictures, sampling
-from anima_fast.adapters.formats import convert_file
+from anima_fast import sampling
 from anima_fast.adapters.lora import add_lora
+from anima_fast.demo.tiny_stack import build_stack
 from anima_fast.errors import UserError
 from anima_fast.models.dit import load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.models.text_encoder import load_text_encoder
-from anima_fast.options import SampleOptions
-from anima_fast.tiny_stack import build_stack
+from anima_fast.options.sample import SampleOptions
+from anima_fast.sampling import pictures
+from anima_fast.tools.convert import convert_file
 
 
 @pytest.fixture(scope="module")

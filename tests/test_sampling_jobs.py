@@ -20,13 +20,13 @@ from anima_fast.models.dit import load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.models.text_encoder import load_text_encoder
 from anima_fast.models.tokenizers import load_tokenizers
-from anima_fast.models.vae import load_vae
-from anima_fast.options import SampleOptions
-from anima_fast.pictures import describe
+from anima_fast.models.vae_checkpoint import load_vae
+from anima_fast.options.sample import SampleOptions
 from anima_fast.sampling import euler_sample, run_sample
 from anima_fast.sampling import run as sampling_run
 from anima_fast.sampling.grid import compose, expand, read_axes
 from anima_fast.sampling.jobs import Job, batches, make_jobs
+from anima_fast.sampling.pictures import describe
 from anima_fast.sampling.prompt_weights import weighted_segments
 from anima_fast.sampling.texts import adapt, encode_states, tokenize_prompt
 

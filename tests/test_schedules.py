@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from anima_fast.errors import UserError
-from anima_fast.options import TrainOptions
-from anima_fast.training.optimizers import build_optimizer
-from anima_fast.training.schedules import build_scheduler, restore_scheduler, step_count
+from anima_fast.options.run import TrainOptions
+from anima_fast.training.optimizers.build import build_optimizer
+from anima_fast.training.optimizers.schedules import build_scheduler, restore_scheduler, step_count
 
 TOTAL = 40
 

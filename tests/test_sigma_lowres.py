@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 from stack import make_world, records, train_options
 
-from anima_fast.data import images
+from anima_fast.data import images, lowres
 from anima_fast.data.encode_latents import LatentPhase
-from anima_fast.models.vae import load_vae
-from anima_fast.training import lowres, setup, step
-from anima_fast.training.flow import FlowSettings, sample_sigma
+from anima_fast.data.lowres import LowRes
+from anima_fast.models.flow import FlowSettings, sample_sigma
+from anima_fast.models.vae_checkpoint import load_vae
+from anima_fast.training import setup, step
 from anima_fast.training.loop import train
-from anima_fast.training.lowres import LowRes
 
 
 @pytest.fixture(scope="module")

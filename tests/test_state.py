@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from anima_fast import files
 from anima_fast.errors import UserError
-from anima_fast.options import TrainOptions
+from anima_fast.options.run import TrainOptions
 from anima_fast.training import state as states
-from anima_fast.training.optimizers import build_optimizer
-from anima_fast.training.schedules import build_scheduler
+from anima_fast.training.optimizers.build import build_optimizer
+from anima_fast.training.optimizers.schedules import build_scheduler
 from anima_fast.training.state import (
     find_states,
     load_state,

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from stack import make_config, make_images, make_world, records, train_options
 
+from anima_fast.demo.tiny_stack import build_stack
 from anima_fast.errors import UserError
 from anima_fast.models.vae import VaeConfig
 from anima_fast.models.vae_checkpoint import published_names
-from anima_fast.tiny_stack import build_stack
 from anima_fast.training import oom, step
 from anima_fast.training.loop import train
 
@@ -154,7 +154,7 @@ def test_resuming_from_any_state_gives_the_same_file(world, tmp_path, optimizer)
 
 RUNNER = """
 import json, sys
-from anima_fast.options import TrainOptions
+from anima_fast.options.run import TrainOptions
 from anima_fast.training.loop import train
 train(TrainOptions(**json.loads(sys.argv[1])))
 """

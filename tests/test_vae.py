@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anima_fast.errors import UserError
-from anima_fast.models.vae import VAE, VaeConfig, load_vae
-from anima_fast.models.vae_checkpoint import image_shape, published_names
+from anima_fast.models.vae import VAE, VaeConfig
+from anima_fast.models.vae_checkpoint import image_shape, load_vae, published_names
 from anima_fast.models.vae_layers import ChannelNorm
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}

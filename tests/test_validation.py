@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from stack import make_config, make_images, make_world, records, train_options
 
 from anima_fast.errors import UserError
-from anima_fast.options import TrainOptions
+from anima_fast.options.run import TrainOptions
 from anima_fast.training import loop, validation
 from anima_fast.training.loop import train
 from anima_fast.training.position import Position

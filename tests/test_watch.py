@@ -20,9 +20,9 @@ from watch_run import FakeRun
 
 from anima_fast.cli import app
 from anima_fast.errors import UserError
-from anima_fast.watch import command
-from anima_fast.watch.run import WatchedRun
-from anima_fast.watch.server import WatchServer, open_server, page_files
+from anima_fast.reports.watch import command
+from anima_fast.reports.watch.run import WatchedRun
+from anima_fast.reports.watch.server import WatchServer, open_server, page_files
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "anima_fast" / "watch" / "page"
@@ -173,10 +173,10 @@ def test_ports(tmp_path, monkeypatch):
         assert taken.port > 0
         with pytest.raises(UserError, match=rf"port {taken.port} is in use.*--port 0"):
             open_server(WatchedRun(tmp_path), taken.port)
-        monkeypatch.setattr("anima_fast.watch.server.DEFAULT_PORT", taken.port)
+        monkeypatch.setattr("anima_fast.reports.watch.server.DEFAULT_PORT", taken.port)
         with open_server(WatchedRun(tmp_path)) as found:
             assert taken.port < found.port <= taken.port + 20
-        monkeypatch.setattr("anima_fast.watch.server.PORTS_TRIED", 1)
+        monkeypatch.setattr("anima_fast.reports.watch.server.PORTS_TRIED", 1)
         with pytest.raises(UserError, match=r"no free port.*--port"):
             open_server(WatchedRun(tmp_path))
 
@@ -253,7 +253,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_is_packaged():
         # The content security policy would not run these.
         assert not re.search(r"\son\w+=|\sstyle=|<script>|<style>|javascript:", text), path.name
     packaged = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert '"anima_fast.watch" = ["page/*"]' in packaged
+    assert '"anima_fast.reports.watch" = ["page/*"]' in packaged
     html = (PAGE / "index.html").read_text(encoding="utf-8")
     scripts = "\n".join(p.read_text(encoding="utf-8") for p in PAGE.glob("*.js"))
     ids = set(re.findall(r'\bid="([\w-]+)"', html))

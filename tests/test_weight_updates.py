@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from anima_fast.training import weight_updates
-from anima_fast.training.weight_updates import WeightUpdates
-from anima_fast.training.weights import Weight
+from anima_fast.training.optimizers import weight_updates
+from anima_fast.training.optimizers.weight_updates import WeightUpdates
+from anima_fast.training.optimizers.weights import Weight
 
 CPU = torch.device("cpu")
 SHAPES = {"a": (40, 30), "b": (7,), "c": (64, 80), "d": (3, 5)}

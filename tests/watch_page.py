@@ -2,8 +2,8 @@
 
 import threading
 
-from anima_fast.watch.run import WatchedRun
-from anima_fast.watch.server import WatchServer
+from anima_fast.reports.watch.run import WatchedRun
+from anima_fast.reports.watch.server import WatchServer
 
 LOADED = "document.documentElement.dataset.loaded === 'yes'"
 DESK, PHONE = (1280, 900), (390, 844)

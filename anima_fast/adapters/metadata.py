@@ -17,7 +17,7 @@ from anima_fast.adapters.hashes import legacy_file_hash
 from anima_fast.files import cached_sha256
 
 if TYPE_CHECKING:
-    from anima_fast.options import TrainOptions
+    from anima_fast.options.run import TrainOptions
 
 IMPLEMENTATION = "https://huggingface.co/circlestone-labs/Anima"
 # Options that are written as they are, under their own name.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from anima_fast.plot import ticks
+from anima_fast.reports.charts import ticks
 
 WIDTH, LABEL, RIGHT, TOP = 720, 250, 66, 44
 BAR, GAP, FOOT = 11, 9, 24

@@ -22,11 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from anima_fast.bench.interpreter import interpreting
+from anima_fast.bench.parity import leaves
 from anima_fast.errors import UserError
-from anima_fast.interpreter import interpreting
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.op import Op, Sizes
-from anima_fast.parity import leaves
 
 NAMESPACE = "anima_fast"
 _CPU_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import torch
 
-from anima_fast.bench.cards import Card, find_card
 from anima_fast.bench.model import Rates
 from anima_fast.errors import UserError
+from anima_fast.measure.cards import Card, find_card
 
 COPY_BYTES, PRODUCT_SIZE, REPEATS = 1 << 29, 8192, 10
 

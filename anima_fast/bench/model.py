@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anima_fast.bench.cards import Card
 from anima_fast.bench.step import (
     PARAMETER_OPS,
     POLICIES,
@@ -27,6 +26,7 @@ from anima_fast.bench.step import (
 )
 from anima_fast.kernels import OPS
 from anima_fast.kernels.op import Cost, Op, Sizes
+from anima_fast.measure.cards import Card
 
 # Assumed: what a good kernel reaches of the data sheet, and what a launch costs in a queue that the
 # processor keeps filled.

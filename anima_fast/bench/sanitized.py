@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from anima_fast import interpreter
+from anima_fast.bench import interpreter
 
 
 def main() -> int:
@@ -22,8 +22,8 @@ def main() -> int:
     if device == "cpu":
         interpreter.start()
     # Now: triton reads at import whether it interprets.
+    from anima_fast.bench.parity import check_op
     from anima_fast.kernels import OPS
-    from anima_fast.parity import check_op
 
     wrong = 0
     for op in OPS.values():

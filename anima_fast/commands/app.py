@@ -15,9 +15,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from anima_fast import __version__
 from anima_fast.errors import UserError
-from anima_fast.option_groups.base import Spec, specs
-from anima_fast.option_groups.tables import BARE_FLAGS
-from anima_fast.option_words import read_words
+from anima_fast.options.command_line import read_words
+from anima_fast.options.declare import Spec, specs
+from anima_fast.options.other_names import BARE_FLAGS
 
 # Typer's or click's own, whichever this Typer is built on.
 UsageError = typer.BadParameter.__base__

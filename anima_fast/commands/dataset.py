@@ -8,14 +8,14 @@ import typer
 
 from anima_fast.commands.app import option_command
 from anima_fast.errors import UserError
-from anima_fast.option_groups.base import Spec, convert, specs
-from anima_fast.option_groups.data import (
+from anima_fast.options.data import (
     CaptionOptions,
     DatasetOptions,
     ImageOptions,
     MaskOptions,
 )
-from anima_fast.options import TrainOptions
+from anima_fast.options.declare import Spec, convert, specs
+from anima_fast.options.run import TrainOptions
 
 
 def _spec(name: str, kind: str, text: str, **limits: Any) -> Spec:
@@ -50,7 +50,7 @@ _SHOWN = frozenset(
 
 
 def _other_names() -> frozenset[str]:
-    from anima_fast.option_files import OTHER_NAMES
+    from anima_fast.options.files import OTHER_NAMES
 
     return OTHER_NAMES
 
@@ -68,8 +68,8 @@ def _dataset(values: dict[str, Any]) -> None:
 
     No model is loaded. Takes the options of `train`, so a whole training command may be pasted.
     """
-    from anima_fast.dataset_report.run import report_dataset
-    from anima_fast.option_files import resolve_train_options
+    from anima_fast.options.files import resolve_train_options
+    from anima_fast.reports.dataset.run import report_dataset
 
     own = {
         name: convert(_OWN[name], values.pop(name), f"--{name}", text=True)

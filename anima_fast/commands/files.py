@@ -27,7 +27,7 @@ def _convert(
     ] = False,
 ) -> None:
     """Convert a LoRA, LoHa, LoKr or DoRA file between kohya, ComfyUI and diffusers names."""
-    from anima_fast.adapters.formats import convert_file
+    from anima_fast.tools.convert import convert_file
 
     if to is not None and to not in ("kohya", "comfyui", "diffusers"):
         raise UserError(f"--to {to}: use kohya, comfyui or diffusers")

@@ -21,7 +21,7 @@ def _parity(
 
     Ends with status 1 when a check fails.
     """
-    from anima_fast.parity_report import run_parity
+    from anima_fast.bench.parity_report import run_parity
 
     raise typer.Exit(0 if run_parity(op or [], as_json=json, say=typer.echo) else 1)
 
@@ -41,7 +41,7 @@ def _download(
     ] = False,
 ) -> None:
     """Fetch the published model files and tokenizers, then print the train command to use."""
-    from anima_fast.download import DIT_RELEASES, download_models, train_command
+    from anima_fast.models.download import DIT_RELEASES, download_models, train_command
 
     if list_only:
         typer.echo("\n".join(f"{name:16} {file}" for name, file in DIT_RELEASES.items()))
@@ -62,7 +62,7 @@ def _doctor(
     """Report what this machine has and what missing pieces would bring."""
     from json import dumps
 
-    from anima_fast.doctor import examine, render
+    from anima_fast.inspection.doctor import examine, render
 
     report = examine(models_dir)
     typer.echo(dumps(report, indent=1, ensure_ascii=False) if json else render(report))
@@ -74,6 +74,6 @@ def _demo(
     out: Annotated[Path, typer.Option("--out", help="Folder to fill.")] = Path("demo_output"),
 ) -> None:
     """Train a tiny random model on photographs, end to end, and write a report."""
-    from anima_fast.demo import run_demo
+    from anima_fast.demo.run import run_demo
 
     run_demo(out)

@@ -75,7 +75,7 @@ def _merge(
     Without one: the weighted sum of the networks as one LoRA, of all their ranks,
     or the closest of --rank, --energy or --dynamic, with the error told.
     """
-    from anima_fast.option_groups.words import path_and_weight
+    from anima_fast.options.words import path_and_weight
 
     if not lora:
         raise UserError("merge needs at least one --lora FILE or --lora FILE:WEIGHT")

@@ -17,7 +17,7 @@ def _presets(
     ] = None,
 ) -> None:
     """List the presets of `--preset`, or print one with the reason of every line."""
-    from anima_fast.presets import load_preset, preset_names
+    from anima_fast.options.presets import load_preset, preset_names
 
     if name is not None:
         typer.echo(load_preset(name).text.rstrip("\n"))

@@ -6,9 +6,9 @@ from typing import Any
 
 from anima_fast.commands.app import option_command
 from anima_fast.errors import UserError
-from anima_fast.option_groups.base import specs
-from anima_fast.option_groups.tables import OUTSIDE
-from anima_fast.options import SampleOptions
+from anima_fast.options.declare import specs
+from anima_fast.options.other_names import OUTSIDE
+from anima_fast.options.sample import SampleOptions
 
 
 def _other_names() -> frozenset[str]:
@@ -23,7 +23,7 @@ def _sample(values: dict[str, Any]) -> None:
     """
     for name in values.keys() & OUTSIDE.keys():
         raise UserError(f"--{name}: {OUTSIDE[name]}")
-    from anima_fast.option_groups.base import convert
+    from anima_fast.options.declare import convert
     from anima_fast.sampling import run_sample
 
     if "pretrained_model_name_or_path" in values:

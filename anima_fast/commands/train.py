@@ -7,8 +7,8 @@ from typing import Any
 import typer
 
 from anima_fast.commands.app import option_command
-from anima_fast.option_groups.base import Spec
-from anima_fast.options import FinetuneOptions, TrainOptions
+from anima_fast.options.declare import Spec
+from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 # Options of the commands that are no part of a run.
 _FILE_SPECS = {
@@ -21,7 +21,7 @@ _FILE_SPECS = {
 
 
 def _other_names(cls: type) -> frozenset[str]:
-    from anima_fast.option_files import OTHER_NAMES, refused
+    from anima_fast.options.files import OTHER_NAMES, refused
 
     return OTHER_NAMES | frozenset(refused(cls))
 
@@ -40,7 +40,7 @@ def _finetune(values: dict[str, Any]) -> None:
 
 def _run(cls: type, values: dict[str, Any]) -> None:
     from anima_fast.console import configure_console
-    from anima_fast.option_files import resolve_train_options, write_config
+    from anima_fast.options.files import resolve_train_options, write_config
 
     config_file = values.pop("config_file", None)
     if values.pop("output_config", "false").lower() == "true":
@@ -55,7 +55,7 @@ def _run(cls: type, values: dict[str, Any]) -> None:
         # What a preset sets was asked for; everything else may come as a surprise.
         (log.info if notice.startswith("preset ") else log.warning)(notice)
     if getattr(options, "plan_memory", False):
-        from anima_fast.training.memory_check import show_memory
+        from anima_fast.training.finetune.memory_check import show_memory
 
         show_memory(options, say=typer.echo)
         return

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from anima_fast.data import images, layouts
-from anima_fast.data.dataset_config import Dataset, caches_latents, option
+from anima_fast.data.dataset_config import caches_latents, option
 from anima_fast.data.problems import Problem
+from anima_fast.data.subset import Dataset
 from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from anima_fast.data.plan import ImageItem
+    from anima_fast.data.items import ImageItem
 
 
 def check_exact_sizes(

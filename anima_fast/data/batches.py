@@ -28,12 +28,12 @@ from anima_fast.data.cache import LatentEntry, Stored, TextEntry
 from anima_fast.data.encode import EncodedDataset
 from anima_fast.data.encode_text import pad_rows
 from anima_fast.data.seeding import seeded
-from anima_fast.models.recording import NOT_WHILE_RECORDING
+from anima_fast.device import NOT_WHILE_RECORDING
 
 if TYPE_CHECKING:
-    from anima_fast.data.plan import DatasetPlan, ImageItem
-    from anima_fast.options import TrainOptions
-    from anima_fast.training.lowres import LowRes
+    from anima_fast.data.items import DatasetPlan, ImageItem
+    from anima_fast.data.lowres import LowRes
+    from anima_fast.options.run import TrainOptions
 
 # The DiT attends to at least this many text rows.
 PADDED_ROWS = 512

@@ -26,7 +26,7 @@ from anima_fast import files
 from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from anima_fast.data.plan import ImageItem
+    from anima_fast.data.items import ImageItem
 
 # Part of every key: raise it when the way of encoding changes.
 CACHE_VERSION = 1

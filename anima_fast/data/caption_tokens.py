@@ -16,9 +16,9 @@ from anima_fast.data import captions
 from anima_fast.data.layouts import some
 
 if TYPE_CHECKING:
-    from anima_fast.data.plan import ImageItem
+    from anima_fast.data.items import ImageItem
     from anima_fast.models.tokenizers import Tokenizers
-    from anima_fast.options import TrainOptions
+    from anima_fast.options.run import TrainOptions
 
 # Rows of the text that Anima is trained with.
 ROWS = 512

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from anima_fast.data.seeding import seeded
 
 if TYPE_CHECKING:
-    from anima_fast.data.dataset_config import Subset
+    from anima_fast.data.subset import Subset
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 _NEWLINE = re.compile(r"\r\n|\r|\n")

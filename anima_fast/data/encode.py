@@ -25,9 +25,9 @@ from anima_fast.data.encode_text import TextPhase
 from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from anima_fast.data.plan import DatasetPlan, ImageItem
-    from anima_fast.options import TrainOptions
-    from anima_fast.training.lowres import LowRes
+    from anima_fast.data.items import DatasetPlan, ImageItem
+    from anima_fast.data.lowres import LowRes
+    from anima_fast.options.run import TrainOptions
 
 Texts = list[tuple[Stored[TextEntry], ...]]
 

@@ -27,8 +27,8 @@ from anima_fast.data.layouts import some
 from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from anima_fast.data.plan import ImageItem
-    from anima_fast.options import TrainOptions
+    from anima_fast.data.items import ImageItem
+    from anima_fast.options.run import TrainOptions
 
 # So many failed images mean that the VAE is at fault, not the images.
 _MAX_FAILURES = 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,13 +11,14 @@ from torch import Tensor
 
 from anima_fast.data.cache import LatentEntry
 from anima_fast.errors import UserError
+from anima_fast.memory.free import free_memory
 
 if TYPE_CHECKING:
     from anima_fast.models.llm_adapter import LLMAdapter
     from anima_fast.models.text_encoder import TextEncoder
     from anima_fast.models.tokenizers import Tokenizers
     from anima_fast.models.vae import VAE
-    from anima_fast.options import TrainOptions
+    from anima_fast.options.run import TrainOptions
 
 # Pixels [3, H, W] fp32 in [-1, 1] and alpha [H, W] fp32 0..1, as `images.load_item` returns them.
 Decoded = tuple[np.ndarray, np.ndarray | None]
@@ -83,10 +83,12 @@ class LatentEncoder:
         return latents
 
     def _vae(self, dtype: torch.dtype) -> VAE:
-        from anima_fast.models import vae
+        from anima_fast.models import vae_checkpoint
 
         if dtype not in self._vaes:
-            self._vaes[dtype] = vae.load_vae(self._options.vae, device=self._device, dtype=dtype)
+            self._vaes[dtype] = vae_checkpoint.load_vae(
+                self._options.vae, device=self._device, dtype=dtype
+            )
         return self._vaes[dtype]
 
 
@@ -162,10 +164,3 @@ def alpha_to_bytes(alpha: np.ndarray | None) -> Tensor | None:
     if alpha is None:
         return None
     return torch.from_numpy(np.rint(alpha * 255).astype(np.uint8))
-
-
-def free_memory(device: torch.device, *, keep_cached: bool) -> None:
-    """Collect freed models; return their device memory to the driver unless `keep_cached`."""
-    gc.collect()
-    if device.type == "cuda" and not keep_cached:
-        torch.cuda.empty_cache()

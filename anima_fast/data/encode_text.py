@@ -29,9 +29,9 @@ from anima_fast.data.layouts import some
 from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from anima_fast.data.plan import ImageItem
+    from anima_fast.data.items import ImageItem
     from anima_fast.models.tokenizers import TokenBatch, Tokenizers
-    from anima_fast.options import TrainOptions
+    from anima_fast.options.run import TrainOptions
 
 
 @dataclass(frozen=True)

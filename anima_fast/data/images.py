@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from anima_fast.data.resize import resize
+from anima_fast.data.resampling import resize
 from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from anima_fast.data.plan import ImageItem
+    from anima_fast.data.items import ImageItem
 
 MAX_PIXELS = 200_000_000
 # Pillow warns above this number and refuses above its double. The check in `opened` refuses from

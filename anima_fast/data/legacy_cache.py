@@ -25,7 +25,7 @@ from torch import Tensor
 from anima_fast.data.cache import LATENT_CHANNELS, LATENT_SCALE, CacheError, LatentEntry, TextEntry
 
 if TYPE_CHECKING:
-    from anima_fast.data.plan import ImageItem
+    from anima_fast.data.items import ImageItem
 
 # What numpy raises for changed bytes: its header is Python source in a zip file.
 _DAMAGE = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anima_fast.data import captions
-from anima_fast.data.plan import DatasetPlan
+from anima_fast.data.items import DatasetPlan
 from anima_fast.data.seeding import seeded
 
 

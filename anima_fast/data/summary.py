@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from anima_fast.data.dataset_config import Dataset, Subset
-    from anima_fast.data.plan import DatasetPlan, ImageItem
+    from anima_fast.data.items import DatasetPlan, ImageItem
+    from anima_fast.data.subset import Dataset, Subset
 
 _NOT_SHOWN = {"index", "dataset_index", "conditioning_data_dir"}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -73,3 +75,24 @@ def _windows_free() -> int | None:
     if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
         return None
     return status.available
+
+
+def free_memory(device: torch.device, *, keep_cached: bool) -> None:
+    """Collect freed models; return their device memory to the driver unless `keep_cached`."""
+    gc.collect()
+    if device.type == "cuda" and not keep_cached:
+        torch.cuda.empty_cache()
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Peak memory so far in MiB: the CUDA allocator's, else the process's; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        # Windows has no resource module.
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Bytes on macOS, KiB on Linux.
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

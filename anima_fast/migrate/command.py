@@ -13,7 +13,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from anima_fast.errors import UserError
 from anima_fast.migrate.words import Command
-from anima_fast.option_groups.base import Spec
+from anima_fast.options.declare import Spec
 
 EXAMPLE = "`accelerate launch anima_train_network.py --pretrained_model_name_or_path=...`"
 _ENVIRONMENT = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)

@@ -33,7 +33,7 @@ from anima_fast.migrate.paths import Paths
 from anima_fast.migrate.sd_scripts import CLASSES
 from anima_fast.migrate.source import Source, parse_file
 from anima_fast.migrate.values import is_nothing, is_off, plain
-from anima_fast.option_groups.base import specs
+from anima_fast.options.declare import specs
 
 # Options whose 0 or false says nothing.
 OFF_AT_ZERO = ("blocks_to_swap", "compile", "caption_dropout_rate")

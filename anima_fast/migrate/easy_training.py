@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anima_fast.data.schema import KEYS
 from anima_fast.migrate.ledger import Ledger, flatten
 from anima_fast.migrate.paths import Paths
 from anima_fast.migrate.sd_scripts import Item
 from anima_fast.migrate.sd_scripts_data import FOLDERS
-from anima_fast.option_groups.network_args import LYCORIS
+from anima_fast.options.dataset_keys import KEYS
+from anima_fast.options.network_args import LYCORIS
 
 # A fraction of all steps has the same name here.
 RENAMED = {"warmup_ratio": "lr_warmup_steps"}

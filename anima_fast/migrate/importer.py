@@ -21,9 +21,9 @@ from anima_fast.migrate.sd_scripts import CLASSES
 from anima_fast.migrate.source import Source, open_source
 from anima_fast.migrate.words import variable_names
 from anima_fast.migrate.write import dataset_text, list_lines, options_text
-from anima_fast.option_files import resolve_train_options
-from anima_fast.option_groups.base import specs
-from anima_fast.option_rules import REQUIRED
+from anima_fast.options.declare import specs
+from anima_fast.options.files import resolve_train_options
+from anima_fast.options.rules import REQUIRED
 
 TITLES = {
     "sd-scripts": "sd-scripts", "kohya-gui": "kohya_ss' GUI", "diffusion-pipe": "diffusion-pipe",

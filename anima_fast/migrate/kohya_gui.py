@@ -15,9 +15,9 @@ from anima_fast.migrate.command import read_arguments
 from anima_fast.migrate.ledger import Ledger
 from anima_fast.migrate.sd_scripts import Item
 from anima_fast.migrate.values import is_off
-from anima_fast.option_groups.base import specs
-from anima_fast.option_groups.network_args import parse_network_args
-from anima_fast.options import FinetuneOptions, TrainOptions
+from anima_fast.options.declare import specs
+from anima_fast.options.network_args import parse_network_args
+from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 # Field -> option of sd-scripts; those of the Anima panel begin with `anima_`, and beat fields of
 # other panels that have the same name without it.

@@ -13,7 +13,7 @@ from typing import Any
 from anima_fast.migrate.ledger import Ledger
 from anima_fast.migrate.sd_scripts import PREVIEW_TIMES, Item
 from anima_fast.migrate.values import is_off
-from anima_fast.option_groups.network_args import LYCORIS
+from anima_fast.options.network_args import LYCORIS
 
 LYCORIS_WORDS = {"lycoris_algo": "algo", "lokr_factor": "factor", "full_matrix": "full_matrix"}
 PREVIEW_WORDS = {

@@ -122,7 +122,7 @@ def _models(ledger: Ledger, paths: Paths) -> None:
 
 def _downloaded(ledger: Ledger, missing: list[str]) -> None:
     """The files of the models folder stand for those of diffusers' form."""
-    from anima_fast.download import TEXT_ENCODER, VAE, default_models_dir, dit_file
+    from anima_fast.models.download import TEXT_ENCODER, VAE, default_models_dir, dit_file
 
     folder = default_models_dir()
     files = dict(zip(_DOWNLOADED, (dit_file("base-v1.0"), TEXT_ENCODER, VAE), strict=True))

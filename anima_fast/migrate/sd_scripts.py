@@ -26,11 +26,11 @@ from anima_fast.migrate.sd_scripts_tables import (
 )
 from anima_fast.migrate.values import is_nothing, is_off, plain, same
 from anima_fast.migrate.words import variable_names
-from anima_fast.option_files import refused
-from anima_fast.option_groups.base import convert, specs
-from anima_fast.option_groups.network_args import LYCORIS, parse_network_args
-from anima_fast.option_groups.tables import ALIASES, IGNORED
-from anima_fast.options import FinetuneOptions, TrainOptions
+from anima_fast.options.declare import convert, specs
+from anima_fast.options.files import refused
+from anima_fast.options.network_args import LYCORIS, parse_network_args
+from anima_fast.options.other_names import ALIASES, IGNORED
+from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 CLASSES = {"train": TrainOptions, "finetune": FinetuneOptions}
 PATHS = frozenset({
@@ -278,6 +278,6 @@ def _foreign(name: str) -> bool:
 
 
 def _is_optimizer(name: str) -> bool:
-    from anima_fast.training.optimizer_names import BY_LOWER_NAME, torch_optimizer_names
+    from anima_fast.training.optimizers.names import BY_LOWER_NAME, torch_optimizer_names
 
     return name.lower() in {*BY_LOWER_NAME, *map(str.lower, torch_optimizer_names())}

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anima_fast.data.schema import KEYS, check_value
 from anima_fast.errors import UserError
 from anima_fast.migrate.ledger import Ledger, flatten
 from anima_fast.migrate.paths import Paths
 from anima_fast.migrate.source import parse_file
+from anima_fast.options.dataset_keys import KEYS, check_value
 
 ATTRIBUTES = "kept, but nothing reads it here: noise levels are drawn alike for all folders"
 FOLDERS = ("image_dir", "metadata_file", "conditioning_data_dir")

@@ -17,8 +17,8 @@ from anima_fast.migrate.sd_scripts import PATHS, Item, convert_options
 from anima_fast.migrate.sd_scripts_data import convert_dataset_file
 from anima_fast.migrate.sd_scripts_tables import SCRIPTS
 from anima_fast.migrate.source import Source, check_model, find_config, parse_file
-from anima_fast.option_groups.base import specs
-from anima_fast.options import FinetuneOptions, TrainOptions
+from anima_fast.options.declare import specs
+from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 
 def convert(source: Source, ledger: Ledger) -> str:

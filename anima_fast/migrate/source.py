@@ -23,9 +23,9 @@ from anima_fast.migrate.sd_scripts_tables import (
     SCRIPTS,
 )
 from anima_fast.migrate.words import Command, option_names, split_commands, variable_names
-from anima_fast.option_groups.base import specs
-from anima_fast.option_groups.tables import ALIASES, IGNORED, REFUSED
-from anima_fast.options import FinetuneOptions, TrainOptions
+from anima_fast.options.declare import specs
+from anima_fast.options.other_names import ALIASES, IGNORED, REFUSED
+from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 try:
     import tomllib

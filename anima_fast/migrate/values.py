@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from anima_fast.option_groups.base import Spec
+from anima_fast.options.declare import Spec
 
 
 def is_off(value: Any) -> bool:

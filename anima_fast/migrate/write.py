@@ -10,8 +10,8 @@ from typing import Any
 import tomli_w
 
 from anima_fast.migrate.ledger import Entry, Ledger
-from anima_fast.option_files import section_name
-from anima_fast.option_groups.base import specs
+from anima_fast.options.declare import specs
+from anima_fast.options.files import section_name
 
 WIDTH = 96
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anima_fast.device import check_triton
 from anima_fast.errors import UserError
 
 ATTN_MODES = ("torch", "triton", "xformers", "flash", "sageattn")
@@ -270,33 +270,4 @@ def check_attn_mode(
         raise UserError(
             f"--attn_mode {mode} works in 16 bit only: use --mixed_precision bf16 or fp16, or "
             "--attn_mode torch"
-        )
-
-
-def check_triton(option: str, remedy: str, device: torch.device | str | None = None) -> None:
-    """Refuse Triton kernels where they cannot run.
-
-    Args:
-        option: what asked for them, for the message.
-        remedy: what to use instead.
-        device: where they would run, when known.
-
-    Raises:
-        UserError: triton is not installed, or the device is no CUDA card and the kernels are not
-            interpreted.
-    """
-    if importlib.util.find_spec("triton") is None:
-        raise UserError(f"{option} needs the package triton: pip install triton, or use {remedy}")
-    off_card = device is not None and torch.device(device).type != "cuda"
-    if off_card and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError(f"{option} needs a CUDA card: use {remedy} here")
-
-
-def check_torch_version(version: str = torch.__version__) -> None:
-    """Refuse PyTorch below 2.5, whose attention gives NaN for fully masked rows."""
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if (major, minor) < (2, 5):
-        raise UserError(
-            f"PyTorch {version} is too old: before 2.5 its attention gives NaN (NaN loss, black "
-            "images); pip install -U torch"
         )

@@ -27,11 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anima_fast.device import NOT_WHILE_RECORDING
 from anima_fast.models.attention import prepare_zero_rows
 from anima_fast.models.dit_layers import Shared
 from anima_fast.models.fuse import NotFused, say_once
 from anima_fast.models.graph_choice import Choice, Launches
-from anima_fast.models.recording import NOT_WHILE_RECORDING
 
 if TYPE_CHECKING:
     from anima_fast.models.dit import AnimaDiT

@@ -16,7 +16,8 @@ from anima_fast.models.llm_adapter import AdapterConfig, adapter_tensors
 from anima_fast.models.text_encoder import read_sizes
 
 if TYPE_CHECKING:
-    from anima_fast.options import SampleOptions, TrainOptions
+    from anima_fast.options.run import TrainOptions
+    from anima_fast.options.sample import SampleOptions
 
 
 def check_model_files(options: TrainOptions | SampleOptions) -> DitConfig:

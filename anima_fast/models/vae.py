@@ -15,9 +15,7 @@ maps. Only maps at 1/8 resolution, where attention looks at everything, are ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -159,23 +157,3 @@ def _check(x: Tensor, channels: int, multiple: int, chunk_rows: int | None, name
         )
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}, expected a positive number of image rows")
-
-
-def load_vae(
-    path_or_state_dict: str | Path | Mapping[str, Tensor],
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> VAE:
-    """The VAE of a file (.safetensors, .pth) or state dict, under Wan or diffusers names.
-
-    Base width and latent channels are read from the tensors. Frozen, in eval mode.
-    Raises `UserError` when the file is another kind of model, or lacks or exceeds tensors.
-    """
-    from anima_fast.models.vae_checkpoint import read_vae
-
-    config, tensors = read_vae(path_or_state_dict, device=device, dtype=dtype)
-    with torch.device("meta"):
-        vae = VAE(config)
-    vae.load_state_dict(tensors, strict=True, assign=True)
-    return vae.requires_grad_(False).eval()

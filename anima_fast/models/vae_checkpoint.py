@@ -23,6 +23,7 @@ from anima_fast.models.checkpoint import (
     shape_problems,
     wrong_kind,
 )
+from anima_fast.models.vae import VAE
 
 if TYPE_CHECKING:
     from anima_fast.models.vae import VaeConfig
@@ -203,3 +204,23 @@ def _place(
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     target = torch.empty(shape, device=device, dtype=dtype, memory_format=layout)
     return target.copy_(source)
+
+
+def load_vae(
+    path_or_state_dict: str | Path | Mapping[str, Tensor],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VAE:
+    """The VAE of a file (.safetensors, .pth) or state dict, under Wan or diffusers names.
+
+    Base width and latent channels are read from the tensors. Frozen, in eval mode.
+    Raises `UserError` when the file is another kind of model, or lacks or exceeds tensors.
+    """
+    from anima_fast.models.vae_checkpoint import read_vae
+
+    config, tensors = read_vae(path_or_state_dict, device=device, dtype=dtype)
+    with torch.device("meta"):
+        vae = VAE(config)
+    vae.load_state_dict(tensors, strict=True, assign=True)
+    return vae.requires_grad_(False).eval()

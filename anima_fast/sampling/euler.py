@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from anima_fast.models.dit import AnimaDiT
+from anima_fast.models.flow import inference_sigmas
 from anima_fast.models.vae import SCALE
-from anima_fast.training.flow import inference_sigmas
 
 LATENT_CHANNELS = 16
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from anima_fast.errors import UserError
-from anima_fast.prompts import Prompt, read_prompts, say_ignored
+from anima_fast.sampling.prompts import Prompt, read_prompts, say_ignored
 
 if TYPE_CHECKING:
-    from anima_fast.options import SampleOptions
+    from anima_fast.options.sample import SampleOptions
 
 SIDE = 1024
 MULTIPLE = 16

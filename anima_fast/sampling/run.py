@@ -15,28 +15,28 @@ from PIL import Image
 from torch import Tensor
 
 from anima_fast.adapters.network import LoRANetwork
-from anima_fast.data.encode_models import free_memory
+from anima_fast.device import choose_device, set_backends, uses_fused_blocks
 from anima_fast.errors import UserError
+from anima_fast.memory.free import free_memory
 from anima_fast.memory.offload import install_block_runner
 from anima_fast.models.checkpoint import Checkpoint
 from anima_fast.models.dit import AnimaDiT, dit_tensors, load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.models.model_files import check_model_files
-from anima_fast.models.vae import load_vae
-from anima_fast.pictures import describe, save_png, to_image, unescape
+from anima_fast.models.vae_checkpoint import load_vae
+from anima_fast.progress import Progress
 from anima_fast.sampling.euler import euler_sample, start_noise
 from anima_fast.sampling.grid import compose, expand, read_axes
 from anima_fast.sampling.jobs import Job, batches, make_jobs
 from anima_fast.sampling.loras import LoRAFile, attach_lora, check_fit
 from anima_fast.sampling.outputs import Outputs
+from anima_fast.sampling.pictures import describe, save_png, to_image, unescape
 from anima_fast.sampling.start import load_start, picture_size
 from anima_fast.sampling.texts import encode_prompts, zero_keys
 from anima_fast.sampling.workflow import comfyui_prompt
-from anima_fast.training.checks import choose_device, set_backends, uses_fused_blocks
-from anima_fast.training.progress import Progress
 
 if TYPE_CHECKING:
-    from anima_fast.options import SampleOptions
+    from anima_fast.options.sample import SampleOptions
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # A context belongs to a text and, where LoRA files change the text path, to their weights.

@@ -10,13 +10,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from anima_fast.data.encode_models import free_memory
 from anima_fast.data.images import to_8bit
 from anima_fast.errors import UserError
-from anima_fast.models.vae import load_vae
+from anima_fast.memory.free import free_memory
+from anima_fast.models.vae_checkpoint import load_vae
 
 if TYPE_CHECKING:
-    from anima_fast.options import SampleOptions
+    from anima_fast.options.sample import SampleOptions
 
 
 def picture_size(path: str) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anima_fast.pictures import unescape
 from anima_fast.sampling.jobs import Job
+from anima_fast.sampling.pictures import unescape
 
 # The shift that ComfyUI gives the model by itself.
 OWN_SHIFT = 3.0

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from anima_fast.adapters.formats import check_output
 from anima_fast.adapters.names import DIALECTS
 from anima_fast.adapters.parts import LoRAPart, Part
 from anima_fast.data.encode_progress import EncodeProgress
 from anima_fast.errors import UserError
+from anima_fast.tools.convert import check_output
 from anima_fast.tools.low_rank import weighted_sum
 from anima_fast.tools.merge import MERGED, entries
 from anima_fast.tools.networks import (

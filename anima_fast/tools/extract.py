@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from anima_fast.adapters import names
-from anima_fast.adapters.formats import check_output
 from anima_fast.adapters.hashes import legacy_file_hash
 from anima_fast.adapters.parts import LoRAPart
 from anima_fast.adapters.targets import find_targets
@@ -28,6 +27,7 @@ from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.dit_config import DitConfig
 from anima_fast.models.llm_adapter import AdapterConfig, LLMAdapter
 from anima_fast.tools.checkpoints import PARTS, ModelFile, check_floats
+from anima_fast.tools.convert import check_output
 from anima_fast.tools.low_rank import Dense
 from anima_fast.tools.networks import dtype_of, new_metadata, write_network
 from anima_fast.tools.ranks import RankRule

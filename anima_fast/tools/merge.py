@@ -22,7 +22,6 @@ from torch import Tensor
 
 from anima_fast import __version__
 from anima_fast.adapters import names
-from anima_fast.adapters.formats import check_output
 from anima_fast.adapters.metadata import IMPLEMENTATION
 from anima_fast.adapters.parts import Part, adapted_weight, wide
 from anima_fast.data.encode_progress import EncodeProgress
@@ -30,6 +29,7 @@ from anima_fast.errors import UserError
 from anima_fast.files import LazyTensor, save_safetensors
 from anima_fast.models.dit_config import DitConfig
 from anima_fast.tools.checkpoints import FLOATS, PARTS, ModelFile, check_floats, part_of_module
+from anima_fast.tools.convert import check_output
 from anima_fast.tools.networks import PRECISIONS, Network
 
 KEEP = "keep"

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from anima_fast.adapters.formats import check_output
 from anima_fast.adapters.parts import Part
 from anima_fast.errors import UserError
 from anima_fast.models.dit_config import DitConfig
 from anima_fast.tools.block_maps import DEPTHS, MOST_BLOCKS, BlockMap, given_map, known_map
 from anima_fast.tools.checkpoints import ModelFile, part_of_module
+from anima_fast.tools.convert import check_output
 from anima_fast.tools.networks import Network, with_comment
 
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from anima_fast.adapters.formats import check_output
 from anima_fast.adapters.parts import LoRAPart, Part
 from anima_fast.data.encode_progress import EncodeProgress
 from anima_fast.errors import UserError
+from anima_fast.tools.convert import check_output
 from anima_fast.tools.low_rank import weighted_sum
 from anima_fast.tools.networks import Network, dtype_of, module_key, with_comment
 from anima_fast.tools.ranks import RankRule

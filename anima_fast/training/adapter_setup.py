@@ -14,14 +14,14 @@ from anima_fast.adapters.formats import merge_lora, named_tensors, read_lora
 from anima_fast.adapters.lora import add_lora
 from anima_fast.adapters.network import LoRANetwork
 from anima_fast.adapters.targets import find_targets
+from anima_fast.data.conditioning import Conditioning
+from anima_fast.device import DTYPES
 from anima_fast.errors import UserError
 from anima_fast.models.dit import AnimaDiT
-from anima_fast.training.checks import DTYPES
-from anima_fast.training.conditioning import Conditioning
 
 if TYPE_CHECKING:
     from anima_fast.models.dit_config import DitConfig
-    from anima_fast.options import TrainOptions
+    from anima_fast.options.run import TrainOptions
 
 
 def build_network(

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from anima_fast.adapters.metadata import training_metadata
-from anima_fast.training.finetune import model_metadata
-from anima_fast.training.full_network import FullNetwork
-from anima_fast.training.optimizers import averaged_weights
+from anima_fast.training.finetune.full_network import FullNetwork
+from anima_fast.training.finetune.start import model_metadata
+from anima_fast.training.optimizers.build import averaged_weights
 from anima_fast.training.state import save_state
 from anima_fast.training.state_checks import class_name
 
 if TYPE_CHECKING:
-    from anima_fast.options import TrainOptions
+    from anima_fast.options.run import TrainOptions
     from anima_fast.training.position import Position
-    from anima_fast.training.setup import Run
+    from anima_fast.training.run import Run
 
 # Ends the name of the file that holds the running mean.
 EMA_MARK = "-ema"

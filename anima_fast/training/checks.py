@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
 
+from anima_fast.device import (
+    DTYPES,
+    check_torch_version,
+    set_backends,
+    uses_fused_blocks,
+)
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder
 from anima_fast.memory.offload import check_graphs, check_policies
 from anima_fast.memory.swap import swapped_indices
-from anima_fast.models.attention import check_attn_mode, check_torch_version, check_triton
+from anima_fast.models.attention import check_attn_mode
 from anima_fast.models.model_files import check_lora_files, check_model_files
-from anima_fast.prompts import collect_prompts
-from anima_fast.training.optimizer_names import find_optimizer
+from anima_fast.sampling.prompts import collect_prompts
+from anima_fast.training.optimizers.names import find_optimizer
 
 if TYPE_CHECKING:
     from anima_fast.models.dit_config import DitConfig
-    from anima_fast.options import SampleOptions, TrainOptions
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def choose_device(options: TrainOptions | SampleOptions) -> torch.device:
-    """The device asked for, else CUDA where there is a card, else the CPU."""
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda needs a CUDA card and a CUDA build of PyTorch; this PyTorch sees none "
-            "(`anima-fast doctor` says what is missing), or use --device cpu"
-        )
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is no device that PyTorch knows: cuda, cpu") from None
-    if device.type == "cuda" and device.index is not None:
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"--device {name}: there are {torch.cuda.device_count()} cards, counted from cuda:0"
-            )
-        # Triton launches on the current card, whatever card its tensors are on.
-        torch.cuda.set_device(device)
-    return device
+    from anima_fast.options.run import TrainOptions
 
 
 def check_start(options: TrainOptions, device: torch.device) -> DitConfig:
@@ -78,30 +59,6 @@ def check_start(options: TrainOptions, device: torch.device) -> DitConfig:
     check_output_folder(options)
     set_backends(tf32=options.cuda_allow_tf32, benchmark=options.cuda_cudnn_benchmark)
     return dit
-
-
-def set_backends(*, tf32: bool = False, benchmark: bool = False) -> None:
-    """How float32 products and convolutions are computed on a card.
-
-    By itself torch allows TF32 in convolutions, which the VAE of previews and `sample` consists of.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.benchmark = benchmark
-
-
-def uses_fused_blocks(options: TrainOptions | SampleOptions, device: torch.device) -> bool:
-    """Whether the DiT runs through the fused kernels; torch.compile takes the eager blocks.
-
-    Raises `UserError` when they are asked for and cannot run.
-    """
-    if options.kernels == "triton":
-        check_triton("--kernels triton", "--kernels eager", device)
-        return True
-    compiled = getattr(options, "compile", False)
-    if options.kernels == "eager" or compiled or device.type != "cuda":
-        return False
-    return importlib.util.find_spec("triton") is not None
 
 
 def check_output_folder(options: TrainOptions) -> None:

@@ -22,7 +22,7 @@ from anima_fast.errors import UserError
 from anima_fast.files import disk_error, write_text
 
 if TYPE_CHECKING:
-    from anima_fast.options import TrainOptions
+    from anima_fast.options.run import TrainOptions
 
 LOG_FILE = "log.jsonl"
 PROJECT = "network_train"

@@ -12,47 +12,31 @@ one would have.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anima_fast.console import ConsoleLog
 from anima_fast.errors import UserError
-from anima_fast.report import report_run
+from anima_fast.models.flow import FlowSettings
+from anima_fast.progress import Progress
+from anima_fast.reports.run_page import report_run
+from anima_fast.training.bad_batches import BadBatchTracker
 from anima_fast.training.checkpoints import Checkpoints, remove_leftovers
-from anima_fast.training.flow import FlowSettings
-from anima_fast.training.health import BadBatchTracker
 from anima_fast.training.logs import RunLog
 from anima_fast.training.oom import MemoryPolicies, one_line_out_of_memory, run_group
 from anima_fast.training.optimizer_step import optimizer_step, step_record
-from anima_fast.training.optimizers import train_mode
+from anima_fast.training.optimizers.build import train_mode
 from anima_fast.training.position import Position
-from anima_fast.training.progress import Progress
-from anima_fast.training.run_files import ConsoleLog, RunFile
-from anima_fast.training.setup import (
-    Run,
-    choose_seed,
-    prepare,
-    resume_run,
-    show_dataset,
-    write_run_file,
-)
+from anima_fast.training.run import Run, TrainResult
+from anima_fast.training.run_files import RunFile
+from anima_fast.training.setup import choose_seed, prepare, resume_run, show_dataset, write_run_file
 from anima_fast.training.signals import StopSignal
 from anima_fast.training.state import resolve_resume, state_seed
 from anima_fast.training.validation import validate_or_skip
 
 if TYPE_CHECKING:
-    from anima_fast.options import TrainOptions
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run left behind."""
-
-    output: Path
-    log: Path
-    steps: int
-    loss: float | None
-    interrupted_by: int | None = None
+    from anima_fast.options.run import TrainOptions
 
 
 def train(options: TrainOptions) -> TrainResult | None:

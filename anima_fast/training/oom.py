@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from anima_fast.adapters.network import LoRANetwork
-from anima_fast.data.encode_models import free_memory
 from anima_fast.errors import UserError
-from anima_fast.memory.free import is_out_of_memory
+from anima_fast.memory.free import free_memory, is_out_of_memory
 from anima_fast.memory.offload import install_block_runner
-from anima_fast.training.flow import FlowSettings
+from anima_fast.models.flow import FlowSettings
 from anima_fast.training.step import micro_step
 
 if TYPE_CHECKING:
     from anima_fast.data.batches import Batch
-    from anima_fast.training.setup import Run
+    from anima_fast.training.run import Run
 
 
 @dataclass(frozen=True)

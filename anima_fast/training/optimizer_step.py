@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anima_fast.training.memory import peak_memory_mib
-from anima_fast.training.optimizers import clip_flat_grad, effective_rates, learning_rates
+from anima_fast.memory.free import peak_memory_mib
+from anima_fast.training.optimizers.build import clip_flat_grad, effective_rates, learning_rates
 
 if TYPE_CHECKING:
     from anima_fast.data.batches import Batch
-    from anima_fast.training.health import BadBatchTracker
+    from anima_fast.training.bad_batches import BadBatchTracker
     from anima_fast.training.position import Position
-    from anima_fast.training.setup import Run
+    from anima_fast.training.run import Run
 
 
 def optimizer_step(

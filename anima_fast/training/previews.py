@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from anima_fast.adapters.network import LoRANetwork
-from anima_fast.data.encode_models import TextModels, free_memory, load_run_tokenizers
+from anima_fast.data.encode_models import TextModels, load_run_tokenizers
+from anima_fast.device import set_backends
 from anima_fast.errors import UserError
-from anima_fast.memory.free import is_out_of_memory
-from anima_fast.models.vae import load_vae
-from anima_fast.pictures import describe, save_png, to_image, unescape
-from anima_fast.prompts import Prompt, collect_prompts, say_ignored
+from anima_fast.memory.free import free_memory, is_out_of_memory
+from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.sampling.euler import euler_sample, start_noise
 from anima_fast.sampling.jobs import Job
+from anima_fast.sampling.pictures import describe, save_png, to_image, unescape
+from anima_fast.sampling.prompts import Prompt, collect_prompts, say_ignored
 from anima_fast.sampling.texts import (
     PromptTokens,
     adapt,
@@ -38,13 +39,12 @@ from anima_fast.sampling.texts import (
     zero_keys,
 )
 from anima_fast.training.checkpoints import SAVE_DTYPES
-from anima_fast.training.checks import set_backends
-from anima_fast.training.optimizers import averaged_weights
+from anima_fast.training.optimizers.build import averaged_weights
 
 if TYPE_CHECKING:
-    from anima_fast.options import TrainOptions
+    from anima_fast.options.run import TrainOptions
     from anima_fast.training.position import Position
-    from anima_fast.training.setup import Run
+    from anima_fast.training.run import Run
 
 FOLDER = "sample"
 Say = Callable[[str], None]

@@ -7,12 +7,9 @@ has asked for one or both of them to stay.)
 
 from __future__ import annotations
 
-import math
 import random
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,98 +17,36 @@ import numpy as np
 import torch
 
 from anima_fast.data.batches import Batches
+from anima_fast.data.conditioning import load_conditioning
 from anima_fast.data.encode import encode_dataset
+from anima_fast.data.health import write_health
+from anima_fast.data.items import DatasetPlan
+from anima_fast.data.length import Length, run_length
 from anima_fast.data.listing import list_epoch
-from anima_fast.data.plan import DatasetPlan, build_plan
-from anima_fast.dataset_report.health import write_health
+from anima_fast.data.lowres import LowRes
+from anima_fast.data.plan import build_plan
+from anima_fast.device import DTYPES, choose_device, uses_fused_blocks
 from anima_fast.errors import UserError
 from anima_fast.files import write_text
-from anima_fast.models.dit import AnimaDiT, load_dit
-from anima_fast.option_files import to_toml
-from anima_fast.options import FinetuneOptions
-from anima_fast.training.adapter_setup import base_files, build_network, check_network
-from anima_fast.training.checks import DTYPES, check_start, choose_device, uses_fused_blocks
-from anima_fast.training.conditioning import Conditioning, load_conditioning
-from anima_fast.training.disk_check import check_disk
-from anima_fast.training.ema import Ema
-from anima_fast.training.finetune import check_optimizer, data_notices, train_model
-from anima_fast.training.lowres import LowRes
-from anima_fast.training.memory_check import check_memory
-from anima_fast.training.model_setup import install_memory_savers
-from anima_fast.training.network import Network
-from anima_fast.training.optimizers import build_optimizer
+from anima_fast.memory.install import install_memory_savers
+from anima_fast.models.dit import load_dit
+from anima_fast.options.files import to_toml
+from anima_fast.training.adapter_setup import build_network, check_network
+from anima_fast.training.checks import check_start
+from anima_fast.training.finetune.disk_check import check_disk
+from anima_fast.training.finetune.memory_check import check_memory
+from anima_fast.training.finetune.start import check_optimizer, data_notices, train_model
+from anima_fast.training.optimizers.build import build_optimizer
+from anima_fast.training.optimizers.ema import Ema
+from anima_fast.training.optimizers.schedules import build_scheduler
 from anima_fast.training.position import Position
-from anima_fast.training.previews import Previews, prepare_previews
-from anima_fast.training.schedules import build_scheduler
-from anima_fast.training.sigma_bins import SigmaBins
-from anima_fast.training.state import dataset_fingerprint, load_state
-from anima_fast.training.weight_updates import WeightUpdates
+from anima_fast.training.previews import prepare_previews
+from anima_fast.training.run import LossScaler, Run, trains_all
+from anima_fast.training.state import load_state
 
 if TYPE_CHECKING:
     from anima_fast.models.vae import VAE
-    from anima_fast.options import TrainOptions
-
-
-class LossScaler(torch.amp.GradScaler):
-    """PyTorch's loss scaling, for parameters that are float16 themselves too (`full_fp16`)."""
-
-    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
-        if isinstance(optimizer, WeightUpdates):
-            return optimizer.unscale(inv_scale, found_inf)
-        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long the run is (spec: steps count optimizer updates)."""
-
-    batches_per_epoch: int
-    accumulation: int
-    epochs: int
-    steps: int
-
-    @property
-    def updates_per_epoch(self) -> int:
-        """⌈batches / accumulation⌉: an incomplete accumulation group at the end is stepped."""
-        return math.ceil(self.batches_per_epoch / self.accumulation)
-
-
-@dataclass
-class Run:
-    """All that the loop works with, on the device and ready for the first step."""
-
-    options: TrainOptions | FinetuneOptions
-    device: torch.device
-    seed: int
-    plan: DatasetPlan
-    batches: Batches
-    length: Length
-    dit: AnimaDiT
-    vae: VAE | None
-    conditioning: Conditioning
-    network: Network
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler
-    # Whether blocks, loss and optimizer run through the project's kernels.
-    fused: bool = False
-    # The running mean of the weights.
-    ema: Ema | None = None
-    previews: Previews | None = None
-
-    @cached_property
-    def sigma_bins(self) -> SigmaBins:
-        """Training losses by noise level."""
-        return SigmaBins(self.device)
-
-    @property
-    def fingerprint(self) -> dict:
-        """What a run that resumes must share with the one that was saved."""
-        found = dataset_fingerprint(self.plan, self.length.accumulation)
-        if not trains_all(self.options) and self.options.base_weights:
-            files = base_files(self.options)
-            found["base_weights"] = [f"{Path(path).name} {strength:g}" for path, strength in files]
-        return found
+    from anima_fast.options.run import TrainOptions
 
 
 def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> Run:
@@ -196,11 +131,6 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     )  # fmt: skip
 
 
-def trains_all(options: TrainOptions | FinetuneOptions) -> bool:
-    """Full fine-tuning, as against a network beside the model."""
-    return isinstance(options, FinetuneOptions)
-
-
 def choose_seed(options: TrainOptions) -> int:
     """The seed asked for, else a random one, which the log and the resume state keep."""
     return options.seed if options.seed is not None else secrets.randbelow(2**31)
@@ -211,18 +141,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def run_length(options: TrainOptions, batches_per_epoch: int) -> Length:
-    """Epochs and steps from whichever of the two was given; epochs win."""
-    accumulation = options.gradient_accumulation_steps
-    updates = math.ceil(batches_per_epoch / accumulation)
-    if options.max_train_epochs:
-        epochs, steps = options.max_train_epochs, options.max_train_epochs * updates
-    else:
-        steps = options.max_train_steps
-        epochs = math.ceil(steps / updates)
-    return Length(batches_per_epoch, accumulation, epochs, steps)
 
 
 def describe_plan(plan: DatasetPlan, length: Length, say: Callable[[str], None]) -> None:
@@ -262,7 +180,7 @@ def show_dataset(options: TrainOptions, seed: int, *, say: Callable[[str], None]
 
 def load_live_vae(options: TrainOptions, device: torch.device) -> VAE:
     """The VAE that stays in memory because latents are not cached."""
-    from anima_fast.models.vae import load_vae
+    from anima_fast.models.vae_checkpoint import load_vae
 
     dtype = torch.float32 if options.no_half_vae else DTYPES[options.mixed_precision]
     return load_vae(options.vae, device=device, dtype=dtype)

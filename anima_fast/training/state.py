@@ -31,7 +31,7 @@ from anima_fast.files import (
     write_json,
 )
 from anima_fast.models.checkpoint import Checkpoint
-from anima_fast.training.schedules import restore_scheduler
+from anima_fast.training.optimizers.schedules import restore_scheduler
 from anima_fast.training.state_checks import (
     check_fingerprint,
     check_network,
@@ -54,8 +54,8 @@ from anima_fast.training.state_files import (
 )
 
 if TYPE_CHECKING:
-    from anima_fast.training.ema import Ema
     from anima_fast.training.network import Network
+    from anima_fast.training.optimizers.ema import Ema
 
 __all__ = [
     "dataset_fingerprint", "find_states", "load_state", "resolve_resume", "save_state",

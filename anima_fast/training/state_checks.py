@@ -17,12 +17,12 @@ from anima_fast.training.state_files import NETWORK_FILE, tensors_of
 
 # States written before own classes had a `saved_name` hold the module where the class was.
 FORMER_NAMES = {
-    f"anima_fast.training.schedules.{name}": f"anima_fast.{name}"
+    f"anima_fast.training.optimizers.schedules.{name}": f"anima_fast.{name}"
     for name in ("Schedule", "AdafactorSchedule")
 }
 
 if TYPE_CHECKING:
-    from anima_fast.data.plan import DatasetPlan
+    from anima_fast.data.items import DatasetPlan
     from anima_fast.training.network import Network
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anima_fast.data.batches import Batch
 from anima_fast.data.seeding import seeded
-from anima_fast.training.flow import (
+from anima_fast.models.flow import (
     FlowSettings,
     flow_loss,
     fused_flow_loss,
@@ -19,7 +19,7 @@ from anima_fast.training.flow import (
 )
 
 if TYPE_CHECKING:
-    from anima_fast.training.setup import Run
+    from anima_fast.training.run import Run
 
 
 def micro_step(run: Run, batch: Batch, settings: FlowSettings, *, step: int, micro: int) -> Tensor:

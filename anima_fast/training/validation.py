@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from anima_fast.data.encode_models import free_memory
 from anima_fast.data.seeding import seeded
-from anima_fast.memory.free import is_out_of_memory
-from anima_fast.training.flow import FlowSettings
-from anima_fast.training.optimizers import averaged_weights
+from anima_fast.memory.free import free_memory, is_out_of_memory
+from anima_fast.models.flow import FlowSettings
+from anima_fast.training.optimizers.build import averaged_weights
 from anima_fast.training.step import batch_latents, batch_loss
 
 if TYPE_CHECKING:
-    from anima_fast.training.setup import Run
+    from anima_fast.training.run import Run
 
 SIGMAS = (0.2, 0.4, 0.6, 0.8)
 

@@ -1,0 +1,144 @@
+"""`anima-fast bench`: what kernels need and how fast they should be.
+
+Torch and Triton are imported when a command runs, not for `--help`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anima_fast.errors import UserError
+
+bench = typer.Typer(
+    name="bench",
+    help="What the kernels need and how fast they should be.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@bench.command("resources")
+def _resources(
+    op: Annotated[
+        list[str] | None, typer.Option("--op", help="Only this op; may be repeated.")
+    ] = None,
+    arch: Annotated[
+        list[int] | None,
+        typer.Option("--arch", help="Compute capability, 89 for 8.9; may be repeated."),
+    ] = None,
+    card: Annotated[
+        list[str] | None, typer.Option("--card", help="A card, for its capability; repeatable.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Other types than bfloat16 for one capability only.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print every variant as JSON.")] = False,
+) -> None:
+    """Compile every kernel for cards that need not be there: registers, spills, shared memory.
+
+    Ends with status 1 when a kernel spills, does not fit or does not compile.
+    """
+    from json import dumps
+
+    from anima_fast.measure.cards import find_card
+
+    archs = list(dict.fromkeys([*(arch or ()), *(find_card(name).arch for name in card or ())]))
+
+    import triton
+
+    from anima_fast.bench.resources import ARCHS, COMPILED, as_record, check, measure
+    from anima_fast.bench.tables import resources_table
+
+    unknown = [name for name in op or () if name not in COMPILED]
+    if unknown:
+        raise UserError(f"--op {unknown[0]} is unknown: use one of {', '.join(COMPILED)}")
+    ops = {name: COMPILED[name] for name in op or COMPILED}
+    rows = measure(ops=ops, archs=archs or ARCHS, quick=quick)
+    problems = check(rows)
+    if json:
+        found = {"triton": triton.__version__, "problems": problems}
+        typer.echo(dumps(found | {"kernels": [as_record(row) for row in rows]}, indent=1))
+    else:
+        typer.echo(resources_table(rows))
+        typer.echo("\nregisters a thread, KiB of shared memory a block, occupancy; worst variant")
+        for problem in problems:
+            typer.echo(f"problem: {problem}")
+        typer.echo(f"{len(rows)} kernels compiled with Triton {triton.__version__}")
+    raise typer.Exit(1 if problems else 0)
+
+
+@bench.command("model")
+def _model(
+    card: Annotated[
+        str | None,
+        typer.Option("--card", help="A card by name; without it the one here is measured."),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Image tokens: 4096 at 1024x1024.")
+    ] = 4096,
+    batch: Annotated[int, typer.Option("--batch", help="Images per step.")] = 1,
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the LoRA.")] = 32,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, times in seconds.")] = False,
+) -> None:
+    """Predict the time of every op and of a training step, and the memory it takes.
+
+    From data sheets and assumed shares of them: a yardstick for measurements, not one itself.
+    """
+    from json import dumps
+
+    from anima_fast.measure.cards import find_card
+
+    for name, value in (("tokens", tokens), ("batch", batch), ("rank", rank)):
+        if value < 1:
+            raise UserError(f"--{name} {value}: expected at least 1")
+    sheet = find_card(card) if card else None
+
+    from anima_fast.bench.model import Rates, prediction
+    from anima_fast.bench.tables import prediction_text
+
+    if sheet:
+        found = prediction(sheet, Rates.of(sheet), tokens=tokens, batch=batch, rank=rank)
+        found["source"] = "assumed shares of the data sheet"
+    else:
+        from anima_fast.bench.measured import measured_card
+
+        found = prediction(*measured_card(), tokens=tokens, batch=batch, rank=rank)
+        found["source"] = "measured here"
+    typer.echo(dumps(found, indent=1) if json else prediction_text(found))
+
+
+@bench.command("all")
+def _all(
+    out: Annotated[Path, typer.Option("--out", help="Folder to fill.")] = Path("bench_output"),
+    only: Annotated[
+        list[str] | None, typer.Option("--slice", help="Only this slice; may be repeated.")
+    ] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="List the slices and stop.")] = False,
+) -> None:
+    """Check and measure everything on this machine, and write a report.
+
+    Runs in slices that each end within nine minutes and keep what they have finished; the report
+    is made from all slices that the folder holds. Ends with status 1 when one of them failed.
+    """
+    from anima_fast.bench import suite
+    from anima_fast.bench.suite_report import build_report
+    from anima_fast.files import check_folder
+
+    chosen = suite.choose(only or [])
+    if list_only:
+        for one in suite.slices():
+            typer.echo(f"{one.name:40} {one.where:4} {one.title}")
+        return
+    # Before the first slice, which may take nine minutes.
+    check_folder(out / "slices")
+    if not suite.has_card():
+        typer.echo("no CUDA card here: what can run on the CPU runs, at tiny sizes; no speed")
+    try:
+        records = suite.run_slices(chosen, out, say=typer.echo)
+    finally:
+        build_report(out)
+        typer.echo(f"wrote {out / 'report.html'}, results.csv and results.json")
+    raise typer.Exit(int(any(r["status"] in (suite.FAILED, suite.TIMED_OUT) for r in records)))

@@ -1,0 +1,1 @@
+"""A whole run on a tiny stack, from images to a report."""

@@ -1,0 +1,319 @@
+"""`anima-fast demo`: from photographs to a LoRA on a stand-in model, in a few minutes.
+
+The models are tiny and random, made here (a VAE that can show photographs is trained first), so
+neither a card nor a download is needed. Everything after that is what a user runs: `train` with the
+options of the documentation, `convert`, `sample`. The demo overwrites only files of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from anima_fast.errors import UserError
+from anima_fast.files import atomic_write, write_text
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from anima_fast.demo.tiny_stack import Stack
+    from anima_fast.options.run import TrainOptions
+    from anima_fast.progress import Progress
+    from anima_fast.reports.run_page import Picture
+    from anima_fast.training.run import TrainResult
+
+# Photographs inside the scikit-image wheel: function of skimage.data, caption, size of a preview
+# (that of the bucket it is trained in).
+PHOTOGRAPHS = {
+    "astronaut": ("a photograph of an astronaut in an orange suit, flag, smile", (128, 128)),
+    "chelsea": ("a photograph of a cat, close up, green eyes, whiskers", (160, 96)),
+    "coffee": ("a photograph of a cup of coffee on a wooden table, spoon", (160, 96)),
+    "rocket": ("a photograph of a rocket on the launch pad at night, dark sky", (160, 96)),
+}
+CAPTIONS = {name: caption for name, (caption, _) in PHOTOGRAPHS.items()}
+RESOLUTION = 128
+DATASET = """[general]
+resolution = {resolution}
+batch_size = 4
+enable_bucket = true
+min_bucket_reso = 64
+max_bucket_reso = 256
+bucket_reso_steps = 16
+caption_extension = ".txt"
+
+[[datasets]]
+[[datasets.subsets]]
+image_dir = {image_dir}
+num_repeats = {repeats}
+"""
+EPOCHS = 4
+# Previews while it trains, with the settings of those before and after.
+PREVIEWS = tuple(
+    f"{caption} --w {width} --h {height} --s {{steps}} --l 1 --fs 1 --d {{seed}}"
+    for caption, (width, height) in list(PHOTOGRAPHS.values())[:2]
+)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the demo puts what."""
+
+    out: Path
+
+    @property
+    def models(self) -> Path:
+        """The stand-in model files."""
+        return self.out / "models"
+
+    @property
+    def photographs(self) -> Path:
+        """Images and captions."""
+        return self.out / "photographs"
+
+    @property
+    def dataset(self) -> Path:
+        """The dataset file."""
+        return self.out / "data.toml"
+
+    @property
+    def run(self) -> Path:
+        """Output folder of the training run."""
+        return self.out / "run"
+
+    @property
+    def previews(self) -> Path:
+        """Rendered pictures."""
+        return self.out / "previews"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for the matrices of a toy, which gain nothing from more.
+
+    On a busy machine threads that wait for each other made a step five times as slow.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def run_demo(
+    out: str | Path, *, seed: int = 0, vae_steps: int = 300, repeats: int = 120, steps: int = 12
+) -> Path:
+    """Train a LoRA on four photographs and write `report.html`.
+
+    Args:
+        out: folder to fill; files of an earlier demo are replaced.
+        seed: of the models, the run and the previews.
+        vae_steps: training steps of the stand-in VAE.
+        repeats: of each photograph in an epoch; four epochs are trained.
+        steps: Euler steps of a preview.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: scikit-image is missing, or the folder cannot be written.
+    """
+    from anima_fast.progress import Progress
+    from anima_fast.tools.convert import convert_file
+    from anima_fast.training.loop import train
+
+    folders, started = Folders(Path(out)), time.perf_counter()
+    with Progress() as progress:
+        images = write_photographs(folders, repeats)
+        progress.say(f"wrote {len(images)} photographs with captions to {folders.photographs}")
+        stack = build_models(folders.models, images, vae_steps, seed, progress)
+        before = render_previews(folders, stack, "before", seed, steps, lora=None)
+        progress.say("rendered the previews before training")
+    options = train_options(folders, stack, seed, steps)
+    result = train(options)
+    if result.interrupted_by:
+        raise KeyboardInterrupt
+    comfyui = result.output.with_name("demo_lora_comfyui.safetensors")
+    convert_file(result.output, comfyui, to="comfyui")
+    after = render_previews(folders, stack, "after", seed, steps, lora=result.output)
+    report = write_demo_report(
+        folders, result, comfyui, before, after, seconds=time.perf_counter() - started
+    )
+    with Progress() as progress:
+        progress.say(f"LoRA: {result.output} (ComfyUI names: {comfyui.name})")
+        progress.say(f"report: {report}")
+    return report
+
+
+def write_photographs(folders: Folders, repeats: int) -> dict[str, Image.Image]:
+    """The photographs with a caption file each, and the dataset file; returns them by name."""
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise UserError(
+            'the demo takes its photographs from scikit-image: pip install "anima-fast[demo]"'
+        ) from error
+    from PIL import Image
+
+    images = {}
+    for name, caption in CAPTIONS.items():
+        images[name] = Image.fromarray(getattr(data, name)()).convert("RGB")
+        with atomic_write(folders.photographs / f"{name}.png") as file:
+            images[name].save(file, "PNG")
+        write_text(folders.photographs / f"{name}.txt", caption + "\n")
+    # A JSON string is a TOML string too, whatever characters the path has.
+    image_dir = json.dumps(folders.photographs.resolve().as_posix())
+    text = DATASET.format(resolution=RESOLUTION, image_dir=image_dir, repeats=repeats)
+    write_text(folders.dataset, text)
+    return images
+
+
+def build_models(
+    folder: Path, images: dict[str, Image.Image], vae_steps: int, seed: int, progress: Progress
+) -> Stack:
+    """A random DiT, LLM adapter, text encoder and tokenizers, and a VAE fitted to the images."""
+    from anima_fast.demo.tiny_stack import build_stack, save_vae
+    from anima_fast.demo.vae import fit_vae
+
+    stack = build_stack(
+        folder, seed=seed, blocks=4, width=128, context_dim=64, captions=CAPTIONS.values()
+    )
+    progress.say(f"built a random stand-in for the models in {folder}")
+
+    def show(step: int, loss: float) -> None:
+        if step % max(1, vae_steps // 3) == 0:
+            progress.say(f"  training a VAE for it: step {step}/{vae_steps}, loss {loss:.3f}")
+
+    vae = fit_vae(
+        [to_tensor(image) for image in images.values()], steps=vae_steps, seed=seed, on_step=show
+    )
+    save_vae(vae, stack.vae)
+    return stack
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An image at the area of the training buckets, [3, H, W] in [-1, 1]."""
+    import numpy as np
+    from PIL import Image
+
+    scale = RESOLUTION / (image.width * image.height) ** 0.5
+    size = (round(image.width * scale), round(image.height * scale))
+    pixels = np.array(image.resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+
+
+def train_options(folders: Folders, stack: Stack, seed: int, steps: int) -> TrainOptions:
+    """The documentation's command, with what four photographs and a CPU need changed."""
+    from anima_fast.options.run import TrainOptions
+
+    return TrainOptions(
+        pretrained_model_name_or_path=str(stack.dit),
+        qwen3=str(stack.qwen3),
+        vae=str(stack.vae),
+        t5_tokenizer_path=str(stack.t5_tokenizer),
+        dataset_config=str(folders.dataset),
+        output_dir=str(folders.run),
+        output_name="demo_lora",
+        save_model_as="safetensors",
+        network_module="networks.lora_anima",
+        network_dim=64,
+        network_alpha=64.0,
+        learning_rate=3e-3,
+        optimizer_type="AdamW8bit",
+        lr_scheduler="cosine",
+        lr_warmup_steps=30,
+        timestep_sampling="sigmoid",
+        discrete_flow_shift=1.0,
+        max_train_epochs=EPOCHS,
+        save_every_n_epochs=2,
+        # The weights of a toy are small: half precision would only be slower on a CPU.
+        mixed_precision="no",
+        cache_latents=True,
+        cache_text_encoder_outputs=True,
+        vae_chunk_size=64,
+        vae_disable_cache=True,
+        sample_prompt=tuple(text.format(steps=steps, seed=seed) for text in PREVIEWS),
+        sample_at_first=True,
+        sample_every_n_epochs=1,
+        seed=seed,
+        device="cpu",
+    )
+
+
+def render_previews(
+    folders: Folders, stack: Stack, stage: str, seed: int, steps: int, lora: Path | None
+) -> list[Path]:
+    """One picture for each caption; returns the files in the order of `PHOTOGRAPHS`."""
+    from anima_fast.options.sample import SampleOptions
+    from anima_fast.sampling import run_sample
+
+    return [
+        run_sample(
+            SampleOptions(
+                dit=str(stack.dit),
+                qwen3=str(stack.qwen3),
+                vae=str(stack.vae),
+                t5_tokenizer_path=str(stack.t5_tokenizer),
+                lora=(str(lora),) if lora else (),
+                prompt=caption,
+                seed=seed,
+                steps=steps,
+                cfg=1.0,
+                shift=1.0,
+                width=width,
+                height=height,
+                dtype="fp32",
+                device="cpu",
+                output=str(folders.previews / f"{name}-{stage}.png"),
+            ),
+            quiet=True,
+        )
+        for name, (caption, (width, height)) in PHOTOGRAPHS.items()
+    ]
+
+
+def write_demo_report(
+    folders: Folders,
+    result: TrainResult,
+    comfyui: Path,
+    before: list[Path],
+    after: list[Path],
+    *,
+    seconds: float,
+) -> Path:
+    """`report.html` with the curves of the run and the pictures before and after."""
+    from anima_fast.reports.run_page import Picture, write_report
+
+    def gallery(paths: list[Path]) -> list[Picture]:
+        captions = CAPTIONS.values()
+        return [Picture(text, path) for text, path in zip(captions, paths, strict=True)]
+
+    photographs = [folders.photographs / f"{name}.png" for name in PHOTOGRAPHS]
+    return write_report(
+        folders.out / "report.html",
+        title="anima_fast demo",
+        lead="A LoRA trained on four photographs, on a tiny stand-in for the Anima model. The "
+        "curves are those of a real run; the pictures show that all parts work together, not "
+        "what the real model draws.",
+        facts={
+            "LoRA": str(result.output),
+            "with ComfyUI names": str(comfyui),
+            "steps": str(result.steps),
+            "loss (average over the last epoch)": f"{result.loss:.4f}",
+            "whole demo": f"{seconds:.0f} s",
+        },
+        log=result.log,
+        galleries={
+            "Photographs": gallery(photographs),
+            "Previews before training": gallery(before),
+            "Previews with the LoRA": gallery(after),
+        },
+    )

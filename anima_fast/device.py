@@ -1,0 +1,100 @@
+"""Device, dtypes, backend switches, and whether the fused kernels run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+
+from anima_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from anima_fast.options.run import TrainOptions
+    from anima_fast.options.sample import SampleOptions
+
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_device(options: TrainOptions | SampleOptions) -> torch.device:
+    """The device asked for, else CUDA where there is a card, else the CPU."""
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda needs a CUDA card and a CUDA build of PyTorch; this PyTorch sees none "
+            "(`anima-fast doctor` says what is missing), or use --device cpu"
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device that PyTorch knows: cuda, cpu") from None
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {name}: there are {torch.cuda.device_count()} cards, counted from cuda:0"
+            )
+        # Triton launches on the current card, whatever card its tensors are on.
+        torch.cuda.set_device(device)
+    return device
+
+
+def set_backends(*, tf32: bool = False, benchmark: bool = False) -> None:
+    """How float32 products and convolutions are computed on a card.
+
+    By itself torch allows TF32 in convolutions, which the VAE of previews and `sample` consists of.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = benchmark
+
+
+def uses_fused_blocks(options: TrainOptions | SampleOptions, device: torch.device) -> bool:
+    """Whether the DiT runs through the fused kernels; torch.compile takes the eager blocks.
+
+    Raises `UserError` when they are asked for and cannot run.
+    """
+    if options.kernels == "triton":
+        check_triton("--kernels triton", "--kernels eager", device)
+        return True
+    compiled = getattr(options, "compile", False)
+    if options.kernels == "eager" or compiled or device.type != "cuda":
+        return False
+    return importlib.util.find_spec("triton") is not None
+
+
+def check_triton(option: str, remedy: str, device: torch.device | str | None = None) -> None:
+    """Refuse Triton kernels where they cannot run.
+
+    Args:
+        option: what asked for them, for the message.
+        remedy: what to use instead.
+        device: where they would run, when known.
+
+    Raises:
+        UserError: triton is not installed, or the device is no CUDA card and the kernels are not
+            interpreted.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise UserError(f"{option} needs the package triton: pip install triton, or use {remedy}")
+    off_card = device is not None and torch.device(device).type != "cuda"
+    if off_card and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(f"{option} needs a CUDA card: use {remedy} here")
+
+
+def check_torch_version(version: str = torch.__version__) -> None:
+    """Refuse PyTorch below 2.5, whose attention gives NaN for fully masked rows."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < (2, 5):
+        raise UserError(
+            f"PyTorch {version} is too old: before 2.5 its attention gives NaN (NaN loss, black "
+            "images); pip install -U torch"
+        )
+
+
+# Held while a graph is recorded (models/block_graphs.py) and while a thread beside the main one
+# takes page-locked memory: CUDA breaks a recording off when any thread allocates meanwhile.
+NOT_WHILE_RECORDING = threading.Lock()

@@ -1,0 +1,1 @@
+"""The timer, the cards and the model of step time that training, plan and bench share."""

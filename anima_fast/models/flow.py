@@ -1,0 +1,380 @@
+"""Rectified flow: noise levels, noisy latents, targets and losses. Pure functions, all in float32.
+
+    x = (1 − σ)·x0 + σ·noise        target v = noise − x0        loss w(σ)·ℓ(v̂ − v)
+
+The model's time is σ itself, in (0, 1). Latents are [B, 16, h, w] (or [B, 16, 1, h, w]), σ is [B].
+Names of the samplers, weightings and losses are those of sd-scripts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from anima_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from anima_fast.options.run import TrainOptions
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TABLE_SIZE = 1000
+
+
+def sample_sigma(
+    settings: FlowSettings,
+    batch_size: int,
+    latent_hw: tuple[int, int],
+    generator: torch.Generator | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw one independent σ per sample.
+
+    Args:
+        settings: the sampler and its numbers.
+        batch_size: B.
+        latent_hw: latent height and width; only `flux_shift` depends on them.
+        generator: source of randomness, on `device`; the global one of `device` when None.
+        device: where to draw.
+
+    Returns:
+        σ [B], float32, on `device`.
+    """
+    if settings.timestep_sampling == "sigma" and settings.weighting_scheme == "logit_normal":
+        normal = torch.randn(batch_size, generator=generator, device=device)
+        draw = settings.logit_mean + settings.logit_std * normal
+    elif settings.timestep_sampling in ("sigma", "uniform"):
+        draw = torch.rand(batch_size, generator=generator, device=device)
+    else:
+        draw = torch.randn(batch_size, generator=generator, device=device)
+    return sigma_from_draw(settings, draw, latent_hw)
+
+
+def sigma_from_draw(settings: FlowSettings, draw: Tensor, latent_hw: tuple[int, int]) -> Tensor:
+    """Map the random numbers of `sample_sigma` to σ.
+
+    Args:
+        settings: the sampler and its numbers.
+        draw: [B] float32. Standard normal for sigmoid, shift and flux_shift; uniform in [0, 1) for
+            uniform and sigma; N(logit_mean, logit_std) for sigma with weighting logit_normal.
+        latent_hw: latent height and width.
+
+    Returns:
+        σ [B], float32, within `settings.sigma_range`.
+    """
+    draw = draw.float()
+    mode, shift = settings.timestep_sampling, settings.discrete_flow_shift
+    if mode == "uniform":
+        sigma = draw
+    elif mode == "sigma":
+        sigma = _table_sigma(settings, draw)
+    else:
+        sigma = torch.sigmoid(settings.sigmoid_scale * draw)
+        if mode == "shift":
+            sigma = shift_sigma(sigma, shift)
+        elif mode == "flux_shift":
+            sigma = shift_sigma(sigma, flux_shift(latent_hw))
+    low, high = settings.sigma_range
+    return sigma if (low, high) == (0.0, 1.0) else low + sigma * (high - low)
+
+
+def _table_sigma(settings: FlowSettings, draw: Tensor) -> Tensor:
+    """Entry ⌊1000·u⌋ of the descending table of 1000 shifted levels 1, 0.999, … 0.001."""
+    u = draw
+    if settings.weighting_scheme == "logit_normal":
+        u = torch.sigmoid(draw)
+    elif settings.weighting_scheme == "mode":
+        bend = torch.cos(math.pi * draw / 2) ** 2 - 1 + draw
+        u = 1 - draw - settings.mode_scale * bend
+    index = (u * TABLE_SIZE).long().clamp(0, TABLE_SIZE - 1)
+    return shift_sigma((TABLE_SIZE - index).float() / TABLE_SIZE, settings.discrete_flow_shift)
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """S·σ / (1 + (S − 1)·σ): S above 1 moves σ towards noise."""
+    return sigma if shift == 1 else shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def flux_shift(latent_hw: tuple[int, int]) -> float:
+    """The shift e^μ of `flux_shift`, μ linear in the count of 2x2 latent patches."""
+    patches = (latent_hw[0] // 2) * (latent_hw[1] // 2)
+    slope = (1.15 - 0.5) / (4096 - 256)
+    return math.exp(0.5 + slope * (patches - 256))
+
+
+def inference_sigmas(steps: int, shift: float) -> Tensor:
+    """The sampling schedule: `steps` + 1 float32 levels from 1 down to 0, shifted."""
+    return shift_sigma(torch.linspace(1, 0, steps + 1), shift)
+
+
+def noisy_latents(
+    latents: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    settings: FlowSettings | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """x = (1 − σ)·x0 + σ·noise, in float32.
+
+    With `settings.ip_noise_gamma` γ the noise gets γ·N(0, 1) added here and nowhere else; with
+    `ip_noise_gamma_random_strength` γ is scaled by one uniform number per call.
+
+    Args:
+        latents, noise: [B, ...] of one shape.
+        sigma: [B].
+        settings: None means no perturbation.
+        generator: source of the perturbation, on the device of `noise`.
+    """
+    latents, noise = latents.float(), noise.float()
+    gamma = settings.ip_noise_gamma if settings is not None else None
+    if gamma:
+        if settings.ip_noise_gamma_random_strength:
+            gamma = gamma * torch.rand(1, generator=generator, device=noise.device)
+        extra = torch.randn(noise.shape, generator=generator, device=noise.device)
+        noise = noise + gamma * extra
+    sigma = _per_sample(sigma, latents)
+    return (1 - sigma) * latents + sigma * noise
+
+
+def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """What the model learns to predict: noise − x0, in float32."""
+    return noise.float() - latents.float()
+
+
+def loss_weight(scheme: str, sigma: Tensor) -> Tensor:
+    """w(σ) [B]: σ⁻² for sigma_sqrt, 2/(π(1 − 2σ + 2σ²)) for cosmap, else 1."""
+    sigma = sigma.float()
+    if scheme == "sigma_sqrt":
+        # A uniform draw can be exactly 0, and one infinite weight would spoil the step.
+        return sigma.clamp_min(1e-6) ** -2
+    if scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    return torch.ones_like(sigma)
+
+
+def huber_delta(settings: FlowSettings, sigma: Tensor) -> Tensor:
+    """The threshold c [B] of huber and smooth_l1: c·scale, or c^σ·scale when exponential.
+
+    `snr`, the default of sd-scripts, is not defined for flow models and stands for constant.
+    sd-scripts feeds σ in 0..1 to an exponent made for 0..1000, which makes its exponential schedule
+    nearly constant; this is the curve that was meant.
+    """
+    sigma = sigma.float()
+    if settings.huber_schedule == "exponential":
+        return settings.huber_scale * settings.huber_c**sigma
+    return torch.full_like(sigma, settings.huber_c * settings.huber_scale)
+
+
+def element_loss(
+    prediction: Tensor, target: Tensor, loss_type: str = "l2", c: Tensor | None = None
+) -> Tensor:
+    """The unreduced loss ℓ(d), d = prediction − target, in float32 and of their shape.
+
+    l2 d²; l1 |d|; huber 2c(√(d² + c²) − c); smooth_l1 2(√(d² + c²) − c) with c [B] per sample.
+    Raises `ValueError` for an unknown type or a missing c.
+    """
+    d = prediction.float() - target.float()
+    if loss_type == "l2":
+        return d**2
+    if loss_type == "l1":
+        return d.abs()
+    if loss_type not in ("huber", "smooth_l1"):
+        raise ValueError(f"loss_type is {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
+    if c is None:
+        raise ValueError(f"{loss_type} needs c, one threshold per sample")
+    c = _per_sample(c, d)
+    loss = 2 * (torch.sqrt(d**2 + c**2) - c)
+    return c * loss if loss_type == "huber" else loss
+
+
+def mask_from_conditioning(image: Tensor) -> Tensor:
+    """The red channel of a conditioning image [B, 3, H, W] in [-1, 1] as a mask [B, 1, H, W]."""
+    return (image[:, :1].float() + 1) / 2
+
+
+def resize_mask(mask: Tensor, latent_hw: tuple[int, int]) -> Tensor:
+    """Average a pixel mask in [0, 1] over the area of each latent cell.
+
+    Args:
+        mask: [B, H, W] or [B, 1, H, W].
+        latent_hw: target height and width.
+
+    Returns:
+        [B, 1, h, w] float32.
+    """
+    if mask.ndim == 3:
+        mask = mask[:, None]
+    return F.interpolate(mask.float(), size=tuple(latent_hw), mode="area")
+
+
+def mask_cells(mask: Tensor, latent_hw: tuple[int, int], *, normalize: bool = False) -> Tensor:
+    """The factor [B, 1, h, w] of a pixel mask; see `apply_mask`."""
+    cells = resize_mask(mask, latent_hw)
+    if normalize:
+        cells = cells / cells.mean((1, 2, 3), keepdim=True).clamp_min(1e-6)
+    return cells
+
+
+def apply_mask(loss: Tensor, mask: Tensor, *, normalize: bool = False) -> Tensor:
+    """Multiply an unreduced loss by a pixel mask.
+
+    The plain form is not divided by the mask's area, so a small mask gives a small gradient; with
+    `normalize` each sample is divided by its mask's mean, so that its own mean is that over the
+    mask alone (an empty mask stays 0).
+
+    Args:
+        loss: [B, C, h, w] or [B, C, 1, h, w].
+        mask: [B, H, W] or [B, 1, H, W] in [0, 1].
+    """
+    cells = mask_cells(mask.to(loss.device), loss.shape[-2:], normalize=normalize)
+    return loss * (cells if loss.ndim == 4 else cells[:, :, None])
+
+
+def flow_loss(
+    prediction: Tensor,
+    target: Tensor,
+    sigma: Tensor,
+    settings: FlowSettings,
+    *,
+    masks: Tensor | None = None,
+    loss_weights: Tensor | None = None,
+) -> Tensor:
+    """The loss per sample: element loss · w(σ) → · mask → mean over (C, h, w) → · loss weight.
+
+    Args:
+        prediction, target: [B, C, h, w] (or 5-D), any float dtype.
+        sigma: [B].
+        settings: loss, weighting and mask form.
+        masks: pixel masks [B, 1, H, W] in [0, 1], or None.
+        loss_weights: [B], the dataset's weight per sample (regularisation images), or None.
+
+    Returns:
+        [B] float32; its mean over the batch is what is differentiated.
+    """
+    sigma = sigma.to(prediction.device)
+    loss = element_loss(prediction, target, settings.loss_type, huber_delta(settings, sigma))
+    loss = loss * _per_sample(loss_weight(settings.weighting_scheme, sigma), loss)
+    if masks is not None:
+        loss = apply_mask(loss, masks, normalize=settings.masked_loss_normalize)
+    per_sample = loss.flatten(1).mean(1)  # [B]
+    if loss_weights is not None:
+        per_sample = per_sample * loss_weights.to(per_sample)
+    return per_sample
+
+
+def fused_flow_loss(
+    prediction: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    settings: FlowSettings,
+    *,
+    masks: Tensor | None = None,
+) -> Tensor:
+    """`flow_loss` against `velocity_target`, loss and gradient in one pass (kernels/flow_loss.py).
+
+    Args:
+        prediction, latents, noise: [B, C, h, w] (or 5-D).
+        sigma, settings, masks: as `flow_loss`.
+
+    Returns:
+        [B] float32.
+    """
+    # Not at the top: triton is not on every system.
+    from anima_fast.kernels.flow_loss import flow_loss as one_pass
+
+    sigma = sigma.to(prediction.device)
+    cells = None
+    if masks is not None:
+        normalize = settings.masked_loss_normalize
+        cells = mask_cells(masks.to(prediction.device), prediction.shape[-2:], normalize=normalize)
+    return one_pass(
+        prediction,
+        latents.float(),
+        noise.float(),
+        loss_weight(settings.weighting_scheme, sigma),
+        loss_type=settings.loss_type,
+        c=huber_delta(settings, sigma),
+        cells=cells,
+    )
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Shape [B] as [B, 1, ..., 1] on the device of `like`."""
+    return values.to(like.device, torch.float32).view(-1, *[1] * (like.ndim - 1))
+
+
+TIMESTEP_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
+
+
+WEIGHTING_SCHEMES = ("uniform", "none", "sigma_sqrt", "cosmap", "logit_normal", "mode")
+
+
+LOSS_TYPES = ("l2", "l1", "huber", "smooth_l1")
+
+
+HUBER_SCHEDULES = ("constant", "exponential", "snr")
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """Everything that shapes the noise levels and the loss; checked when it is made.
+
+    `min_timestep` and `max_timestep` are in thousandths: σ is mapped affinely into
+    [min/1000, max/1000]. Raises `UserError` for an unknown name or an impossible number.
+    """
+
+    timestep_sampling: str = "sigmoid"
+    sigmoid_scale: float = 1.0
+    discrete_flow_shift: float = 1.0
+    weighting_scheme: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    loss_type: str = "l2"
+    huber_schedule: str = "constant"
+    huber_c: float = 0.1
+    huber_scale: float = 1.0
+    min_timestep: float | None = None
+    max_timestep: float | None = None
+    ip_noise_gamma: float | None = None
+    ip_noise_gamma_random_strength: bool = False
+    masked_loss_normalize: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
+        _one_of("weighting_scheme", self.weighting_scheme, WEIGHTING_SCHEMES)
+        _one_of("loss_type", self.loss_type, LOSS_TYPES)
+        _one_of("huber_schedule", self.huber_schedule, HUBER_SCHEDULES)
+        for name in ("discrete_flow_shift", "huber_c", "huber_scale"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} is {getattr(self, name)}, expected a number above 0")
+        low, high = self.sigma_range
+        if not 0 <= low < high <= 1:
+            raise UserError(
+                f"--min_timestep {self.min_timestep} and --max_timestep {self.max_timestep}: "
+                "expected 0 <= min < max <= 1000"
+            )
+
+    @classmethod
+    def from_options(cls, options: TrainOptions) -> FlowSettings:
+        """Take the fields of the same names from the options; absent ones keep defaults."""
+        names = (name for name in cls.__dataclass_fields__ if hasattr(options, name))
+        return cls(**{name: getattr(options, name) for name in names})
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """Lowest and highest σ."""
+        low = 0.0 if self.min_timestep is None else self.min_timestep / 1000
+        high = 1.0 if self.max_timestep is None else self.max_timestep / 1000
+        return low, high
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"--{name} is {value!r}, expected one of {', '.join(known)}")

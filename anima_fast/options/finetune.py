@@ -1,0 +1,86 @@
+"""What full fine-tuning has beside the options that it shares with LoRA training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from anima_fast.options.declare import option, specs
+from anima_fast.options.training import (
+    LoRAFileOptions,
+    LoRASpeedOptions,
+    NetworkOptions,
+    NetworkRateOptions,
+)
+
+_parts = partial(option, "Trained parts")
+_full = partial(option, "Full fine-tuning")
+WEIGHT_UPDATES = ("plain", "stochastic", "fp32")
+# Part of the model -> option of its rate. The first part whose mark is in a weight's name has it;
+# what no mark fits has `learning_rate`.
+PARTS = {
+    "llm_adapter": ("llm_adapter", "llm_adapter_lr"),
+    "self_attn": (".self_attn", "self_attn_lr"),
+    "cross_attn": (".cross_attn", "cross_attn_lr"),
+    "mlp": (".mlp", "mlp_lr"),
+    "mod": (".adaln_modulation", "mod_lr"),
+}
+
+
+@dataclass(frozen=True)
+class FinetuneGroup:
+    """Which weights are trained, and how they are updated and kept."""
+
+    self_attn_lr: float | None = _parts(
+        None, "Rate of self attention (default: learning_rate; 0 = frozen).", low=0
+    )
+    cross_attn_lr: float | None = _parts(
+        None, "Rate of cross attention (default: learning_rate; 0 = frozen).", low=0
+    )
+    mlp_lr: float | None = _parts(
+        None, "Rate of the MLPs (default: learning_rate; 0 = frozen).", low=0
+    )
+    mod_lr: float | None = _parts(
+        None, "Rate of the AdaLN modulation (default: learning_rate; 0 = frozen).", low=0
+    )
+    llm_adapter_lr: float | None = _parts(
+        None, "Rate of the LLM adapter (default: learning_rate; 0 = frozen, which is advised).",
+        low=0,
+    )  # fmt: skip
+    weight_update: str | None = _full(
+        None, "How 16-bit weights take updates: plain (rounded), stochastic (rounded at random, "
+        "right on average) or fp32 (a float32 copy is kept); default: stochastic with full_bf16, "
+        "fp32 with full_fp16.",
+        choices=WEIGHT_UPDATES,
+    )  # fmt: skip
+    fused_backward_pass: bool = _full(
+        False, "Update each weight as soon as its gradient is there, so that gradients never are "
+        "in memory together; max_grad_norm then clips each weight's gradient by itself.",
+    )  # fmt: skip
+    vram: float | None = _full(
+        None, "Device memory in GiB to plan for, instead of what the card has free.", low=0.1
+    )
+    plan_memory: bool = _full(
+        False, "Print the predicted memory and what would change it, then stop."
+    )
+
+
+def network_options() -> dict[str, str]:
+    """Options of `train` that full fine-tuning does not have, each with the remedy."""
+    remedies = {
+        "network_weights": "merge the LoRA into the model first (`anima-fast merge`)",
+        "base_weights": "merge the LoRA into the model first (`anima-fast merge`)",
+        "unet_lr": "the rate of the DiT is --learning_rate",
+        "text_encoder_lr": "the text encoder is always frozen in full fine-tuning",
+        "network_train_unet_only": "--llm_adapter_lr 0 trains the DiT only",
+        "network_train_text_encoder_only": "the text encoder is always frozen in full fine-tuning",
+        "cuda_graphs": "they record the fused blocks, which have frozen weights",
+        "network_args": "parts have rates of their own, such as --mlp_lr",
+    }
+    groups = (NetworkOptions, NetworkRateOptions, LoRAFileOptions, LoRASpeedOptions)
+    names = [name for group in groups for name in specs(group)]
+    plain = "it belongs to LoRA training (`anima-fast train`)"
+    return {
+        name: f"{remedies.get(name, plain)}; remove it, full fine-tuning has no network"
+        for name in names
+    }

@@ -1,0 +1,250 @@
+"""Rules between options: what implies what, and which combinations are refused.
+
+Each rule is one small function on a `Draft` of the values. A rule either sets another value (with
+a notice where the user may be surprised) or raises `UserError` with the remedy. The rules look at
+values only, never at the disk, and settled values pass them again unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anima_fast.errors import UserError
+from anima_fast.models.recompute import POLICIES
+from anima_fast.options.draft import Draft
+from anima_fast.options.rules_finetune import FINETUNE_RULES
+from anima_fast.options.rules_lora import NETWORK_RULES
+
+REQUIRED = ("pretrained_model_name_or_path", "qwen3", "vae", "output_dir")
+
+
+def settle(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Apply every rule.
+
+    Args:
+        values: all options of a training run by name, each of the right type and range.
+    Returns:
+        the settled values and the notices for the user.
+    Raises:
+        UserError: for a combination that cannot work.
+    """
+    draft = Draft(values)
+    lora = "network_module" in values
+    rules = (*NETWORK_RULES, *SHARED_RULES) if lora else (*SHARED_RULES, *FINETUNE_RULES)
+    for rule in rules:
+        rule(draft)
+    return draft.values, tuple(draft.notices)
+
+
+def check_required(options: Any) -> None:
+    """Raise `UserError` for the first option that a training run needs and does not have."""
+    for name in REQUIRED:
+        if not getattr(options, name):
+            command = "train" if hasattr(options, "network_module") else "finetune"
+            raise UserError(f"--{name} is required: see `anima-fast {command} --help`")
+    if not (options.dataset_config or options.train_data_dir or options.in_json):
+        raise UserError(
+            "no data: give --dataset_config FILE, or --train_data_dir FOLDER with --resolution"
+        )
+    if not options.dataset_config and not options.resolution:
+        raise UserError("--resolution is required without --dataset_config, such as 1024")
+
+
+def _text_cache(draft: Draft) -> None:
+    if draft.cache_text_encoder_outputs_to_disk and not draft.cache_text_encoder_outputs:
+        draft.set("cache_text_encoder_outputs", True)
+    if not draft.cache_text_encoder_outputs:
+        return
+    if draft.token_warmup_step:
+        raise UserError(
+            "--token_warmup_step changes captions with every step, so it cannot work with "
+            "--cache_text_encoder_outputs: drop one of them"
+        )
+    if draft.shuffle_caption or draft.caption_tag_dropout_rate or draft.enable_wildcard:
+        draft.notices.append(
+            f"captions that change are cached in {draft.caption_variants} renderings each "
+            "(caption_variants)"
+        )
+
+
+def _long_captions(draft: Draft) -> None:
+    if draft.long_captions != "whole":
+        return
+    for name in ("qwen3_max_token_length", "t5_max_token_length"):
+        if draft.values[name] != 512:
+            raise UserError(
+                f"--{name} {draft.values[name]} cuts captions off, which --long_captions whole "
+                "does not: drop one of them"
+            )
+
+
+def _latent_cache(draft: Draft) -> None:
+    if draft.cache_latents_to_disk and not draft.cache_latents:
+        draft.set("cache_latents", True)
+    for name in ("color_aug", "random_crop"):
+        if draft.cache_latents and draft.values[name]:
+            raise UserError(
+                f"--{name} changes images with every epoch, so it cannot work with "
+                "--cache_latents: drop one of them"
+            )
+
+
+def _data(draft: Draft) -> None:
+    if draft.bucket_reso_steps % 16:
+        raise UserError(
+            f"--bucket_reso_steps {draft.bucket_reso_steps} does not suit this model: use a "
+            "multiple of 16, such as 64"
+        )
+    if draft.min_bucket_reso > draft.max_bucket_reso:
+        raise UserError(
+            f"--min_bucket_reso {draft.min_bucket_reso} is above --max_bucket_reso "
+            f"{draft.max_bucket_reso}: exchange them"
+        )
+    beaten = [n for n in ("train_data_dir", "reg_data_dir", "in_json") if draft.values[n]]
+    if draft.dataset_config and beaten:
+        for name in beaten:
+            draft.set(name, None)
+        draft.notices.append(f"dataset_config is given: {', '.join(beaten)} ignored")
+
+
+def _vae(draft: Draft) -> None:
+    rows = draft.vae_chunk_size
+    if rows and rows % 2:
+        draft.set("vae_chunk_size", rows + 1, f"vae_chunk_size must be even: {rows} -> {rows + 1}")
+    for name in ("vae_disable_cache", "qwen_image_vae_2d"):
+        if draft.values[name]:
+            draft.notices.append(f"{name}: always so here, with the same result")
+
+
+def _precision(draft: Draft) -> None:
+    if draft.full_bf16 and draft.full_fp16:
+        raise UserError("--full_bf16 and --full_fp16 exclude each other: choose one")
+    for flag, precision in (("full_bf16", "bf16"), ("full_fp16", "fp16")):
+        if draft.values[flag] and draft.mixed_precision != precision:
+            draft.set("mixed_precision", precision, f"{flag}: mixed_precision set to {precision}")
+    if draft.full_fp16 and draft.values.get("weight_update", "plain") == "plain":
+        draft.notices.append(
+            "full_fp16: squares of small gradients vanish in float16, so that steps of Adam may "
+            "explode: --mixed_precision fp16 alone keeps what is trained in float32"
+        )
+
+
+def _memory(draft: Draft) -> None:
+    if not draft.blocks_to_swap:
+        draft.set("blocks_to_swap", None)
+    cpu, unsloth = draft.cpu_offload_checkpointing, draft.unsloth_offload_checkpointing
+    if cpu and unsloth:
+        raise UserError(
+            "--cpu_offload_checkpointing and --unsloth_offload_checkpointing exclude each other: "
+            "the second is the faster one"
+        )
+    if draft.blocks_to_swap and (cpu or unsloth):
+        name = "cpu_offload_checkpointing" if cpu else "unsloth_offload_checkpointing"
+        raise UserError(f"--blocks_to_swap and --{name} exclude each other: drop one of them")
+    if (cpu or unsloth) and not draft.gradient_checkpointing:
+        name = "cpu_offload_checkpointing" if cpu else "unsloth_offload_checkpointing"
+        draft.set("gradient_checkpointing", True, f"{name}: gradient_checkpointing turned on")
+    _recompute(draft)
+    if draft.compile and draft.kernels == "triton":
+        raise UserError(
+            "--compile and --kernels triton exclude each other: the fused block is compiled already"
+        )
+
+
+def _recompute(draft: Draft) -> None:
+    given = draft.recompute
+    if given is not None and given not in POLICIES and not given.isdigit():
+        raise UserError(f"--recompute {given}: use none, mlp, block or a count of blocks")
+    if draft.gradient_checkpointing and given not in (None, "block"):
+        raise UserError(
+            f"--gradient_checkpointing means --recompute block, and --recompute {given} is given: "
+            "drop one of them"
+        )
+    if draft.gradient_checkpointing:
+        draft.set("recompute", "block")
+    elif given == "block":
+        draft.set("gradient_checkpointing", True)
+
+
+def _attention(draft: Draft) -> None:
+    if draft.attn_mode == "sdpa":
+        draft.set("attn_mode", "torch")
+    if draft.attn_mode == "sageattn":
+        raise UserError(
+            "--attn_mode sageattn has no backward pass, so it cannot train: use torch or flash "
+            "(`anima-fast sample` takes sageattn)"
+        )
+    if draft.attn_mode == "xformers" and not draft.split_attn:
+        draft.set("split_attn", True, "attn_mode xformers: split_attn turned on")
+    if draft.compile_fullgraph and draft.split_attn:
+        raise UserError("--compile_fullgraph and --split_attn exclude each other: drop one of them")
+
+
+def _schedule(draft: Draft) -> None:
+    if draft.lr_scheduler == "constant" and draft.lr_warmup_steps and not draft.lr_scheduler_type:
+        raise UserError(
+            "--lr_scheduler constant has no warm-up: use --lr_scheduler constant_with_warmup, or "
+            "drop --lr_warmup_steps"
+        )
+    if not draft.optimizer_type:
+        draft.set("optimizer_type", "AdamW")
+
+
+def _flow(draft: Draft) -> None:
+    if draft.loss_type in ("huber", "smooth_l1") and draft.huber_schedule == "snr":
+        draft.set(
+            "huber_schedule", "constant",
+            "huber_schedule snr does not exist for flow models: constant is used",
+        )  # fmt: skip
+    low = 0 if draft.min_timestep is None else draft.min_timestep
+    high = 1000 if draft.max_timestep is None else draft.max_timestep
+    if low >= high:
+        raise UserError(f"--min_timestep {low} must be below --max_timestep {high}")
+
+
+def _saving(draft: Draft) -> None:
+    if draft.save_model_as in ("ckpt", "pt"):
+        raise UserError(
+            f"--save_model_as {draft.save_model_as} is a pickle file, which can run code when it "
+            "is opened: use safetensors"
+        )
+    if draft.save_model_as != "safetensors":
+        raise UserError(f"--save_model_as {draft.save_model_as} is unknown: use safetensors")
+    name = draft.output_name or ""
+    if any(mark in name for mark in '/\\:*?"<>|') or name in (".", ".."):
+        raise UserError(
+            f"--output_name {name} is no file name: put folders into --output_dir and use none of "
+            '/ \\ : * ? " < > |'
+        )
+
+
+def _logging(draft: Draft) -> None:
+    if draft.logging_dir and not draft.log_with:
+        draft.set("log_with", "tensorboard")
+    if draft.log_with and not draft.logging_dir and draft.output_dir:
+        draft.set("logging_dir", f"{draft.output_dir.rstrip('/')}/logs")
+
+
+def _previews(draft: Draft) -> None:
+    for name in ("sample_every_n_steps", "sample_every_n_epochs"):
+        if draft.values[name] < 0:
+            draft.set(name, 0, f"{name} {draft.values[name]}: taken as 0, which is off")
+    prompts = draft.sample_prompts or draft.sample_prompt
+    wanted = draft.sample_every_n_steps or draft.sample_every_n_epochs or draft.sample_at_first
+    if wanted and not prompts:
+        raise UserError('previews need --sample_prompts FILE or --sample_prompt "TEXT"')
+    if prompts and not wanted:
+        draft.set("sample_every_n_epochs", 1, "previews: one of each prompt every epoch")
+
+
+def _early_stop(draft: Draft) -> None:
+    held_out = draft.validation_split or draft.dataset_config
+    if draft.early_stop_patience and not held_out:
+        raise UserError("--early_stop_patience needs images that are held out: --validation_split")
+
+
+# For every run; network_rules.py and finetune_rules.py have those of one kind of training.
+SHARED_RULES = (
+    _text_cache, _long_captions, _latent_cache, _data, _vae, _precision, _memory, _attention,
+    _schedule, _flow, _saving, _logging, _previews, _early_stop,
+)  # fmt: skip

@@ -1,0 +1,212 @@
+"""Every option once: `TrainOptions` for a LoRA, `FinetuneOptions` for the whole model,
+`SampleOptions` for rendering an image.
+
+The groups in `option_groups/` declare name, type, default, help sentence and limits; flags, TOML
+keys and the documentation's table are made from them. `option_rules.py` says what implies and what
+excludes what, `option_files.py` reads and writes TOML. None means off or "decided by the program".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from anima_fast.options.data import (
+    CacheOptions,
+    CaptionOptions,
+    DatasetOptions,
+    ImageOptions,
+    MaskOptions,
+    ModelOptions,
+)
+from anima_fast.options.declare import convert, option, specs
+from anima_fast.options.finetune import PARTS, FinetuneGroup
+from anima_fast.options.network_args import NetworkArgs, parse_network_args
+from anima_fast.options.output import (
+    LengthOptions,
+    LogOptions,
+    MetadataOptions,
+    PreviewOptions,
+    SaveOptions,
+    ValidationOptions,
+)
+from anima_fast.options.preset import PresetOptions
+from anima_fast.options.rules import settle
+from anima_fast.options.training import (
+    FlowOptions,
+    LoRAFileOptions,
+    LoRASpeedOptions,
+    MemoryOptions,
+    NetworkOptions,
+    NetworkRateOptions,
+    OptimizerOptions,
+    SchedulerOptions,
+)
+from anima_fast.options.words import parse_arguments
+
+# The positions that Qwen3-0.6B was trained with.
+LONGEST_CAPTION = 32768
+
+PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Checks type, range and choice of every option when an instance is made."""
+
+    def __post_init__(self) -> None:
+        for name, spec in specs(type(self)).items():
+            self._put(name, convert(spec, getattr(self, name), f"--{name}"))
+
+    def _put(self, name: str, value: Any) -> None:
+        # The instance is frozen for everybody else.
+        object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class _Run(_Checked):
+    """What every training run has: settled rules, notices, and parsed lists."""
+
+    notices: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        values, notices = settle({name: getattr(self, name) for name in specs(type(self))})
+        for name, value in values.items():
+            self._put(name, value)
+        self._put("notices", notices)
+        # A mistake in these lists shall stop the program now, not after the caches are filled.
+        _ = self.optimizer_kwargs, self.scheduler_kwargs
+
+    @property
+    def optimizer_kwargs(self) -> dict[str, Any]:
+        """`optimizer_args` as Python values."""
+        return parse_arguments(self.optimizer_args, "--optimizer_args")
+
+    @property
+    def scheduler_kwargs(self) -> dict[str, Any]:
+        """`lr_scheduler_args` as Python values."""
+        return parse_arguments(self.lr_scheduler_args, "--lr_scheduler_args")
+
+    @property
+    def token_limits(self) -> tuple[int, int]:
+        """Tokens of Qwen3 and of T5 after which a caption is cut off."""
+        if self.long_captions == "whole":
+            return LONGEST_CAPTION, LONGEST_CAPTION
+        return self.qwen3_max_token_length, self.t5_max_token_length
+
+    @property
+    def compute_dtype(self) -> str:
+        """The name of the torch dtype of weights and arithmetic: float32, float16 or bfloat16."""
+        return PRECISIONS[self.mixed_precision]
+
+    @property
+    def output_stem(self) -> str:
+        """The name of the final file without its ending."""
+        return self.output_name or "last"
+
+
+# What both kinds of training have, before and after the options of the network. The bases come in
+# reverse: dataclass fields follow the order from the last base to the first.
+@dataclass(frozen=True)
+class _Data(
+    LengthOptions, CacheOptions, ImageOptions, CaptionOptions, DatasetOptions, ModelOptions,
+    PresetOptions, _Run,
+):  # fmt: skip
+    """Model files, dataset and length."""
+
+
+@dataclass(frozen=True)
+class _Learning(
+    MetadataOptions, PreviewOptions, ValidationOptions, LogOptions, SaveOptions, MaskOptions,
+    MemoryOptions, FlowOptions, SchedulerOptions, OptimizerOptions,
+):  # fmt: skip
+    """How it is trained, saved and logged."""
+
+
+@dataclass(frozen=True)
+class TrainOptions(
+    _Learning, NetworkRateOptions, LoRASpeedOptions, LoRAFileOptions, NetworkOptions, _Data
+):
+    """All options of a training run, flat, named as in sd-scripts.
+
+    Making an instance checks types and ranges and applies the rules of `option_rules.py`; it
+    never touches the disk. `notices` tells what the rules changed.
+
+    Raises:
+        UserError: for a wrong value or a combination that cannot work.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.network_arguments
+
+    @property
+    def about(self) -> tuple[str, dict[str, str]]:
+        """What kind of training it is, and facts that only this kind has, for the report."""
+        return "LoRA training", {"rank, alpha": f"{self.network_dim}, {self.network_alpha:g}"}
+
+    @property
+    def network_arguments(self) -> NetworkArgs:
+        """`network_args`, parsed and checked."""
+        return parse_network_args(self.network_args, self.network_module)
+
+    @property
+    def network_kwargs(self) -> dict[str, Any]:
+        """`network_args` as keyword arguments of `adapters.lora.add_lora`."""
+        return self.network_arguments.kwargs
+
+    @property
+    def trains_llm_adapter(self) -> bool:
+        """The LLM adapter gets LoRA modules (`network_args train_llm_adapter=True`)."""
+        return self.network_arguments.train_llm_adapter
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """The text encoder gets LoRA modules and runs in every step."""
+        frozen = bool(self.text_encoder_lr) and not any(self.text_encoder_lr)
+        return not self.network_train_unet_only and not frozen
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(_Learning, FinetuneGroup, _Data):
+    """All options of full fine-tuning: those of `TrainOptions` without the network, and its own.
+
+    Checked and settled like `TrainOptions`.
+    """
+
+    autosave_minutes: float = option(
+        "Saving and resuming", 30.0,
+        "Minutes between the states of a rolling resume folder; 0 = off.", low=0,
+    )  # fmt: skip
+
+    # Of networks, read by what both kinds of training share, and never on here.
+    scale_weight_norms = None
+    ema_decay = None
+
+    @property
+    def about(self) -> tuple[str, dict[str, str]]:
+        """What kind of training it is, and facts that only this kind has, for the report."""
+        rates = [f"{part} {rate:g}" for part, rate in self.part_rates.items()]
+        weights = "bfloat16" if self.full_bf16 else "float16" if self.full_fp16 else "float32"
+        return "Full fine-tuning", {
+            "learning rates": ", ".join(rates),
+            "weights, updates": f"{weights}, {self.weight_update}",
+        }
+
+    @property
+    def part_rates(self) -> dict[str, float]:
+        """The rate of each part by name, `base` for what belongs to no other; 0 is frozen."""
+        given = {part: getattr(self, option) for part, (_, option) in PARTS.items()}
+        rates = {p: self.learning_rate if rate is None else rate for p, rate in given.items()}
+        return rates | {"base": self.learning_rate}
+
+    @property
+    def trains_llm_adapter(self) -> bool:
+        """The LLM adapter is trained."""
+        return self.part_rates["llm_adapter"] > 0
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Never: full fine-tuning leaves it frozen."""
+        return False

@@ -1,0 +1,193 @@
+"""Live progress at the console: a rich display on a terminal, plain lines everywhere else.
+
+Nothing here can stop a run: when the console breaks (closed pipe, characters it cannot show), the
+display is switched off with one warning in the log and training goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from anima_fast.console import ConsoleLog
+    from anima_fast.options.run import TrainOptions
+
+logger = logging.getLogger("anima_fast")
+SMOOTHING = 0.9
+PLAIN_SECONDS = 30.0
+PLAIN_LINES = 10
+
+
+class Progress:
+    """Steps, losses and speed of a run on the console, a context manager.
+
+    Args:
+        options: `console_log_simple` asks for plain lines on a terminal too.
+        console: where to write; stderr when None.
+        log: a file that gets the plain lines too.
+    """
+
+    def __init__(
+        self,
+        options: TrainOptions | None = None,
+        console: Console | None = None,
+        log: ConsoleLog | None = None,
+    ) -> None:
+        from rich.console import Console
+
+        self.log = log
+        self.console = console or Console(stderr=True)
+        # Rich would end the program when its pipe is closed.
+        self.console.on_broken_pipe = _closed
+        simple = bool(getattr(options, "console_log_simple", False))
+        self.live = self.console.is_terminal and not simple
+        self.first = self.total = 0
+        self.step_s: float | None = None
+        self._display: Any = None
+        self._task: Any = None
+        self._broken = False
+        self._last_line = float("-inf")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._display is not None:
+            self._try(self._display.stop)
+        self._display = None
+
+    def say(self, text: str) -> None:
+        """Print a message, above the live display if there is one."""
+        self._try(self._print, text)
+        if self.log is not None:
+            self.log.write(text)
+
+    def start(self, step: int, total: int) -> None:
+        """Begin to count steps at `step` of `total`."""
+        self.first, self.total = step, total
+        if self.live:
+            self._try(self._start_display)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Show an optimizer step.
+
+        Args:
+            record: `step`, `epoch`, `loss_avg` (or `loss`), `lr` (a rate per group name), `step_s`
+                (seconds of this step), `images_per_s`, `memory_mib`; absent ones are left out.
+        """
+        step, seconds = record["step"], record.get("step_s")
+        # The first step of a run compiles, allocates and reads: it says nothing about the rest.
+        if seconds is not None and step > self.first + 1:
+            known = self.step_s if self.step_s is not None else seconds
+            self.step_s = SMOOTHING * known + (1 - SMOOTHING) * seconds
+        text = describe(record, self.step_s, self.total)
+        if self._display is not None:
+            self._try(self._display.update, self._task, completed=step, facts=text)
+        if self._is_due(step):
+            self._last_line = time.monotonic()
+            if self._display is None:
+                self._try(self._print, f"step {step}/{self.total} | {text}")
+            if self.log is not None:
+                self.log.write(f"step {step}/{self.total} | {text}")
+
+    def _start_display(self) -> None:
+        self._display = make_display(self.console)
+        self._task = self._display.add_task(
+            "", total=self.total, completed=self.first, facts="starting"
+        )
+        self._display.start()
+
+    def _is_due(self, step: int) -> bool:
+        """Plain lines: the first and the last step, every tenth of the run, and twice a minute."""
+        every = max(1, (self.total - self.first) // PLAIN_LINES)
+        return (
+            step in (self.first + 1, self.total)
+            or (step - self.first) % every == 0
+            or time.monotonic() - self._last_line >= PLAIN_SECONDS
+        )
+
+    def _print(self, text: str) -> None:
+        if self.live:
+            self.console.print(text, markup=False, highlight=False)
+            return
+        file = self.console.file
+        encoding = getattr(file, "encoding", None) or "utf-8"
+        # A Windows console with an old code page cannot show every character of a file name.
+        print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+
+    def _try(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Call a display function; when it fails, switch the display off for good."""
+        if self._broken:
+            return
+        try:
+            action(*args, **kwargs)
+        except Exception as error:
+            self._broken = True
+            logger.warning("the progress display is off: %s", error)
+            if self._display is not None:
+                # Give the terminal back, if it still takes anything.
+                with contextlib.suppress(Exception):
+                    self._display.stop()
+            self._display = None
+
+
+def _closed() -> None:
+    raise BrokenPipeError("the console is closed")
+
+
+def make_display(console: Console) -> Any:
+    """The live display: a bar, the step, and the facts of `describe`, cut where it is narrow."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+    from rich.table import Column
+
+    facts = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    return RichProgress(
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}", markup=False, table_column=facts),
+        console=console,
+        expand=True,
+        refresh_per_second=4,
+    )
+
+
+def describe(record: Mapping[str, Any], step_s: float | None, total: int) -> str:
+    """One line with epoch, smoothed loss, time left, rate, speed and memory.
+
+    Args:
+        record: as for `Progress.step`.
+        step_s: smoothed seconds per step, None while unknown.
+        total: steps of the run.
+    """
+    loss = record.get("loss_avg", record.get("loss"))
+    rates = record.get("lr") or {}
+    parts = [f"epoch {record['epoch']}"] if "epoch" in record else []
+    if loss is not None:
+        parts.append(f"loss {loss:.4f}")
+    seconds = step_s if step_s is not None else record.get("step_s")
+    if seconds is not None and total:
+        parts.append(f"{clock(seconds * max(0, total - record['step']))} left")
+    if rates:
+        parts.append("lr " + "/".join(dict.fromkeys(f"{rate:.3g}" for rate in rates.values())))
+    if seconds is not None:
+        parts.append(f"{seconds:.2f} s/step")
+    if record.get("images_per_s") is not None:
+        parts.append(f"{record['images_per_s']:.2f} images/s")
+    if record.get("memory_mib") is not None:
+        parts.append(f"{record['memory_mib'] / 1024:.1f} GiB")
+    return " | ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `h:mm:ss`, or `m:ss` below an hour."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,1 @@
+"""What users see of runs and data: pages, charts, the watch page."""

@@ -1,0 +1,129 @@
+"""The loss masks drawn over their images, as the loss sees them.
+
+An image is cut to its bucket as for training; its mask is cut alike and averaged over each latent
+cell (8x8 pixels). What is left out is darkened and red, in proportion; a yellow line runs between
+cells that count more than half and those that count less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from anima_fast.data import images
+from anima_fast.data.cache import LATENT_SCALE
+from anima_fast.data.problems import Problem
+from anima_fast.errors import UserError
+from anima_fast.files import atomic_write
+from anima_fast.reports.dataset.survey import DrawnMask
+
+if TYPE_CHECKING:
+    from anima_fast.data.items import ImageItem
+    from anima_fast.reports.dataset.survey import OnProgress, Survey
+
+# Each holds a few images of full size in memory.
+_THREADS = 4
+_RED, _YELLOW = np.float32([150, 20, 40]), np.uint8([255, 220, 0])
+# What is left of the picture where nothing is trained.
+_FAINT = 0.3
+
+
+def draw_masks(survey: Survey, folder: Path, *, on_progress: OnProgress) -> str:
+    """Write a picture of each mask into `folder`, and add what is wrong with masks to the survey.
+
+    Returns:
+        a line that says how many were written.
+    Raises:
+        UserError: no subset has masks, or the folder cannot be written.
+    """
+    items = [item for item in survey.items if item.subset.alpha_mask or item.mask_path]
+    if not any(_has_masks(item) for item in survey.items):
+        raise UserError(
+            "--masks: no subset has masks: set alpha_mask = true or conditioning_data_dir in one"
+        )
+    damaged = {Path(p.file) for p in survey.problems if p.kind.startswith("unreadable")}
+    items = [item for item in items if item.path not in damaged and item.mask_path not in damaged]
+    several = len({item.subset.where for item in items}) > 1
+    with ThreadPoolExecutor(_THREADS, "masks") as pool:
+        drawn = pool.map(partial(_draw, folder=folder, several=several), items)
+        for done, found in enumerate(drawn, 1):
+            on_progress("drawing masks", done, len(items))
+            if isinstance(found, DrawnMask):
+                survey.masks.append(found)
+                survey.problems += _of_mask(found)
+            elif found not in survey.problems:
+                survey.problems.append(found)
+    survey.masks.sort(key=lambda mask: mask.area)
+    return f"wrote {len(survey.masks)} pictures of masks into {folder}"
+
+
+def overlay(pixels: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """The picture of a mask.
+
+    Args:
+        pixels: [h, w, 3] uint8.
+        cells: [h / 8, w / 8] float32 in [0, 1], the loss factor of each latent cell.
+    Returns:
+        [h, w, 3] uint8.
+    """
+    factor = _enlarged(cells)[..., None]
+    hidden = _FAINT * pixels + (1 - _FAINT) * _RED
+    shown = np.rint(factor * pixels + (1 - factor) * hidden).astype(np.uint8)
+    inside = _enlarged(cells > 0.5)
+    edge = np.zeros_like(inside)
+    edge[1:] |= inside[1:] != inside[:-1]
+    edge[:, 1:] |= inside[:, 1:] != inside[:, :-1]
+    shown[edge] = _YELLOW
+    return shown
+
+
+def _has_masks(item: ImageItem) -> bool:
+    return item.subset.alpha_mask or item.subset.conditioning_data_dir is not None
+
+
+def _draw(item: ImageItem, *, folder: Path, several: bool) -> DrawnMask | Problem:
+    try:
+        pixels, alpha = images.load_item(item)
+        mask = images.load_mask(item) if item.mask_path is not None else alpha
+    except images.ImageError as error:
+        return Problem("unreadable", str(item.path), error.reason)
+    cells = loss_cells(mask)
+    rgb = np.rint((pixels.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
+    subset = item.subset
+    if several:
+        folder = folder / f"{subset.dataset_index}.{subset.index} {subset.name}"
+    target = folder / f"{item.path.name}.jpg"
+    with atomic_write(target) as file:
+        Image.fromarray(overlay(rgb, cells)).save(file, "JPEG", quality=92)
+    source = "alpha" if item.mask_path is None else item.mask_path.name
+    return DrawnMask(item.path, source, float(cells.mean()), target)
+
+
+def loss_cells(mask: np.ndarray) -> np.ndarray:
+    """The factors [h / 8, w / 8] by which the loss multiplies, of a pixel mask [h, w] 0..1."""
+    import torch
+
+    from anima_fast.models.flow import resize_mask
+
+    height, width = mask.shape
+    pixels = torch.from_numpy(np.ascontiguousarray(mask, np.float32))[None]
+    return resize_mask(pixels, (height // LATENT_SCALE, width // LATENT_SCALE))[0, 0].numpy()
+
+
+def _enlarged(cells: np.ndarray) -> np.ndarray:
+    return cells.repeat(LATENT_SCALE, 0).repeat(LATENT_SCALE, 1)
+
+
+def _of_mask(mask: DrawnMask) -> Iterable[Problem]:
+    text = f"mask {mask.source}"
+    if mask.area == 0:
+        yield Problem("empty mask", str(mask.image), text)
+    # An image without transparency is a finding of its own.
+    elif mask.area == 1 and mask.source != "alpha":
+        yield Problem("full mask", str(mask.image), text)

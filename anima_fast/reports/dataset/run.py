@@ -1,0 +1,110 @@
+"""The whole of `anima-fast dataset`: survey, tables or JSON, page, mask pictures."""
+
+from __future__ import annotations
+
+import json as json_text
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from anima_fast.errors import UserError
+from anima_fast.files import check_folder
+from anima_fast.reports.dataset.records import records
+from anima_fast.reports.dataset.survey import OnProgress, survey_dataset
+from anima_fast.reports.dataset.terminal import show_survey
+
+if TYPE_CHECKING:
+    from anima_fast.options.run import TrainOptions
+
+HTML_IMAGES = 400
+
+
+def report_dataset(
+    options: TrainOptions,
+    *,
+    html: str | None = None,
+    html_images: int | None = None,
+    json: bool = False,
+    masks: str | None = None,
+    headers_only: bool = False,
+) -> bool:
+    """Look at the data of a run and tell what there is; True when no problem was found.
+
+    Args:
+        options: those of a training run.
+        html: file of the page.
+        html_images: thumbnails on it, at most.
+        json: print JSON instead of tables.
+        masks: folder of pictures of the loss masks.
+        headers_only: decode no image.
+    Raises:
+        UserError: a broken configuration, a missing folder, or a place that cannot be written.
+    """
+    _check_targets(html, masks)
+    with _progress() as on_progress:
+        survey = survey_dataset(
+            options,
+            decode=not headers_only,
+            thumbnails=html is not None,
+            on_progress=on_progress,
+            masked=masks is not None,
+        )
+        written = []
+        if masks is not None:
+            from anima_fast.reports.dataset.masks import draw_masks
+
+            written.append(draw_masks(survey, Path(masks), on_progress=on_progress))
+        if html is not None:
+            from anima_fast.reports.dataset.page import write_page
+
+            most = HTML_IMAGES if html_images is None else html_images
+            written.append(f"wrote {write_page(survey, Path(html), most_images=most)}")
+    if json:
+        print(json_text.dumps(records(survey), indent=1, ensure_ascii=False))
+    else:
+        console = Console(highlight=False)
+        show_survey(survey, console)
+        for line in written:
+            console.print(line, soft_wrap=True)
+    return not survey.problems
+
+
+def _check_targets(html: str | None, masks: str | None) -> None:
+    """Refuse places that cannot be what they are named for, before minutes of reading."""
+    if html is not None and Path(html).is_dir():
+        raise UserError(f"--html {html} is a folder: give the name of a file, such as data.html")
+    if html is not None and Path(html).suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--html {html}: a page is written there; give a name that ends in .html")
+    if html is not None:
+        check_folder(Path(html).parent)
+    if masks is not None and Path(masks).is_file():
+        raise UserError(f"--masks {masks} is a file: give the name of a folder")
+
+
+@contextmanager
+def _progress() -> Iterator[OnProgress]:
+    """A bar on stderr where there is a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    tasks: dict[str, int] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done)
+
+    with bar:
+        yield show

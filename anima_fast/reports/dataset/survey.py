@@ -1,0 +1,238 @@
+"""Everything that is known about a dataset before it is trained, gathered in one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anima_fast.data.problems import Problem
+
+if TYPE_CHECKING:
+    from anima_fast.data.items import ImageItem
+    from anima_fast.reports.dataset.survey import OnProgress, Survey
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import field, replace
+from typing import TYPE_CHECKING
+
+from anima_fast.data.findings import plan_problems
+from anima_fast.data.items import DatasetPlan, ImageItem
+from anima_fast.data.plan import build_plan
+from anima_fast.data.problems import KINDS
+from anima_fast.data.tags import count_tags, spelling_variants
+from anima_fast.reports.dataset.duplicates import find_duplicates
+from anima_fast.reports.dataset.folders import folder_problems, mask_problems
+from anima_fast.reports.dataset.pixels import Look, look_at
+
+if TYPE_CHECKING:
+    from anima_fast.data.caption_tokens import CaptionTokens
+    from anima_fast.data.length import Length
+    from anima_fast.models.tokenizers import Tokenizers
+    from anima_fast.options.run import TrainOptions
+
+# Called with what is being done, the number done and the number of all.
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Survey:
+    """A dataset as it will be trained, and what is wrong with it.
+
+    items: training images, then those held out, then unused regularisation images. texts: the
+    rendering of each item's caption that has the most tokens, in the order of `items`. looks: what
+    the pixels say, by file; empty when only headers were read. token_note: why there are no counts.
+    lost_text: what is cut off a long caption, by file. masks: filled by `masks.draw_masks`.
+    """
+
+    title: str
+    plan: DatasetPlan
+    length: Length
+    items: list[ImageItem]
+    texts: list[str]
+    problems: list[Problem] = field(default_factory=list)
+    looks: dict[Path, Look] = field(default_factory=dict)
+    exact: list[list[Path]] = field(default_factory=list)
+    near: list[list[Path]] = field(default_factory=list)
+    tags: Counter[str] = field(default_factory=Counter)
+    spellings: list[list[tuple[str, int]]] = field(default_factory=list)
+    tokens: CaptionTokens | None = None
+    token_note: str = ""
+    lost_text: dict[str, str] = field(default_factory=dict)
+    masks: list[DrawnMask] = field(default_factory=list)
+
+    @property
+    def notices(self) -> list[str]:
+        """What the plan says beside the problems of single files."""
+        return self.plan.notices
+
+    @property
+    def stops(self) -> list[Problem]:
+        """Problems with which training refuses to start."""
+        return [problem for problem in self.problems if problem.stops]
+
+    def by_kind(self) -> dict[str, list[Problem]]:
+        """Problems by kind, those that stop training first, in the order of `KINDS`."""
+        groups: dict[str, list[Problem]] = {}
+        order = sorted(KINDS, key=lambda kind: not KINDS[kind].stops)
+        for kind in order:
+            if mine := [problem for problem in self.problems if problem.kind == kind]:
+                groups[kind] = mine
+        return groups
+
+    def uses(self) -> dict[int, str]:
+        """What each item (by `id`) is for: training, regularisation, validation or unused."""
+        kinds = {id(i): "regularisation" if i.is_reg else "training" for i in self.plan.items}
+        kinds |= {id(item): "validation" for item in self.plan.validation_items}
+        return kinds | {id(item): "unused" for item in self.plan.unused}
+
+
+def survey_dataset(
+    options: TrainOptions,
+    *,
+    decode: bool = True,
+    thumbnails: bool = False,
+    masked: bool = False,
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> Survey:
+    """Look at everything that the options would train.
+
+    Args:
+        options: those of a training run; no model file is opened but the tokenizers.
+        decode: look at the pixels too: damage, duplicates, transparency.
+        thumbnails: keep a small picture of each image.
+        masked: count mask folders also where `masked_loss` is off.
+        on_progress: see `OnProgress`.
+    Raises:
+        UserError: a broken configuration, or a folder that is missing or holds no image. Single
+            files that are wrong become problems instead.
+    """
+    from anima_fast.data.length import run_length
+
+    problems: list[Problem] = []
+    unmasked = masked and not options.masked_loss
+    plan = build_plan(replace(options, masked_loss=True) if unmasked else options, problems)
+    if unmasked and any(s.conditioning_data_dir for d in plan.datasets for s in d.subsets):
+        plan.notices.append("masks of conditioning_data_dir count only with --masked_loss")
+    items = [*plan.items, *plan.validation_items, *plan.unused]
+    survey = Survey(
+        title=_title(options),
+        plan=plan,
+        length=run_length(options, max(plan.batches_per_epoch, 1)),
+        items=items,
+        texts=[],
+    )
+    _count_tokens(survey, options)
+    problems += plan_problems(items, survey.tokens)
+    problems += folder_problems(plan.datasets) + mask_problems(items)
+    if decode:
+        _look_at_pixels(survey, problems, thumbnails, on_progress)
+    survey.tags = count_tags(item for item in items if not item.is_reg)
+    survey.spellings = spelling_variants(survey.tags)
+    for group in survey.spellings:
+        text = ", ".join(f"{tag} ({count}x)" for tag, count in group)
+        problems.append(Problem("tag spelling", "", text))
+    survey.problems = list(dict.fromkeys(problems))
+    return survey
+
+
+def _title(options: TrainOptions) -> str:
+    return Path(options.dataset_config or options.train_data_dir or options.in_json or "").name
+
+
+def _count_tokens(survey: Survey, options: TrainOptions) -> None:
+    from anima_fast.data.caption_tokens import count_tokens, renderings
+
+    texts = renderings(survey.items, options)
+    survey.texts = [rendered[0] for rendered in texts]
+    tokenizers, survey.token_note = _tokenizers(options)
+    if tokenizers is None:
+        return
+    survey.tokens = tokens = count_tokens(survey.items, texts, tokenizers, options)
+    survey.texts = [max(t, key=lambda text: tokens.lengths[text].longest) for t in texts]
+    long = {str(caption.file) for caption in tokens.long}
+    for item, text in zip(survey.items, survey.texts, strict=True):
+        file = str(item.caption.file or item.path)
+        if file in long and not tokens.whole:
+            survey.lost_text[file] = text[tokenizers.kept_length(text, tokens.limits) :].strip()
+
+
+def _tokenizers(options: TrainOptions) -> tuple[Tokenizers | None, str]:
+    """The tokenizers where they are at hand, else a sentence that says how to get counts."""
+    from anima_fast.models.tokenizer_files import QWEN3, T5, TokenizerMissing, explicit_files
+    from anima_fast.models.tokenizers import load_tokenizers
+
+    # A wrong path is an error also where the other tokenizer is nowhere.
+    named = ((QWEN3, options.qwen3_tokenizer_path), (T5, options.t5_tokenizer_path))
+    for source, path in named:
+        if path:
+            explicit_files(source, Path(path))
+    if options.qwen3 and not Path(options.qwen3).exists():
+        # The data can be looked at before the model files are there.
+        return None, f"not counted: --qwen3 {options.qwen3} does not exist"
+    try:
+        return load_tokenizers(
+            options.qwen3,
+            qwen3_tokenizer_path=options.qwen3_tokenizer_path,
+            t5_tokenizer_path=options.t5_tokenizer_path,
+            models_dir=options.models_dir,
+            fetch=False,
+        ), ""
+    except TokenizerMissing as error:
+        missing = str(error).partition(" found,")[0]
+        return None, (
+            f"not counted: {missing} at hand; give --qwen3 (or --qwen3_tokenizer_path) and "
+            "--t5_tokenizer_path, or --models_dir, or run `anima-fast download --tokenizers_only`"
+        )
+
+
+def _look_at_pixels(
+    survey: Survey, problems: list[Problem], thumbnails: bool, on_progress: OnProgress
+) -> None:
+    sizes = {item.path: item.size for item in survey.items}
+    captions = {item.path: item.caption for item in survey.items}
+    masked = {item.path for item in survey.items if item.subset.alpha_mask}
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        on_progress("reading images", done, len(sizes))
+
+    turned = {item.path for item in survey.items if item.is_turned}
+    survey.looks = look_at(list(sizes), thumbnails=thumbnails, turned=turned, on_done=count)
+    for path in sizes:
+        problems += _of_look(path, survey.looks[path], path in masked)
+    survey.exact, survey.near = find_duplicates(survey.looks, sizes)
+    for kind, groups in (("duplicate", survey.exact), ("near duplicate", survey.near)):
+        for first, *others in groups:
+            for path in others:
+                same = captions[path] == captions[first]
+                text = f"like {first.name}" + ("" if same else ", with another caption")
+                problems.append(Problem(kind, str(path), text))
+
+
+def _of_look(path: Path, look: Look, is_masked: bool) -> list[Problem]:
+    file, found = str(path), []
+    if look.damage is not None:
+        return [Problem("unreadable", file, look.damage)]
+    if look.transparent > 0 and not is_masked:
+        found.append(Problem("transparent", file, f"{look.transparent:.0%} of it"))
+    if is_masked and not look.has_alpha:
+        found.append(Problem("no alpha", file))
+    if look.colours is not None:
+        found.append(Problem("colours", file, look.colours))
+    if look.animated:
+        found.append(Problem("animated", file))
+    return found
+
+
+@dataclass(frozen=True)
+class DrawnMask:
+    """One mask: the image, where the mask comes from, the mean of its cells, the picture drawn."""
+
+    image: Path
+    source: str
+    area: float
+    picture: Path

@@ -1,0 +1,164 @@
+"""The previews of a run: what their names, their headers and the log say about them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anima_fast.reports.watch.reading import open_shared, read_whole
+
+FOLDER = "sample"
+TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+# The newest ones; more would be a heavy page.
+MOST_PICTURES = 1000
+MOST_PICTURE_BYTES = 256 << 20
+MOST_PROMPT = 2000
+# [NAME_](e000004|000500)_IDX_yyyymmddHHMMSS[_SEED].png
+_NAME = re.compile(
+    r"(?:(?P<prefix>.+)_)?(?P<epoch>e)?(?P<at>\d{6,})_(?P<index>\d{2,})_(?P<stamp>\d{14})"
+    r"(?:_(?P<seed>-?\d+))?\.\w+"
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file of the folder: name, seconds since 1970, and what changes with its contents."""
+
+    name: str
+    time: float
+    stamp: tuple[int, int]
+
+
+class Pictures:
+    """The pictures in the `sample` folder of an output folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out / FOLDER
+        self.found: list[Picture] = []
+        self.total = 0
+        self._headers: dict[Picture, dict | None] = {}
+
+    def refresh(self) -> None:
+        """List the folder anew; `found` is the newest pictures, oldest first."""
+        entries = sorted(self._list(), key=lambda one: (one.time, one.name))
+        self.total = len(entries)
+        self.found = entries[-MOST_PICTURES:]
+        self._headers = {one: self._headers[one] for one in self.found if one in self._headers}
+
+    @property
+    def version(self) -> str:
+        """Changes when a picture comes, goes or is written anew."""
+        return f"{len(self.found)}.{hash(tuple(self.found)) & 0xFFFFFFFF:x}"
+
+    def answer(self, place: Callable[[Picture, dict], dict]) -> dict[str, Any]:
+        """All pictures that can be read, as JSON holds them.
+
+        Args:
+            place: makes `step`, `epoch` and whatever else the run knows from the facts in the name.
+        """
+        shown = []
+        for one in self.found:
+            if one not in self._headers:
+                self._headers[one] = read_header(self.folder / one.name)
+            header = self._headers[one]
+            if header is not None:
+                facts = name_facts(one.name)
+                version = f"{one.stamp[0]:x}"
+                base = {"name": one.name, "time": one.time, "version": version}
+                shown.append({**base, **header, **facts, **place(one, facts)})
+        return {"total": self.total, "pictures": shown}
+
+    def read(self, name: str) -> tuple[bytes, str] | None:
+        """The bytes and the type of the picture of that name.
+
+        None when the folder holds no such picture: the name must be one of its entries, a regular
+        file inside the output folder, links followed.
+        """
+        try:
+            if not is_picture(name) or name not in os.listdir(self.folder):
+                return None
+            path = self._inside(name)
+            content = None if path is None else read_whole(path, MOST_PICTURE_BYTES)
+        except (OSError, ValueError):
+            return None
+        return None if content is None else (content, TYPES[Path(name).suffix.lower()])
+
+    def _inside(self, name: str) -> Path | None:
+        """The path of an entry, links followed; None when that leads out of the output folder."""
+        path = (self.folder / name).resolve(strict=True)
+        return path if path.is_relative_to(self.out.resolve()) else None
+
+    def _list(self) -> list[Picture]:
+        found = []
+        try:
+            if self._inside("") is None:
+                return []
+            entries = [entry for entry in os.scandir(self.folder) if is_picture(entry.name)]
+        except OSError:
+            return []
+        for entry in entries:
+            try:
+                if entry.is_file() and not (
+                    entry.is_symlink() and self._inside(entry.name) is None
+                ):
+                    stat = entry.stat()
+                    stamp = (stat.st_mtime_ns, stat.st_size)
+                    found.append(Picture(entry.name, stat.st_mtime, stamp))
+            except OSError:
+                continue
+        return found
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of that name may be shown: a picture, not hidden, a name that a URL holds."""
+    if name.startswith(".") or Path(name).suffix.lower() not in TYPES:
+        return False
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return not set(name) & set("/\\:\0")
+
+
+def name_facts(name: str) -> dict[str, Any]:
+    """`label`, `index`, `seed`, and `epoch` or `step`, as the name of a preview tells them.
+
+    A picture with another name has none of them.
+    """
+    found = _NAME.fullmatch(name)
+    if not found:
+        return {}
+    at = int(found["at"])
+    return {
+        "label": f"{found['epoch'] or ''}{found['at']}",
+        "index": int(found["index"]),
+        "seed": int(found["seed"]) if found["seed"] else None,
+        "epoch" if found["epoch"] else "step": at,
+    }
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """Width, height and the prompt written into a picture; None when it cannot be read."""
+    from PIL import Image
+
+    try:
+        with open_shared(path) as file, Image.open(file) as image:
+            width, height = image.size
+            prompt = image.info.get("parameters")
+    # Pillow raises many kinds for damaged files, SyntaxError among them.
+    except Exception:
+        return None
+    return {"width": width, "height": height, "prompt": _prompt(prompt)}
+
+
+def _prompt(parameters: Any) -> str | None:
+    """The prompt in the text that A1111's viewers read: what stands before the settings."""
+    if not isinstance(parameters, str):
+        return None
+    prompt = re.split(r"\n(?:Negative prompt|Steps):", "\n" + parameters, maxsplit=1)[0]
+    return prompt.strip()[:MOST_PROMPT] or None

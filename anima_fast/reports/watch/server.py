@@ -1,0 +1,201 @@
+"""The web server of the page: this machine only, reading only.
+
+It listens on 127.0.0.1 and answers only requests that name this machine as their host, so that a
+web page elsewhere cannot reach it through a name of its own that it makes point here (DNS
+rebinding). It gives out the files of the page, one JSON answer, and the pictures in `OUT/sample`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import socketserver
+import sys
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote
+
+from anima_fast import __version__
+from anima_fast.errors import UserError
+from anima_fast.reports.watch.run import WatchedRun
+
+ADDRESS = "127.0.0.1"
+# Known from other local tools; where one of them runs, the next free port is taken.
+DEFAULT_PORT = 7860
+PORTS_TRIED = 20
+_OWN_HOST = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?")
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": (
+        "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+# A connection that stays without a word is closed.
+_IDLE_S = 60
+
+
+def page_files() -> dict[str, tuple[bytes, str]]:
+    """The files of the page by path, as bytes with their type."""
+    found = {}
+    for file in (files(__package__) / "page").iterdir():
+        kind = _TYPES.get(Path(file.name).suffix)
+        if kind:
+            found[f"/{file.name}"] = (file.read_bytes(), kind)
+    return {**found, "/": found["/index.html"]}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers GET and HEAD."""
+
+    protocol_version = "HTTP/1.1"
+    server_version = f"anima_fast/{__version__}"
+    sys_version = ""
+    timeout = _IDLE_S
+    server: WatchServer
+
+    def do_GET(self) -> None:
+        """Answer with the page, the run, or a picture."""
+        if not self._names_this_machine():
+            self._refuse(HTTPStatus.FORBIDDEN, f"open http://{ADDRESS}:{self.server.port}/")
+            return
+        path, _, query = self.path.partition("?")
+        try:
+            path = unquote(path, errors="strict")
+        except UnicodeDecodeError:
+            path = ""
+        if path in self.server.page:
+            self._send(*self.server.page[path])
+        elif path == "/api/run":
+            answer = self.server.run.answer(dict(parse_qsl(query)))
+            text = json.dumps(answer, allow_nan=False, separators=(",", ":"))
+            self._send(text.encode("utf-8"), "application/json")
+        else:
+            self._send_picture(path)
+
+    do_HEAD = do_GET
+
+    def _send_picture(self, path: str) -> None:
+        name = path.removeprefix("/sample/")
+        found = self.server.run.pictures.read(name) if name != path else None
+        if found is None:
+            self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
+        else:
+            self._send(*found)
+
+    def _names_this_machine(self) -> bool:
+        """Whether the request was made to this machine by one of its own names, on any port.
+
+        The port may differ: an ssh tunnel ends at another one.
+        """
+        hosts = self.headers.get_all("Host") or []
+        return len(hosts) == 1 and _OWN_HOST.fullmatch(hosts[0].strip().lower()) is not None
+
+    def _refuse(self, status: HTTPStatus, text: str) -> None:
+        self._send((text + "\n").encode("utf-8"), "text/plain; charset=utf-8", status)
+
+    def _send(self, body: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
+        self.send_response(status)
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            self.send_header("Allow", "GET, HEAD")
+        # One request a connection: no thread waits for a browser, no body is left unread.
+        self.send_header("Connection", "close")
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _refuse_method(self) -> None:
+        self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are answered")
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse_method
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing: the console is for the address and for errors."""
+
+
+class WatchServer(ThreadingHTTPServer):
+    """Serves a run on 127.0.0.1.
+
+    Args:
+        run: what is shown.
+        port: 0 takes any free one.
+
+    Raises:
+        OSError: the port cannot be had.
+    """
+
+    daemon_threads = True
+    # A page with many pictures asks for them at once.
+    request_queue_size = 128
+    # On Windows the option would let two programs listen on one port.
+    allow_reuse_address = os.name != "nt"
+    allow_reuse_port = False
+
+    def __init__(self, run: WatchedRun, port: int = DEFAULT_PORT) -> None:
+        self.run = run
+        self.page = page_files()
+        super().__init__((ADDRESS, port), Handler)
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return self.server_address[1]
+
+    @property
+    def url(self) -> str:
+        """The address of the page."""
+        return f"http://{ADDRESS}:{self.port}/"
+
+    def server_bind(self) -> None:
+        """Bind without asking the network for this machine's name, which can take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = ADDRESS, self.port
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that leaves in the middle of an answer is no error."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
+
+
+def open_server(run: WatchedRun, port: int | None = None) -> WatchServer:
+    """A server on `port`, or, when it is None, on the first free one from `DEFAULT_PORT` on.
+
+    Raises `UserError` when the port is taken or not allowed.
+    """
+    tried = range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED) if port is None else [port]
+    for number in tried:
+        try:
+            return WatchServer(run, number)
+        except OSError as error:
+            last = error
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                break
+    if port is None:
+        raise UserError(
+            f"no free port from {tried[0]} to {tried[-1]} ({last.strerror}): give one with --port"
+        )
+    if last.errno == errno.EACCES:
+        raise UserError(f"port {port} is not allowed: choose one from 1024 to 65535 with --port")
+    raise UserError(
+        f"port {port} is in use ({last.strerror}): choose another --port, or --port 0 for any "
+        "free one"
+    )

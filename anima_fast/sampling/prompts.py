@@ -1,0 +1,213 @@
+"""Prompts with their settings, as sd-scripts writes them: for previews and for `sample --prompts`.
+
+A text file has one prompt a line; `#` begins a comment; settings follow the text:
+
+    --n negative prompt   --w width   --h height   --d seed   --s steps   --l guidance   --fs shift
+
+A TOML file has `[prompt]` with settings for all and `[[prompt.subset]]` with those of each prompt,
+which win; a JSON file is a list of such tables or of text lines. What is not given is as in
+ComfyUI's template for Anima (30 steps, guidance 4, shift 3), not as in sd-scripts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anima_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from anima_fast.options.run import TrainOptions
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# Flag -> field, with its type.
+FLAGS = {
+    "n": ("negative", str), "w": ("width", int), "h": ("height", int), "d": ("seed", int),
+    "s": ("steps", int), "l": ("cfg", float), "fs": ("shift", float),
+}  # fmt: skip
+# Key of a table -> flag.
+KEYS = {
+    "negative_prompt": "n", "width": "w", "height": "h", "seed": "d", "sample_steps": "s",
+    "scale": "l", "flow_shift": "fs",
+}  # fmt: skip
+# Settings of other models, and the sampler, which is always Euler here.
+IGNORED = ("g", "ss", "cn", "ctr", "ctd", "l2", "cg", "f", "am", "ow", "of", "rsh")
+IGNORED_KEYS = ("sample_sampler", "guidance_scale", "controlnet_image", "enum", "prompt_dict")
+LEAST_SIDE = 64
+MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One picture to make.
+
+    Attributes:
+        text, negative: what to show and what to avoid.
+        width, height: in pixels, multiples of 16.
+        seed: None means drawn anew each time.
+        steps, cfg, shift: of the sampler; cfg 1 makes no second pass.
+        ignored: settings that have no meaning here.
+
+    Raises `UserError` for textual inversion.
+    """
+
+    text: str
+    negative: str = ""
+    width: int = 1024
+    height: int = 1024
+    seed: int | None = None
+    steps: int = 30
+    cfg: float = 4.0
+    shift: float = 3.0
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if "embedding:" in self.text or "embedding:" in self.negative:
+            raise UserError(
+                "textual inversion is not supported for Anima: remove embedding:... from the prompt"
+            )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that need encoding."""
+        return (self.text,) if self.cfg == 1 else (self.text, self.negative)
+
+
+def read_prompts(path: str | Path, defaults: Prompt | None = None) -> list[Prompt]:
+    """The prompts of a .txt, .toml or .json file.
+
+    Args:
+        path: the file, UTF-8.
+        defaults: settings that a prompt does not give.
+
+    Raises:
+        UserError: a file that cannot be read or holds none, or a wrong setting, with its line.
+    """
+    prompts = list(_read(Path(path), defaults or Prompt("")))
+    if not prompts:
+        raise UserError(f"{path} holds no prompts: write one a line")
+    return prompts
+
+
+def _read(path: Path, defaults: Prompt) -> Iterable[Prompt]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read the prompts {path}: {error.strerror or error}") from None
+    suffix = path.suffix.lower()
+    if suffix not in (".txt", ".toml", ".json"):
+        raise UserError(f"{path}: prompts stand in a .txt, .toml or .json file: rename it")
+    if suffix == ".txt":
+        lines = ((i, line.strip()) for i, line in enumerate(text.splitlines(), 1))
+        return [
+            parse_prompt(line, defaults, f"{path}, line {i}")
+            for i, line in lines
+            if line and not line.startswith("#")
+        ]
+    try:
+        content = tomllib.loads(text) if suffix == ".toml" else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid {suffix[1:].upper()}: {error}") from None
+    return _from_tables(content, defaults, str(path))
+
+
+def parse_prompt(line: str, defaults: Prompt | None = None, where: str = "prompt") -> Prompt:
+    """One prompt with its settings behind it.
+
+    Raises `UserError` for a setting that cannot be read.
+    """
+    # A flag is one to three letters with space around, or "=" behind: dashes inside words are text.
+    text, *found = re.split(r"(?:^|\s)--([a-z][a-z0-9]{0,2})(?==|\s|$)", line, flags=re.I)
+    prompt = replace(defaults or Prompt(""), text=text.strip())
+    for name, value in zip(found[::2], found[1::2], strict=True):
+        prompt = _with(prompt, name.lower(), value.removeprefix("=").strip(), where)
+    return prompt
+
+
+def say_ignored(prompts: Sequence[Prompt], say: Callable[[str], None]) -> None:
+    """Say which settings have no effect."""
+    ignored = sorted({name for prompt in prompts for name in prompt.ignored})
+    if ignored:
+        say(f"without effect on Anima, in the prompts: {', '.join(ignored)}")
+
+
+def collect_prompts(options: TrainOptions) -> list[Prompt]:
+    """The prompts of the file and of the command line; raises `UserError` for wrong ones."""
+    prompts = read_prompts(options.sample_prompts) if options.sample_prompts else []
+    return prompts + [parse_prompt(text, where="--sample_prompt") for text in options.sample_prompt]
+
+
+def _from_tables(content: Any, defaults: Prompt, where: str) -> Iterable[Prompt]:
+    if isinstance(content, Mapping):
+        shared = content.get("prompt", content)
+        if not isinstance(shared, Mapping):
+            raise UserError(
+                f"{where}: expected a list of prompts, or a table [prompt] with [[prompt.subset]]"
+            )
+        entries = shared.get("subset", [])
+        rest = {key: value for key, value in shared.items() if key != "subset"}
+        if not entries and "prompt" in rest:
+            entries = [{}]
+    else:
+        entries, rest = content, {}
+    if not isinstance(entries, list):
+        raise UserError(f"{where}: expected a list of prompts")
+    for i, entry in enumerate(entries, 1):
+        place = f"{where}, prompt {i}"
+        if isinstance(entry, str):
+            yield parse_prompt(entry, defaults, place)
+        elif isinstance(entry, Mapping):
+            yield _from_table({**rest, **entry}, defaults, place)
+        else:
+            raise UserError(f"{place}: expected a table or a line of text")
+
+
+def _from_table(table: Mapping[str, Any], defaults: Prompt, where: str) -> Prompt:
+    if not isinstance(table.get("prompt"), str):
+        raise UserError(f"{where}: prompt is missing: give the text")
+    prompt = replace(defaults, text=table["prompt"].strip())
+    for key, value in table.items():
+        # JSON's null is a setting not given.
+        if key in KEYS and value is not None:
+            prompt = _with(prompt, KEYS[key], str(value), where)
+        elif key in IGNORED_KEYS:
+            prompt = replace(prompt, ignored=(*prompt.ignored, key))
+        elif key not in ("prompt", *KEYS):
+            raise UserError(f"{where}: {key} is unknown: use prompt, {', '.join(KEYS)}")
+    return prompt
+
+
+def _with(prompt: Prompt, flag: str, value: str, where: str) -> Prompt:
+    """The prompt with one setting more."""
+    if flag in IGNORED:
+        return replace(prompt, ignored=(*prompt.ignored, f"--{flag}"))
+    if flag not in FLAGS:
+        known = ", ".join(f"--{name}" for name in FLAGS)
+        raise UserError(f"{where}: --{flag} is unknown: use {known}")
+    name, kind = FLAGS[flag]
+    try:
+        parsed = kind(value)
+    except ValueError:
+        raise UserError(f"{where}: --{flag} {value[:40]!r} is no number") from None
+    if name in ("width", "height"):
+        parsed = max(LEAST_SIDE, parsed // MULTIPLE * MULTIPLE)
+    if name in ("width", "height") and parsed > 16384:
+        raise UserError(f"{where}: --{flag} {value} is out of range: use at most 16384")
+    good = {"steps": lambda v: 1 <= v <= 10000, "cfg": lambda v: 0 <= v < float("inf")}
+    good |= {"shift": lambda v: 0 < v < float("inf"), "seed": lambda v: 0 <= v < 2**63}
+    if name in good and not good[name](parsed):
+        raise UserError(f"{where}: --{flag} {value} is out of range")
+    return replace(prompt, **{name: parsed})

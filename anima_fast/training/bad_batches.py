@@ -1,0 +1,156 @@
+"""Non-finite numbers: find the image and the stage, skip the batch, stop when it goes on."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from anima_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from anima_fast.data.batches import Batch
+    from anima_fast.options.run import TrainOptions
+
+# Bad batches are counted among so many recent ones per bad batch allowed: a single bad image of a
+# small set stops the run, with its name, while one in a hundred is skipped for ever.
+WINDOW_PER_BATCH = 20
+SHOWN_IMAGES = 5
+
+
+class BadBatchTracker:
+    """Decides per optimizer step whether its gradient may be used.
+
+    Args:
+        options: reads `max_bad_batches` (bad ones skipped before the run stops), `mixed_precision`
+            and `learning_rate` (for the diagnosis).
+    """
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.options = options
+        self.limit = options.max_bad_batches
+        self.recent: deque[tuple[str, list[str]] | None] = deque(
+            maxlen=WINDOW_PER_BATCH * max(1, self.limit)
+        )
+        self.told_overflow = False
+
+    def accepts(
+        self,
+        group: Sequence[tuple[Batch, Tensor]],
+        loss: float,
+        norm: float,
+        scaler: torch.amp.GradScaler | None = None,
+        *,
+        say: Callable[[str], None],
+    ) -> bool:
+        """Whether to make the step; False means skip it, and `say` has told why.
+
+        Args:
+            group: the batches of this step, each with its per-sample losses [B].
+            loss: their mean loss.
+            norm: the norm of the gradient.
+            scaler: an enabled one may overflow in the gradient; it then skips the step by itself
+                and lowers its scale, which is no defect of the batch.
+            say: gets one line per skipped batch.
+
+        Raises:
+            UserError: the diagnosis, once more than `max_bad_batches` recent batches were bad.
+        """
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.recent.append(None)
+            return True
+        if scaler is not None and scaler.is_enabled() and math.isfinite(loss):
+            scale = scaler.get_scale()
+            if scale > 1:
+                if not self.told_overflow:
+                    say(f"fp16 gradients overflowed at loss scale {scale:g}: it is lowered")
+                self.told_overflow = True
+                self.recent.append(None)
+                return True
+        stage, images = find_fault(group)
+        self.recent.append((stage, images))
+        if len(self._bad) > self.limit:
+            raise UserError(self.diagnosis())
+        say(f"skipped a batch: the {stage} is not finite ({_listed(images)})")
+        return False
+
+    @property
+    def _bad(self) -> list[tuple[str, list[str]]]:
+        return [entry for entry in self.recent if entry is not None]
+
+    def diagnosis(self) -> str:
+        """What went wrong, where, and what to try, in one line."""
+        bad = self._bad
+        stages = [stage for stage, _ in bad]
+        stage = max(set(stages), key=stages.count)
+        images = list(dict.fromkeys(name for _, names in bad for name in names))
+        return (
+            f"{len(bad)} of the last {len(self.recent)} batches were not finite, in the {stage} "
+            f"({_listed(images)}): {'; '.join(self._hints(stage))}"
+        )
+
+    def _hints(self, stage: str) -> list[str]:
+        precision = self.options.mixed_precision
+        if stage == "latents":
+            return [
+                "look at these images, delete their latent caches and encode again"
+                + ("" if precision == "no" else " with --no_half_vae")
+            ]
+        if stage == "text context":
+            return ["delete the text caches of these images and encode again, best in bf16"]
+        hints = []
+        if precision == "fp16":
+            hints.append("fp16 overflows easily: use --mixed_precision bf16, or no")
+        hints.append(f"lower --learning_rate (now {self.options.learning_rate:g}) to a tenth")
+        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        if version < (2, 5):
+            hints.append(f"PyTorch {torch.__version__} gives NaN here: install 2.5 or newer")
+        else:
+            hints.append(f"if it goes on, try --attn_mode torch (PyTorch {torch.__version__})")
+        return hints
+
+
+def find_fault(group: Sequence[tuple[Batch, Tensor]]) -> tuple[str, list[str]]:
+    """The first stage that is not finite and the images it concerns.
+
+    Returns:
+        "latents", "text context", "loss" or "gradient", and image paths as text.
+    """
+    stages = {
+        "latents": lambda batch, _: [batch.latents],
+        "text context": lambda batch, _: [
+            getattr(batch.text, name, None) for name in ("context", "source_states")
+        ],
+        "loss": lambda _, losses: [losses],
+    }
+    for stage, tensors in stages.items():
+        bad = [
+            name
+            for batch, losses in group
+            for tensor in tensors(batch, losses)
+            if tensor is not None
+            for name in _names(batch, _bad_rows(tensor))
+        ]
+        if bad:
+            return stage, bad
+    return "gradient", [name for batch, _ in group for name in _names(batch)]
+
+
+def _bad_rows(tensor: Tensor) -> list[bool]:
+    """Per sample, whether it holds a number that is not finite."""
+    rows = tensor.detach()[:, None].flatten(1)  # [B, ...]
+    return (~torch.isfinite(rows)).any(1).tolist()
+
+
+def _names(batch: Batch, chosen: list[bool] | None = None) -> list[str]:
+    chosen = chosen or [True] * len(batch.items)
+    return [str(item.path) for item, use in zip(batch.items, chosen, strict=True) if use]
+
+
+def _listed(images: list[str]) -> str:
+    more = len(images) - SHOWN_IMAGES
+    return ", ".join(images[:SHOWN_IMAGES]) + (f" and {more} more" if more > 0 else "")

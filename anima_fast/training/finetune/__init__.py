@@ -1,0 +1,1 @@
+"""Full fine-tuning: training the weights of the model themselves."""

@@ -1,0 +1,272 @@
+"""Full fine-tuning behind the interface that the loop uses (training/network.py).
+
+Nothing is attached to the model: its own weights are trained, those of a part with rate 0 stay
+frozen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from anima_fast.errors import UserError
+from anima_fast.files import LazyTensor, save_safetensors
+from anima_fast.models.checkpoint import Checkpoint, open_checkpoint
+from anima_fast.models.dit import AnimaDiT, dit_tensors
+from anima_fast.models.llm_adapter import LLMAdapter, adapter_tensors
+from anima_fast.options.finetune import PARTS
+from anima_fast.training.optimizers.weights import Weight
+
+if TYPE_CHECKING:
+    from anima_fast.training.optimizers.weight_updates import WeightUpdates
+
+PREFIX = "net."
+ADAPTER = "llm_adapter."
+
+
+class FullNetwork:
+    """The trained weights of a DiT and its LLM adapter; made by `train_everything`.
+
+    Attributes:
+        weights: in the order of the groups.
+        rates: the learning rate of each part by name.
+        multiplier: of LoRA networks; has no effect.
+        frozen: the published names and lazy tensors of what is saved and not trained.
+        dtype: of saved files, when none is asked for.
+    """
+
+    # What messages about a resume state that does not fit advise.
+    start_from_weights = "start anew with --pretrained_model_name_or_path and a saved model"
+    same_network = "the learning rates of that run (0 freezes), --full_bf16 and --weight_update"
+
+    def __init__(
+        self,
+        weights: list[Weight],
+        rates: Mapping[str, float],
+        frozen: Mapping[str, LazyTensor],
+        order: list[str],
+        dtype: torch.dtype,
+    ) -> None:
+        self.weights, self.rates, self.frozen, self.order = weights, dict(rates), frozen, order
+        self.dtype = dtype
+        self.multiplier = 1.0
+        self._updates: WeightUpdates | None = None
+        self._by_place = {
+            tuple(weight.name.split(".", 2)[1:]): weight
+            for weight in weights
+            if weight.name.startswith("blocks.")
+        }
+
+    def attach(self, updates: WeightUpdates) -> None:
+        """Tell the network its optimizer, which has the gradients."""
+        self._updates = updates
+
+    def train(self) -> FullNetwork:
+        """Nothing: the model has no layer that acts differently in training."""
+        return self
+
+    def eval(self) -> FullNetwork:
+        """Nothing, as `train`."""
+        return self
+
+    def at_noise(self, sigma: Tensor) -> None:
+        """Nothing: rank masks are of LoRA networks."""
+
+    def param_groups(self, flat: bool = False) -> list[dict]:
+        """Groups for an optimizer: {"params", "lr", "name"}; always the tensors themselves."""
+        parts = dict.fromkeys(weight.part for weight in self.weights)
+        return [
+            {
+                "params": [w.param for w in self.weights if w.part == part],
+                "lr": self.rates[part],
+                "name": part,
+            }
+            for part in parts
+        ]
+
+    def zero_grad_flat(self) -> None:
+        """Forget all gradients."""
+        self._updates.clear_gradients()
+
+    def swapped_gradients(self, index: int, grads: Mapping[str, Tensor]) -> None:
+        """The sink of block swap: gradients of a block by name (memory/swap.py)."""
+        for name, grad in grads.items():
+            self._updates.gradients.take(self._by_place[str(index), name], grad)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The trained weights as they are, by published name with `net.`; no copies."""
+        wait_for_copies()
+        return {PREFIX + weight.name: weight.truth for weight in self.weights}
+
+    def save(
+        self,
+        path: str | os.PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the whole model atomically, one tensor at a time.
+
+        Args:
+            path: the .safetensors file.
+            dtype: of all tensors; None keeps that of the trained weights.
+            metadata: strings for the header.
+
+        Raises:
+            UserError: numbers that are not finite, or a disk that refuses; nothing is written.
+        """
+        wait_for_copies()
+        dtype = dtype or self.dtype
+        trained = {weight.name: weight for weight in self.weights}
+        tensors = {}
+        for name in self.order:
+            if name in trained:
+                source = trained[name].truth
+                read = partial(_finite, path, name, lambda source=source: source, dtype)
+            else:
+                source = self.frozen[name]
+                read = partial(_finite, path, name, source.read, dtype)
+            tensors[PREFIX + name] = LazyTensor(tuple(source.shape), dtype, read)
+        save_safetensors(tensors, path, metadata)
+
+    @torch.no_grad()
+    def load(self, path: str | os.PathLike) -> list[str]:
+        """Take the trained weights from a file, with or without prefix.
+
+        Returns:
+            Names in the file that are not trained here.
+
+        Raises:
+            UserError: a trained weight is missing or has another shape.
+        """
+        found = published_tensors(open_checkpoint(path))
+        for weight in self.weights:
+            if found.shapes.get(weight.name) != tuple(weight.param.shape):
+                raise UserError(
+                    f"{path} has no {weight.name} of shape {list(weight.param.shape)}: give a file "
+                    "of the same model"
+                )
+        for weight in self.weights:
+            weight.set(found.get(weight.name))
+        wait_for_copies()
+        return sorted(found.shapes.keys() - {weight.name for weight in self.weights})
+
+
+def wait_for_copies() -> None:
+    """Swapped weights are in host memory when this returns."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _finite(
+    path: str | os.PathLike, name: str, read: Callable[[], Tensor], dtype: torch.dtype
+) -> Tensor:
+    tensor = read().to(dtype)
+    if not torch.isfinite(tensor).all():
+        raise UserError(
+            f"{path} is not written: {name} holds numbers that are not finite in "
+            f"{str(dtype).removeprefix('torch.')}"
+        )
+    return tensor
+
+
+def published_tensors(checkpoint: Checkpoint) -> Checkpoint:
+    """DiT and adapter tensors of a file under their published names without `net.`.
+
+    A file of trained weights only (a resume state) is taken by its own prefix.
+    """
+    keys = checkpoint.keys()
+    if all(key.startswith(PREFIX) for key in keys):
+        return checkpoint.renamed({key.removeprefix(PREFIX): key for key in keys})
+    dit, adapter = dit_tensors(checkpoint), adapter_tensors(checkpoint)
+    shapes = dict(dit.shapes)
+    if adapter is not None:
+        shapes |= {ADAPTER + name: shape for name, shape in adapter.shapes.items()}
+
+    def get(name: str) -> Tensor:
+        own = name.startswith(ADAPTER)
+        return adapter.get(name.removeprefix(ADAPTER)) if own else dit.get(name)
+
+    return Checkpoint(shapes, get, path=checkpoint.path)
+
+
+def part_of(name: str) -> str:
+    """The learning-rate part of a weight: the first whose mark is in its name, else base."""
+    return next((part for part, (mark, _) in PARTS.items() if mark in name), "base")
+
+
+def train_everything(
+    dit: AnimaDiT,
+    adapter: LLMAdapter | None,
+    rates: Mapping[str, float],
+    base: Checkpoint,
+    *,
+    saves_adapter: bool,
+    dtype: torch.dtype = torch.float32,
+) -> FullNetwork:
+    """Make the weights of all parts with a rate trainable.
+
+    Args:
+        dit: from `load_dit`.
+        adapter: from `load_llm_adapter`, when it is trained.
+        rates: of each part, `base` among them; 0 leaves it frozen.
+        base: the published tensors that `dit` came from; frozen ones are saved from it.
+        saves_adapter: whether the saved file holds the adapter (it was in the base, or is trained).
+        dtype: of saved files, when none is asked for.
+
+    Raises:
+        UserError: nothing is left to train.
+    """
+    named: dict[str, nn.Parameter] = dict(dit.named_parameters())
+    order = list(named)
+    if adapter is not None:
+        own = {ADAPTER + name: param for name, param in adapter.named_parameters()}
+        named |= own
+        order += own
+    elif saves_adapter:
+        order += [name for name in base.shapes if name.startswith(ADAPTER)]
+    weights = []
+    for part in (*PARTS, "base"):
+        for name, param in named.items():
+            if part_of(name) == part and rates[part]:
+                param.requires_grad_(True)
+                weights.append(Weight(name, param, part))
+    if not weights:
+        raise UserError("every learning rate is 0: nothing would be trained")
+    trained = {weight.name for weight in weights}
+    frozen = {
+        name: LazyTensor(base.shapes[name], torch.float32, partial(_wide, base, name))
+        for name in order
+        if name not in trained
+    }
+    return FullNetwork(weights, rates, frozen, order, dtype)
+
+
+def _wide(base: Checkpoint, name: str) -> Tensor:
+    return base.get(name).to(torch.float32)
+
+
+def keep_masters(network: FullNetwork, source_of: Callable[[str], Tensor]) -> None:
+    """Keep a float32 master of every 16-bit weight.
+
+    Args:
+        network: whose swapped weights are in host memory already.
+        source_of: gives the loaded tensor of a name, which may be more exact than the weight.
+    """
+    for weight in network.weights:
+        if weight.param.dtype != torch.float32:
+            weight.keep_master(source_of(weight.name))
+
+
+def describe(network: FullNetwork) -> str:
+    """How many numbers are trained, by part."""
+    counts: dict[str, int] = {}
+    for weight in network.weights:
+        counts[weight.part] = counts.get(weight.part, 0) + weight.param.numel()
+    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+    return f"{sum(counts.values()):,} parameters are trained: {parts}"

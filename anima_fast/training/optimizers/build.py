@@ -1,0 +1,234 @@
+"""Optimizers by the names that sd-scripts knows, any class of `torch.optim`, or a dotted path.
+
+Elementwise optimizers get the network's flat buffer, one parameter per learning-rate group, so that
+a step is one launch per group however many LoRA modules there are. Optimizers that look at a
+matrix's shape (AdaFactor, CAME, Muon, any unknown class) get the matrices themselves, which are
+views of the same buffer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from anima_fast.errors import UserError
+from anima_fast.training.optimizers.names import (
+    Recipe,
+    find_optimizer,
+    import_class,
+    one_line,
+)
+
+if TYPE_CHECKING:
+    from anima_fast.adapters.network import LoRANetwork
+    from anima_fast.options.run import TrainOptions
+
+
+def build_optimizer(
+    options: TrainOptions, network: LoRANetwork, *, fused: bool = False
+) -> tuple[torch.optim.Optimizer, list[str]]:
+    """The optimizer of a run over the network's parameter groups.
+
+    Args:
+        options: reads `optimizer_type`, `optimizer_kwargs`, `learning_rate`, `lr_scheduler` and
+            `max_grad_norm`.
+        network: gives `param_groups(flat)` with the rate and the name of each group.
+        fused: plain AdamW runs as the project's own kernel (training/flat_adamw.py).
+
+    Returns:
+        The optimizer, in training mode, and notices for the user.
+
+    Raises:
+        UserError: unknown name (with the nearest), missing package (with the extra), or arguments
+            that the class refuses.
+    """
+    kind = options.optimizer_type or "AdamW"
+    recipe, cls = find_optimizer(kind)
+    groups = network.param_groups(flat=recipe.flat)
+    device = groups[0]["params"][0].device
+    notices = _adaptive_notices(recipe, kind, groups) if recipe.adaptive else []
+    arguments = {"lr": options.learning_rate, **recipe.defaults, **options.optimizer_kwargs}
+    if recipe.name == "Adafactor" and recipe.module.startswith("transformers"):
+        notices += _prepare_adafactor(options, arguments, groups)
+    if recipe.module == "bitsandbytes.optim" and device.type != "cuda":
+        cls, more = _bitsandbytes_off_cuda(cls, kind, device)
+        notices += more
+    if fused and cls is torch.optim.AdamW:
+        # Not at the top: triton is not on every system.
+        from anima_fast.training.optimizers.flat_adamw import FlatAdamW, fits
+
+        flat = network.flat[: network.buffer.trained]
+        if fits(cls, arguments, groups, flat):
+            return FlatAdamW(groups, flat, network.flat_grad, **arguments), notices
+    if cls in (torch.optim.AdamW, torch.optim.Adam) and not {"fused", "foreach"} & set(arguments):
+        arguments["fused"] = _supports_fused(cls, groups)
+    try:
+        optimizer = cls(groups, **arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--optimizer_type {kind} refused its arguments {arguments}: {one_line(error)}; "
+            "correct --optimizer_args"
+        ) from error
+    if is_schedule_free(optimizer):
+        train_mode(optimizer)
+        if options.lr_scheduler not in ("", "constant"):
+            notices.append(f"{kind} schedules itself: --lr_scheduler is not used")
+    return optimizer, notices
+
+
+def _adaptive_notices(recipe: Recipe, kind: str, groups: list[dict]) -> list[str]:
+    """What D-Adaptation and Prodigy users trip over."""
+    rates = {group["lr"] for group in groups}
+    if len(rates - {0}) > 1:
+        shown = ", ".join(f"{rate:g}" for rate in sorted(rates))
+        raise UserError(
+            f"--optimizer_type {kind} finds one rate for all parameters, but the groups have "
+            f"different ones ({shown}): give one learning rate, and no LoRA+ ratio or reg_lrs"
+        )
+    if max(rates) > 0.1:
+        return []
+    return [f"{kind} finds the learning rate itself: about 1 is meant, {max(rates):g} is given"]
+
+
+def _prepare_adafactor(options: TrainOptions, arguments: dict, groups: list[dict]) -> list[str]:
+    """AdaFactor's two ways: its own relative step (the default), or a given rate."""
+    notices = []
+    relative = arguments.setdefault("relative_step", True)
+    if arguments.get("warmup_init") and not relative:
+        arguments["relative_step"] = relative = True
+        notices.append("AdaFactor: warmup_init=True needs relative_step=True, which is set")
+    if relative:
+        arguments["lr"] = None
+        for group in groups:
+            group.pop("lr", None)
+        notices.append(
+            "AdaFactor computes its own rate (relative_step): the learning rates of the groups and "
+            "--lr_scheduler are not used; --optimizer_args relative_step=False uses them"
+        )
+        return notices
+    if options.lr_scheduler != "constant_with_warmup":
+        notices.append("AdaFactor with a given rate works best with constant_with_warmup")
+    if options.max_grad_norm:
+        notices.append("AdaFactor clips its own updates: --max_grad_norm 0 is advised")
+    return notices
+
+
+def _bitsandbytes_off_cuda(
+    cls: type[torch.optim.Optimizer], kind: str, device: torch.device
+) -> tuple[type[torch.optim.Optimizer], list[str]]:
+    """The class without paging, which only CUDA has, proved to step on this device.
+
+    Not every version of bitsandbytes has kernels for the CPU, and it says so at the first step,
+    which would be after the caches are filled.
+    """
+    notices = []
+    if cls.__name__.startswith("Paged"):
+        notices.append(f"{kind} pages its state on CUDA only: here the state stays in memory")
+        name = cls.__name__.removeprefix("Paged")
+        cls = import_class("bitsandbytes.optim", name, f"--optimizer_type {kind}")
+    probe = torch.nn.Parameter(torch.zeros(4096, device=device))
+    probe.grad = torch.ones_like(probe)
+    momentum = {"momentum": 0.9} if cls.__name__.startswith("SGD") else {}
+    try:
+        cls([probe], lr=1e-3, **momentum).step()
+    except Exception as error:
+        raise UserError(
+            f"--optimizer_type {kind}: the installed bitsandbytes cannot step on {device.type} "
+            f"({one_line(error)}); upgrade it (pip install -U bitsandbytes), use a CUDA card or "
+            "--optimizer_type AdamW"
+        ) from error
+    return cls, notices
+
+
+def _supports_fused(cls: type[torch.optim.Optimizer], groups: list[dict]) -> bool:
+    """Whether this torch has a fused kernel for these parameters."""
+    params = [param.detach()[:0].requires_grad_() for g in groups for param in g["params"][:1]]
+    try:
+        cls(params, fused=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The current rate of each parameter group by its name, else its number."""
+    return {
+        group.get("name", str(index)): float(group["lr"])
+        for index, group in enumerate(optimizer.param_groups)
+    }
+
+
+def effective_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """d·lr of each group of D-Adaptation and Prodigy by name; empty for other optimizers."""
+    return {
+        group.get("name", str(index)): float(group["d"]) * float(group["lr"])
+        for index, group in enumerate(optimizer.param_groups)
+        if "d" in group
+    }
+
+
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer keeps an average that is used for everything but training."""
+    return callable(getattr(optimizer, "train", None)) and callable(
+        getattr(optimizer, "eval", None)
+    )
+
+
+def train_mode(optimizer: torch.optim.Optimizer) -> None:
+    """Put the training point of a schedule-free optimizer into the parameters; else nothing."""
+    if is_schedule_free(optimizer):
+        optimizer.train()
+
+
+def eval_mode(optimizer: torch.optim.Optimizer) -> None:
+    """Put the average of a schedule-free optimizer into the parameters; else nothing."""
+    if is_schedule_free(optimizer):
+        optimizer.eval()
+
+
+@contextlib.contextmanager
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside the block the parameters hold what is to be saved, sampled or validated.
+
+    Switching a schedule-free optimizer to its average and back rounds; here the training point is
+    copied and put back bit for bit, so that saving more often does not change the result.
+    """
+    if not is_schedule_free(optimizer):
+        yield
+        return
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    copies = [param.detach().clone() for param in params]
+    eval_mode(optimizer)
+    try:
+        yield
+    finally:
+        train_mode(optimizer)
+        with torch.no_grad():
+            for param, copy in zip(params, copies, strict=True):
+                param.copy_(copy)
+
+
+@torch.no_grad()
+def clip_flat_grad(
+    network: LoRANetwork, max_norm: float, optimizer: torch.optim.Optimizer | None = None
+) -> torch.Tensor:
+    """Scale `network.flat_grad` in place so that its norm is at most `max_norm` (0 = off).
+
+    An `optimizer` that clips in its own launch (`FlatAdamW`) is told the norm instead; one that
+    has the gradients (`WeightUpdates`) clips them by itself.
+
+    Returns:
+        The norm before clipping, a float32 scalar on the device; reading it is up to the caller, so
+        nothing waits for the device here.
+    """
+    if hasattr(optimizer, "clip_gradients"):
+        return optimizer.clip_gradients(max_norm)
+    norm = torch.linalg.vector_norm(network.flat_grad, dtype=torch.float32)
+    if max_norm and hasattr(optimizer, "clip_next_step"):
+        optimizer.clip_next_step(norm, max_norm)
+    elif max_norm:
+        network.flat_grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(network.flat_grad))
+    return norm

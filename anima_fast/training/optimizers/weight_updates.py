@@ -1,0 +1,302 @@
+"""Any optimizer over weights that are not float32 tensors on the device.
+
+The optimizer sees its own parameters, a few at a time: for the length of its step a parameter's
+data is the weight in float32 and its gradient is scaled and in float32, on the device; then the
+result goes back to where the weight lives.
+
+    float32 weight     the step works on it in place
+    float32 master     the step works on the master, the model gets it rounded (fp32)
+    bfloat16 weight    a float32 copy is updated and rounded at random (stochastic)
+    16-bit weight      the step works on it in place, rounding to nearest (plain)
+
+Optimizer state is float32 in the first three. Weights of swapped blocks, their masters, gradients
+and state visit the device for their own step only, so the arithmetic is the same with and without
+swap. Random rounding follows from (seed, step, name).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anima_fast.memory.swap import host_copy
+from anima_fast.training.optimizers.rounding import rounding_generator, stochastic_round
+from anima_fast.training.optimizers.weights import SMALLEST_MOVED, Gradients, Weight
+
+# Elements whose float32 copies are in memory together.
+CHUNK = 2**25
+
+
+class WeightUpdates(torch.optim.Optimizer):
+    """An optimizer of `weights`, stepped a chunk at a time.
+
+    Args:
+        inner: made over the weights' own parameters; its groups, its state and its rates are also
+            those of this object.
+        weights: in the order of the groups.
+        device: where steps are computed.
+        update: plain, stochastic or fp32, see the module docstring.
+        seed: of the run.
+        together: all weights take one step together, for optimizers that look at all of them.
+        fused: each weight is updated when its gradient comes; `step` only counts.
+        max_grad_norm: of each gradient, when fused; 0 is off.
+        wide_gradients: see `Gradients`.
+    """
+
+    # Without Optimizer.__init__: groups and state are those of `inner`.
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        weights: Sequence[Weight],
+        device: torch.device,
+        *,
+        update: str,
+        seed: int,
+        together: bool = False,
+        fused: bool = False,
+        max_grad_norm: float = 0.0,
+        wide_gradients: bool = False,
+    ) -> None:
+        self.inner, self.device, self.update, self.seed = inner, device, update, seed
+        self.together, self.fused, self.max_grad_norm = together, fused, max_grad_norm
+        self.rounds = 0
+        self.weights = {weight.param: weight for weight in weights}
+        groups = enumerate(inner.param_groups)
+        self._group_of = {param: index for index, g in groups for param in g["params"]}
+        use = self._use if fused else None
+        self.gradients = Gradients(weights, device, wide=wide_gradients, use=use)
+        self._factor: Tensor | None = None
+        self._loss_scale: Tensor | None = None
+        # Of a fused backward pass: whether its first gradient was finite, None before it.
+        self._sound: bool | None = None
+
+    @property
+    def stands_for(self) -> type:
+        """The class that a resume state names."""
+        return getattr(self.inner, "stands_for", type(self.inner))
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """Those of the optimizer itself."""
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> dict:
+        """That of the optimizer itself."""
+        return self.inner.state
+
+    @property
+    def defaults(self) -> dict:
+        """Those of the optimizer itself."""
+        return self.inner.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        # Schedule-free optimizers are told by having these two.
+        if name in ("train", "eval"):
+            return getattr(self.inner, name)
+        raise AttributeError(name)
+
+    @torch.no_grad()
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale the gradients of the next step down to `max_norm` (0 = off).
+
+        Returns:
+            Their norm before, a float32 scalar on the device; nothing waits for it here.
+        """
+        norm = self.gradients.norm()
+        factor = self._loss_scale
+        if factor is not None:
+            norm = norm * factor
+        if max_norm and not self.fused:
+            clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            factor = clip if factor is None else factor * clip
+        self._factor = factor
+        return norm
+
+    @torch.no_grad()
+    def unscale(self, inverse_scale: Tensor, found_inf: Tensor) -> dict[torch.device, Tensor]:
+        """What `torch.amp.GradScaler` does to gradients, done in the next step instead."""
+        self._loss_scale = inverse_scale.to(self.device)
+        found_inf.copy_(~torch.isfinite(self.gradients.norm()))
+        return {self.device: found_inf}
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of this step."""
+        self.gradients.clear()
+        self._factor = self._loss_scale = self._sound = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every weight that has a gradient."""
+        assert closure is None
+        if not self.fused:
+            kept = self.gradients.kept
+            if self.together or self.in_place:
+                with self._opened([w for w in self.weights.values() if w in kept]):
+                    self.inner.step()
+            else:
+                for group, weights in self._chunks():
+                    self._step_some(group, weights)
+            self._wait_for_host()
+        self.rounds += 1
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every weight is updated where it is."""
+        return all(
+            not weight.swapped
+            and weight.master is None
+            and (self.update == "plain" or weight.param.dtype == torch.float32)
+            for weight in self.weights.values()
+        )
+
+    def _chunks(self) -> Iterator[tuple[dict, list[Weight]]]:
+        """The weights with gradients, of one group and up to `CHUNK` elements at a time."""
+        for group in list(self.param_groups):
+            some, size = [], 0
+            for weight in (self.weights[param] for param in group["params"]):
+                if weight not in self.gradients.kept:
+                    continue
+                if some and size + weight.param.numel() > CHUNK:
+                    yield group, some
+                    some, size = [], 0
+                some.append(weight)
+                size += weight.param.numel()
+            if some:
+                yield group, some
+
+    def _step_some(self, group: dict, weights: list[Weight]) -> None:
+        """The optimizer's step, as if it had these weights only."""
+        groups = self.inner.param_groups
+        with self._opened(weights):
+            self.inner.param_groups = [{**group, "params": [w.param for w in weights]}]
+            try:
+                self.inner.step()
+            finally:
+                self.inner.param_groups = groups
+
+    def _use(self, weight: Weight, grad: Tensor) -> None:
+        """The step of one weight, inside backward."""
+        norm = self.gradients.norms[weight]
+        if self._sound is None:
+            # One wait for the device a step: a loss that is not finite is so in its first gradient,
+            # and nothing of this batch is used.
+            self._sound = bool(torch.isfinite(norm))
+        if not self._sound:
+            return
+        # A later gradient that is not finite changes nothing but what the optimizer remembers; the
+        # loop counts the batch as bad by the norm.
+        factor = torch.isfinite(norm).to(torch.float32)
+        if self.max_grad_norm:
+            factor = factor * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        grad.mul_(factor.nan_to_num()).nan_to_num_(0.0, 0.0, 0.0)
+        self.gradients.kept[weight] = grad
+        self._step_some(self.param_groups[self._group_of[weight.param]], [weight])
+
+    @contextlib.contextmanager
+    def _opened(self, weights: list[Weight]) -> Iterator[None]:
+        """Inside the block the parameters are what the optimizer works on."""
+        computed = [weight.param.data for weight in weights]
+        try:
+            for weight in weights:
+                self._open(weight)
+            yield
+        except BaseException:
+            for weight, data in zip(weights, computed, strict=True):
+                weight.param.data, weight.param.grad = data, None
+            raise
+        for weight, data in zip(weights, computed, strict=True):
+            self._close(weight, data)
+
+    def _open(self, weight: Weight) -> None:
+        truth = weight.truth
+        dtype = truth.dtype if self.update == "plain" else torch.float32
+        # In two steps each: in one, the processor would convert before it copies.
+        weight.param.data = truth.to(self.device, non_blocking=True).to(dtype)
+        grad = self.gradients.kept.pop(weight).to(self.device, non_blocking=True).to(dtype)
+        if self._factor is not None and not self.fused:
+            grad = grad.mul_(self._factor.to(grad))
+        weight.param.grad = grad
+        state = self.inner.state.get(weight.param)
+        for name in weight.state_home if state else ():
+            state[name] = weight.state_home[name].to(self.device, non_blocking=True)
+
+    def _close(self, weight: Weight, computed: Tensor) -> None:
+        updated = weight.param.data
+        weight.param.data, weight.param.grad = computed, None
+        if weight.master is not None:
+            weight.set(updated)
+        elif computed.dtype == torch.bfloat16 and updated.dtype == torch.float32:
+            generator = rounding_generator(self.device, self.seed, self.rounds, weight.name)
+            computed.copy_(stochastic_round(updated, generator), non_blocking=True)
+        elif updated is not computed:
+            computed.copy_(updated.to(computed.dtype), non_blocking=True)
+        if weight.swapped:
+            self._send_state_home(weight)
+
+    def _send_state_home(self, weight: Weight) -> None:
+        """Move the large tensors of a weight's state to host memory."""
+        state = self.inner.state[weight.param]
+        for name, value in state.items():
+            if not _moves(value):
+                continue
+            home = weight.state_home.get(name)
+            if home is None or home.shape != value.shape or home.dtype != value.dtype:
+                pinned = self.device.type == "cuda"
+                weight.state_home[name] = home = host_copy(value, pinned=pinned)
+            elif home is not value:
+                home.copy_(value, non_blocking=True)
+            state[name] = home
+
+    def _place_small_state(self, weight: Weight) -> None:
+        """What stays on the device goes there; counters only where the optimizer has them there."""
+        group = self.param_groups[self._group_of[weight.param]]
+        counters = group.get("fused") or group.get("capturable")
+        state = self.inner.state[weight.param]
+        for name, value in state.items():
+            if isinstance(value, Tensor) and not _moves(value) and (value.ndim or counters):
+                state[name] = value.to(self.device)
+
+    def _wait_for_host(self) -> None:
+        """Host memory is written when this returns: it may be read by the processor next."""
+        if self.device.type == "cuda" and any(w.swapped for w in self.weights.values()):
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def state_dict(self) -> dict:
+        """The optimizer's own, and the count that random rounding follows from."""
+        self._wait_for_host()
+        return {**self.inner.state_dict(), "rounds": self.rounds}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """The way back, bit for bit: state keeps its dtype whatever the weights' dtype is."""
+        own = {k: v for k, v in state_dict.items() if k != "rounds"}
+        computed = {param: param.data for param in self.weights}
+        for param, weight in self.weights.items():
+            dtype = weight.truth.dtype if self.update == "plain" else torch.float32
+            device = "cpu" if weight.swapped else self.device
+            # Optimizers cast state to the parameter's dtype and device; its values are not read.
+            param.data = torch.zeros((), dtype=dtype, device=device).expand(param.shape)
+        try:
+            self.inner.load_state_dict(own)
+        finally:
+            for param, data in computed.items():
+                param.data = data
+        for weight in self.weights.values():
+            weight.state_home.clear()
+            if weight.swapped and weight.param in self.inner.state:
+                self._send_state_home(weight)
+                self._place_small_state(weight)
+        self.rounds = state_dict["rounds"]
+
+
+def _moves(value: Any) -> bool:
+    """Whether a value of an optimizer's state waits in host memory between steps."""
+    if not isinstance(value, Tensor) or value.numel() < SMALLEST_MOVED:
+        return False
+    # Of bitsandbytes' paged optimizers, which move their state themselves.
+    return not getattr(value, "is_paged", False)
