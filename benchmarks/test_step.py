@@ -38,7 +38,7 @@ from step_models import (
 )
 
 from anima_fast.bench.rows import Row, spread
-from anima_fast.bench.step import step_flops
+from anima_fast.measure.step_time import step_flops
 from anima_fast.measure.timer import Ceilings, Timer, on_card, reason, synchronize
 
 TOKENS, BATCHES = ((1024, 4096), (1, 4)) if on_card() else ((16,), (1,))

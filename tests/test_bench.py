@@ -26,12 +26,12 @@ from anima_fast.bench.rows import (
     throughput,
     write_rows,
 )
-from anima_fast.bench.step import step_flops
 from anima_fast.bench.suite_report import build_report
 from anima_fast.cli import app
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder
 from anima_fast.kernels import OPS
+from anima_fast.measure.step_time import step_flops
 from anima_fast.measure.timer import Timer
 
 CARD = {

@@ -32,6 +32,12 @@ def _train(values: dict[str, Any]) -> None:
     _run(TrainOptions, values)
 
 
+@option_command("plan", TrainOptions, _FILE_SPECS, lambda: _other_names(TrainOptions))
+def _plan(values: dict[str, Any]) -> None:
+    """Print the memory that `train` with the same options would take, and train nothing."""
+    _run(TrainOptions, values | {"plan_memory": "true"})
+
+
 @option_command("finetune", FinetuneOptions, _FILE_SPECS, lambda: _other_names(FinetuneOptions))
 def _finetune(values: dict[str, Any]) -> None:
     """Train all weights of the model, not a LoRA. Options as those of `train`."""
@@ -54,8 +60,8 @@ def _run(cls: type, values: dict[str, Any]) -> None:
     for notice in notices:
         # What a preset sets was asked for; everything else may come as a surprise.
         (log.info if notice.startswith("preset ") else log.warning)(notice)
-    if getattr(options, "plan_memory", False):
-        from anima_fast.training.finetune.memory_check import show_memory
+    if options.plan_memory:
+        from anima_fast.training.planning import show_memory
 
         show_memory(options, say=typer.echo)
         return

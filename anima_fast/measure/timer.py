@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from anima_fast.measure.rates import measured_card
+
 Call = Callable[[], object]
 # Larger than the second-level cache of any card so far (126 MB, B200 data sheet).
 FLUSH_BYTES = 256 << 20
@@ -44,8 +46,6 @@ class Ceilings:
 def ceilings() -> Ceilings:
     """Time a long copy and a large product: bfloat16 on a card, float32 on the CPU."""
     if torch.cuda.is_available():
-        from anima_fast.bench.measured import measured_card
-
         card, rates = measured_card()
         sheet = card.bf16_tflops * 1e12
         return Ceilings(rates.bandwidth, rates.tensor, None if sheet == rates.tensor else sheet)

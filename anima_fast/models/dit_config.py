@@ -50,6 +50,13 @@ class DitConfig:
         )
 
 
+# The published model.
+PUBLISHED = DitConfig(
+    model_channels=2048, num_blocks=28, num_heads=16, head_dim=128, context_dim=1024,
+    adaln_rank=256, mlp_hidden=8192,
+)  # fmt: skip
+
+
 def _size(shapes: Mapping[str, Sequence[int]], name: str) -> Sequence[int]:
     """Shape of a tensor that tells a size, checked to be one that can."""
     if name not in shapes:

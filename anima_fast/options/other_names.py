@@ -98,8 +98,6 @@ REFUSED = {
     "dynamo_backend": _COMPILE,
     "fused_backward_pass": _WHOLE,
     "weight_update": _WHOLE,
-    "vram": _WHOLE,
-    "plan_memory": _WHOLE,
     "deepspeed": _SEVERAL,
     "zero_stage": _SEVERAL,
     "offload_optimizer_device": _SEVERAL,

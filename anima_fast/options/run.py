@@ -37,6 +37,7 @@ from anima_fast.options.training import (
     LoRAFileOptions,
     LoRASpeedOptions,
     MemoryOptions,
+    MemoryPlanOptions,
     NetworkOptions,
     NetworkRateOptions,
     OptimizerOptions,
@@ -119,7 +120,7 @@ class _Data(
 @dataclass(frozen=True)
 class _Learning(
     MetadataOptions, PreviewOptions, ValidationOptions, LogOptions, SaveOptions, MaskOptions,
-    MemoryOptions, FlowOptions, SchedulerOptions, OptimizerOptions,
+    MemoryPlanOptions, MemoryOptions, FlowOptions, SchedulerOptions, OptimizerOptions,
 ):  # fmt: skip
     """How it is trained, saved and logged."""
 

@@ -192,6 +192,18 @@ class FlowOptions:
 
 
 @dataclass(frozen=True)
+class MemoryPlanOptions:
+    """What memory a run will take, known before it starts."""
+
+    vram: float | None = _memory(
+        None, "Device memory in GiB to plan for, instead of what the card has free.", low=0.1
+    )
+    plan_memory: bool = _memory(
+        False, "Print the predicted memory and what would change it, then stop."
+    )
+
+
+@dataclass(frozen=True)
 class MemoryOptions:
     """Precision, memory and speed."""
 

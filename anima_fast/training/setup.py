@@ -34,11 +34,11 @@ from anima_fast.options.files import to_toml
 from anima_fast.training.adapter_setup import build_network, check_network
 from anima_fast.training.checks import check_start
 from anima_fast.training.finetune.disk_check import check_disk
-from anima_fast.training.finetune.memory_check import check_memory
 from anima_fast.training.finetune.start import check_optimizer, data_notices, train_model
 from anima_fast.training.optimizers.build import build_optimizer
 from anima_fast.training.optimizers.ema import Ema
 from anima_fast.training.optimizers.schedules import build_scheduler
+from anima_fast.training.planning import check_memory
 from anima_fast.training.position import Position
 from anima_fast.training.previews import prepare_previews
 from anima_fast.training.run import LossScaler, Run, trains_all
@@ -71,7 +71,8 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     describe_plan(plan, length, say)
     if trains_all(options):
         check_optimizer(options)
-        check_memory(options, plan, device, say=say)
+    check_memory(options, plan, device, say=say)
+    if trains_all(options):
         check_disk(options, device, say=say)
         for notice in data_notices(plan):
             say(notice)

@@ -1,45 +1,80 @@
-"""One training step of the 2B DiT: what runs how often, and what it keeps in memory.
+"""Predicted time of every op, and of one LoRA training step of the published DiT in fused blocks.
 
-The sequence is the fused block's, forward, backward and what backward runs again. Memory counts
-what a block saves in units of one [B, L, D] tensor of 16 bit.
+Bytes and flops of an op are the registry's (`Op.cost`), each tensor touched once. A step adds them
+up by the sequence of the fused block: forward, backward, and what backward runs again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from anima_fast.models.dit_config import DitConfig
+from anima_fast.kernels import OPS
+from anima_fast.kernels.op import Cost, Op, Sizes
+from anima_fast.measure.rates import Rates
+from anima_fast.models.dit_config import PUBLISHED, DitConfig
 
-if TYPE_CHECKING:
-    from anima_fast.bench.model import OpTime
-
-# The published model.
-REAL = DitConfig(
-    model_channels=2048, num_blocks=28, num_heads=16, head_dim=128, context_dim=1024,
-    adaln_rank=256, mlp_hidden=8192,
-)  # fmt: skip
-BLOCKS, WIDTH, HIDDEN, CONTEXT = 28, 2048, 8192, 1024
-# Rows of a middling caption, as the ops' real shapes have them.
+# Rows of an average caption, as the ops' real shapes have them.
 TEXT_ROWS = 96
-# Without the LLM adapter, whose output is cached.
-PARAMETERS = 1_956_405_248
-POLICIES = ("none", "mlp", "block")
-# Saved per block, by policy, counted by tests/test_block.py at L = 1024, S = 96, rank 32; the
-# fraction is text keys and values, log-sum-exps, the adapters' products and modulation.
-SAVED_UNITS = {"none": 13.53, "mlp": 9.51, "block": 1.18}
-# Assumed peak inside one block's backward: GELU, its gradient and the pre-activation's (4 each),
-# the normed input and the residual gradient. What a policy computes again comes on top.
-WORKSPACE_UNITS = 14.0
-# Assumed: CUDA context, libraries, fragments.
-CONTEXT_GIB, USABLE_SHARE = 0.8, 0.95
-# Parameter, gradient and two moments, float32.
-STATE_BYTES = 16
+# Ops over all adapter parameters: one shape, of the run's rank, in float32.
+PARAMETER_OPS = {"adamw": "N"}
 
 
 @dataclass(frozen=True)
-class Use:
+class OpTime:
+    """Predicted seconds of one op at one real shape; `bound` is that of its forward."""
+
+    op: str
+    label: str
+    sizes: dict[str, int]
+    forward_s: float
+    backward_s: float
+    bound: str
+    cost: Cost
+
+
+def sized(sizes: Sizes, *, batch: int, rank: int) -> dict[str, int]:
+    """Registry sizes with the letters of the legend that a run chooses.
+
+    B batch, M the tokens of all samples (of an op that has no B), R rank.
+    """
+    changed = {name: size * batch if name in "BM" else size for name, size in sizes.items()}
+    if "R" in sizes:
+        changed["R"] = rank
+    return changed
+
+
+def op_times(
+    rates: Rates, *, tokens: int, batch: int = 1, rank: int = 32, ops: Mapping[str, Op] = OPS
+) -> list[OpTime]:
+    """Every op at each of its real shapes; activations in 16 bit, adapter states in 32."""
+    found = []
+    for op in ops.values():
+        shapes = dict(op.real_shapes(tokens))
+        if op.name in PARAMETER_OPS:
+            # The registry's shape has a rank of its own.
+            sizes = next(iter(shapes.values()))
+            shapes = {"": {**sizes, PARAMETER_OPS[op.name]: lora_parameters(rank)}}
+        itemsize = 4 if op.name in PARAMETER_OPS else 2
+        for label, real in shapes.items():
+            sizes = sized(real, batch=batch, rank=rank)
+            cost = op.cost(sizes, itemsize)
+            found.append(
+                OpTime(
+                    op=op.name,
+                    label=label,
+                    sizes=sizes,
+                    forward_s=rates.seconds(cost.forward_bytes, cost.forward_flops),
+                    backward_s=rates.seconds(cost.backward_bytes, cost.backward_flops),
+                    bound=rates.bound(cost.forward_bytes, cost.forward_flops),
+                    cost=cost,
+                )
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class OpUse:
     """How often one real shape of an op runs.
 
     Attributes:
@@ -60,31 +95,29 @@ class Use:
 # normed inputs, the normed queries and keys and GELU again: all are needed for adapter gradients
 # and attention, none is kept.
 BLOCK = (
-    Use("layernorm_modulate", "", 1, again=3),
-    Use("gate_residual_layernorm_modulate", "", 2),
-    Use("gate_residual", "", 1),
-    Use("qk_norm_rope", "self", 1, again=1),
-    Use("qk_norm_rope", "cross q", 1, again=1),
-    Use("qk_norm_rope", "cross k", 1, again=1),
-    Use("attention", "self", 1),
-    Use("attention", "cross", 1),
-    Use("lora_linear", "qkv", 1),
+    OpUse("layernorm_modulate", "", 1, again=3),
+    OpUse("gate_residual_layernorm_modulate", "", 2),
+    OpUse("gate_residual", "", 1),
+    OpUse("qk_norm_rope", "self", 1, again=1),
+    OpUse("qk_norm_rope", "cross q", 1, again=1),
+    OpUse("qk_norm_rope", "cross k", 1, again=1),
+    OpUse("attention", "self", 1),
+    OpUse("attention", "cross", 1),
+    OpUse("lora_linear", "qkv", 1),
     # Both outputs and the query of cross attention are D to D.
-    Use("lora_linear", "out", 3),
-    Use("lora_linear", "text kv", 1),
-    Use("lora_linear", "up", 1, mlp_again=1),
-    Use("lora_linear", "down", 1),
-    Use("gelu", "", 1, again=1),
+    OpUse("lora_linear", "out", 3),
+    OpUse("lora_linear", "text kv", 1),
+    OpUse("lora_linear", "up", 1, mlp_again=1),
+    OpUse("lora_linear", "down", 1),
+    OpUse("gelu", "", 1, again=1),
 )
-STEP = (Use("layernorm_modulate", "", 1), Use("adamw", "", 1), Use("flow_loss", "", 1))
-# Ops over all adapter parameters: one shape, of the run's rank, in float32.
-PARAMETER_OPS = {"adamw": "N"}
+STEP = (OpUse("layernorm_modulate", "", 1), OpUse("adamw", "", 1), OpUse("flow_loss", "", 1))
 
 
 def lora_parameters(rank: int) -> int:
-    """Parameters of adapters of `rank` on the ten linear layers of each block."""
-    layers = 6 * (WIDTH + WIDTH) + 2 * (CONTEXT + WIDTH) + 2 * (WIDTH + HIDDEN)
-    return BLOCKS * rank * layers
+    """Parameters of adapters of `rank` on the ten linear layers of each published block."""
+    d, h, c = PUBLISHED.model_channels, PUBLISHED.mlp_hidden, PUBLISHED.context_dim
+    return PUBLISHED.num_blocks * rank * (6 * (d + d) + 2 * (c + d) + 2 * (d + h))
 
 
 def step_flops(config: DitConfig, tokens: int, batch: int, rank: int, text: int) -> float:
@@ -128,9 +161,9 @@ def step_time(
     times: Sequence[OpTime],
     policy: str,
     *,
-    block: Sequence[Use] = BLOCK,
-    step: Sequence[Use] = STEP,
-    blocks: int = BLOCKS,
+    block: Sequence[OpUse] = BLOCK,
+    step: Sequence[OpUse] = STEP,
+    blocks: int = PUBLISHED.num_blocks,
 ) -> StepTime:
     """Add up a step from the times of its ops.
 
@@ -166,38 +199,4 @@ def step_time(
         recompute_s=blocks * recompute,
         other_s=other,
         missing=tuple(dict.fromkeys(missing)),
-    )
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Predicted peak of a training step, GiB, by what takes it."""
-
-    policy: str
-    weights: float
-    saved: float
-    workspace: float
-    adapters: float
-    context: float = CONTEXT_GIB
-
-    @property
-    def total(self) -> float:
-        """GiB."""
-        return self.weights + self.saved + self.workspace + self.adapters + self.context
-
-    def fits(self, card_gib: float) -> bool:
-        """Whether a card of that size holds it, with a margin."""
-        return self.total <= USABLE_SHARE * card_gib
-
-
-def memory(policy: str, *, tokens: int, batch: int = 1, rank: int = 32) -> Memory:
-    """Memory of a step under a recompute policy of `POLICIES`."""
-    unit = batch * tokens * WIDTH * 2 / 2**30
-    again = SAVED_UNITS["none"] - SAVED_UNITS[policy]
-    return Memory(
-        policy=policy,
-        weights=PARAMETERS * 2 / 2**30,
-        saved=BLOCKS * SAVED_UNITS[policy] * unit,
-        workspace=(WORKSPACE_UNITS + again) * unit,
-        adapters=lora_parameters(rank) * STATE_BYTES / 2**30,
     )
