@@ -18,21 +18,26 @@ from torch.overrides import TorchFunctionMode
 from anima_fast.models.dit import AnimaDiT, Block
 from anima_fast.models.dit_layers import Shared
 
+Storages = dict[int, torch.UntypedStorage]
 
-def kept_bytes(run: Callable[[], Tensor], weights: Iterable[Tensor] = ()) -> tuple[Tensor, int]:
-    """The result of a call and the bytes that it keeps for backward.
+
+def storages(tensors: Iterable[Tensor]) -> Storages:
+    """The storages of tensors by their id, which no other storage gets while they are held."""
+    return {id(storage): storage for storage in (t.untyped_storage() for t in tensors)}
+
+
+def kept(run: Callable[[], Tensor], there: Storages) -> tuple[Tensor, Storages]:
+    """The result of a call and what it keeps for backward.
 
     Args:
         run: a call on meta tensors; its result is not counted.
-        weights: tensors that are there anyway.
+        there: what is in memory anyway, such as weights.
     """
-    # Held by the dictionaries, so that no two storages have the same id.
-    known = {id(storage): storage for storage in (w.untyped_storage() for w in weights)}
-    saved: dict[int, torch.UntypedStorage] = {}
+    saved: Storages = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if id(storage) not in known:
+        if id(storage) not in there:
             saved[id(storage)] = storage
         return tensor
 
@@ -41,16 +46,21 @@ def kept_bytes(run: Callable[[], Tensor], weights: Iterable[Tensor] = ()) -> tup
     with torch.random.fork_rng(devices=[]), _FusedAttention(), hooks:
         out = run()
     saved.pop(id(out.untyped_storage()), None)
-    return out, sum(storage.nbytes() for storage in saved.values())
+    return out, saved
+
+
+def size(found: Storages) -> int:
+    """Bytes of storages."""
+    return sum(storage.nbytes() for storage in found.values())
 
 
 class _Attention(torch.autograd.Function):
-    """What PyTorch's fused attention keeps: q, k, v, its result and the log-sum-exp."""
+    """What PyTorch's fused attention keeps: its inputs, its result and the log-sum-exp."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, mask, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
 
@@ -64,9 +74,10 @@ class _FusedAttention(TorchFunctionMode):
         args: tuple = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
+            return _Attention.apply(*args[:3], kwargs.get("attn_mask"))
+        return func(*args, **kwargs)
 
 
 class BlockCount:
@@ -78,15 +89,15 @@ class BlockCount:
 
     Attributes:
         blocks: bytes of each block.
-        around: bytes of everything else, with what all blocks read.
+        around: bytes of everything else, with what several blocks read.
     """
 
     def __init__(self, dit: AnimaDiT, adapters: Iterable[Tensor]) -> None:
         self.blocks: list[int] = []
         self.around = 0
         self._dit = dit
-        self._weights = [*dit.parameters(), *adapters]
-        self._shared: list[Tensor] = []
+        self._weights = storages([*dit.parameters(), *adapters])
+        self._shared: Storages = {}
         # Blocks with the same adapters keep the same.
         self._known: dict[tuple, int] = {}
 
@@ -96,22 +107,24 @@ class BlockCount:
         dit, before = self._dit, self._dit.block_runner
         dit.block_runner = self._run
         try:
-            _, around = kept_bytes(
+            _, found = kept(
                 lambda: dit(latents, sigma, context, zero_keys=zero_keys), self._weights
             )
         finally:
             dit.block_runner = before
-        self.around = around + sum(tensor.nbytes for tensor in self._shared)
+        # The loss keeps the float32 difference of velocity and target.
+        self.around = size(found | self._shared) + 4 * latents.numel()
         return self
 
     def _run(self, index: int, block: Block, x: Tensor, shared: Shared) -> Tensor:
-        self._shared = [t for t in vars(shared).values() if isinstance(t, Tensor)]
+        read = storages(value for value in vars(shared).values() if isinstance(value, Tensor))
         linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
         adapters = tuple(_adapter_shapes(linear) for linear in linears)
         key = (x.requires_grad, adapters)
         if key not in self._known:
-            there = [*self._weights, *self._shared]
-            _, self._known[key] = kept_bytes(lambda: block(x, shared), there)
+            _, found = kept(lambda: block(x, shared), self._weights)
+            self._shared |= {one: found.pop(one) for one in read.keys() & found.keys()}
+            self._known[key] = size(found)
         self.blocks.append(self._known[key])
         trained = x.requires_grad or shared.context.requires_grad or any(adapters)
         # Says only whether gradients go on: what the block kept is counted.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from anima_fast.adapters.targets import find_targets
 from anima_fast.errors import UserError
-from anima_fast.memory.kept import BlockCount, kept_bytes
+from anima_fast.memory.kept import BlockCount, Storages, kept, size, storages
 from anima_fast.memory.plan import (
     TEXT_ROWS,
     WORKSPACE_UNITS,
@@ -57,8 +57,8 @@ COUNTED_ROWS = 96 / 1024
 # attention runs under autograd inside the block: its normed queries and keys.
 ADALN_UNITS, AUTOGRAD_UNITS = 3.0, 3.0
 # Full-resolution maps of the VAE, [B, its width, H, W] each, that are in memory together: counted
-# by tests/test_memory_plan.py.
-ENCODE_UNITS, DECODE_UNITS = 3.04, 3.51
+# by tests/test_lora_plan.py.
+ENCODE_UNITS, DECODE_UNITS = 3.03, 3.51
 # What strips of `vae_chunk_size` rows take, in pictures of that many rows, at most.
 STRIPS = 4
 ASSUMED = (
@@ -244,8 +244,8 @@ class LoRANeeds:
         """What eager blocks keep."""
         dit, batch = self.models.dit, self.batch
         # Any picture of as many tokens keeps the same.
-        size = (batch.images, dit.config.in_channels, 2, 2 * batch.tokens)
-        latents = torch.empty(size, device="meta", dtype=dit.dtype)
+        shape = (batch.images, dit.config.in_channels, 2, 2 * batch.tokens)
+        latents = torch.empty(shape, device="meta", dtype=dit.dtype)
         rows = (batch.images, batch.rows, dit.config.context_dim)
         context = torch.empty(rows, device="meta", dtype=dit.dtype)
         context.requires_grad_(self.trains_text)
@@ -317,20 +317,27 @@ class LoRANeeds:
         adapter, encoder = self.models.adapter, self.models.text_encoder
         if not self.trains_text or adapter is None:
             return 0
-        ids = torch.ones(self.batch.images, self.batch.rows, dtype=torch.long, device="meta")
-        states = torch.empty(*ids.shape, adapter.config.source_width, device="meta")
-        found, dtype = 0, adapter.out_proj.weight.dtype
+        batch, dtype = self.batch, adapter.out_proj.weight.dtype
+        found: Storages = {}
+        rows, words = (
+            torch.ones(batch.images, length, dtype=torch.long, device="meta")
+            for length in (batch.rows, batch.words)
+        )
+        states = torch.empty(*words.shape, adapter.config.source_width, device="meta")
+        own = [*self.models.network.parameters(), *adapter.parameters()]
         if encoder is not None:
-            states, found = kept_bytes(lambda: _states(encoder, ids), encoder.parameters())
-        _, more = kept_bytes(lambda: adapter(ids, ids, states.to(dtype), ids), adapter.parameters())
-        return found + more
+            own += encoder.parameters()
+            states, found = kept(lambda: _states(encoder, words), storages(own))
+        there = storages(own)
+        _, more = kept(lambda: adapter(rows, rows, states.to(dtype), words), there)
+        return size(found | more)
 
     def graphs(self, options: TrainOptions, training: Sequence[Item]) -> tuple[Item, ...]:
         """Where graphs are asked for: the largest holds what a step needs besides weights."""
         if not (options.cuda_graphs and self.runs_fused):
             return ()
-        size = sum(i.size for i in training if i.key in ("activations", "workspace"))
-        return (Item("graphs", size, "CUDA graphs"),)
+        held = sum(i.size for i in training if i.key in ("activations", "workspace"))
+        return (Item("graphs", held, "CUDA graphs"),)
 
     # Other models and phases
 
@@ -354,7 +361,7 @@ class LoRANeeds:
             encoder = stored_bytes(options.qwen3) * (1 if half else 2)
             qwen = read_sizes(options.qwen3)
             each = 3 * qwen.intermediate_size + 4 * qwen.hidden_size
-            maps = self.text_batch * self.batch.rows * each * (2 if half else 4)
+            maps = self.text_batch * self.batch.words * each * (2 if half else 4)
             found.append(
                 Phase(
                     "encoding captions",

@@ -105,11 +105,18 @@ class Prediction:
 
 @dataclass(frozen=True)
 class LargestBatch:
-    """The largest batch of a dataset: images, tokens of each, and text rows of its captions."""
+    """The largest batch of a dataset.
+
+    Attributes:
+        images, tokens: B and L.
+        rows: S, of the longest caption: its T5 tokens.
+        words: tokens of the longest caption for Qwen3.
+    """
 
     images: int
     tokens: int
     rows: int = TEXT_ROWS
+    words: int = TEXT_ROWS
 
     @property
     def pixels(self) -> int:

@@ -6,6 +6,7 @@ free is memory/fit.py. Only headers of model files are read.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
@@ -22,7 +23,7 @@ from anima_fast.errors import UserError
 from anima_fast.memory.finetune import FinetuneNeeds
 from anima_fast.memory.fit import describe_need, does_not_fit, memory_plan
 from anima_fast.memory.lora import LoRANeeds, Models
-from anima_fast.memory.plan import TEXT_ROWS, Asks, LargestBatch, Modes, Needs
+from anima_fast.memory.plan import Asks, LargestBatch, Modes, Needs
 from anima_fast.models.dit import load_dit
 from anima_fast.models.model_files import check_lora_files, check_model_files
 from anima_fast.models.vae_checkpoint import load_vae
@@ -79,7 +80,9 @@ def memory_needs(options: Options, plan: DatasetPlan, device: torch.device) -> N
     """The predictor of a run of either kind."""
     if isinstance(options, FinetuneOptions):
         return finetune_needs(options, largest_batch(plan), device)
-    return lora_needs(options, largest_batch(plan, longest_caption(options, plan)), device)
+    rows, words = longest_caption(options, plan)
+    batch = dataclasses.replace(largest_batch(plan), rows=rows, words=words)
+    return lora_needs(options, batch, device)
 
 
 def finetune_needs(
@@ -143,19 +146,19 @@ def meta_models(options: TrainOptions) -> Models:
     return Models(dit, network, vae, conditioning.adapter, conditioning.text_encoder)
 
 
-def largest_batch(plan: DatasetPlan, rows: int = TEXT_ROWS) -> LargestBatch:
+def largest_batch(plan: DatasetPlan) -> LargestBatch:
     """The batch with the most tokens."""
     found = [
-        LargestBatch(item.dataset.batch_size, (item.bucket[0] // 16) * (item.bucket[1] // 16), rows)
+        LargestBatch(item.dataset.batch_size, (item.bucket[0] // 16) * (item.bucket[1] // 16))
         for item in plan.items
     ]
     return max(found, key=lambda batch: batch.images * batch.tokens)
 
 
-def longest_caption(options: TrainOptions, plan: DatasetPlan) -> int:
-    """Text rows of the longest caption, as far as it is not cut off."""
+def longest_caption(options: TrainOptions, plan: DatasetPlan) -> tuple[int, int]:
+    """The most T5 and the most Qwen3 tokens of a caption, as far as it is not cut off."""
     texts = renderings(plan.items, options)
     tokens = count_tokens(plan.items, texts, load_run_tokenizers(options), options)
     qwen, t5 = options.token_limits
-    rows = [max(min(n.qwen, qwen), min(n.t5, t5)) for n in tokens.lengths.values()]
-    return max(rows, default=1)
+    found = tokens.lengths.values()
+    return min(max(n.t5 for n in found), t5), min(max(n.qwen for n in found), qwen)
