@@ -17,12 +17,22 @@ if TYPE_CHECKING:
     from anima_fast.options.sample import SampleOptions
 
 
+# By the words of --precision and `sample --dtype`, and by those of --mixed_precision.
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_device(options: TrainOptions | SampleOptions) -> torch.device:
-    """The device asked for, else CUDA where there is a card, else the CPU."""
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that the options ask for, see `named_device`."""
+    return named_device(options.device)
+
+
+def named_device(name: str | None) -> torch.device:
+    """The device of --device; without one CUDA where there is a card, otherwise the CPU.
+
+    Raises `UserError` for a device that does not exist here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
             "--device cuda needs a CUDA card and a CUDA build of PyTorch; this PyTorch sees none "
@@ -32,6 +42,12 @@ def choose_device(options: TrainOptions | SampleOptions) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name} is no device that PyTorch knows: cuda, cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--device {name} cannot be used: {reason}; use --device cpu") from None
     if device.type == "cuda" and device.index is not None:
         if device.index >= torch.cuda.device_count():
             raise UserError(

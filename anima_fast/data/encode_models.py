@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from anima_fast.models.tokenizers import Tokenizers
     from anima_fast.models.vae import VAE
     from anima_fast.options.run import TrainOptions
+    from anima_fast.options.sample import SampleOptions
 
 # Pixels [3, H, W] fp32 in [-1, 1] and alpha [H, W] fp32 0..1, as `images.load_item` returns them.
 Decoded = tuple[np.ndarray, np.ndarray | None]
@@ -147,7 +148,7 @@ def source_width(options: TrainOptions) -> int:
     return llm_adapter.AdapterConfig.from_shapes(tensors.shapes).source_width
 
 
-def load_run_tokenizers(options: TrainOptions) -> Tokenizers:
+def load_run_tokenizers(options: TrainOptions | SampleOptions) -> Tokenizers:
     """The tokenizers that the options name."""
     from anima_fast.models import tokenizers
 

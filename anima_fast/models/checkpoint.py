@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from anima_fast.errors import UserError
 from anima_fast.files import read_safetensors_header
+from anima_fast.models.adapter_kinds import MARKS
 
 DIT_PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "model.", "")
 # A file with two of these under one prefix is meant to be an Anima DiT, even when it is damaged.
@@ -175,7 +176,7 @@ def detect_kind(checkpoint: Checkpoint) -> str:
     caches = {"anima_fast.latents": "latent_cache", "anima_fast.text": "text_cache"}
     if checkpoint.metadata.get("format") in caches:
         return caches[checkpoint.metadata["format"]]
-    if any(mark in key for key in keys for mark in (".lora_", ".hada_", ".lokr_")):
+    if any(mark in key for key in keys for mark in MARKS):
         return "lora"
     if strip_prefix(keys) is not None:
         return "dit"

@@ -78,8 +78,8 @@ class Parts:
             if len(adapters) > 1:
                 raise NotFused(f"{name} has {len(adapters)} adapters")
             for adapter in adapters:
-                if adapter.network != "LoRA":
-                    raise NotFused(f"{name} has a {adapter.network} adapter")
+                if adapter.title != "LoRA":
+                    raise NotFused(f"{name} has a {adapter.title} adapter")
             if "adaln" in name and any(adapter.drops for adapter in adapters):
                 raise NotFused(f"{name}: an AdaLN adapter with dropout")
             if not adapters and "forward" in linear.__dict__:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from anima_fast.models.adapter_kinds import ADAPTER_KINDS, LORA, LYCORIS, WORDS
 from anima_fast.options.declare import option
 
 _network = partial(option, "Network")
@@ -25,9 +26,9 @@ class NetworkOptions:
     """The LoRA."""
 
     network_module: str = _network(
-        "networks.lora_anima",
-        "networks.lora_anima, networks.loha, networks.lokr, or lycoris.kohya with "
-        "--network_args algo=lora, loha or lokr.",
+        LORA.module,
+        f"{', '.join(kind.module for kind in ADAPTER_KINDS)}, or {LYCORIS} with "
+        f"--network_args algo={WORDS}.",
     )
     network_dim: int = _network(4, "Rank.", low=1)
     network_alpha: float | None = _network(

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from anima_fast.adapters.formats import merge_lora, named_tensors, read_lora
-from anima_fast.adapters.lora import add_lora
+from anima_fast.adapters.formats import named_tensors, read_lora
+from anima_fast.adapters.lora import add_lora, merge_lora
 from anima_fast.adapters.network import LoRANetwork
 from anima_fast.adapters.targets import find_targets
 from anima_fast.data.conditioning import Conditioning
 from anima_fast.device import DTYPES
 from anima_fast.errors import UserError
+from anima_fast.models.adapter_kinds import LORA
 from anima_fast.models.dit import AnimaDiT
 
 if TYPE_CHECKING:
@@ -60,13 +61,13 @@ def build_network(
         ignored = network.load(given)
         say(f"started from {given}" + (f"; {len(ignored)} keys ignored" if ignored else ""))
     # A format that cannot hold it shall be refused now, and not when it is finished.
-    parts = {name: adapter.part() for name, adapter in network.modules_by_name.items()}
-    named_tensors(parts, options.lora_format)
+    deltas = {name: adapter.as_delta() for name, adapter in network.modules_by_name.items()}
+    named_tensors(deltas, options.lora_format)
     if options.tlora_min_rank is not None:
         network.tlora = (options.tlora_min_rank, options.tlora_alpha)
     for text in unmatched_patterns(options, {*layers, *network.modules_by_name}):
         say(text)
-    modules = Counter(adapter.network for adapter in network.adapters)
+    modules = Counter(adapter.title for adapter in network.adapters)
     for kind, count in modules.items():
         say(f"{count} {kind} modules")
     if whole := sum(adapter.rank is None for adapter in network.adapters):
@@ -123,13 +124,13 @@ def check_network(options: TrainOptions, sizes: DitConfig) -> None:
 
 def check_kinds(options: TrainOptions) -> None:
     """Refuse options of plain LoRA where `dim_from_weights` takes another network from a file."""
-    parts = read_lora(options.network_weights)[0].values()
+    deltas = read_lora(options.network_weights)[0].values()
     for name, fits in (
-        ("scale_weight_norms", lambda part: part.network == "LoRA"),
-        ("tlora_min_rank", lambda part: part.kind == "lora"),
-        ("network_dropout", lambda part: part.kind == "lora"),
+        ("scale_weight_norms", lambda delta: delta.is_plain_lora),
+        ("tlora_min_rank", lambda delta: delta.kind is LORA),
+        ("network_dropout", lambda delta: delta.kind is LORA),
     ):
-        other = next((part.network for part in parts if not fits(part)), None)
+        other = next((delta.title for delta in deltas if not fits(delta)), None)
         if getattr(options, name) and other:
             raise UserError(
                 f"--{name} is for LoRA, and --dim_from_weights takes a {other} from "

@@ -27,17 +27,11 @@ from anima_fast.device import set_backends
 from anima_fast.errors import UserError
 from anima_fast.memory.free import free_memory, is_out_of_memory
 from anima_fast.models.vae_checkpoint import load_vae
-from anima_fast.sampling.euler import euler_sample, start_noise
+from anima_fast.sampling.euler import sample_jobs
 from anima_fast.sampling.jobs import Job
-from anima_fast.sampling.pictures import describe, save_png, to_image, unescape
-from anima_fast.sampling.prompts import Prompt, collect_prompts, say_ignored
-from anima_fast.sampling.texts import (
-    PromptTokens,
-    adapt,
-    encode_states,
-    tokenize_prompt,
-    zero_keys,
-)
+from anima_fast.sampling.pictures import generation_parameters, save_png, to_image
+from anima_fast.sampling.prompts import Prompt, collect_prompts, say_ignored, unescape
+from anima_fast.sampling.texts import PromptTokens, adapt, encode_states, tokenize_prompt
 from anima_fast.training.checkpoints import SAVE_DTYPES
 from anima_fast.training.optimizers.build import averaged_weights
 
@@ -131,34 +125,18 @@ class Previews:
 
     def _make_one(self, run: Run, prompt: Prompt, stage: str, index: int) -> str:
         seed = secrets.randbelow(2**32) if prompt.seed is None else prompt.seed
-        job = Job(
-            prompt.text, prompt.negative, seed, prompt.steps, prompt.cfg, prompt.shift,
-            prompt.width, prompt.height,
-        )  # fmt: skip
-        pixels = decode(run, self._sample(run, job))
+        job = Job.of(prompt, seed)
+        contexts = [self._context(run, text) for text in job.texts]
+        pixels = decode(run, sample_jobs(run.dit, [job], contexts))
         stamp = time.strftime("%Y%m%d%H%M%S")
         name = f"{stage}_{index:02d}_{stamp}"
         name = f"{self.options.output_name}_{name}" if self.options.output_name else name
         name = name if prompt.seed is None else f"{name}_{seed}"
         path = Path(self.options.output_dir) / FOLDER / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = describe(job, self.options.pretrained_model_name_or_path)
+        facts = generation_parameters(job, self.options.pretrained_model_name_or_path)
         save_png(path, to_image(pixels), facts)
         return f"{FOLDER}/{path.name}"
-
-    def _sample(self, run: Run, job: Job) -> Tensor:
-        contexts = [self._context(run, text) for text in job.texts]
-        return euler_sample(
-            run.dit,
-            start_noise(job.seed, job.width, job.height),
-            contexts[0],
-            contexts[1] if len(contexts) > 1 else None,
-            steps=job.steps,
-            shift=job.shift,
-            guidance=job.cfg,
-            zero_keys=zero_keys(contexts[0]),
-            negative_zero_keys=zero_keys(contexts[-1]),
-        )
 
     def _context(self, run: Run, text: str) -> Tensor:
         """What the DiT reads, on the device, through whatever is trained of the text path."""
