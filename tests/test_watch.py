@@ -25,7 +25,7 @@ from anima_fast.reports.watch.run import WatchedRun
 from anima_fast.reports.watch.server import WatchServer, open_server, page_files
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "anima_fast" / "watch" / "page"
+PAGE = ROOT / "anima_fast" / "reports" / "watch" / "page"
 
 
 @contextmanager

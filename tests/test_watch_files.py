@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from watch_run import PROMPTS, FakeRun
 
-from anima_fast.reports.watch import reading
+from anima_fast.reports import reading
 from anima_fast.reports.watch.pictures import name_facts
 from anima_fast.reports.watch.run import WatchedRun
 from anima_fast.reports.watch.state import describe_state

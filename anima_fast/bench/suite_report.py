@@ -27,7 +27,7 @@ from anima_fast.bench.suite_sections import (
 )
 from anima_fast.errors import UserError
 from anima_fast.files import write_json, write_text
-from anima_fast.reports.run_page import STYLE
+from anima_fast.reports.pages import STYLE
 
 MORE_STYLE = """
 .wide { overflow-x: auto; } table.data { font-variant-numeric: tabular-nums; margin: 8px 0 16px;

@@ -32,15 +32,6 @@ def has_no_caption(item: ImageItem) -> bool:
     return item.caption.file is None and item.subset.metadata_file is None
 
 
-def crop_box(item: ImageItem) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of what a centre crop keeps, as shares of the image's sides."""
-    box = []
-    for i in (0, 1):
-        start = (item.resized[i] - item.bucket[i]) // 2
-        box.append((start / item.resized[i], (start + item.bucket[i]) / item.resized[i]))
-    return box[0][0], box[1][0], box[0][1], box[1][1]
-
-
 def plan_problems(items: Iterable[ImageItem], tokens: CaptionTokens | None) -> list[Problem]:
     """What the images' headers and captions show, each file once for each kind.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
 
 from anima_fast.data import images
@@ -21,11 +22,11 @@ from anima_fast.data.cache import LATENT_SCALE
 from anima_fast.data.problems import Problem
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write
-from anima_fast.reports.dataset.survey import DrawnMask
+from anima_fast.models.flow import resize_mask
+from anima_fast.reports.dataset.survey import DrawnMask, OnProgress, Survey
 
 if TYPE_CHECKING:
     from anima_fast.data.items import ImageItem
-    from anima_fast.reports.dataset.survey import OnProgress, Survey
 
 # Each holds a few images of full size in memory.
 _THREADS = 4
@@ -98,19 +99,14 @@ def _draw(item: ImageItem, *, folder: Path, several: bool) -> DrawnMask | Proble
     subset = item.subset
     if several:
         folder = folder / f"{subset.dataset_index}.{subset.index} {subset.name}"
-    target = folder / f"{item.path.name}.jpg"
-    with atomic_write(target) as file:
+    with atomic_write(folder / f"{item.path.name}.jpg") as file:
         Image.fromarray(overlay(rgb, cells)).save(file, "JPEG", quality=92)
     source = "alpha" if item.mask_path is None else item.mask_path.name
-    return DrawnMask(item.path, source, float(cells.mean()), target)
+    return DrawnMask(item.path, source, float(cells.mean()))
 
 
 def loss_cells(mask: np.ndarray) -> np.ndarray:
     """The factors [h / 8, w / 8] by which the loss multiplies, of a pixel mask [h, w] 0..1."""
-    import torch
-
-    from anima_fast.models.flow import resize_mask
-
     height, width = mask.shape
     pixels = torch.from_numpy(np.ascontiguousarray(mask, np.float32))[None]
     return resize_mask(pixels, (height // LATENT_SCALE, width // LATENT_SCALE))[0, 0].numpy()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from anima_fast.reports.reading import Tail, log_record, number
 from anima_fast.reports.watch.curves import CurveTable
-from anima_fast.reports.watch.reading import number
-from anima_fast.reports.watch.tail import Tail
 
 # Of one call: parsing that much takes well below a second.
 BYTES_AT_ONCE = 8 << 20
@@ -80,13 +78,10 @@ class LogView:
         }
 
     def _take(self, line: bytes) -> None:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+        record = log_record(line)
+        if record is None:
             return
-        step = number(record.get("step")) if isinstance(record, dict) else None
-        if step is None:
-            return
+        step = float(record["step"])
         step = int(step) if step.is_integer() else step
         kind = record.get("kind")
         if kind == "step":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anima_fast.reports.watch.reading import open_shared, read_whole
+from anima_fast.reports.reading import open_shared, picture_prompt, read_whole
 
 FOLDER = "sample"
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
@@ -149,16 +149,8 @@ def read_header(path: Path) -> dict[str, Any] | None:
     try:
         with open_shared(path) as file, Image.open(file) as image:
             width, height = image.size
-            prompt = image.info.get("parameters")
+            prompt = picture_prompt(image.info.get("parameters"))[:MOST_PROMPT]
     # Pillow raises many kinds for damaged files, SyntaxError among them.
     except Exception:
         return None
-    return {"width": width, "height": height, "prompt": _prompt(prompt)}
-
-
-def _prompt(parameters: Any) -> str | None:
-    """The prompt in the text that A1111's viewers read: what stands before the settings."""
-    if not isinstance(parameters, str):
-        return None
-    prompt = re.split(r"\n(?:Negative prompt|Steps):", "\n" + parameters, maxsplit=1)[0]
-    return prompt.strip()[:MOST_PROMPT] or None
+    return {"width": width, "height": height, "prompt": prompt or None}

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from anima_fast import __version__
+from anima_fast.reports.reading import JsonFile, Tail, changed_at, moment, number, open_shared
 from anima_fast.reports.watch.log import LogView
 from anima_fast.reports.watch.pictures import Picture, Pictures
-from anima_fast.reports.watch.reading import JsonFile, changed_at, moment, number, open_shared
 from anima_fast.reports.watch.state import ENDED, describe_state
-from anima_fast.reports.watch.tail import Tail
 
 CONSOLE_BYTES = 256 << 10
 CONSOLE_LINES = 1000
