@@ -1,4 +1,4 @@
-"""HTML pages from the templates beside this file.
+"""HTML pages from the templates in this folder.
 
 A page is one file: styles and pictures are inside and it holds no script, so it can be moved,
 mailed or opened years later without a network. Every value is escaped unless it is markup itself.

@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 
 # `FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE` of the Windows API.
 _SHARE_ALL = 1 | 2 | 4
-# A larger run.json or dataset.json is no file of ours, nor is a log with a longer line.
+# A larger run.json or dataset.json, or a log with a longer line, is not one of ours.
 MOST_JSON_BYTES = 16 << 20
 MOST_LINE_BYTES = 1 << 20
-# So many bytes before the place reached are compared at every read.
+# This many bytes before the place reached are compared at every read.
 _CHECKED = 256
 
 
@@ -55,19 +55,19 @@ def read_whole(path: str | os.PathLike, most: int) -> bytes | None:
 class JsonFile:
     """A JSON object in a file that is replaced now and then.
 
-    The last object that could be read stays when the file is half written, and goes when the file
+    The last object that could be read stays while the file is half written, and goes when the file
     goes.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self.value: dict[str, Any] | None = None
-        # Counts the contents seen, so that an unchanged one need not be sent again.
+        # Counts the contents seen, so that unchanged ones are not sent again.
         self.version = 0
         self._stamp: tuple | None = None
 
     def refresh(self) -> dict[str, Any] | None:
-        """The object as it stands in the file now; the file is read only when it has changed."""
+        """The object that is in the file now; the file is read only when it has changed."""
         stamp = file_stamp(self.path)
         if stamp != self._stamp:
             self._stamp = stamp
@@ -90,8 +90,8 @@ class Tail:
     """The lines added to a file since the last read.
 
     A file that was replaced or cut is noticed by its contents: the last bytes that were read must
-    still stand where they stood. Inode numbers are not asked, as some network file systems
-    change them.
+    still be where they were. Inode numbers are not compared, as some network file systems change
+    them.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -99,7 +99,7 @@ class Tail:
         self.position = 0
         self.size = 0
         self.bytes_read = 0
-        # Whether the last read took all that it might, so that more may wait.
+        # Whether the last read took all it could, so that more may be waiting.
         self.behind = False
         # Counts how often reading started over.
         self.generation = 0
@@ -117,7 +117,7 @@ class Tail:
         """The complete lines that follow, without their line ends.
 
         Args:
-            most: bytes to read at most; what is left comes with the next call.
+            most: bytes to read at most; the rest comes with the next call.
             start_at_end: begin a file, when reading starts over, only `most` bytes before its end.
 
         Returns:

@@ -36,7 +36,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A picture inside the page, and the text that stands for it."""
+    """A picture inside the page, and the text below it or in its place."""
 
     text: str
     url: str

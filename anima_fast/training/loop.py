@@ -86,7 +86,7 @@ def train(options: TrainOptions) -> TrainResult | None:
                 options.output_stem,
                 kind=kind,
                 facts=facts,
-                base_model=options.pretrained_model_name_or_path,
+                base_model=options.pretrained_model_name_or_path or "",
                 optimizer=options.optimizer_type,
                 precision=options.mixed_precision,
                 output=outcome.output,

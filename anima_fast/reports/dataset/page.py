@@ -115,7 +115,8 @@ class _View:
         if file not in self.styles:
             return Figure(name, lines)
         cuts = cut_strips(crop) if crop else []
-        return Figure(name, lines, self.styles[file], *self.images[file]["size"], cuts)
+        width, height = self.images[file]["size"]
+        return Figure(name, lines, self.styles[file], width, height, cuts)
 
     def lead(self) -> str:
         """The sentences below the title."""
@@ -132,7 +133,8 @@ class _View:
     def finding(self, finding: Finding) -> dict[str, Any]:
         """One kind of problem: pictures of its files, and the names of the others."""
         owners = caption_owners(self.record)
-        figures, named = [], []
+        figures: list[Figure] = []
+        named: list[str] = []
         for problem in finding.problems:
             file = owners.get(problem["file"], problem["file"])
             if file in self.styles and len(figures) < _PICTURES:
@@ -206,7 +208,7 @@ def crop_box(image: Record) -> tuple[float, float, float, float]:
 
 
 def cut_strips(image: Record) -> list[str]:
-    """CSS places of the strips that the crop to the bucket takes away."""
+    """CSS places of the strips that the crop to the bucket removes."""
     left, top, right, bottom = (100 * share for share in crop_box(image))
     strips = []
     if right - left < 99.9:

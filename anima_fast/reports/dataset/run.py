@@ -1,4 +1,4 @@
-"""The whole of `anima-fast dataset`: survey, tables or JSON, page, mask pictures."""
+"""All of `anima-fast dataset`: survey, tables or JSON, page, pictures of masks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def report_dataset(
     masks: str | None = None,
     headers_only: bool = False,
 ) -> bool:
-    """Look at the data of a run and tell what there is; True when no problem was found.
+    """Report on the data of a run; True when no problem was found.
 
     Args:
         options: those of a training run.
@@ -44,6 +44,7 @@ def report_dataset(
         json: print JSON instead of tables.
         masks: folder of pictures of the loss masks.
         headers_only: decode no image.
+
     Raises:
         UserError: a broken configuration, a missing folder, or a place that cannot be written.
     """
@@ -75,7 +76,7 @@ def report_dataset(
 
 
 def _check_targets(html: str | None, masks: str | None) -> None:
-    """Refuse places that cannot be what they are named for, before minutes of reading."""
+    """Refuse targets that cannot be written, before minutes of reading."""
     if html is not None and Path(html).is_dir():
         raise UserError(f"--html {html} is a folder: give the name of a file, such as data.html")
     if html is not None and Path(html).suffix.lower() not in (".html", ".htm"):

@@ -87,7 +87,7 @@ def survey_dataset(
         options: those of a training run; no model file is opened but the tokenizers.
         decode: look at the pixels too: damage, duplicates, transparency.
         thumbnails: keep a small picture of each image.
-        masked: count mask folders also where `masked_loss` is off.
+        masked: read mask folders even if `masked_loss` is off.
         on_progress: see `OnProgress`.
     Raises:
         UserError: a broken configuration, or a folder that is missing or holds no image. Single
@@ -140,7 +140,7 @@ def _count_tokens(survey: Survey, options: TrainOptions) -> None:
 
 
 def _tokenizers(options: TrainOptions) -> tuple[Tokenizers | None, str]:
-    """The tokenizers where they are at hand, else a sentence that says how to get counts."""
+    """The tokenizers if they are available, else a sentence that says how to get counts."""
     # A wrong path is an error even when the other tokenizer is missing.
     named = ((QWEN3, options.qwen3_tokenizer_path), (T5, options.t5_tokenizer_path))
     for source, path in named:

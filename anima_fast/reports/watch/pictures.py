@@ -13,7 +13,7 @@ from anima_fast.reports.reading import open_shared, picture_prompt, read_whole
 
 FOLDER = "sample"
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
-# The newest ones; more would be a heavy page.
+# The newest ones; more would make the page heavy.
 MOST_PICTURES = 1000
 MOST_PICTURE_BYTES = 256 << 20
 MOST_PROMPT = 2000
@@ -44,7 +44,7 @@ class Pictures:
         self._headers: dict[Picture, dict | None] = {}
 
     def refresh(self) -> None:
-        """List the folder anew; `found` is the newest pictures, oldest first."""
+        """List the folder again; `found` is the newest pictures, oldest first."""
         entries = sorted(self._list(), key=lambda one: (one.time, one.name))
         self.total = len(entries)
         self.found = entries[-MOST_PICTURES:]
@@ -52,7 +52,7 @@ class Pictures:
 
     @property
     def version(self) -> str:
-        """Changes when a picture comes, goes or is written anew."""
+        """Changes when a picture is added, removed or rewritten."""
         return f"{len(self.found)}.{hash(tuple(self.found)) & 0xFFFFFFFF:x}"
 
     def answer(self, place: Callable[[Picture, dict], dict]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def is_picture(name: str) -> bool:
 
 
 def name_facts(name: str) -> dict[str, Any]:
-    """`label`, `index`, `seed`, and `epoch` or `step`, as the name of a preview tells them.
+    """`label`, `index`, `seed`, and `epoch` or `step`, from the name of a preview.
 
     A picture with another name has none of them.
     """
