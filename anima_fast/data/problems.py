@@ -50,7 +50,7 @@ KINDS = {
         "masks that cannot be read", "replace the files or remove them", stops=True
     ),
     "class caption": Kind(
-        "images that have only class_tokens as caption", "write captions if they shall differ"
+        "images that have only class_tokens as caption", "write captions if they should differ"
     ),
     "empty caption": Kind(
         "caption files that are empty", "write a caption; they train without one"

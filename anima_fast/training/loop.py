@@ -81,7 +81,20 @@ def train(options: TrainOptions) -> TrainResult | None:
             outcome = run_steps(run, position, log=log, progress=progress, stop=stop)
             file.finish(outcome)
         try:
-            report_run(options, outcome)
+            kind, facts = options.about
+            report_run(
+                options.output_stem,
+                kind=kind,
+                facts=facts,
+                base_model=options.pretrained_model_name_or_path or "",
+                optimizer=options.optimizer_type,
+                precision=options.mixed_precision,
+                output=outcome.output,
+                log=outcome.log,
+                steps=outcome.steps,
+                loss=outcome.loss,
+                interrupted_by=outcome.interrupted_by,
+            )
         except UserError as error:
             # The LoRA is saved: a page that cannot be written is no failed run.
             progress.say(f"no report: {error}")

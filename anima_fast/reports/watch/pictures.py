@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anima_fast.reports.watch.reading import open_shared, read_whole
+from anima_fast.reports.reading import open_shared, picture_prompt, read_whole
 
 FOLDER = "sample"
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
-# The newest ones; more would be a heavy page.
+# The newest ones; more would make the page heavy.
 MOST_PICTURES = 1000
 MOST_PICTURE_BYTES = 256 << 20
 MOST_PROMPT = 2000
@@ -44,7 +44,7 @@ class Pictures:
         self._headers: dict[Picture, dict | None] = {}
 
     def refresh(self) -> None:
-        """List the folder anew; `found` is the newest pictures, oldest first."""
+        """List the folder again; `found` is the newest pictures, oldest first."""
         entries = sorted(self._list(), key=lambda one: (one.time, one.name))
         self.total = len(entries)
         self.found = entries[-MOST_PICTURES:]
@@ -52,7 +52,7 @@ class Pictures:
 
     @property
     def version(self) -> str:
-        """Changes when a picture comes, goes or is written anew."""
+        """Changes when a picture is added, removed or rewritten."""
         return f"{len(self.found)}.{hash(tuple(self.found)) & 0xFFFFFFFF:x}"
 
     def answer(self, place: Callable[[Picture, dict], dict]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def is_picture(name: str) -> bool:
 
 
 def name_facts(name: str) -> dict[str, Any]:
-    """`label`, `index`, `seed`, and `epoch` or `step`, as the name of a preview tells them.
+    """`label`, `index`, `seed`, and `epoch` or `step`, from the name of a preview.
 
     A picture with another name has none of them.
     """
@@ -149,16 +149,8 @@ def read_header(path: Path) -> dict[str, Any] | None:
     try:
         with open_shared(path) as file, Image.open(file) as image:
             width, height = image.size
-            prompt = image.info.get("parameters")
+            prompt = picture_prompt(image.info.get("parameters"))[:MOST_PROMPT]
     # Pillow raises many kinds for damaged files, SyntaxError among them.
     except Exception:
         return None
-    return {"width": width, "height": height, "prompt": _prompt(prompt)}
-
-
-def _prompt(parameters: Any) -> str | None:
-    """The prompt in the text that A1111's viewers read: what stands before the settings."""
-    if not isinstance(parameters, str):
-        return None
-    prompt = re.split(r"\n(?:Negative prompt|Steps):", "\n" + parameters, maxsplit=1)[0]
-    return prompt.strip()[:MOST_PROMPT] or None
+    return {"width": width, "height": height, "prompt": prompt or None}
