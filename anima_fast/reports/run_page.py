@@ -23,7 +23,7 @@ MOST_COLUMNS = 12
 SIDE = 320
 # Of a prompt above its row.
 MOST_LETTERS = 160
-Record = Mapping[str, Any]
+LogRecord = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Embedded:
 
 
 @dataclass(frozen=True)
-class Previews:
-    """Previews over time: for each prompt a picture, or None where it is gone, at each step."""
+class PreviewTable:
+    """Previews over time: for each prompt a picture at each step, or None where it is gone."""
 
     steps: list[int]
     rows: list[tuple[str, list[Embedded | None]]]
@@ -133,7 +133,7 @@ def write_report(
         title=title,
         lead=lead,
         facts=facts,
-        charts=curves(records),
+        charts=run_charts(records),
         previews=preview_table(records, Path(log).parent),
         galleries=shown,
     )
@@ -141,7 +141,7 @@ def write_report(
     return Path(path)
 
 
-def curves(records: Sequence[Record]) -> list[Markup]:
+def run_charts(records: Sequence[LogRecord]) -> list[Markup]:
     """The charts of a log's records; none when there is no step."""
     steps = _of_kind(records, "step")
     if not steps:
@@ -163,7 +163,7 @@ def curves(records: Sequence[Record]) -> list[Markup]:
     ]
 
 
-def _memory(steps: Sequence[Record]) -> Markup:
+def _memory(steps: Sequence[LogRecord]) -> Markup:
     """Peak memory, in GiB as soon as there is one."""
     points = _points(steps, "memory_mib")
     unit, size = ("MiB", 1) if max((y or 0 for _, y in points), default=0) < 1024 else ("GiB", 1024)
@@ -171,7 +171,7 @@ def _memory(steps: Sequence[Record]) -> Markup:
     return chart(f"Peak memory in {unit}", [Series("memory", scaled)], zero=True)
 
 
-def _by_noise(records: Sequence[Record]) -> list[Markup]:
+def _by_noise(records: Sequence[LogRecord]) -> list[Markup]:
     """Bars of the last epoch's training loss by sigma, and validation loss of each sigma."""
     found = []
     filled = [r for r in _of_kind(records, "sigma_bins") if any(r.get("counts") or [])]
@@ -187,7 +187,7 @@ def _by_noise(records: Sequence[Record]) -> list[Markup]:
     return found
 
 
-def preview_table(records: Sequence[Record], folder: Path) -> Previews | None:
+def preview_table(records: Sequence[LogRecord], folder: Path) -> PreviewTable | None:
     """The previews of a run over time, at most `MOST_COLUMNS` of them; None without any.
 
     Args:
@@ -209,10 +209,10 @@ def preview_table(records: Sequence[Record], folder: Path) -> Previews | None:
                 row[column] = picture
                 seen[prompt] += 1
     labelled = [(_label(prompt), pictures) for (prompt, _), pictures in rows.items()]
-    return Previews([r["step"] for r in shown], labelled, len(previews) - len(shown))
+    return PreviewTable([r["step"] for r in shown], labelled, len(previews) - len(shown))
 
 
-def _spread(items: Sequence[Record], most: int) -> list[Record]:
+def _spread(items: Sequence[LogRecord], most: int) -> list[LogRecord]:
     """At most so many of them, evenly spread, the first and the last included."""
     if len(items) <= most:
         return list(items)
@@ -244,16 +244,16 @@ def _embedded(picture: Picture) -> Embedded:
     return Embedded(picture.caption, data_url(picture.path.read_bytes(), kind))
 
 
-def _of_kind(records: Sequence[Record], kind: str) -> list[Record]:
+def _of_kind(records: Sequence[LogRecord], kind: str) -> list[LogRecord]:
     return [record for record in records if record.get("kind") == kind]
 
 
-def _points(records: Iterable[Record], name: str) -> list[tuple[float, float | None]]:
+def _points(records: Iterable[LogRecord], name: str) -> list[tuple[float, float | None]]:
     return [(record["step"], number(record.get(name))) for record in records]
 
 
 def _parts_of(
-    records: Sequence[Record], name: str, parts: Sequence[str], label: str = "{}"
+    records: Sequence[LogRecord], name: str, parts: Sequence[str], label: str = "{}"
 ) -> list[Series]:
     """A line for each entry of the table `name` in the records."""
     return [

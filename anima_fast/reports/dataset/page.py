@@ -15,12 +15,12 @@ from typing import Any
 from anima_fast.files import write_text
 from anima_fast.reports.dataset.pixels import THUMBNAIL
 from anima_fast.reports.dataset.record import (
-    Finding,
+    ProblemGroup,
     Record,
     described,
     facts,
-    findings,
     largest_crops,
+    problem_groups,
     token_histogram,
 )
 from anima_fast.reports.pages import data_url, render
@@ -80,7 +80,7 @@ def write_page(
         facts=facts(record),
         record=record,
         thumbnails={view.styles[file]: data_url(thumbnails[file]) for file in chosen},
-        findings=[view.finding(one) for one in findings(record)],
+        problems=[view.problems(one) for one in problem_groups(record)],
         buckets=buckets,
         bucket_bars=_bars((one["label"], (one["uses"],), one["counts"]) for one in buckets),
         buckets_open=len(chosen) <= _OPEN,
@@ -130,22 +130,22 @@ class _View:
             lead += f" {len(self.styles)} of them are shown."
         return f"{lead} Striped parts of a picture are cut off by its bucket."
 
-    def finding(self, finding: Finding) -> dict[str, Any]:
+    def problems(self, group: ProblemGroup) -> dict[str, Any]:
         """One kind of problem: pictures of its files, and the names of the others."""
         owners = caption_owners(self.record)
         figures: list[Figure] = []
         named: list[str] = []
-        for problem in finding.problems:
+        for problem in group.problems:
             file = owners.get(problem["file"], problem["file"])
             if file in self.styles and len(figures) < _PICTURES:
-                crop = self.images[file] if finding.kind == "crop" else None
+                crop = self.images[file] if group.kind == "crop" else None
                 name = short_name(problem["file"])
                 figures.append(self.figure(file, name, problem["text"], crop=crop))
             elif len(named) < _FILES:
                 named.append(described({**problem, "file": short_name(problem["file"])}))
-        if rest := len(finding.problems) - len(figures) - len(named):
+        if rest := len(group.problems) - len(figures) - len(named):
             named.append(f"and {rest} more")
-        return {"about": finding, "figures": figures, "named": named}
+        return {"about": group, "figures": figures, "named": named}
 
     def buckets(self) -> list[dict[str, Any]]:
         """Each bucket with its label, counts and pictures."""

@@ -189,7 +189,7 @@ def largest_crops(record: Record) -> list[Record]:
 
 
 @dataclass(frozen=True)
-class Finding:
+class ProblemGroup:
     """All problems of one kind, and what to do about them."""
 
     kind: str
@@ -199,13 +199,13 @@ class Finding:
     problems: list[Record]
 
 
-def findings(record: Record) -> list[Finding]:
+def problem_groups(record: Record) -> list[ProblemGroup]:
     """The problems by kind, those that stop training first."""
     found = []
     for kind, about in sorted(KINDS.items(), key=lambda entry: not entry[1].stops):
         if problems := [one for one in record["problems"] if one["kind"] == kind]:
             title = about.title[0].upper() + about.title[1:]
-            found.append(Finding(kind, title, about.remedy, about.stops, problems))
+            found.append(ProblemGroup(kind, title, about.remedy, about.stops, problems))
     return found
 
 

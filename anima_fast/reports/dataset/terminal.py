@@ -15,8 +15,8 @@ from anima_fast.reports.dataset.record import (
     Record,
     described,
     facts,
-    findings,
     largest_crops,
+    problem_groups,
     token_histogram,
 )
 
@@ -149,16 +149,16 @@ def _show_problems(record: Record, console: Console) -> None:
         return
     if not record["decoded"]:
         console.print("Only headers were read: damage and duplicates are not looked for.")
-    for finding in findings(record):
-        style = "bold red" if finding.stops else "bold yellow"
-        stops = " (training refuses to start)" if finding.stops else ""
+    for group in problem_groups(record):
+        style = "bold red" if group.stops else "bold yellow"
+        stops = " (training refuses to start)" if group.stops else ""
         console.print()
-        console.print(Text(f"{finding.title}: {len(finding.problems)}{stops}", style))
-        for problem in finding.problems[:_FILES]:
+        console.print(Text(f"{group.title}: {len(group.problems)}{stops}", style))
+        for problem in group.problems[:_FILES]:
             console.print(Text(f"  {one_line(described(problem))}"), soft_wrap=True)
-        if len(finding.problems) > _FILES:
-            console.print(Text(f"  and {len(finding.problems) - _FILES} more"), soft_wrap=True)
-        console.print(Text(f"  → {finding.remedy}", "green"), soft_wrap=True)
+        if len(group.problems) > _FILES:
+            console.print(Text(f"  and {len(group.problems) - _FILES} more"), soft_wrap=True)
+        console.print(Text(f"  → {group.remedy}", "green"), soft_wrap=True)
     stops = sum(problem["stops"] for problem in record["problems"])
     end = f"{len(record['problems'])} findings"
     console.print()

@@ -25,7 +25,7 @@ _NAME = re.compile(
 
 
 @dataclass(frozen=True)
-class Picture:
+class PictureFile:
     """A file of the folder: name, seconds since 1970, and what changes with its contents."""
 
     name: str
@@ -39,9 +39,9 @@ class Pictures:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out / FOLDER
-        self.found: list[Picture] = []
+        self.found: list[PictureFile] = []
         self.total = 0
-        self._headers: dict[Picture, dict | None] = {}
+        self._headers: dict[PictureFile, dict | None] = {}
 
     def refresh(self) -> None:
         """List the folder again; `found` is the newest pictures, oldest first."""
@@ -55,7 +55,7 @@ class Pictures:
         """Changes when a picture is added, removed or rewritten."""
         return f"{len(self.found)}.{hash(tuple(self.found)) & 0xFFFFFFFF:x}"
 
-    def answer(self, place: Callable[[Picture, dict], dict]) -> dict[str, Any]:
+    def answer(self, place: Callable[[PictureFile, dict], dict]) -> dict[str, Any]:
         """All pictures that can be read, as JSON holds them.
 
         Args:
@@ -93,7 +93,7 @@ class Pictures:
         path = (self.folder / name).resolve(strict=True)
         return path if path.is_relative_to(self.out.resolve()) else None
 
-    def _list(self) -> list[Picture]:
+    def _list(self) -> list[PictureFile]:
         found = []
         try:
             if self._inside("") is None:
@@ -108,7 +108,7 @@ class Pictures:
                 ):
                     stat = entry.stat()
                     stamp = (stat.st_mtime_ns, stat.st_size)
-                    found.append(Picture(entry.name, stat.st_mtime, stamp))
+                    found.append(PictureFile(entry.name, stat.st_mtime, stamp))
             except OSError:
                 continue
         return found

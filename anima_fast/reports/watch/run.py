@@ -13,7 +13,7 @@ from typing import Any
 from anima_fast import __version__
 from anima_fast.reports.reading import JsonFile, changed_at, moment, number
 from anima_fast.reports.watch.log import ConsoleView, LogView
-from anima_fast.reports.watch.pictures import Picture, Pictures
+from anima_fast.reports.watch.pictures import PictureFile, Pictures
 
 # File systems and the console log round their times.
 _CLOCK_S = 2.0
@@ -170,7 +170,7 @@ class WatchedRun:
 
 
 def _place(
-    one: Picture, facts: Mapping[str, Any], log: LogView, since: float | None
+    one: PictureFile, facts: Mapping[str, Any], log: LogView, since: float | None
 ) -> dict[str, Any]:
     """When a picture was made: from the log, else from its name and time.
 
