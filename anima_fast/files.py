@@ -17,20 +17,57 @@ import os
 import re
 import shutil
 import struct
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from anima_fast.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 if TYPE_CHECKING:
     import torch
 
 # Windows' error codes for a rename that meets an open file.
 ACCESS_DENIED, SHARING_VIOLATION = 5, 32
+
+
+def read_text(path: str | os.PathLike[str], what: str) -> str:
+    """A UTF-8 text file without its byte-order mark; `UserError` naming the file otherwise."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} does not exist: check the path") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{what} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {what} {path}: {reason}") from None
+
+
+def parse_config(text: str, where: object, kind: str = "TOML") -> Any:
+    """TOML or JSON text as Python values; `UserError` that begins with `where` otherwise."""
+    parse, wrong = {
+        "TOML": (tomllib.loads, "is not valid TOML"),
+        "JSON": (json.loads, "is not valid JSON"),
+    }[kind]
+    try:
+        return parse(text)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply for a configuration") from None
+    except ValueError as error:
+        hint = "; write Windows paths in 'single quotes' or with /" if "\\" in text else ""
+        raise UserError(f"{where} {wrong}: {error}{hint}") from None
 
 
 @contextlib.contextmanager

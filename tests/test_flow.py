@@ -8,7 +8,7 @@ import torch
 
 from anima_fast.errors import UserError
 from anima_fast.models import flow
-from anima_fast.models.flow import TIMESTEP_SAMPLINGS, WEIGHTING_SCHEMES, FlowSettings
+from anima_fast.models.flow_settings import TIMESTEP_SAMPLINGS, WEIGHTING_SCHEMES, FlowSettings
 
 SETTINGS = {
     "sigmoid": {},

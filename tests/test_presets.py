@@ -283,5 +283,5 @@ def test_the_command_lists_and_prints_them():
 
 
 def test_the_files_are_part_of_the_package():
-    project = (FOLDER.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    project = (FOLDER.parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert '"anima_fast.options.presets" = ["*.toml"]' in project

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from anima_fast.commands.app import app
+from anima_fast.commands.app import USE, app
 from anima_fast.errors import UserError
 
 
-@app.command("convert")
+@app.command("convert", rich_help_panel=USE)
 def _convert(
     src: Annotated[Path | None, typer.Argument(help="Network file to read.")] = None,
     dst: Annotated[Path | None, typer.Argument(help="Network file to write.")] = None,
@@ -43,7 +43,7 @@ def _convert(
     typer.echo(f"wrote {target} ({dialect} names)")
 
 
-@app.command("inspect")
+@app.command("inspect", rich_help_panel=USE)
 def _inspect(
     file: Annotated[Path, typer.Argument(help="Any checkpoint, LoRA or cache file.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from anima_fast.commands.app import app
+from anima_fast.commands.app import PREPARE, app
 
 # Options that take a word of their own.
 _WITH_VALUE = ("--out", "--cwd")
@@ -31,8 +31,8 @@ class _TakesCommandLines(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-@app.command("import", cls=_TakesCommandLines, hidden=True)
-@app.command("import-kohya", cls=_TakesCommandLines)
+@app.command("import", cls=_TakesCommandLines, hidden=True, rich_help_panel=PREPARE)
+@app.command("import-kohya", cls=_TakesCommandLines, rich_help_panel=PREPARE)
 def _import(
     context: typer.Context,
     source: Annotated[

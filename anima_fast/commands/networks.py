@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anima_fast.commands.app import app
+from anima_fast.commands.app import USE, app
 from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _precision(text: str) -> typer.models.OptionInfo:
     return typer.Option("--precision", help=text, show_default=False)
 
 
-@app.command("merge")
+@app.command("merge", rich_help_panel=USE)
 def _merge(
     checkpoint: Annotated[
         Path | None,
@@ -126,7 +126,7 @@ def _combine(
     _tell(losses, output, verbose)
 
 
-@app.command("extract")
+@app.command("extract", rich_help_panel=USE)
 def _extract(
     base: Annotated[Path, typer.Argument(help="Checkpoint to start from.")],
     tuned: Annotated[Path, typer.Argument(help="Checkpoint that the LoRA leads to.")],
@@ -188,7 +188,7 @@ def _extract(
     _tell(found.losses, target, verbose)
 
 
-@app.command("resize")
+@app.command("resize", rich_help_panel=USE)
 def _resize(
     src: Annotated[Path, typer.Argument(help="LoRA, LoHa, LoKr or DoRA file to read.")],
     output: Output = None,
@@ -218,7 +218,7 @@ def _resize(
     _tell(losses, target, verbose)
 
 
-@app.command("remap")
+@app.command("remap", rich_help_panel=USE)
 def _remap(
     src: Annotated[Path, typer.Argument(help="Network file to read.")],
     output: Output = None,

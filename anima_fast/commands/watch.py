@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from anima_fast.commands.app import app
+from anima_fast.commands.app import PREPARE, app
 
 
-@app.command("watch")
+@app.command("watch", rich_help_panel=PREPARE)
 def _watch(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Output folder of the run (--output_dir).")

@@ -22,10 +22,9 @@ from anima_fast.data.dataset_config import caches_latents
 from anima_fast.data.encode_latents import LatentPhase
 from anima_fast.data.encode_models import load_run_tokenizers
 from anima_fast.data.encode_text import TextPhase
-from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from anima_fast.data.items import DatasetPlan, ImageItem
+    from anima_fast.data.items import DatasetPlan
     from anima_fast.data.lowres import LowRes
     from anima_fast.options.run import TrainOptions
 
@@ -98,7 +97,6 @@ def encode_dataset(
     folders = CacheFolders(options.cache_dir, options.output_dir, report)
     folders.register(item.path for item in items)
     if encoded.image_mode == "cached":
-        check_images_cacheable(items)
         latents = LatentPhase(options, folders, device, vae_dtype, report).run(items)
         encoded.latents, encoded.validation_latents = latents[:count], latents[count:]
         if lowres is not None:
@@ -108,7 +106,6 @@ def encode_dataset(
             entries = phase.run(small)
             encoded.small_latents = {s.index: e for s, e in zip(small, entries, strict=True)}
     if encoded.text_mode != "live":
-        check_texts_cacheable(items)
         phase = TextPhase(
             options, tokenizers, tokens, folders, device, text_dtype, encoded.text_mode, report
         )
@@ -128,24 +125,3 @@ def choose_text_mode(options: TrainOptions) -> str:
     if not cached:
         return "live"
     return "states" if options.trains_llm_adapter else "context"
-
-
-def check_images_cacheable(items: list[ImageItem]) -> None:
-    """`UserError` when a subset wants other pixels at every access."""
-    for item in items:
-        for name in ("color_aug", "random_crop"):
-            if getattr(item.subset, name):
-                raise UserError(
-                    f"{item.subset.where}: {name} changes images at every access, so it cannot "
-                    "work with cached latents: remove it or cache_latents"
-                )
-
-
-def check_texts_cacheable(items: list[ImageItem]) -> None:
-    """`UserError` when captions depend on the step."""
-    for item in items:
-        if item.subset.token_warmup_step > 0:
-            raise UserError(
-                f"{item.subset.where}: token_warmup_step changes captions with every step, so it "
-                "cannot work with cached text outputs: remove it or cache_text_encoder_outputs"
-            )

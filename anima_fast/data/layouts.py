@@ -18,6 +18,7 @@ from PIL import Image, features
 from anima_fast.data.captions import Caption
 from anima_fast.data.problems import Problem
 from anima_fast.errors import UserError
+from anima_fast.files import read_text
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PLUGIN_EXTENSIONS = {".avif": "pillow-avif-plugin", ".jxl": "pillow-jxl-plugin"}
@@ -36,22 +37,6 @@ def some(names: list, limit: int = 3) -> str:
     """The first few names of a list, for messages."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(str(name) for name in names[:limit]) + more
-
-
-def read_text(path: str | os.PathLike, what: str) -> str:
-    """A UTF-8 text file without its byte-order mark; `UserError` naming the file otherwise."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise UserError(f"{what} {path} does not exist: check the path") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{what} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {what} {path}: {reason}") from None
 
 
 @functools.cache

@@ -68,6 +68,11 @@ class SaveOptions:
         None, "State folder, output folder, or auto for the newest valid state in output_dir."
     )
 
+    @property
+    def output_stem(self) -> str:
+        """The name of the final file without its ending."""
+        return self.output_name or "last"
+
 
 @dataclass(frozen=True)
 class LogOptions:
@@ -99,8 +104,9 @@ class ValidationOptions:
         0.0, "Part of each training subset that is held out.", low=0, high=1
     )
     validation_seed: int | None = _validation(
-        None, "Seed of the split (default: 0) and of validation noise (default: seed)."
-    )
+        None, "Seed of the split (default: 0) and of validation noise (default: seed).",
+        low=-(2**63), high=2**64,
+    )  # fmt: skip
     validate_every_n_steps: int | None = _validation(None, "Validate every so many steps.", low=1)
     validate_every_n_epochs: int | None = _validation(
         None, "Validate every so many epochs (default: every epoch).", low=1

@@ -1,14 +1,10 @@
-"""Rules between options that only LoRA training has; see `option_rules.py` for how they work."""
+"""Rules between options that only LoRA training has; `rules.py` says how they work."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from anima_fast.errors import UserError
 from anima_fast.options.network_args import parse_network_args
-
-if TYPE_CHECKING:
-    from anima_fast.options.draft import Draft
+from anima_fast.options.rules import Draft
 
 # Keywords of `add_lora` that `dim_from_weights` takes from the file, and how users write them.
 OF_THE_FILE = {

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from anima_fast.models.adapter_kinds import ADAPTER_KINDS, LORA, LYCORIS, WORDS
+from anima_fast.models.flow_settings import FlowSettings
 from anima_fast.options.declare import option
+from anima_fast.options.words import parse_arguments
 
 _network = partial(option, "Network")
 _optimizer = partial(option, "Optimizer")
@@ -18,6 +21,7 @@ SCHEDULERS = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
     "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant", "adafactor",
 )  # fmt: skip
+ATTN_MODES = ("torch", "triton", "xformers", "flash", "sageattn")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -122,6 +126,11 @@ class OptimizerOptions:
     )
     max_grad_norm: float = _optimizer(1.0, "Clip the gradient norm at this; 0 = off.", low=0)
 
+    @property
+    def optimizer_kwargs(self) -> dict[str, Any]:
+        """`optimizer_args` as Python values."""
+        return parse_arguments(self.optimizer_args, "--optimizer_args")
+
 
 @dataclass(frozen=True)
 class SchedulerOptions:
@@ -147,33 +156,16 @@ class SchedulerOptions:
     )
     lr_scheduler_args: tuple[str, ...] = _scheduler((), "key=value arguments of that class.")
 
+    @property
+    def scheduler_kwargs(self) -> dict[str, Any]:
+        """`lr_scheduler_args` as Python values."""
+        return parse_arguments(self.lr_scheduler_args, "--lr_scheduler_args")
+
 
 @dataclass(frozen=True)
-class FlowOptions:
+class FlowOptions(FlowSettings):
     """Sampling of sigma, noise and loss."""
 
-    timestep_sampling: str = _flow(
-        "sigmoid", "Distribution of sigma.",
-        choices=("sigma", "uniform", "sigmoid", "shift", "flux_shift"),
-    )  # fmt: skip
-    sigmoid_scale: float = _flow(1.0, "Factor on the normal draw of sigmoid, shift, flux_shift.")
-    discrete_flow_shift: float = _flow(1.0, "Shift of timestep_sampling shift and sigma.", low=1e-6)
-    weighting_scheme: str = _flow(
-        "uniform", "Loss weight by sigma (logit_normal and mode change how sigma is drawn).",
-        choices=("uniform", "none", "sigma_sqrt", "cosmap", "logit_normal", "mode"),
-    )  # fmt: skip
-    logit_mean: float = _flow(0.0, "Mean of logit_normal.")
-    logit_std: float = _flow(1.0, "Standard deviation of logit_normal.", low=0)
-    mode_scale: float = _flow(1.29, "Scale of mode.")
-    min_timestep: int | None = _flow(None, "Smallest sigma, in thousandths.", low=0, high=1000)
-    max_timestep: int | None = _flow(None, "Largest sigma, in thousandths.", low=0, high=1000)
-    loss_type: str = _flow("l2", "Loss.", choices=("l2", "l1", "huber", "smooth_l1"))
-    huber_schedule: str = _flow(
-        "snr", "How the Huber threshold depends on sigma (snr acts as constant).",
-        choices=("snr", "constant", "exponential"),
-    )  # fmt: skip
-    huber_c: float = _flow(0.1, "Huber threshold.", low=1e-9)
-    huber_scale: float = _flow(1.0, "Factor on the Huber threshold.", low=1e-9)
     sigma_lowres: float | None = _flow(
         None,
         "Train batches with sigma at or above this on a smaller picture, which is cached too: "
@@ -182,21 +174,25 @@ class FlowOptions:
         high=0.99,
     )
     sigma_lowres_scale: float = _flow(
-        0.5, "Size of that picture, as a part of the full one's sides.", low=0.1, high=0.9
-    )
-    ip_noise_gamma: float | None = _flow(
-        None, "Strength of extra noise in the input that the target does not have.", low=0
-    )
-    ip_noise_gamma_random_strength: bool = _flow(
-        False, "Draw that strength between 0 and ip_noise_gamma each time."
+        0.5, "Size of that picture, as a fraction of the full one's sides.", low=0.1, high=0.9
     )
 
 
 @dataclass(frozen=True)
-class MemoryOptions:
-    """Precision, memory and speed."""
+class DeviceOptions:
+    """Where it computes, and by which blocks."""
 
     device: str | None = _memory(None, "cuda, cuda:1 or cpu (default: cuda where there is one).")
+    kernels: str = _memory(
+        "auto", "DiT blocks: fused Triton kernels or plain PyTorch; auto is triton on CUDA.",
+        choices=("auto", "triton", "eager"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MemoryOptions(DeviceOptions):
+    """Precision, memory and speed."""
+
     mixed_precision: str = _memory(
         "bf16", "Type of weights and arithmetic.", choices=("no", "fp16", "bf16")
     )
@@ -210,17 +206,13 @@ class MemoryOptions:
     blocks_to_swap: int | None = _memory(
         None, "DiT blocks that stay in host memory, at most all but two.", low=0
     )
-    kernels: str = _memory(
-        "auto", "DiT blocks: fused Triton kernels or plain PyTorch; auto is triton on CUDA.",
-        choices=("auto", "triton", "eager"),
-    )  # fmt: skip
     recompute: str | None = _memory(
         None, "What backward computes again: none, mlp (fused kernels only), block, or N: N blocks "
         "at block, the rest at none.",
     )  # fmt: skip
     attn_mode: str = _memory(
         "torch", "Attention backend; sdpa is another name for torch.",
-        choices=("torch", "triton", "xformers", "flash", "sageattn", "sdpa"),
+        choices=(*ATTN_MODES, "sdpa"),
     )  # fmt: skip
     split_attn: bool = _memory(False, "Attention for one image of the batch at a time.")
     compile: bool = _memory(False, "Compile each DiT block with torch.compile.")

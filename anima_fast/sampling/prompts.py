@@ -11,21 +11,15 @@ those of ComfyUI's template for Anima (30 steps, guidance 4, shift 3), not those
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from anima_fast.errors import UserError
+from anima_fast.files import parse_config
 from anima_fast.options.output import PreviewOptions
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 # Flag -> field, with its type.
 FLAGS = {
@@ -116,11 +110,7 @@ def _read(path: Path, defaults: Prompt) -> Iterable[Prompt]:
             for i, line in lines
             if line and not line.startswith("#")
         ]
-    try:
-        content = tomllib.loads(text) if suffix == ".toml" else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid {suffix[1:].upper()}: {error}") from None
-    return _from_tables(content, defaults, str(path))
+    return _from_tables(parse_config(text, path, suffix[1:].upper()), defaults, str(path))
 
 
 def parse_prompt(line: str, defaults: Prompt | None = None, where: str = "prompt") -> Prompt:

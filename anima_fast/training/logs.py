@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from anima_fast.errors import UserError
-from anima_fast.files import disk_error, write_text
+from anima_fast.files import disk_error, parse_config, read_text, write_text
 
 if TYPE_CHECKING:
     from anima_fast.options.run import TrainOptions
@@ -268,15 +268,5 @@ def _tracker_arguments(options: TrainOptions) -> dict[str, dict]:
     """`--log_tracker_config`: a TOML file with a table per tracker."""
     if not options.log_tracker_config:
         return {}
-    try:
-        import tomllib
-    except ModuleNotFoundError:
-        import tomli as tomllib
-    path = Path(options.log_tracker_config)
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--log_tracker_config {path} is no readable TOML file ({' '.join(str(error).split())})"
-            ": give tables named tensorboard or wandb"
-        ) from error
+    where = f"--log_tracker_config {options.log_tracker_config}"
+    return parse_config(read_text(options.log_tracker_config, "--log_tracker_config"), where)

@@ -26,7 +26,7 @@ class Weight:
     Attributes:
         name: its published name, `llm_adapter.` included, without `net.`.
         param: what the model computes with.
-        part: the learning-rate part (option_groups/finetune.PARTS, or base).
+        part: the learning-rate part (options.finetune.PARTS, or base).
         swapped: it lives in host memory, in `param` and everywhere else.
         master: the truth in float32, where `param` is a rounded copy.
         state_home: where optimizer state waits between steps, by name.
