@@ -31,7 +31,7 @@ from anima_fast.bench.suite_report import build_report
 from anima_fast.cli import app
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder
-from anima_fast.kernels import OPS
+from anima_fast.kernels.registry import OPS
 from anima_fast.measure.timer import Timer
 
 CARD = {

@@ -27,7 +27,7 @@ from typing import Any
 from anima_fast.bench.rows import ROOT, machine
 from anima_fast.errors import UserError
 from anima_fast.files import write_json
-from anima_fast.kernels import OPS
+from anima_fast.kernels.registry import OPS
 
 LIMIT_S = 540.0
 # What measurements plan for; starting, compiling and writing take the rest.
