@@ -1,17 +1,16 @@
 """Encode once: images to latents, captions to text context, before the DiT is loaded.
 
-`encode_dataset` names the captions that are too long and then runs two phases one after the other,
-each with its own models, so that the VAE and the text encoder are never in memory together and
-neither is there when training starts. Both phases leave a cache on the disk (see `cache.py`),
-whichever flag turned them on; the `_to_disk` flags say only that entries are read from it for every
-batch instead of staying in memory.
+`encode_dataset` reports captions that are too long and then runs two phases one after the other,
+each with its own models, so that the VAE and the text encoder are never in memory together and both
+are gone when training starts. Both phases leave a cache on disk (see `cache.py`), whichever flag
+turned them on; with the `_to_disk` flags entries are also read from it for every batch instead of
+staying in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,12 +21,11 @@ from anima_fast.data.dataset_config import caches_latents
 from anima_fast.data.encode_latents import LatentPhase
 from anima_fast.data.encode_models import load_run_tokenizers
 from anima_fast.data.encode_text import TextPhase
+from anima_fast.data.items import DatasetPlan, ImageItem
+from anima_fast.data.lowres import LowRes
 from anima_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from anima_fast.data.items import DatasetPlan, ImageItem
-    from anima_fast.data.lowres import LowRes
-    from anima_fast.options.run import TrainOptions
+from anima_fast.options.data import CacheOptions
+from anima_fast.options.run import TrainOptions
 
 Texts = list[tuple[Stored[TextEntry], ...]]
 
@@ -105,19 +103,18 @@ def encode_dataset(
             small = [s for item in plan.items if (s := lowres.small_item(item)) is not None]
             # Files of sd-scripts hold the full size.
             phase = LatentPhase(options, folders, device, vae_dtype, report, legacy=False)
-            entries = phase.run(small)
-            encoded.small_latents = {s.index: e for s, e in zip(small, entries, strict=True)}
+            found = zip(small, phase.run(small), strict=True)
+            encoded.small_latents = {item.index: entry for item, entry in found}
     if encoded.text_mode != "live":
         check_texts_cacheable(items)
-        phase = TextPhase(
+        entries, encoded.empty_text = TextPhase(
             options, tokenizers, tokens, folders, device, text_dtype, encoded.text_mode, report
-        )
-        entries, encoded.empty_text = phase.run(items, texts)
+        ).run(items, texts)
         encoded.texts, encoded.validation_texts = entries[:count], entries[count:]
     return encoded
 
 
-def choose_image_mode(options: TrainOptions) -> str:
+def choose_image_mode(options: CacheOptions) -> str:
     """ "cached" with either latent cache flag, else "live"."""
     return "cached" if caches_latents(options) else "live"
 
@@ -131,7 +128,7 @@ def choose_text_mode(options: TrainOptions) -> str:
 
 
 def check_images_cacheable(items: list[ImageItem]) -> None:
-    """`UserError` when a subset wants other pixels at every access."""
+    """Raise `UserError` when a subset wants different pixels at every use."""
     for item in items:
         for name in ("color_aug", "random_crop"):
             if getattr(item.subset, name):
@@ -142,7 +139,7 @@ def check_images_cacheable(items: list[ImageItem]) -> None:
 
 
 def check_texts_cacheable(items: list[ImageItem]) -> None:
-    """`UserError` when captions depend on the step."""
+    """Raise `UserError` when captions depend on the step."""
     for item in items:
         if item.subset.token_warmup_step > 0:
             raise UserError(

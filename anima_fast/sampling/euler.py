@@ -14,9 +14,7 @@ from torch import Tensor
 
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.flow import inference_sigmas
-from anima_fast.models.vae import SCALE
-
-LATENT_CHANNELS = 16
+from anima_fast.models.vae import LATENT_CHANNELS, LATENT_SCALE
 
 
 @torch.no_grad()
@@ -79,4 +77,6 @@ def euler_sample(
 def start_noise(seed: int, width: int, height: int) -> Tensor:
     """Noise [1, 16, 1, H/8, W/8] float32 of a picture in pixels, drawn on the CPU from `seed`."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, LATENT_CHANNELS, 1, height // SCALE, width // SCALE, generator=generator)
+    return torch.randn(
+        1, LATENT_CHANNELS, 1, height // LATENT_SCALE, width // LATENT_SCALE, generator=generator
+    )

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from anima_fast.adapters.network import LoRANetwork
-from anima_fast.device import choose_device, set_backends, uses_fused_blocks
+from anima_fast.device import DTYPES, choose_device, set_backends, uses_fused_blocks
 from anima_fast.errors import UserError
 from anima_fast.memory.free import free_memory
 from anima_fast.memory.offload import install_block_runner
@@ -38,7 +38,6 @@ from anima_fast.sampling.workflow import comfyui_prompt
 if TYPE_CHECKING:
     from anima_fast.options.sample import SampleOptions
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # A context belongs to a text and, where LoRA files change the text path, to their weights.
 Contexts = dict[tuple[str, tuple[float, ...]], Tensor]
 
@@ -79,7 +78,9 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
             cannot be written, or numbers that are not finite.
         KeyboardInterrupt: as it came; the pictures that were sampled before are written.
     """
-    check_model_files(options)
+    check_model_files(
+        options.dit, options.qwen3, options.vae, options.llm_adapter_path, dit_option="dit"
+    )
     given = list(options.loras)
     notices: list[str] = []
     size = picture_size(options.init_image) if options.init_image else None
@@ -90,7 +91,7 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
             given += [(path, options.lora_weight) for path in axis.values]
         if axis.name == "strength" and not options.init_image:
             raise UserError("--grid strength needs --init_image FILE")
-    device, dtype = choose_device(options), DTYPES[options.dtype]
+    device, dtype = choose_device(options.device), DTYPES[options.dtype]
     set_backends()
     for path, weight in given:
         if not math.isfinite(weight):
@@ -213,7 +214,7 @@ def _sample(session: Session, contexts: Contexts) -> list[Tensor]:
     session.say("loading the DiT")
     dit = load_dit(options.dit, device=device, dtype=session.dtype, attn_mode=options.attn_mode)
     attached = [attach_lora(lora, dit=dit) for lora in session.loras]
-    if uses_fused_blocks(options, device):
+    if uses_fused_blocks(options.kernels, device):
         install_block_runner(dit, fused=True)
     groups = batches(session.jobs, options.batch_size)
     first = session.jobs[0]

@@ -18,8 +18,8 @@ import torch
 
 from anima_fast.adapters.names import DIALECTS
 from anima_fast.adapters.parts import LoRAPart, Part
-from anima_fast.data.encode_progress import EncodeProgress
 from anima_fast.errors import UserError
+from anima_fast.progress import ItemProgress
 from anima_fast.tools.convert import check_output
 from anima_fast.tools.low_rank import weighted_sum
 from anima_fast.tools.merge import MERGED, entries
@@ -73,7 +73,7 @@ def combine_networks(
                     f"{list(part.shape)} in one and {list(terms[name][0][1].shape)} in the other"
                 )
     parts, losses = {}, []
-    with EncodeProgress("combined", len(terms), "modules", say) as progress:
+    with ItemProgress("combined", len(terms), "modules", say) as progress:
         for name, own in terms.items():
             parts[name], loss = _combined(name, own, rule, dtype, device)
             losses.append(loss)

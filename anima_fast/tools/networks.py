@@ -17,9 +17,10 @@ from anima_fast.adapters.formats import FOLDED, read_lora, unfold, write_lora
 from anima_fast.adapters.metadata import IMPLEMENTATION
 from anima_fast.adapters.names import DIALECTS
 from anima_fast.adapters.parts import Part
+from anima_fast.device import DTYPES
 from anima_fast.errors import UserError
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {name: DTYPES[name] for name in ("fp32", "fp16", "bf16")}
 # What sd-scripts' tools write where modules differ.
 SEVERAL = "Dynamic"
 MODULES = {"lora": "networks.lora_anima", "loha": "networks.loha", "lokr": "networks.lokr"}

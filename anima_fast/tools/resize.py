@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 
 from anima_fast.adapters.parts import LoRAPart, Part
-from anima_fast.data.encode_progress import EncodeProgress
 from anima_fast.errors import UserError
+from anima_fast.progress import ItemProgress
 from anima_fast.tools.convert import check_output
 from anima_fast.tools.low_rank import weighted_sum
 from anima_fast.tools.networks import Network, dtype_of, module_key, with_comment
@@ -51,7 +51,7 @@ def resize_file(
     network = Network.read(src)
     _check_rank(network, rule)
     parts, losses = {}, []
-    with EncodeProgress("resized", len(network.parts), "modules", say) as progress:
+    with ItemProgress("resized", len(network.parts), "modules", say) as progress:
         for name, part in network.parts.items():
             parts[name], loss = resize_part(name, part, rule, precision, device)
             losses.append(loss)
