@@ -23,7 +23,7 @@ def main() -> int:
         interpreter.start()
     # Now: triton reads at import whether it interprets.
     from anima_fast.bench.parity import check_op
-    from anima_fast.kernels import OPS
+    from anima_fast.kernels.registry import OPS
 
     wrong = 0
     for op in OPS.values():

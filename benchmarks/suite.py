@@ -30,7 +30,7 @@ import typer
 
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder, write_json
-from anima_fast.kernels import OPS
+from anima_fast.kernels.registry import OPS
 from benchmarks.rows import ROOT, machine
 
 LIMIT_S = 540.0

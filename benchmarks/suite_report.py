@@ -16,7 +16,7 @@ from typing import Any
 
 from anima_fast.errors import UserError
 from anima_fast.files import write_json, write_text
-from anima_fast.reports.run_page import STYLE
+from anima_fast.reports.pages import STYLE
 from benchmarks import compare
 from benchmarks.rows import Row, read_rows, write_rows
 from benchmarks.suite import FAILED, PASSED, TIMED_OUT, read_records

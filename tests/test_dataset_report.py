@@ -173,7 +173,7 @@ def test_tables_name_files_and_remedies(broken):
     result = call(broken / "data.toml")
     assert result.exit_code == 0
     for text in ("Images that cannot be read: 3 (training refuses to start)", "cut.jpg: image file",
-                 "add a caption file beside each", "64x64", "1girl", "not counted"):  # fmt: skip
+                 "add a caption file next to each", "64x64", "1girl", "not counted"):  # fmt: skip
         assert text in result.stdout
     assert call(broken / "data.toml", "--strict").exit_code == 1
 

@@ -152,13 +152,13 @@ def test_recompute_options():
 
 def test_which_kernels_run(monkeypatch):
     card, cpu = torch.device("cuda"), torch.device("cpu")
-    assert uses_fused_blocks(options(), card)
-    assert not uses_fused_blocks(options(), cpu)
-    assert not uses_fused_blocks(options(kernels="eager"), card)
-    assert not uses_fused_blocks(options(compile=True), card)
+    assert uses_fused_blocks("auto", card)
+    assert not uses_fused_blocks("auto", cpu)
+    assert not uses_fused_blocks("eager", card)
+    assert not uses_fused_blocks("auto", card, compiled=True)
     monkeypatch.delenv("TRITON_INTERPRET")
     for refused in (
-        lambda: uses_fused_blocks(options(kernels="triton"), cpu),
+        lambda: uses_fused_blocks("triton", cpu),
         lambda: check_attn_mode("triton", training=True, device=cpu),
     ):
         with pytest.raises(UserError, match="needs a CUDA card"):
@@ -281,7 +281,7 @@ def test_a_second_card_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert choose_device(options(device="cuda:1")) == torch.device("cuda:1")
+    assert choose_device("cuda:1") == torch.device("cuda:1")
     assert chosen == [torch.device("cuda:1")]
     with pytest.raises(UserError, match="2 cards"):
-        choose_device(options(device="cuda:2"))
+        choose_device("cuda:2")

@@ -228,10 +228,10 @@ def test_a_narrow_terminal_keeps_the_step_and_the_time_left():
     assert "1234/20000" in text and "5:12:46 left" in text
 
 
-def test_simple_console_means_plain_lines(tmp_path):
+def test_simple_console_means_plain_lines():
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True)
-    progress = Progress(options(tmp_path, console_log_simple=True), console=console)
+    progress = Progress(simple=True, console=console)
     progress.start(0, 2)
     progress.step(record(1))
     assert stream.getvalue().startswith("step 1/2 | epoch 1")

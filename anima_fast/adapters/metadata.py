@@ -65,7 +65,7 @@ def training_metadata(
 
     Args:
         options: of the run.
-        summary: `DatasetPlan.summary()`.
+        summary: `data.summary.summarise` of the run's plan.
         run: facts of the moment: `steps`, `epoch`, `num_epochs`, `max_train_steps`,
             `num_batches_per_epoch`, `seed`, `session_id`, `started_at`, `finished_at`,
             `optimizer`.

@@ -110,7 +110,7 @@ def _combine(
     device: str | None,
     verbose: bool,
 ) -> None:
-    from anima_fast.device import named_device
+    from anima_fast.device import choose_device
     from anima_fast.tools.combine import combine_networks
     from anima_fast.tools.ranks import RankRule
 
@@ -120,7 +120,7 @@ def _combine(
         output,
         rule=chosen,
         precision=None if precision == "keep" else precision,
-        device=named_device(device),
+        device=choose_device(device),
         say=_progress,
     )
     _tell(losses, output, verbose)
@@ -156,7 +156,7 @@ def _extract(
     Takes the layers that training adapts by default.
     Tells the error, and what differs but cannot be in a LoRA.
     """
-    from anima_fast.device import named_device
+    from anima_fast.device import choose_device
     from anima_fast.tools.extract import extract_lora
     from anima_fast.tools.ranks import RankRule
 
@@ -172,7 +172,7 @@ def _extract(
         llm_adapter=llm_adapter,
         dialect=to,
         precision=precision or "fp32",
-        device=named_device(device),
+        device=choose_device(device),
         say=_progress,
     )
     if found.same:
@@ -206,14 +206,14 @@ def _resize(
     Each module keeps its scale alpha / rank; a DoRA keeps its magnitudes.
     LoHa and LoKr become the closest plain LoRA.
     """
-    from anima_fast.device import named_device
+    from anima_fast.device import choose_device
     from anima_fast.tools.ranks import RankRule
     from anima_fast.tools.resize import resize_file
 
     target = _required(output)
     rule = RankRule.of(rank, dynamic, energy)
     losses = resize_file(
-        src, target, rule, precision=precision, device=named_device(device), say=_progress
+        src, target, rule, precision=precision, device=choose_device(device), say=_progress
     )
     _tell(losses, target, verbose)
 

@@ -33,7 +33,7 @@ def install_memory_savers(
     install_block_runner(
         dit,
         device=device,
-        fused=uses_fused_blocks(options, device),
+        fused=uses_fused_blocks(options.kernels, device, compiled=options.compile),
         recompute=options.recompute,
         gradient_checkpointing=options.gradient_checkpointing,
         cpu_offload=options.cpu_offload_checkpointing,

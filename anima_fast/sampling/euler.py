@@ -14,11 +14,9 @@ from torch import Tensor
 
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.flow import inference_sigmas
-from anima_fast.models.vae import SCALE
+from anima_fast.models.vae import LATENT_CHANNELS, LATENT_SCALE
 from anima_fast.sampling.jobs import Job
 from anima_fast.sampling.texts import zero_keys
-
-LATENT_CHANNELS = 16
 
 
 @torch.no_grad()
@@ -81,7 +79,9 @@ def euler_sample(
 def start_noise(seed: int, width: int, height: int) -> Tensor:
     """Noise [1, 16, 1, H/8, W/8] float32 of a picture in pixels, drawn on the CPU from `seed`."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, LATENT_CHANNELS, 1, height // SCALE, width // SCALE, generator=generator)
+    return torch.randn(
+        1, LATENT_CHANNELS, 1, height // LATENT_SCALE, width // LATENT_SCALE, generator=generator
+    )
 
 
 def sample_jobs(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anima_fast.adapters.network import LoRANetwork
 from anima_fast.data.encode_models import load_run_tokenizers
-from anima_fast.device import PRECISIONS, choose_device, set_backends, uses_fused_blocks
+from anima_fast.device import DTYPES, choose_device, set_backends, uses_fused_blocks
 from anima_fast.errors import UserError
 from anima_fast.memory.free import free_memory
 from anima_fast.memory.offload import install_block_runner
@@ -59,7 +59,9 @@ class ModelPaths:
     @classmethod
     def of(cls, options: SampleOptions) -> ModelPaths:
         """Those of the options; raises `UserError` when one is missing or does not fit."""
-        check_model_files(options)
+        check_model_files(
+            options.dit, options.qwen3, options.vae, options.llm_adapter_path, dit_option="dit"
+        )
         assert options.dit and options.qwen3 and options.vae
         adapter = options.llm_adapter_path or options.dit
         return cls(options.dit, options.qwen3, options.vae, adapter)
@@ -113,7 +115,7 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
             given += [(path, options.lora_weight) for path in axis.values]
         if axis.name == "strength" and not options.init_image:
             raise UserError("--grid strength needs --init_image FILE")
-    device, dtype = choose_device(options), PRECISIONS[options.dtype]
+    device, dtype = choose_device(options.device), DTYPES[options.dtype]
     set_backends()
     for path, weight in given:
         if not math.isfinite(weight):
@@ -236,7 +238,7 @@ def _sample(session: Session, contexts: Contexts) -> list[Tensor]:
         session.models.dit, device=device, dtype=session.dtype, attn_mode=options.attn_mode
     )
     attached = [attach_lora(lora, dit=dit) for lora in session.loras]
-    if uses_fused_blocks(options, device):
+    if uses_fused_blocks(options.kernels, device):
         install_block_runner(dit, fused=True)
     groups = batches(session.jobs, options.batch_size)
     first = session.jobs[0]

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anima_fast.data.batches import PADDED_ROWS
 from anima_fast.errors import UserError
+from anima_fast.models.dit_config import TEXT_ROWS
 
 if TYPE_CHECKING:
     from anima_fast.models.llm_adapter import LLMAdapter
@@ -70,7 +70,7 @@ def adapt(tokens: PromptTokens, states: Tensor, adapter: LLMAdapter) -> Tensor:
 
 def zero_keys(context: Tensor) -> int:
     """Zero text rows beyond a context [B, S, C]."""
-    return max(0, PADDED_ROWS - context.shape[1])
+    return max(0, TEXT_ROWS - context.shape[1])
 
 
 @torch.no_grad()

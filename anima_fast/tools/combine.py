@@ -18,9 +18,9 @@ import torch
 
 from anima_fast.adapters.deltas import Delta, LoRADelta
 from anima_fast.adapters.names import DIALECTS
-from anima_fast.data.encode_progress import EncodeProgress
 from anima_fast.errors import UserError
 from anima_fast.models.adapter_kinds import DORA, LORA
+from anima_fast.progress import ItemProgress
 from anima_fast.tools.low_rank import weighted_sum
 from anima_fast.tools.merge import MERGED, entries
 from anima_fast.tools.networks import (
@@ -73,7 +73,7 @@ def combine_networks(
                     f"{list(delta.shape)} in one and {list(terms[name][0][1].shape)} in the other"
                 )
     deltas, losses = {}, []
-    with EncodeProgress("combined", len(terms), "modules", say) as progress:
+    with ItemProgress("combined", len(terms), "modules", say) as progress:
         for name, own in terms.items():
             deltas[name], loss = _combined(name, own, rule, dtype, device)
             losses.append(loss)

@@ -19,13 +19,13 @@ from anima_fast.adapters import names
 from anima_fast.adapters.deltas import LoRADelta
 from anima_fast.adapters.metadata import legacy_file_hash
 from anima_fast.adapters.targets import find_targets
-from anima_fast.data.encode_progress import EncodeProgress
 from anima_fast.errors import UserError
 from anima_fast.files import cached_sha256
 from anima_fast.models.checkpoint import Checkpoint, shape_problems
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.dit_config import DitConfig
 from anima_fast.models.llm_adapter import AdapterConfig, LLMAdapter
+from anima_fast.progress import ItemProgress
 from anima_fast.tools.checkpoints import MODELS, ModelFile, check_floats
 from anima_fast.tools.low_rank import Dense
 from anima_fast.tools.networks import check_output, dtype_of, new_metadata, write_network
@@ -85,7 +85,7 @@ def extract_lora(
     _check_same_shape(old, new)
     targets = _targets(old, new, include, exclude, llm_adapter)
     found, deltas = Extracted(), {}
-    with EncodeProgress("extracted", len(targets), "modules", say) as progress:
+    with ItemProgress("extracted", len(targets), "modules", say) as progress:
         for name in targets:
             difference = _difference(old, new, f"{name}.weight").to(device)
             if difference.any():

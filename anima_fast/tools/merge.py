@@ -24,13 +24,12 @@ from anima_fast import __version__
 from anima_fast.adapters import names
 from anima_fast.adapters.deltas import Delta, adapted_weight, upcast
 from anima_fast.adapters.metadata import IMPLEMENTATION
-from anima_fast.data.encode_progress import EncodeProgress
-from anima_fast.device import PRECISIONS
 from anima_fast.errors import UserError
 from anima_fast.files import LazyTensor, save_safetensors
 from anima_fast.models.dit_config import DitConfig
+from anima_fast.progress import ItemProgress
 from anima_fast.tools.checkpoints import FLOATS, MODELS, ModelFile, check_floats, model_of_module
-from anima_fast.tools.networks import NetworkFile, check_output
+from anima_fast.tools.networks import PRECISIONS, NetworkFile, check_output
 
 KEEP = "keep"
 MERGED = "anima_fast.merged_networks"
@@ -89,7 +88,7 @@ def merge_into_checkpoint(
             plan.setdefault(key, []).append((network.strength, network.deltas[name]))
         merged.used.append(len(keys))
     merged.weights = len(plan)
-    with EncodeProgress("merged", len(plan), "weights", say) as progress:
+    with ItemProgress("merged", len(plan), "weights", say) as progress:
         tensors = _tensors(model, plan, precision, progress.advance)
         metadata = _metadata(model, read, Path(output).stem)
         save_safetensors(tensors, output, metadata, keep_order=True)

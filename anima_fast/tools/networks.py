@@ -17,11 +17,12 @@ from anima_fast.adapters.deltas import Delta
 from anima_fast.adapters.formats import FOLDED, read_lora, unfold, write_lora
 from anima_fast.adapters.metadata import IMPLEMENTATION
 from anima_fast.adapters.names import DIALECTS
-from anima_fast.device import PRECISIONS
+from anima_fast.device import DTYPES
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder, remove_leftovers
 from anima_fast.models.adapter_kinds import LORA, module_of
 
+PRECISIONS = {name: DTYPES[name] for name in ("fp32", "fp16", "bf16")}
 # What sd-scripts' tools write where modules differ.
 SEVERAL = "Dynamic"
 

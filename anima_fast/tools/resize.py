@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 
 from anima_fast.adapters.deltas import Delta, LoRADelta
-from anima_fast.data.encode_progress import EncodeProgress
 from anima_fast.errors import UserError
 from anima_fast.models.adapter_kinds import LORA
+from anima_fast.progress import ItemProgress
 from anima_fast.tools.low_rank import weighted_sum
 from anima_fast.tools.networks import (
     NetworkFile,
@@ -56,7 +56,7 @@ def resize_file(
     network = NetworkFile.read(src)
     _check_rank(network, rule)
     deltas, losses = {}, []
-    with EncodeProgress("resized", len(network.deltas), "modules", say) as progress:
+    with ItemProgress("resized", len(network.deltas), "modules", say) as progress:
         for name, delta in network.deltas.items():
             deltas[name], loss = resize_delta(name, delta, rule, precision, device)
             losses.append(loss)

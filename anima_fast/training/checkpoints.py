@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from anima_fast.adapters.metadata import training_metadata
+from anima_fast.data.summary import summarise
 from anima_fast.training.finetune.full_network import FullNetwork
 from anima_fast.training.finetune.start import model_metadata
 from anima_fast.training.optimizers.build import averaged_weights
@@ -165,7 +166,7 @@ class Checkpoints:
             "num_batches_per_epoch": length.batches_per_epoch,
             "optimizer": describe_optimizer(self.run.optimizer, self.options),
         }
-        return training_metadata(self.options, self.run.plan.summary(), facts)
+        return training_metadata(self.options, summarise(self.run.plan), facts)
 
     def _save(self, stem: str, position: Position) -> None:
         self.save_weights(stem, position)

@@ -34,10 +34,15 @@ def check_start(options: TrainOptions, device: torch.device) -> DitConfig:
     check_torch_version()
     dtype = DTYPES[options.mixed_precision]
     check_attn_mode(options.attn_mode, training=True, device=device, dtype=dtype)
-    fused = uses_fused_blocks(options, device)
-    dit = check_model_files(options)
+    fused = uses_fused_blocks(options.kernels, device, compiled=options.compile)
+    dit = check_model_files(
+        options.pretrained_model_name_or_path,
+        options.qwen3,
+        options.vae,
+        options.llm_adapter_path,
+    )
     if hasattr(options, "network_weights"):
-        check_lora_files(options)
+        check_lora_files((options.network_weights, *options.base_weights))
     find_optimizer(options.optimizer_type)
     collect_prompts(options)
     swapped_indices(dit.num_blocks, options.blocks_to_swap or 0)

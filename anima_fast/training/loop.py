@@ -58,7 +58,8 @@ def train(options: TrainOptions) -> TrainResult | None:
     seed = choose_seed(options) if saved_seed is None else saved_seed
     folder = None if options.debug_dataset else options.output_dir
     console = ConsoleLog(folder, fresh=state is None)
-    with console, one_line_out_of_memory(), Progress(options, log=console) as progress:
+    progress = Progress(simple=options.console_log_simple, log=console)
+    with console, one_line_out_of_memory(), progress:
         if options.debug_dataset:
             show_dataset(options, seed, say=progress.say)
             return None

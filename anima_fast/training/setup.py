@@ -22,9 +22,9 @@ from anima_fast.data.encode import encode_dataset
 from anima_fast.data.health import write_health
 from anima_fast.data.items import DatasetPlan
 from anima_fast.data.length import Length, run_length
-from anima_fast.data.listing import list_epoch
 from anima_fast.data.lowres import LowRes
 from anima_fast.data.plan import build_plan
+from anima_fast.data.summary import list_epoch
 from anima_fast.device import DTYPES, choose_device, uses_fused_blocks
 from anima_fast.errors import UserError
 from anima_fast.files import write_text
@@ -55,7 +55,7 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     Raises `UserError` for anything wrong with the options, the dataset or the model files, as early
     as it can be known.
     """
-    device = choose_device(options)
+    device = choose_device(options.device)
     sizes = check_start(options, device)
     if not trains_all(options):
         check_network(options, sizes)
@@ -107,7 +107,7 @@ def prepare(options: TrainOptions, *, seed: int, say: Callable[[str], None]) -> 
     dit.split_attn = options.split_attn
     conditioning = load_conditioning(options, encoded.text_mode, device=device, dtype=dit.dtype)
     vae = load_live_vae(options, device) if encoded.image_mode == "live" else None
-    fused = uses_fused_blocks(options, device)
+    fused = uses_fused_blocks(options.kernels, device, compiled=options.compile)
     if trains_all(options):
         network, optimizer, notices = train_model(
             options, dit, conditioning, device=device, seed=seed, say=say

@@ -82,8 +82,13 @@ def check_memory(
 
 def show_memory(options: FinetuneOptions, *, say: Callable[[str], None]) -> None:
     """Say what a run would take, for `--plan_memory`, without loading any model."""
-    device = choose_device(options)
-    check_model_files(options)
+    device = choose_device(options.device)
+    check_model_files(
+        options.pretrained_model_name_or_path,
+        options.qwen3,
+        options.vae,
+        options.llm_adapter_path,
+    )
     for line in memory_plan(options, build_plan(options), device):
         say(line)
 

@@ -24,6 +24,7 @@ from anima_fast.memory.plan import (
     Sizes,
     predict,
 )
+from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.llm_adapter import AdapterConfig
 from anima_fast.models.recompute import block_policies
 from anima_fast.training.finetune.full_network import ADAPTER, part_of
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 # Side of the matrix on which an optimizer's state is measured.
 PROBE = 512
-# Captions have as many rows or fewer, unless they are encoded whole.
-TEXT_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ def prediction(options: FinetuneOptions, batch: Batch, device: torch.device) -> 
         offloaded=options.cpu_offload_checkpointing or options.unsloth_offload_checkpointing,
         batch=batch.images,
         tokens=batch.tokens,
+        # Captions have as many rows or fewer, unless they are encoded whole.
         rows=TEXT_ROWS,
         residual_bytes=2 if options.mixed_precision == "bf16" else 4,
         other_bytes=other_models(options),
