@@ -81,7 +81,7 @@ def test_a_saved_run_ends_where_the_program_that_saved_it_ended(saved, name):
 def test_another_schedule_is_refused_by_the_name_that_states_have_now(tmp_path):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    old = {"class": "anima_fast.training.optimizers.schedules.Schedule"}
+    old = {"class": "anima_fast.training.schedules.Schedule"}
     with pytest.raises(UserError, match=r"the scheduler anima_fast\.Schedule, this run has torch"):
         check_scheduler(tmp_path, old, schedule)
 

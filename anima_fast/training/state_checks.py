@@ -17,7 +17,7 @@ from anima_fast.training.state_files import NETWORK_FILE, tensors_of
 
 # States written before own classes had a `saved_name` hold the module where the class was.
 FORMER_NAMES = {
-    f"anima_fast.training.optimizers.schedules.{name}": f"anima_fast.{name}"
+    f"anima_fast.training.schedules.{name}": f"anima_fast.{name}"
     for name in ("Schedule", "AdafactorSchedule")
 }
 
