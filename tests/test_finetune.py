@@ -13,6 +13,7 @@ from anima_fast.inspection.file import describe
 from anima_fast.models.dit import load_dit
 from anima_fast.models.flow import FlowSettings, sample_sigma
 from anima_fast.models.llm_adapter import load_llm_adapter
+from anima_fast.training import step
 from anima_fast.training.finetune.full_network import part_of
 from anima_fast.training.loop import train
 from anima_fast.training.setup import prepare
@@ -360,7 +361,7 @@ def test_a_bad_batch_changes_nothing(world, tmp_path, monkeypatch, fused):
         seen[step] = weights, state
         return losses * float("nan") if step == 1 else losses
 
-    monkeypatch.setattr("anima_fast.training.oom.micro_step", poisoned)
+    monkeypatch.setattr("anima_fast.training.step.micro_step", poisoned)
     result = train(full_options(world, tmp_path, fused_backward_pass=fused))
     assert [line["loss"] is None for line in log_lines(result)] == [False, True, False, False]
     assert torch.equal(seen[1][0], seen[2][0])
@@ -415,8 +416,6 @@ def test_block_swap_on_a_card(world, tmp_path, changes):
 @pytest.mark.parametrize("swapped", [None, 2])
 def test_a_step_is_repeated_after_running_out_of_memory(world, tmp_path, monkeypatch, swapped):
     """One policy lower, with the weights, masters and state where they were."""
-    from anima_fast.training import oom
-
     changes = {"blocks_to_swap": swapped, "mixed_precision": "bf16"}
     plain = train(full_options(world, tmp_path / "plain", **changes))
     failed = []
@@ -429,18 +428,16 @@ def test_a_step_is_repeated_after_running_out_of_memory(world, tmp_path, monkeyp
             raise torch.OutOfMemoryError("not enough")
         return losses
 
-    monkeypatch.setattr(oom, "micro_step", out_of_memory)
+    monkeypatch.setattr(step, "micro_step", out_of_memory)
     again = train(full_options(world, tmp_path / "again", **changes))
     assert failed
     assert same_tensors(plain.output, again.output)
 
 
 def test_a_fused_backward_pass_cannot_be_repeated(world, tmp_path, monkeypatch):
-    from anima_fast.training import oom
-
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("not enough")
 
-    monkeypatch.setattr(oom, "micro_step", out_of_memory)
+    monkeypatch.setattr(step, "micro_step", out_of_memory)
     with pytest.raises(UserError, match="has changed weights already"):
         train(full_options(world, tmp_path, fused_backward_pass=True))

@@ -81,8 +81,8 @@ def test_graphs_are_given_up_before_a_policy(world, tmp_path, monkeypatch):
     """The recordings hold memory that plain launches do not need."""
     real = oom.MemoryPolicies.__init__
 
-    def with_graphs(self, run):
-        real(self, run)
+    def with_graphs(self, run, tell):
+        real(self, run, tell)
         run.dit.graphs = BlockGraphs()
         run.dit.graphs._graphs["a size"] = None
 

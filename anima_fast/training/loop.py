@@ -18,21 +18,22 @@ from typing import TYPE_CHECKING
 
 from anima_fast.console import ConsoleLog
 from anima_fast.errors import UserError
+from anima_fast.memory.free import peak_memory_mib
 from anima_fast.models.flow import FlowSettings
 from anima_fast.progress import Progress
 from anima_fast.reports.run_page import report_run
 from anima_fast.training.bad_batches import BadBatchTracker
 from anima_fast.training.checkpoints import Checkpoints, remove_leftovers
 from anima_fast.training.logs import RunLog
-from anima_fast.training.oom import MemoryPolicies, one_line_out_of_memory, run_group
-from anima_fast.training.optimizer_step import optimizer_step, step_record
-from anima_fast.training.optimizers.build import train_mode
+from anima_fast.training.oom import MemoryPolicies, one_line_out_of_memory
+from anima_fast.training.optimizers.build import effective_rates, learning_rates, train_mode
 from anima_fast.training.position import Position
 from anima_fast.training.run import Run, TrainResult
 from anima_fast.training.run_files import RunFile
 from anima_fast.training.setup import choose_seed, prepare, resume_run, show_dataset, write_run_file
 from anima_fast.training.signals import StopSignal
 from anima_fast.training.state import resolve_resume, state_seed
+from anima_fast.training.step import Group, forward_backward, optimizer_step
 from anima_fast.training.validation import validate_or_skip
 
 if TYPE_CHECKING:
@@ -95,12 +96,13 @@ def run_steps(
     options, length, network = run.options, run.length, run.network
     settings = FlowSettings.from_options(options)
     bad_batches = BadBatchTracker(options)
-    checkpoints, policies = Checkpoints(run), MemoryPolicies(run)
+    checkpoints = Checkpoints(run)
 
     def tell(text: str) -> None:
         progress.say(text)
         log.event(position.step, text)
 
+    policies = MemoryPolicies(run, tell)
     network.train()
     train_mode(run.optimizer)
     previews = run.previews
@@ -122,7 +124,7 @@ def run_steps(
 
             # Forward and backward of each micro-batch; gradients add up in the flat buffer.
             try:
-                group = run_group(run, waiting, settings, policies, step=position.step, tell=tell)
+                group = forward_backward(run, waiting, settings, policies, step=position.step)
             except UserError:
                 # Nothing of this step is done: whoever has a remedy can go on from here.
                 if not getattr(options, "fused_backward_pass", False):
@@ -171,6 +173,29 @@ def run_steps(
             if position.step < length.steps and ends_early(run, position, log, progress):
                 break
     return finish(run, position, checkpoints, log, progress)
+
+
+def step_record(
+    run: Run,
+    position: Position,
+    group: Group,
+    facts: dict,
+    seconds: float,
+) -> dict:
+    """What is logged and shown about one optimizer step."""
+    small = sum(batch.small for batch, _ in group)
+    return {
+        "step": position.step,
+        "epoch": position.epoch,
+        **({"lowres": small / len(group)} if run.options.sigma_lowres else {}),
+        **facts,
+        "loss_avg": position.loss_average,
+        "lr": learning_rates(run.optimizer),
+        "d_lr": effective_rates(run.optimizer),
+        "step_s": seconds,
+        "images_per_s": sum(len(batch.items) for batch, _ in group) / seconds,
+        "memory_mib": peak_memory_mib(run.device),
+    }
 
 
 def finish(
