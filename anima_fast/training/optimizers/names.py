@@ -1,4 +1,4 @@
-"""From the text of `--optimizer_type` to a class and to how the class is used."""
+"""The optimizers by the names of `--optimizer_type`: their classes and how each is used."""
 
 from __future__ import annotations
 
