@@ -11,6 +11,7 @@ from anima_fast.errors import UserError
 from anima_fast.models.block_graphs import BlockGraphs
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.options.run import FinetuneOptions
+from anima_fast.options.training import MemoryOptions
 from anima_fast.training import oom
 from anima_fast.training.loop import train
 
@@ -143,25 +144,11 @@ def test_a_fused_backward_pass_leaves_no_half_updated_state(world, tmp_path, mon
     assert not list(tmp_path.glob("*-state"))
 
 
-class Fake:
-    """A run as far as `lower_policies` looks at it."""
-
-    def __init__(self, blocks, *, fused, network=None, **options):
-        self.fused, self.network = fused, network
-        self.dit = type("Dit", (), {"blocks": [None] * blocks})()
-        defaults = {
-            "recompute": None, "gradient_checkpointing": False, "blocks_to_swap": None,
-            "cpu_offload_checkpointing": False, "unsloth_offload_checkpointing": False,
-            "compile": False,
-        }  # fmt: skip
-        self.options = type("Options", (), defaults | options)()
-
-
-def test_what_is_lower(world, tmp_path):
-    lora = oom.LoRANetwork.__new__(oom.LoRANetwork)
-
-    def options(*args, **kwargs):
-        return [p.option for p in oom.lower_policies(Fake(*args, **{"network": lora} | kwargs))]
+def test_what_is_lower():
+    def options(blocks, *, fused, can_swap=True, **given):
+        chosen = MemoryOptions(**given)
+        below = oom.lower_policies(chosen, blocks=blocks, fused=fused, can_swap=can_swap)
+        return [policy.option for policy in below]
 
     block, swaps = "--recompute block", ["--blocks_to_swap 14", "--blocks_to_swap 26"]
     below = [f"{block} {swap}" for swap in swaps]
@@ -172,5 +159,4 @@ def test_what_is_lower(world, tmp_path):
     assert options(28, fused=True, gradient_checkpointing=True) == below
     assert options(28, fused=True, unsloth_offload_checkpointing=True) == below
     assert options(28, fused=True, recompute="block", blocks_to_swap=20) == below[1:]
-    assert options(28, fused=False, compile=True) == [block]
-    assert options(28, fused=False, network=object()) == [block]
+    assert options(28, fused=False, can_swap=False) == [block]

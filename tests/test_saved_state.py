@@ -100,6 +100,6 @@ def test_every_own_class_that_a_state_names_has_a_fixed_name():
 def test_flat_adamw_is_called_what_it_stands_for():
     flat = torch.zeros(4, requires_grad=True)
     optimizer = FlatAdamW([{"params": [flat]}], flat, torch.zeros(4), lr=1e-3, weight_decay=0.1)
-    options = type("", (), {"optimizer_kwargs": {"weight_decay": 0.1}})()
-    assert describe_optimizer(optimizer, options) == "torch.optim.adamw.AdamW(weight_decay=0.1)"
+    described = describe_optimizer(optimizer, {"weight_decay": 0.1})
+    assert described == "torch.optim.adamw.AdamW(weight_decay=0.1)"
     assert class_name(optimizer) == "torch.optim.adamw.AdamW"

@@ -15,13 +15,8 @@ from anima_fast.options.run import TrainOptions
 from anima_fast.training import state as states
 from anima_fast.training.optimizers.build import build_optimizer
 from anima_fast.training.optimizers.schedules import build_scheduler
-from anima_fast.training.state import (
-    find_states,
-    load_state,
-    resolve_resume,
-    save_state,
-    state_seed,
-)
+from anima_fast.training.resume import find_states, resolve_resume, state_seed
+from anima_fast.training.state import load_state, save_state
 from anima_fast.training.state_checks import dataset_fingerprint
 from anima_fast.training.state_files import damage
 
@@ -80,7 +75,9 @@ class Run:
     def __init__(self, options, total=TOTAL, **network):
         self.network = TinyNetwork(rate=options.learning_rate, **network)
         self.optimizer, _ = build_optimizer(options, self.network)
-        self.scheduler = build_scheduler(options, self.optimizer, total)
+        self.scheduler = build_scheduler(
+            options, self.optimizer, total, learning_rate=options.learning_rate
+        )
         self.scaler = torch.amp.GradScaler("cpu", enabled=options.mixed_precision == "fp16")
         self.parts = {
             "network": self.network,

@@ -26,7 +26,6 @@ from anima_fast.models.flow import (
     sample_sigma,
     velocity_target,
 )
-from anima_fast.training.optimizers.build import clip_flat_grad
 
 if TYPE_CHECKING:
     from anima_fast.training.bad_batches import BadBatchTracker
@@ -97,6 +96,7 @@ def batch_latents(run: Run, batch: Batch) -> Tensor:
     """Clean latents [B, 16, h, w] fp32 on the device, encoded now when they were not cached."""
     if batch.latents is not None:
         return batch.latents.to(run.device, non_blocking=True)
+    assert batch.pixels is not None and run.vae is not None
     with torch.no_grad():
         pixels = batch.pixels.to(run.device)
         latents = run.vae.encode(pixels, chunk_rows=run.options.vae_chunk_size).float()
@@ -142,20 +142,14 @@ def optimizer_step(
         `loss` (mean), `grad_norm` (before clipping), and `max_norm` with `scale_weight_norms`.
     """
     run.scaler.unscale_(run.optimizer)
-    norm = clip_flat_grad(run.network, run.options.max_grad_norm, run.optimizer)
+    norm = run.training.clip(run.options.max_grad_norm)
     loss = torch.stack([losses.mean() for _, losses in group]).mean()
     # The one wait for the device in a step: both numbers come back together.
     loss, norm = torch.stack([loss, norm]).tolist()
     facts: dict = {"loss": loss, "grad_norm": norm}
     if bad_batches.accepts(group, loss, norm, run.scaler, say=say):
         run.scaler.step(run.optimizer)
-        if run.options.scale_weight_norms:
-            scaled, mean, largest = run.network.scale_weight_norms(run.options.scale_weight_norms)
-            facts["max_norm"] = {
-                "keys_scaled": scaled, "average_key_norm": mean, "max_key_norm": largest
-            }  # fmt: skip
-        if run.ema is not None:
-            run.ema.update()
+        facts |= run.training.after_step()
     run.scaler.update()
     with warnings.catch_warnings():
         # A skipped batch moves the schedule without a step of the optimizer, on purpose.
