@@ -193,14 +193,14 @@ def test_damage_of_any_file_is_found_and_the_state_before_is_offered(name, how, 
     assert resolve_resume("auto", tmp_path, "run") == tmp_path / "run-000001-state"
 
 
-def test_a_damaged_state_alone_says_to_start_anew(tmp_path):
+def test_a_damaged_state_alone_says_to_start_again(tmp_path):
     Run(options()).save(tmp_path / "run-state")
     (tmp_path / "run-state" / "state.json").write_text("{}", encoding="utf-8")
     for use in (
         lambda: load_state(tmp_path / "run-state", **Run(options()).parts),
         lambda: state_seed(tmp_path / "run-state"),
     ):
-        with pytest.raises(UserError, match="start anew without --resume"):
+        with pytest.raises(UserError, match="start again without --resume"):
             use()
     with pytest.raises(UserError, match="every resume state"):
         resolve_resume("auto", tmp_path, "run")

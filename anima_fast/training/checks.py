@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 def given(value: T | None) -> T:
-    """An option's value that `check_start` has found to be given."""
+    """A value that earlier checks have found to be there."""
     assert value is not None
     return value
 

@@ -35,7 +35,6 @@ class LoRATraining:
 
     remedies = LORA_REMEDIES
     saves_whole_model = False
-    # Frozen weights can be swapped at any time, but not those of compiled blocks.
     updates_in_backward = False
     sink = None
 
@@ -45,6 +44,7 @@ class LoRATraining:
     def __init__(self, options: TrainOptions) -> None:
         self.options = options
         self.ema: Ema | None = None
+        # Frozen weights can be swapped at any time, except those of compiled blocks.
         self.can_swap_later = not options.compile
         self.cuda_graphs = options.cuda_graphs
         self.description = options.about

@@ -108,7 +108,7 @@ def intact_record(folder: Path) -> dict:
     remedy = (
         f"go on from the newest whole state beside it with --resume {older[0]}"
         if older
-        else "there is no whole state beside it, so start anew without --resume"
+        else "there is no whole state beside it, so start again without --resume"
     )
     raise UserError(f"the resume state {folder} is damaged ({problem}): {remedy}")
 
@@ -120,7 +120,7 @@ def _newest_intact(states: list[Path], folder: Path) -> Path:
             return state
         logger.warning("resume state %s is damaged (%s): trying the one before", state, problem)
     raise UserError(
-        f"every resume state in {folder} is damaged: start anew without --resume, or from a saved "
+        f"every resume state in {folder} is damaged: start again without --resume, or from a saved "
         "file (a LoRA with --network_weights, a model with --pretrained_model_name_or_path)"
     )
 

@@ -181,9 +181,10 @@ def _load_ema(path: Path, ema: Ema, say: Callable[[str], None]) -> None:
 
 def _load_foreign(folder: Path, network: Network, say: Callable[[str], None]) -> dict:
     ignored = network.load(folder / "model.safetensors")
+    left_out = f"; {len(ignored)} keys ignored" if ignored else ""
     say(
         f"{folder} is a state of sd-scripts: only its network weights are taken; optimizer, "
-        "schedule and step count start anew" + (f"; {len(ignored)} keys ignored" if ignored else "")
+        f"schedule and step count start again{left_out}"
     )
     return {}
 

@@ -47,7 +47,7 @@ class Remedies:
 
 
 LORA_REMEDIES = Remedies(
-    start_over="start anew from its weights with --network_weights {weights}",
+    start_over="start again from its weights with --network_weights {weights}",
     same_network="the --network_dim, --network_alpha and --network_args of that run",
 )
 

@@ -48,7 +48,7 @@ class Finetuning:
     """A `Training` of a `FullNetwork`; `network` and `optimizer` are there after `build`."""
 
     remedies = Remedies(
-        start_over="start anew with --pretrained_model_name_or_path and a saved model",
+        start_over="start again with --pretrained_model_name_or_path and a saved model",
         same_network="the learning rates of that run (0 freezes), --full_bf16 and --weight_update",
         compares_dtypes=True,
     )
