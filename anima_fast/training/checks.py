@@ -21,7 +21,7 @@ from anima_fast.memory.swap import swapped_indices
 from anima_fast.models.attention import check_attn_mode
 from anima_fast.models.model_files import check_model_files
 from anima_fast.sampling.prompts import collect_prompts
-from anima_fast.training.optimizers.names import find_optimizer
+from anima_fast.training.optimizers.recipes import find_optimizer
 
 if TYPE_CHECKING:
     from anima_fast.options.output import SaveOptions, ValidationOptions

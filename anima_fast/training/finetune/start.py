@@ -13,7 +13,7 @@ from anima_fast.models.llm_adapter import adapter_tensors
 from anima_fast.training.checks import given
 from anima_fast.training.finetune.full_network import FullNetwork, joined
 from anima_fast.training.optimizers.build import build_optimizer
-from anima_fast.training.optimizers.names import Recipe, find_optimizer
+from anima_fast.training.optimizers.recipes import Recipe, find_optimizer
 from anima_fast.training.optimizers.weight_updates import WeightUpdates
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 
 from anima_fast.errors import UserError
 from anima_fast.options.words import parse_arguments
-from anima_fast.training.optimizers.names import (
+from anima_fast.training.optimizers.recipes import (
     Recipe,
     find_optimizer,
     import_class,

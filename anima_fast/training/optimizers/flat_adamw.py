@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anima_fast.kernels.adamw import adamw
 from anima_fast.training.optimizers.build import optimizer_arguments
-from anima_fast.training.optimizers.names import find_optimizer
+from anima_fast.training.optimizers.recipes import find_optimizer
 
 if TYPE_CHECKING:
     from anima_fast.adapters.network import LoRANetwork

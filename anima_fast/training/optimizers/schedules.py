@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from anima_fast.errors import UserError
 from anima_fast.options.words import parse_arguments
 from anima_fast.training.optimizers.build import is_schedule_free
-from anima_fast.training.optimizers.names import import_class, one_line
+from anima_fast.training.optimizers.recipes import import_class, one_line
 
 if TYPE_CHECKING:
     from anima_fast.options.training import SchedulerOptions
