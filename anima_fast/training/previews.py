@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from anima_fast.device import set_backends
-from anima_fast.errors import UserError
+from anima_fast.errors import UserError, reason
 from anima_fast.memory.free import free_memory, is_out_of_memory
 from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.sampling.euler import euler_sample, start_noise
@@ -41,8 +41,8 @@ class Previews:
     """Makes the pictures of a run.
 
     Args:
-        run: whose network is used as it is at the time.
-        prompts: and their texts.
+        run: pictures are made with its network as it is at the time.
+        prompts: with their encoded texts.
     """
 
     def __init__(self, run: Run, prompts: PreviewPrompts) -> None:
@@ -91,10 +91,10 @@ class Previews:
                     try:
                         made.append(self._make_one(prompt, stage, index))
                     except Exception as error:
-                        say(f"no preview of prompt {index + 1}: {one_line(error)}")
-        # A preview is a help, and no reason to lose a run.
+                        say(f"no preview of prompt {index + 1}: {explain(error)}")
+        # No preview is worth losing a run.
         except Exception as error:
-            say(f"no preview: {one_line(error)}")
+            say(f"no preview: {explain(error)}")
         finally:
             run.network.train()
             free_memory(run.device, keep_cached=run.options.highvram)
@@ -159,8 +159,8 @@ def decode(run: Run, latents: Tensor) -> Tensor:
     return vae.decode(latents.squeeze(2), chunk_rows=run.options.vae_chunk_size)[0]
 
 
-def one_line(error: BaseException) -> str:
-    """What went wrong, for a line at the console."""
+def explain(error: BaseException) -> str:
+    """What went wrong with a picture, for a line at the console."""
     if is_out_of_memory(error):
         return "out of memory: use smaller --w and --h in the prompts, or --vae_chunk_size 64"
-    return f"{' '.join(str(error).split())[:300] or type(error).__name__}"
+    return reason(error)

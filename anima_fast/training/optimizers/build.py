@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from anima_fast.errors import UserError
+from anima_fast.errors import UserError, reason
 from anima_fast.options.words import parse_arguments
 from anima_fast.training.optimizers.recipes import (
     Recipe,
     find_optimizer,
     import_class,
-    one_line,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def build_optimizer(
         optimizer = cls(groups, **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--optimizer_type {kind} refused its arguments {arguments}: {one_line(error)}; "
+            f"--optimizer_type {kind} refused its arguments {arguments}: {reason(error)}; "
             "correct --optimizer_args"
         ) from error
     if is_schedule_free(optimizer):
@@ -143,7 +142,7 @@ def _bitsandbytes_off_cuda(
     except Exception as error:
         raise UserError(
             f"--optimizer_type {kind}: the installed bitsandbytes cannot step on {device.type} "
-            f"({one_line(error)}); upgrade it (pip install -U bitsandbytes), use a CUDA card or "
+            f"({reason(error)}); upgrade it (pip install -U bitsandbytes), use a CUDA card or "
             "--optimizer_type AdamW"
         ) from error
     return cls, notices

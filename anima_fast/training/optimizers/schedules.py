@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from anima_fast.errors import UserError
+from anima_fast.errors import UserError, reason
 from anima_fast.options.words import parse_arguments
 from anima_fast.training.optimizers.build import is_schedule_free
-from anima_fast.training.optimizers.recipes import import_class, one_line
+from anima_fast.training.optimizers.recipes import import_class
 
 if TYPE_CHECKING:
     from anima_fast.options.training import SchedulerOptions
@@ -260,7 +260,7 @@ def _custom_schedule(
         return cls(optimizer, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{option} refused its arguments {arguments}: {one_line(error)}; correct "
+            f"{option} refused its arguments {arguments}: {reason(error)}; correct "
             "--lr_scheduler_args"
         ) from error
 
