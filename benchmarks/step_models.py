@@ -181,7 +181,10 @@ class Bench(Phases):
 
     def optimize(self) -> None:
         optimizer = self.optimizers[self.ours]
-        clip_flat_grad(self.network, 1.0, optimizer)
+        if self.ours:
+            optimizer.clip_gradients(1.0)
+        else:
+            clip_flat_grad(self.network.flat_grad, 1.0)
         optimizer.step()
         self.network.zero_grad_flat()
 

@@ -170,16 +170,6 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.mark.parametrize("recompute", [None, "mlp", "1"])
-def test_a_run_with_fused_blocks_trains_the_same_lora(world, tmp_path, recompute):
-    plain = train(train_options(world, tmp_path / "plain", kernels="eager"))
-    fused = train(train_options(world, tmp_path / "fused", kernels="triton", recompute=recompute))
-    left, right = load_file(plain.output), load_file(fused.output)
-    assert left.keys() == right.keys()
-    for key in left:
-        torch.testing.assert_close(left[key], right[key], atol=2e-5, rtol=1e-3)
-
-
 @pytest.mark.parametrize("recompute, message", [("mlp", "fused block"), ("9", "from 0 to 2")])
 def test_a_policy_that_cannot_be_had_is_refused_at_the_start(world, tmp_path, recompute, message):
     with pytest.raises(UserError, match=message):
@@ -213,27 +203,35 @@ def test_the_fused_loss_is_the_plain_one():
 def test_flat_adamw_is_adamw():
     """Steps, clipping, rates of groups and the state dict, both ways."""
     from anima_fast.training.optimizers.build import build_optimizer, clip_flat_grad
-    from anima_fast.training.optimizers.flat_adamw import FlatAdamW
+    from anima_fast.training.optimizers.flat_adamw import FlatAdamW, build_flat_adamw
     from anima_fast.training.state_checks import class_name
+
+    chosen = TrainOptions(optimizer_type="AdamW", optimizer_args=("weight_decay=0.1",))
+
+    def made(network, fused):
+        own = build_flat_adamw(chosen, network) if fused else None
+        return own or build_optimizer(chosen, network)[0]
 
     results = []
     for order in ("plain", "fused", "plain then fused", "fused then plain"):
         dit = load_dit(dit_weights(TINY), dtype=torch.float32)
         network = add_lora(dit, rank=4, seed=1, loraplus_ratio=4.0)
         generator = torch.Generator().manual_seed(2)
-        chosen = TrainOptions(optimizer_type="AdamW", optimizer_args=("weight_decay=0.1",))
-        optimizer, _ = build_optimizer(chosen, network, fused=order.startswith("fused"))
+        optimizer = made(network, order.startswith("fused"))
         assert isinstance(optimizer, FlatAdamW) == order.startswith("fused")
         assert class_name(optimizer) == "torch.optim.adamw.AdamW"
         for step in range(6):
             if step == 3 and "then" in order:
                 state = optimizer.state_dict()
-                optimizer, _ = build_optimizer(chosen, network, fused=order.endswith("fused"))
+                optimizer = made(network, order.endswith("fused"))
                 optimizer.load_state_dict(state)
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * 0.9
             network.flat_grad.normal_(0, 1, generator=generator)
-            clip_flat_grad(network, 1.0, optimizer)
+            if isinstance(optimizer, FlatAdamW):
+                optimizer.clip_gradients(1.0)
+            else:
+                clip_flat_grad(network.flat_grad, 1.0)
             optimizer.step()
         results.append(network.flat.clone())
     for other in results[1:]:

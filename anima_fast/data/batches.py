@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -153,7 +153,7 @@ class Batches:
 
     def iterate(
         self, batches: Iterable[list[int]], *, epoch: int, first_step: int = 0
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """Load batches in a thread, one ahead of the one in use.
 
         `first_step` is the number of the first of them within the epoch. An error of the thread is

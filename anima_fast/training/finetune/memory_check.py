@@ -23,7 +23,7 @@ from anima_fast.memory.plan import CONTEXT_BYTES, GIB, USABLE_SHARE, Prediction
 from anima_fast.models.model_files import check_model_files
 from anima_fast.training.finetune.memory_needs import Batch, block_count, largest_batch, prediction
 from anima_fast.training.finetune.start import looks_at_all
-from anima_fast.training.optimizers.names import find_optimizer
+from anima_fast.training.optimizers.recipes import find_optimizer
 
 if TYPE_CHECKING:
     from anima_fast.options.run import FinetuneOptions

@@ -30,7 +30,7 @@ from anima_fast.models.recompute import block_policies
 from anima_fast.training.finetune.full_network import ADAPTER, part_of
 from anima_fast.training.finetune.start import base_tensors, looks_at_all, training_dtype
 from anima_fast.training.optimizers.build import build_optimizer
-from anima_fast.training.optimizers.names import find_optimizer
+from anima_fast.training.optimizers.recipes import find_optimizer
 from anima_fast.training.optimizers.weight_updates import CHUNK
 
 if TYPE_CHECKING:
