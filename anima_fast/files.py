@@ -97,7 +97,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Fill a new folder that replaces `path` only when the block ends without an error.
 
     A folder that is already at `path` is moved aside first and deleted last, so a crash between
-    the two renames leaves it beside the new one under the name `.NAME.old`.
+    the two renames leaves it next to the new one as `.NAME.old`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:8]}.tmp")
@@ -202,7 +202,7 @@ def write_json(path: str | os.PathLike, value: object) -> None:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made when it is written, so that a large file never stands in memory."""
+    """A tensor that is made when it is written, so that a large file is never all in memory."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -243,11 +243,11 @@ def save_safetensors(
 
 def dtype_code(dtype: torch.dtype, name: str) -> str:
     """safetensors' name of a dtype: float32 is F32, bfloat16 BF16, float8_e4m3fn F8_E4M3."""
-    kind, bits = re.fullmatch(r"torch\.([a-z]+?)(\d*(?:_e\dm\d)?)(?:fn)?", str(dtype)).groups()
+    match = re.fullmatch(r"torch\.([a-z]+?)(\d*(?:_e\dm\d)?)(?:fn)?", str(dtype))
     kinds = {"float": "F", "bfloat": "BF", "int": "I", "uint": "U", "bool": "BOOL"}
-    if kind not in kinds:
+    if match is None or match[1] not in kinds:
         raise TypeError(f"{name} is {dtype}, which a safetensors file cannot hold")
-    return kinds[kind] + bits.upper()
+    return kinds[match[1]] + match[2].upper()
 
 
 def _tensor_bytes(tensor: torch.Tensor | LazyTensor, name: str) -> memoryview:
@@ -266,7 +266,7 @@ def _tensor_bytes(tensor: torch.Tensor | LazyTensor, name: str) -> memoryview:
 def read_safetensors_header(path: str | os.PathLike) -> dict:
     """The JSON header of a safetensors file (tensor entries and `__metadata__`), without its data.
 
-    Raises `UserError` when the file is missing, is no safetensors file or is cut off.
+    Raises `UserError` when the file is missing, cut off or not a safetensors file.
     """
     path = Path(path)
     try:

@@ -20,8 +20,8 @@ from anima_fast.bench.step import (
 )
 from anima_fast.cli import app
 from anima_fast.errors import UserError
-from anima_fast.kernels import OPS
 from anima_fast.kernels.op import Cost, Op
+from anima_fast.kernels.registry import OPS
 from anima_fast.measure.cards import CARDS, find_card
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.dit_config import DitConfig

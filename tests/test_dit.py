@@ -1,6 +1,9 @@
 """The DiT against golden vectors, against its definition in float64 and against diffusers."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import golden
 import pytest
@@ -353,3 +356,23 @@ def test_parity_with_diffusers(head_dim, size):
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
     grads = [torch.autograd.grad(o.square().mean(), latents)[0] for o in (out, expected)]
     assert relative_error(*grads) < 1e-4
+
+
+WITHOUT_TRITON = """\
+import sys
+sys.modules["triton"] = None
+import anima_fast.sampling.run, anima_fast.training.loop
+from anima_fast.models.flow import FlowSettings, flow_loss
+from tiny_dit import TINY, make_dit, make_inputs
+dit, (latents, sigma, context) = make_dit(TINY).requires_grad_(), make_inputs(TINY)
+out = dit(latents, sigma, context, zero_keys=3)
+flow_loss(out, out.detach() + 1, sigma, FlowSettings()).mean().backward()
+assert all(p.grad is not None for p in dit.blocks.parameters())
+"""
+
+
+def test_eager_blocks_run_without_triton():
+    tests = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = {[str(tests), str(tests.parent)]}\n{WITHOUT_TRITON}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -24,8 +24,8 @@ from anima_fast.bench.step import (
     step_flops,
     step_time,
 )
-from anima_fast.kernels import OPS
 from anima_fast.kernels.op import Cost, Op, Sizes
+from anima_fast.kernels.registry import OPS
 from anima_fast.measure.cards import Card
 
 # Assumed: what a good kernel reaches of the data sheet, and what a launch costs in a queue that the

@@ -71,9 +71,8 @@ def _dataset(values: dict[str, Any]) -> None:
     for name in ("html", "masks"):
         if name in own and not own[name]:
             raise UserError(f"--{name} needs a name after it")
-    options, _ = resolve_train_options(
-        values, own.pop("config_file", None), complete=False, cls=TrainOptions
-    )
+    config_file = own.pop("config_file", None)
+    options, _ = resolve_train_options(values, config_file, complete=False, cls=TrainOptions)
     is_clean = report_dataset(options, **{n: v for n, v in own.items() if n != "strict"})
     if own.get("strict") and not is_clean:
         raise typer.Exit(1)

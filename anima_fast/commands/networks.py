@@ -11,7 +11,7 @@ from anima_fast.commands.app import USE, app
 from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from anima_fast.tools.report import Loss
+    from anima_fast.tools.ranks import ModuleLoss
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="File to write.", show_default=False)
@@ -112,6 +112,7 @@ def _combine(
     device: str | None,
     verbose: bool,
 ) -> None:
+    from anima_fast.device import choose_device
     from anima_fast.tools.combine import combine_networks
     from anima_fast.tools.ranks import RankRule
 
@@ -121,7 +122,7 @@ def _combine(
         output,
         rule=chosen,
         precision=None if precision == "keep" else precision,
-        device=_device(device),
+        device=choose_device(device),
         say=_progress,
     )
     _tell(losses, output, verbose)
@@ -157,6 +158,7 @@ def _extract(
     Takes the layers that training adapts by default.
     Reports the error, and what differs but cannot be in a LoRA.
     """
+    from anima_fast.device import choose_device
     from anima_fast.tools.extract import extract_lora
     from anima_fast.tools.ranks import RankRule
 
@@ -172,7 +174,7 @@ def _extract(
         llm_adapter=llm_adapter,
         dialect=to,
         precision=precision or "fp32",
-        device=_device(device),
+        device=choose_device(device),
         say=_progress,
     )
     if found.same:
@@ -206,13 +208,14 @@ def _resize(
     Each module keeps its scale alpha / rank; a DoRA keeps its magnitudes.
     LoHa and LoKr become the closest plain LoRA.
     """
+    from anima_fast.device import choose_device
     from anima_fast.tools.ranks import RankRule
     from anima_fast.tools.resize import resize_file
 
     target = _required(output)
     rule = RankRule.of(rank, dynamic, energy)
     losses = resize_file(
-        src, target, rule, precision=precision, device=_device(device), say=_progress
+        src, target, rule, precision=precision, device=choose_device(device), say=_progress
     )
     _tell(losses, target, verbose)
 
@@ -251,13 +254,13 @@ def _remap(
     Follows the published insertions. Extra blocks of the deeper model get nothing,
     and are left out on the way back.
     """
-    from anima_fast.tools.remap import describe, remap_file
+    from anima_fast.tools.remap import remap_file, remap_lines
 
     target = _required(output)
     done = remap_file(
         src, target, to=to, model=model, source=source, mapping=mapping, duplicate=duplicate
     )
-    typer.echo("\n".join(describe(done)))
+    typer.echo("\n".join(remap_lines(done)))
     typer.echo(f"wrote {target}: {done.modules} modules")
 
 
@@ -272,23 +275,10 @@ def _check_dialect(to: str) -> None:
         raise UserError(f"--to {to}: use kohya, comfyui or diffusers")
 
 
-def _device(name: str | None) -> str:
-    """The device asked for, else CUDA where there is a card."""
-    import torch
+def _tell(losses: list[ModuleLoss], output: Path, verbose: bool) -> None:
+    from anima_fast.tools.ranks import loss_table
 
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used: {reason}; use --device cpu") from None
-    return name
-
-
-def _tell(losses: list[Loss], output: Path, verbose: bool) -> None:
-    from anima_fast.tools.report import lines
-
-    typer.echo("\n".join(lines(losses, verbose=verbose)))
+    typer.echo("\n".join(loss_table(losses, verbose=verbose)))
     typer.echo(f"wrote {output}")
 
 

@@ -32,6 +32,6 @@ def _watch(
 
     It only reads the folder's files: start and stop it at any time.
     """
-    from anima_fast.reports.watch.command import watch
+    from anima_fast.reports.watch.server import watch
 
     watch(out, port=port, open_browser=open_browser, say=typer.echo)

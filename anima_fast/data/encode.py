@@ -1,17 +1,16 @@
 """Encode once: images to latents, captions to text context, before the DiT is loaded.
 
-`encode_dataset` names the captions that are too long and then runs two phases one after the other,
-each with its own models, so that the VAE and the text encoder are never in memory together and
-neither is there when training starts. Both phases leave a cache on the disk (see `cache.py`),
-whichever flag turned them on; the `_to_disk` flags say only that entries are read from it for every
-batch instead of staying in memory.
+`encode_dataset` reports captions that are too long and then runs two phases one after the other,
+each with its own models, so that the VAE and the text encoder are never in memory together and both
+are gone when training starts. Both phases leave a cache on disk (see `cache.py`), whichever flag
+turned them on; with the `_to_disk` flags entries are also read from it for every batch instead of
+staying in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,11 +21,10 @@ from anima_fast.data.dataset_config import caches_latents
 from anima_fast.data.encode_latents import LatentPhase
 from anima_fast.data.encode_models import load_run_tokenizers
 from anima_fast.data.encode_text import TextPhase
-
-if TYPE_CHECKING:
-    from anima_fast.data.items import DatasetPlan
-    from anima_fast.data.lowres import LowRes
-    from anima_fast.options.run import TrainOptions
+from anima_fast.data.items import DatasetPlan
+from anima_fast.data.lowres import LowRes
+from anima_fast.options.data import CacheOptions
+from anima_fast.options.run import TrainOptions
 
 Texts = list[tuple[Stored[TextEntry], ...]]
 
@@ -103,18 +101,17 @@ def encode_dataset(
             small = [s for item in plan.items if (s := lowres.small_item(item)) is not None]
             # Files of sd-scripts hold the full size.
             phase = LatentPhase(options, folders, device, vae_dtype, report, legacy=False)
-            entries = phase.run(small)
-            encoded.small_latents = {s.index: e for s, e in zip(small, entries, strict=True)}
+            found = zip(small, phase.run(small), strict=True)
+            encoded.small_latents = {item.index: entry for item, entry in found}
     if encoded.text_mode != "live":
-        phase = TextPhase(
+        entries, encoded.empty_text = TextPhase(
             options, tokenizers, tokens, folders, device, text_dtype, encoded.text_mode, report
-        )
-        entries, encoded.empty_text = phase.run(items, texts)
+        ).run(items, texts)
         encoded.texts, encoded.validation_texts = entries[:count], entries[count:]
     return encoded
 
 
-def choose_image_mode(options: TrainOptions) -> str:
+def choose_image_mode(options: CacheOptions) -> str:
     """ "cached" with either latent cache flag, else "live"."""
     return "cached" if caches_latents(options) else "live"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,13 +11,15 @@ from torch import Tensor
 from anima_fast.data.cache import LatentEntry
 from anima_fast.errors import UserError
 from anima_fast.memory.free import free_memory
-
-if TYPE_CHECKING:
-    from anima_fast.models.llm_adapter import LLMAdapter
-    from anima_fast.models.text_encoder import TextEncoder
-    from anima_fast.models.tokenizers import Tokenizers
-    from anima_fast.models.vae import VAE
-    from anima_fast.options.run import TrainOptions
+from anima_fast.models import checkpoint, llm_adapter, text_encoder, tokenizers, vae_checkpoint
+from anima_fast.models.llm_adapter import LLMAdapter
+from anima_fast.models.model_files import given
+from anima_fast.models.text_encoder import TextEncoder
+from anima_fast.models.tokenizers import Tokenizers
+from anima_fast.models.vae import VAE
+from anima_fast.options.data import ModelOptions
+from anima_fast.options.run import TrainOptions
+from anima_fast.options.sample import SampleOptions
 
 # Pixels [3, H, W] fp32 in [-1, 1] and alpha [H, W] fp32 0..1, as `images.load_item` returns them.
 Decoded = tuple[np.ndarray, np.ndarray | None]
@@ -83,11 +84,9 @@ class LatentEncoder:
         return latents
 
     def _vae(self, dtype: torch.dtype) -> VAE:
-        from anima_fast.models import vae_checkpoint
-
         if dtype not in self._vaes:
             self._vaes[dtype] = vae_checkpoint.load_vae(
-                self._options.vae, device=self._device, dtype=dtype
+                given(self._options.vae, "vae"), device=self._device, dtype=dtype
             )
         return self._vaes[dtype]
 
@@ -102,18 +101,14 @@ class TextModels:
 
     def encoder(self) -> TextEncoder:
         """The Qwen3 text encoder."""
-        from anima_fast.models import text_encoder
-
         if self._encoder is None:
             self._encoder = text_encoder.load_text_encoder(
-                self._options.qwen3, device=self._device, dtype=self._dtype
+                given(self._options.qwen3, "qwen3"), device=self._device, dtype=self._dtype
             )
         return self._encoder
 
     def adapter(self) -> LLMAdapter:
         """The LLM adapter."""
-        from anima_fast.models import llm_adapter
-
         if self._adapter is None:
             self._adapter = llm_adapter.load_llm_adapter(
                 adapter_path(self._options), device=self._device, dtype=self._dtype
@@ -126,11 +121,11 @@ class TextModels:
         free_memory(self._device, keep_cached=self._options.highvram)
 
 
-def adapter_path(options: TrainOptions) -> str:
-    """The file that holds the LLM adapter; `UserError` when there is none."""
-    from anima_fast.models import llm_adapter
-
-    path = options.llm_adapter_path or options.pretrained_model_name_or_path
+def adapter_path(options: ModelOptions) -> str:
+    """The file that holds the LLM adapter. Raises `UserError` when it holds none."""
+    path = options.llm_adapter_path or given(
+        options.pretrained_model_name_or_path, "pretrained_model_name_or_path"
+    )
     if not llm_adapter.has_llm_adapter(path):
         raise UserError(
             f"{path} holds no LLM adapter (llm_adapter.out_proj.weight): give the file that does "
@@ -139,23 +134,21 @@ def adapter_path(options: TrainOptions) -> str:
     return path
 
 
-def source_width(options: TrainOptions) -> int:
+def source_width(options: ModelOptions) -> int:
     """Width of the Qwen3 states that the LLM adapter expects."""
-    from anima_fast.models import checkpoint, llm_adapter
-
     tensors = llm_adapter.adapter_tensors(checkpoint.open_checkpoint(adapter_path(options)))
+    assert tensors is not None
     return llm_adapter.AdapterConfig.from_shapes(tensors.shapes).source_width
 
 
-def load_run_tokenizers(options: TrainOptions) -> Tokenizers:
-    """The tokenizers that the options name."""
-    from anima_fast.models import tokenizers
-
+def load_run_tokenizers(options: ModelOptions | SampleOptions, *, fetch: bool = True) -> Tokenizers:
+    """The tokenizers that the options name; see `load_tokenizers`."""
     return tokenizers.load_tokenizers(
         options.qwen3,
         qwen3_tokenizer_path=options.qwen3_tokenizer_path,
         t5_tokenizer_path=options.t5_tokenizer_path,
         models_dir=options.models_dir,
+        fetch=fetch,
     )
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anima_fast.models.flow_settings import LOSS_TYPES, FlowSettings
+from anima_fast.kernels.losses import element_loss, per_sample
+from anima_fast.models.flow_settings import FlowSettings
 
 TABLE_SIZE = 1000
 
@@ -125,13 +126,13 @@ def noisy_latents(
         generator: source of the perturbation, on the device of `noise`.
     """
     latents, noise = latents.float(), noise.float()
-    gamma = settings.ip_noise_gamma if settings is not None else None
-    if gamma:
+    if settings is not None and settings.ip_noise_gamma:
+        gamma: Tensor | float = settings.ip_noise_gamma
         if settings.ip_noise_gamma_random_strength:
             gamma = gamma * torch.rand(1, generator=generator, device=noise.device)
         extra = torch.randn(noise.shape, generator=generator, device=noise.device)
         noise = noise + gamma * extra
-    sigma = _per_sample(sigma, latents)
+    sigma = per_sample(sigma, latents)
     return (1 - sigma) * latents + sigma * noise
 
 
@@ -154,7 +155,7 @@ def loss_weight(scheme: str, sigma: Tensor) -> Tensor:
 def huber_delta(settings: FlowSettings, sigma: Tensor) -> Tensor:
     """The threshold c [B] of huber and smooth_l1: c·scale, or c^σ·scale when exponential.
 
-    `snr`, the default of sd-scripts, is not defined for flow models and stands for constant.
+    `snr`, the default of sd-scripts, is not defined for flow models and means constant.
     sd-scripts feeds σ in 0..1 to an exponent made for 0..1000, which makes its exponential schedule
     nearly constant; this is the curve that was meant.
     """
@@ -162,28 +163,6 @@ def huber_delta(settings: FlowSettings, sigma: Tensor) -> Tensor:
     if settings.huber_schedule == "exponential":
         return settings.huber_scale * settings.huber_c**sigma
     return torch.full_like(sigma, settings.huber_c * settings.huber_scale)
-
-
-def element_loss(
-    prediction: Tensor, target: Tensor, loss_type: str = "l2", c: Tensor | None = None
-) -> Tensor:
-    """The unreduced loss ℓ(d), d = prediction − target, in float32 and of their shape.
-
-    l2 d²; l1 |d|; huber 2c(√(d² + c²) − c); smooth_l1 2(√(d² + c²) − c) with c [B] per sample.
-    Raises `ValueError` for an unknown type or a missing c.
-    """
-    d = prediction.float() - target.float()
-    if loss_type == "l2":
-        return d**2
-    if loss_type == "l1":
-        return d.abs()
-    if loss_type not in ("huber", "smooth_l1"):
-        raise ValueError(f"loss_type is {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
-    if c is None:
-        raise ValueError(f"{loss_type} needs c, one threshold per sample")
-    c = _per_sample(c, d)
-    loss = 2 * (torch.sqrt(d**2 + c**2) - c)
-    return c * loss if loss_type == "huber" else loss
 
 
 def mask_from_conditioning(image: Tensor) -> Tensor:
@@ -248,17 +227,18 @@ def flow_loss(
         loss_weights: [B], the dataset's weight per sample (regularisation images), or None.
 
     Returns:
-        [B] float32; its mean over the batch is what is differentiated.
+        [B] float32; its mean over the batch is differentiated.
     """
     sigma = sigma.to(prediction.device)
-    loss = element_loss(prediction, target, settings.loss_type, huber_delta(settings, sigma))
-    loss = loss * _per_sample(loss_weight(settings.weighting_scheme, sigma), loss)
+    d = prediction.float() - target.float()
+    loss = element_loss(d, settings.loss_type, huber_delta(settings, sigma))
+    loss = loss * per_sample(loss_weight(settings.weighting_scheme, sigma), loss)
     if masks is not None:
         loss = apply_mask(loss, masks, normalize=settings.masked_loss_normalize)
-    per_sample = loss.flatten(1).mean(1)  # [B]
+    losses = loss.flatten(1).mean(1)  # [B]
     if loss_weights is not None:
-        per_sample = per_sample * loss_weights.to(per_sample)
-    return per_sample
+        losses = losses * loss_weights.to(losses)
+    return losses
 
 
 def fused_flow_loss(
@@ -279,7 +259,7 @@ def fused_flow_loss(
     Returns:
         [B] float32.
     """
-    # Not at the top: triton is not on every system.
+    # Imported here so that `flow_loss` runs without Triton.
     from anima_fast.kernels.flow_loss import flow_loss as one_pass
 
     sigma = sigma.to(prediction.device)
@@ -296,8 +276,3 @@ def fused_flow_loss(
         c=huber_delta(settings, sigma),
         cells=cells,
     )
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Shape [B] as [B, 1, ..., 1] on the device of `like`."""
-    return values.to(like.device, torch.float32).view(-1, *[1] * (like.ndim - 1))

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anima_fast.errors import UserError
+from anima_fast.models.adapter_kinds import ADAPTER_KINDS, LOKR, LORA, LYCORIS
 from anima_fast.options.declare import Spec, check_value, nearest
 from anima_fast.options.kinds import FALSE_WORDS
 from anima_fast.options.words import literal, split_words
 
 # Networks by the name of their module; that of lycoris.kohya depends on `algo`.
-KINDS = {"networks.lora_anima": "lora", "networks.loha": "loha", "networks.lokr": "lokr"}
-LYCORIS = "lycoris.kohya"
-ALGORITHMS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
+KINDS = {kind.module: kind.word for kind in ADAPTER_KINDS}
+ALGORITHMS = {name: kind.word for kind in ADAPTER_KINDS for name in kind.algorithms}
 
 Reader = Callable[[str, str], Any]
 
@@ -159,7 +159,7 @@ class NetworkArgs:
     notices: tuple[str, ...] = ()
 
 
-def parse_network_args(words: Iterable[str], module: str = "networks.lora_anima") -> NetworkArgs:
+def parse_network_args(words: Iterable[str], module: str = LORA.module) -> NetworkArgs:
     """Parse and check `network_args` of a `network_module`.
 
     Raises:
@@ -168,7 +168,7 @@ def parse_network_args(words: Iterable[str], module: str = "networks.lora_anima"
     """
     given = split_words(words, "--network_args")
     kind = _kind(module, given)
-    known = _KEYS | (_LOKR_KEYS if kind == "lokr" else {})
+    known = _KEYS | (_LOKR_KEYS if kind == LOKR.word else {})
     parsed: dict[str, Any] = {}
     notices = []
     for key, value in given.items():
@@ -180,14 +180,14 @@ def parse_network_args(words: Iterable[str], module: str = "networks.lora_anima"
             continue
         elif key in _REFUSED:
             raise UserError(f"--network_args {key} is not supported: {_REFUSED[key]}")
-        elif key in _LOKR_KEYS and kind != "lokr":
-            raise UserError(f"--network_args {key}: only networks.lokr uses it: remove it")
+        elif key in _LOKR_KEYS and kind != LOKR.word:
+            raise UserError(f"--network_args {key}: only {LOKR.module} uses it: remove it")
         elif key not in known:
             raise UserError(f"--network_args {key}: unknown key: {nearest(key, known)}")
         else:
             parsed[key] = known[key][0](value, f"--network_args {key}")
     kwargs = {known[key][1]: value for key, value in parsed.items() if known[key][1]}
-    if kind != "lora":
+    if kind != LORA.word:
         kwargs["kind"] = kind
     if lokr := {key: parsed[key] for key in _LOKR_KEYS if key in parsed}:
         kwargs["lokr"] = lokr

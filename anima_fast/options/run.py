@@ -175,10 +175,6 @@ class FinetuneOptions(RunOptions, _Learning, FinetuneGroup, _Data):
         "Minutes between the states of a rolling resume folder; 0 = off.", low=0,
     )  # fmt: skip
 
-    # Of networks, read by what both kinds of training share, and never on here.
-    scale_weight_norms = None
-    ema_decay = None
-
     @property
     def about(self) -> tuple[str, dict[str, str]]:
         """What kind of training it is, and facts that only this kind has, for the report."""

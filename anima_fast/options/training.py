@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from anima_fast.models.adapter_kinds import ADAPTER_KINDS, LORA, LYCORIS, WORDS
 from anima_fast.models.flow_settings import FlowSettings
 from anima_fast.options.declare import option
 from anima_fast.options.words import parse_arguments
@@ -29,9 +30,9 @@ class NetworkOptions:
     """The LoRA."""
 
     network_module: str = _network(
-        "networks.lora_anima",
-        "networks.lora_anima, networks.loha, networks.lokr, or lycoris.kohya with "
-        "--network_args algo=lora, loha or lokr.",
+        LORA.module,
+        f"{', '.join(kind.module for kind in ADAPTER_KINDS)}, or {LYCORIS} with "
+        f"--network_args algo={WORDS}.",
     )
     network_dim: int = _network(4, "Rank.", low=1)
     network_alpha: float | None = _network(

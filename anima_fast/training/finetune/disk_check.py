@@ -16,14 +16,14 @@ import torch
 
 from anima_fast.errors import UserError
 from anima_fast.memory.plan import GIB
+from anima_fast.training.checks import given
 from anima_fast.training.finetune.full_network import ADAPTER
 from anima_fast.training.finetune.memory_needs import model_sizes, state_bytes
 from anima_fast.training.finetune.start import base_tensors, training_dtype
+from anima_fast.training.kind import SAVE_DTYPES
 
 if TYPE_CHECKING:
     from anima_fast.options.run import FinetuneOptions
-
-SAVED_BYTES = {"float": 4, "fp16": 2, "bf16": 2}
 
 
 def check_disk(
@@ -34,8 +34,8 @@ def check_disk(
     Raises:
         UserError: too little room, or an output file that is the base model itself.
     """
-    target = Path(options.output_dir) / f"{options.output_stem}.safetensors"
-    if target.exists() and target.samefile(options.pretrained_model_name_or_path):
+    target = Path(given(options.output_dir)) / f"{options.output_stem}.safetensors"
+    if target.exists() and target.samefile(given(options.pretrained_model_name_or_path)):
         raise UserError(
             f"{target} is the base model itself: give another --output_name or --output_dir"
         )
@@ -58,14 +58,16 @@ def check_disk(
 
 def model_bytes(options: FinetuneOptions) -> int:
     """Of the saved file."""
-    base, bundled = base_tensors(options.pretrained_model_name_or_path, options.llm_adapter_path)
+    base, bundled = base_tensors(
+        given(options.pretrained_model_name_or_path), options.llm_adapter_path
+    )
     saves_adapter = bundled or options.trains_llm_adapter
     numbers = sum(
         math.prod(shape)
         for name, shape in base.shapes.items()
         if saves_adapter or not name.startswith(ADAPTER)
     )
-    return numbers * SAVED_BYTES.get(options.save_precision, training_dtype(options).itemsize)
+    return numbers * (SAVE_DTYPES[options.save_precision] or training_dtype(options)).itemsize
 
 
 def resume_bytes(options: FinetuneOptions, device: torch.device) -> int:

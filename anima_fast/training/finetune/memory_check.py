@@ -23,7 +23,7 @@ from anima_fast.memory.plan import CONTEXT_BYTES, GIB, USABLE_SHARE, Prediction
 from anima_fast.models.model_files import check_model_files
 from anima_fast.training.finetune.memory_needs import Batch, block_count, largest_batch, prediction
 from anima_fast.training.finetune.start import looks_at_all
-from anima_fast.training.optimizers.names import find_optimizer
+from anima_fast.training.optimizers.recipes import find_optimizer
 
 if TYPE_CHECKING:
     from anima_fast.options.run import FinetuneOptions
@@ -82,8 +82,13 @@ def check_memory(
 
 def show_memory(options: FinetuneOptions, *, say: Callable[[str], None]) -> None:
     """Say what a run would take, for `--plan_memory`, without loading any model."""
-    device = choose_device(options)
-    check_model_files(options)
+    device = choose_device(options.device)
+    check_model_files(
+        options.pretrained_model_name_or_path,
+        options.qwen3,
+        options.vae,
+        options.llm_adapter_path,
+    )
     for line in memory_plan(options, build_plan(options), device):
         say(line)
 

@@ -24,12 +24,13 @@ from anima_fast.memory.plan import (
     Sizes,
     predict,
 )
+from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.llm_adapter import AdapterConfig
 from anima_fast.models.recompute import block_policies
 from anima_fast.training.finetune.full_network import ADAPTER, part_of
 from anima_fast.training.finetune.start import base_tensors, looks_at_all, training_dtype
 from anima_fast.training.optimizers.build import build_optimizer
-from anima_fast.training.optimizers.names import find_optimizer
+from anima_fast.training.optimizers.recipes import find_optimizer
 from anima_fast.training.optimizers.weight_updates import CHUNK
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 # Side of the matrix on which an optimizer's state is measured.
 PROBE = 512
-# Captions have as many rows or fewer, unless they are encoded whole.
-TEXT_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ def prediction(options: FinetuneOptions, batch: Batch, device: torch.device) -> 
         offloaded=options.cpu_offload_checkpointing or options.unsloth_offload_checkpointing,
         batch=batch.images,
         tokens=batch.tokens,
+        # Captions have as many rows or fewer, unless they are encoded whole.
         rows=TEXT_ROWS,
         residual_bytes=2 if options.mixed_precision == "bf16" else 4,
         other_bytes=other_models(options),
