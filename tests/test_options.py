@@ -120,7 +120,7 @@ def test_every_attribute_that_code_reads_exists():
         ({"text_encoder_lr": (1e-4, -1.0)}, "at least 0"),
         ({"base_weights": (1,)}, "list of words"),
         ({"max_timestep": 1001}, "from 0 to 1000"),
-        ({"output_name": "a/b"}, "no file name"),
+        ({"output_name": "a/b"}, "not a file name"),
     ],
 )
 def test_wrong_values(given, message):

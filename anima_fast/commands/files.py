@@ -1,4 +1,4 @@
-"""Commands on files: `convert` and `inspect`."""
+"""Commands for files: `convert` and `inspect`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _inspect(
     file: Annotated[Path, typer.Argument(help="Any checkpoint, LoRA or cache file.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what a model, LoRA or cache file holds and which programs load it."""
+    """Show what a model, LoRA or cache file holds and which programs load it."""
     from json import dumps
 
     from anima_fast.inspection.file import describe, render

@@ -64,6 +64,6 @@ def _import(
     from anima_fast.migrate.importer import import_config
 
     if cwd is not None and not cwd.is_dir():
-        raise UserError(f"--cwd {cwd} is no folder: give the one that the trainer is started in")
+        raise UserError(f"--cwd {cwd} is not a folder: give the one that the trainer is started in")
     words = context.meta.get("words")
     import_config(words or source, out, folder=cwd, force=force, say=typer.echo)

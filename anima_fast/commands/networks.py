@@ -1,4 +1,4 @@
-"""Commands on finished networks and checkpoints: `merge`, `extract`, `resize` and `remap`."""
+"""Commands for finished networks and checkpoints: `merge`, `extract`, `resize` and `remap`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Device = Annotated[
     str | None,
     typer.Option(help="cuda or cpu; default: a card where there is one.", show_default=False),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Tell every module.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Report every module.")]
 
 
 def _precision(text: str) -> typer.models.OptionInfo:
@@ -47,7 +47,9 @@ def _precision(text: str) -> typer.models.OptionInfo:
 def _merge(
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(help="DiT, LLM adapter or text encoder; none merges the networks only."),
+        typer.Argument(
+            help="DiT, LLM adapter or text encoder; without it the networks are merged."
+        ),
     ] = None,
     lora: Annotated[
         list[str] | None,
@@ -69,11 +71,11 @@ def _merge(
     device: Device = None,
     verbose: Verbose = False,
 ) -> None:
-    """Build LoRA, LoHa, LoKr or DoRA files into a checkpoint, or several LoRA into one.
+    """Merge LoRA, LoHa, LoKr or DoRA files into a checkpoint, or several LoRA into one.
 
     Into a checkpoint: in fp32; names and other tensors stay.
-    Without one: the weighted sum of the networks as one LoRA, of all their ranks,
-    or the closest of --rank, --energy or --dynamic, with the error told.
+    Without one: the weighted sum of the networks as one LoRA, with all their ranks,
+    or the closest one by --rank, --energy or --dynamic, with its error.
     """
     from anima_fast.options.words import path_and_weight
 
@@ -154,7 +156,7 @@ def _extract(
     """Make a LoRA from the difference of two checkpoints.
 
     Takes the layers that training adapts by default.
-    Tells the error, and what differs but cannot be in a LoRA.
+    Reports the error, and what differs but cannot be in a LoRA.
     """
     from anima_fast.device import choose_device
     from anima_fast.tools.extract import extract_lora
@@ -201,7 +203,7 @@ def _resize(
     device: Device = None,
     verbose: Verbose = False,
 ) -> None:
-    """Reduce the rank of a LoRA, and tell the error.
+    """Reduce the rank of a LoRA, and report the error.
 
     Each module keeps its scale alpha / rank; a DoRA keeps its magnitudes.
     LoHa and LoKr become the closest plain LoRA.
@@ -233,7 +235,7 @@ def _remap(
     source: Annotated[
         int | None,
         typer.Option(
-            "--from", help="Blocks that the network is for (default: told from its highest block)."
+            "--from", help="Blocks that the network is for (default: from its highest block)."
         ),
     ] = None,
     mapping: Annotated[
@@ -249,8 +251,8 @@ def _remap(
 ) -> None:
     """Move a network between DiT of 28, 40 and 52 blocks.
 
-    Follows the published insertions. Blocks that the deeper model has in addition
-    get nothing, and are left out on the way back.
+    Follows the published insertions. Extra blocks of the deeper model get nothing,
+    and are left out on the way back.
     """
     from anima_fast.tools.remap import remap_file, remap_lines
 

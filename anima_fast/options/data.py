@@ -91,7 +91,7 @@ class DatasetOptions:
         8, "Threads that read and decode images; 0 = only the main one.", low=0
     )
     cache_info: bool = _data(
-        False, "Accepted; has no effect, since captions and sizes are read in a moment."
+        False, "Accepted; has no effect, since captions and sizes are read quickly."
     )
     debug_dataset: bool = _data(False, "Print what would be trained on, then stop.")
 
@@ -124,9 +124,8 @@ class CaptionKeys:
         1, "Tags shown at the start of the tag warm-up.", low=0, high=1_000_000
     )
     token_warmup_step: float = _caption(
-        0.0, "Steps (below 1: fraction of all) until all tags are shown; 0 = off.",
-        low=0, high=1e9,
-    )  # fmt: skip
+        0.0, "Steps (below 1: fraction of all) until all tags are shown; 0 = off.", low=0, high=1e9
+    )
 
 
 @dataclass(frozen=True)
@@ -187,19 +186,19 @@ class CacheOptions:
     """What is encoded once before training."""
 
     cache_latents: bool = _cache(False, "Encode all images once.")
-    cache_latents_to_disk: bool = _cache(False, "The same, kept on the disk for later runs.")
+    cache_latents_to_disk: bool = _cache(False, "The same, kept on disk for later runs.")
     vae_batch_size: int = _cache(1, "Images per VAE call while encoding.", low=1)
     cache_text_encoder_outputs: bool = _cache(
         False, "Encode all captions once; only the DiT is trained then."
     )
     cache_text_encoder_outputs_to_disk: bool = _cache(
-        False, "The same, kept on the disk for later runs."
+        False, "The same, kept on disk for later runs."
     )
     text_encoder_batch_size: int | None = _cache(
         None, "Captions per text encoder call (default: the dataset's batch size).", low=1
     )
     skip_cache_check: bool = _cache(False, "Trust cache files without comparing their contents.")
-    cache_dir: str | None = _cache(None, "Folder of the caches (default: beside the images).")
+    cache_dir: str | None = _cache(None, "Folder of the caches (default: next to the images).")
     highvram: bool = _cache(False, "Keep freed device memory between encoding batches.")
 
 
@@ -207,7 +206,7 @@ class CacheOptions:
 class MaskOptions:
     """Loss on a part of the image."""
 
-    masked_loss: bool = _mask(False, "Multiply the loss with masks from conditioning_data_dir.")
+    masked_loss: bool = _mask(False, "Multiply the loss by masks from conditioning_data_dir.")
     alpha_mask: bool = _mask(False, "Use the alpha channel of the images as mask.")
     conditioning_data_dir: str | None = _mask(
         None, "Folder of mask images with the stems of the training images."

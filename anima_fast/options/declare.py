@@ -163,7 +163,7 @@ def _check_number(spec: Spec, value: Any, where: str) -> None:
     below = spec.low is not None and value < spec.low
     above = spec.high is not None and value > spec.high
     if below or above:
-        wanted = f"at least {spec.low:g}"
+        wanted = f"of at least {spec.low:g}"
         if spec.high is not None:
             wanted = f"from {spec.low or 0:g} to {spec.high:g}"
         raise UserError(f"{where}: {shown(value)} is out of range: use a number {wanted}")

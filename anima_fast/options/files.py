@@ -1,7 +1,7 @@
 """From command-line words and a TOML file to options, and from options back to TOML.
 
 A value on the command line beats the file, the file beats the default. Sections of the file are
-only for the reader: all keys are flattened. Names may be spelt with hyphens or underscores.
+only for the reader: all keys are flattened. Names may be spelled with hyphens or underscores.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The keys and values of a TOML file, sections flattened.
 
     Raises:
-        UserError: a missing or unreadable file, invalid TOML, a key that stands in two sections.
+        UserError: a missing or unreadable file, invalid TOML, a key in two sections.
     """
     what = "--config_file"
     parsed = parse_config(read_text(path, what), f"{what} {path}")
@@ -95,7 +95,7 @@ def _flatten(table: Mapping[str, Any], flat: dict[str, Any], where: str) -> None
             continue
         name = key.replace("-", "_")
         if name in flat:
-            raise UserError(f"{where}: {key} stands in two sections: keep one of them")
+            raise UserError(f"{where}: {key} is in two sections: keep one of them")
         flat[name] = value
 
 

@@ -53,17 +53,14 @@ def _bool(value: Any, text: bool) -> bool:
 
 
 def _int(value: Any, text: bool) -> int:
-    if text and isinstance(value, str):
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, str) if text else int):
         raise TypeError
-    return value
+    return int(value)
 
 
 def _float(value: Any, text: bool) -> float:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise TypeError
-    if isinstance(value, str) and not text:
+    allowed = (int, float, str) if text else (int, float)
+    if isinstance(value, bool) or not isinstance(value, allowed):
         raise TypeError
     number = float(value)
     if not math.isfinite(number):
@@ -112,12 +109,11 @@ def _steps(value: Any, text: bool) -> int | float:
 
 
 def _words(value: Any, text: bool) -> tuple[str, ...]:
-    values = (value,) if isinstance(value, str) else tuple(value)
-    return tuple(_str(part, text) for part in values)
+    return tuple(_str(part, text) for part in ((value,) if isinstance(value, str) else value))
 
 
 def _numbers(value: Any, text: bool) -> tuple[float, ...]:
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    values = value if isinstance(value, (list, tuple)) else (value,)
     return tuple(_float(part, text) for part in values)
 
 

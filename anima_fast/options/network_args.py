@@ -1,8 +1,8 @@
 """`network_module` and `network_args`: which network, and its key=value settings.
 
 sd-scripts' three networks have the keys of its own files; `lycoris.kohya` has those of the LyCORIS
-package, whose `algo` names the network. Keys that only concern convolutions, of which the DiT has
-none, are accepted and said to have no effect.
+package, whose `algo` names the network. Keys that concern only convolutions are accepted with a
+notice that they have no effect: the DiT has none.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _indices(value: str, where: str) -> tuple[int, ...] | None:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise UserError(f"{where}: expected blocks such as 14-27 or 0-3,8, got {part[:60]!r}")
-        # No DiT has this many; a slip of the finger must not fill the memory.
+        # No DiT has this many; a typo must not fill the memory.
         if int(match[2] or match[1]) > 999:
             raise UserError(f"{where}: there is no block {match[2] or match[1]}")
         found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
@@ -71,7 +71,7 @@ def _check_pattern(pattern: Any, where: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise UserError(
-            f"{where}: {pattern!r} is no regular expression ({error}): correct it"
+            f"{where}: {pattern!r} is not a regular expression ({error}): correct it"
         ) from None
 
 
@@ -129,7 +129,7 @@ _OF_CONVOLUTIONS = (
 _REFUSED = {
     "dropout": "give --network_dropout instead",
     "preset": "choose layers with include_patterns and exclude_patterns instead",
-    "use_scalar": "its scalar is no part of the file's maths; remove it",
+    "use_scalar": "its scalar is not part of the file's maths; remove it",
     "rs_lora": "give --network_alpha multiplied by the root of the rank instead",
     "train_norm": "norms are not trained in a LoRA; remove it",
     "unbalanced_factorization": "no loader can tell it from a file; remove it",
@@ -148,7 +148,7 @@ class NetworkArgs:
     Attributes:
         kind: lora, loha or lokr.
         train_llm_adapter, verbose: the flags of these names.
-        kwargs: arguments of `add_lora`, `kind` included where it is no LoRA.
+        kwargs: arguments of `add_lora`, `kind` included unless it is a LoRA.
         notices: what was accepted without effect, and why.
     """
 

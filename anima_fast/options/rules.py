@@ -122,7 +122,7 @@ def _data(draft: Draft) -> None:
     if draft.min_bucket_reso > draft.max_bucket_reso:
         raise UserError(
             f"--min_bucket_reso {draft.min_bucket_reso} is above --max_bucket_reso "
-            f"{draft.max_bucket_reso}: exchange them"
+            f"{draft.max_bucket_reso}: swap them"
         )
     beaten = [n for n in ("train_data_dir", "reg_data_dir", "in_json") if draft.values[n]]
     if draft.dataset_config and beaten:
@@ -156,18 +156,18 @@ def _precision(draft: Draft) -> None:
 def _memory(draft: Draft) -> None:
     if not draft.blocks_to_swap:
         draft.set("blocks_to_swap", None)
-    cpu, unsloth = draft.cpu_offload_checkpointing, draft.unsloth_offload_checkpointing
-    if cpu and unsloth:
+    offloads = ("cpu_offload_checkpointing", "unsloth_offload_checkpointing")
+    given = [name for name in offloads if draft.values[name]]
+    if len(given) == 2:
         raise UserError(
             "--cpu_offload_checkpointing and --unsloth_offload_checkpointing exclude each other: "
             "the second is the faster one"
         )
-    if draft.blocks_to_swap and (cpu or unsloth):
-        name = "cpu_offload_checkpointing" if cpu else "unsloth_offload_checkpointing"
-        raise UserError(f"--blocks_to_swap and --{name} exclude each other: drop one of them")
-    if (cpu or unsloth) and not draft.gradient_checkpointing:
-        name = "cpu_offload_checkpointing" if cpu else "unsloth_offload_checkpointing"
-        draft.set("gradient_checkpointing", True, f"{name}: gradient_checkpointing turned on")
+    for name in given:
+        if draft.blocks_to_swap:
+            raise UserError(f"--blocks_to_swap and --{name} exclude each other: drop one of them")
+        if not draft.gradient_checkpointing:
+            draft.set("gradient_checkpointing", True, f"{name}: gradient_checkpointing turned on")
     _recompute(draft)
     if draft.compile and draft.kernels == "triton":
         raise UserError(
@@ -240,8 +240,8 @@ def _saving(draft: Draft) -> None:
     name = draft.output_name or ""
     if any(mark in name for mark in '/\\:*?"<>|') or name in (".", ".."):
         raise UserError(
-            f"--output_name {name} is no file name: put folders into --output_dir and use none of "
-            '/ \\ : * ? " < > |'
+            f"--output_name {name} is not a file name: put folders into --output_dir and use none "
+            'of / \\ : * ? " < > |'
         )
 
 

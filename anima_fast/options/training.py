@@ -60,7 +60,7 @@ class NetworkOptions:
     tlora_min_rank: int | None = _network(
         None,
         "T-LoRA: the more noise, the fewer ranks are trained, down to this many at sigma 1. Keeps "
-        "single pictures from being learnt as layouts; costs nothing, learns coarse shape slower.",
+        "layouts of single pictures from being learnt; free, but coarse shapes are learnt slower.",
         low=1,
     )
     tlora_alpha: float = _network(
@@ -68,8 +68,8 @@ class NetworkOptions:
     )
     ema_decay: float | None = _network(
         None,
-        "Keep a running mean of the LoRA, saved beside it as NAME-ema: the part of the old mean "
-        "that stays at each step, such as 0.999.",
+        "Keep a running mean of the LoRA, saved as NAME-ema too: the fraction of the old mean "
+        "kept at each step, such as 0.999.",
         low=0,
         high=1,
     )
@@ -81,7 +81,7 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class LoRAFileOptions:
-    """The form of a LoRA file."""
+    """The format of a LoRA file."""
 
     lora_format: str = _network(
         "kohya", "Names of the tensors.", choices=("kohya", "comfyui", "diffusers")
@@ -93,7 +93,7 @@ class LoRAFileOptions:
 
 @dataclass(frozen=True)
 class NetworkRateOptions:
-    """Rates of the parts that a LoRA has modules in."""
+    """Learning rates of the networks that a LoRA has modules in."""
 
     unet_lr: float | None = _optimizer(None, "Rate of the DiT (default: learning_rate).", low=0)
     text_encoder_lr: tuple[float, ...] = _optimizer(
@@ -103,7 +103,7 @@ class NetworkRateOptions:
 
 @dataclass(frozen=True)
 class LoRASpeedOptions:
-    """Speed of LoRA training alone."""
+    """Speed options that only LoRA training has."""
 
     cuda_graphs: bool | None = _memory(
         None,
@@ -149,7 +149,10 @@ class SchedulerOptions:
         None, "Time scale of inverse_sqrt in steps (default: the warm-up).", low=1
     )
     lr_scheduler_min_lr_ratio: float | None = _scheduler(
-        None, "Smallest rate as a part of the full one, for schedules that have one.", low=0, high=1
+        None,
+        "Smallest rate as a fraction of the full one, for schedules that have one.",
+        low=0,
+        high=1,
     )
     lr_scheduler_type: str | None = _scheduler(
         None, "Scheduler class by dotted path, instead of lr_scheduler."
@@ -180,7 +183,7 @@ class FlowOptions(FlowSettings):
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """Where it computes, and by which blocks."""
+    """The device, and which implementation of the DiT blocks runs there."""
 
     device: str | None = _memory(None, "cuda, cuda:1 or cpu (default: cuda where there is one).")
     kernels: str = _memory(
@@ -201,7 +204,7 @@ class MemoryOptions(DeviceOptions):
     gradient_checkpointing: bool = _memory(False, "Recompute each block in the backward pass.")
     cpu_offload_checkpointing: bool = _memory(False, "Keep checkpoint inputs in host memory.")
     unsloth_offload_checkpointing: bool = _memory(
-        False, "The same with copies that do not block; turns gradient_checkpointing on."
+        False, "The same with non-blocking copies; turns gradient_checkpointing on."
     )
     blocks_to_swap: int | None = _memory(
         None, "DiT blocks that stay in host memory, at most all but two.", low=0
@@ -211,9 +214,8 @@ class MemoryOptions(DeviceOptions):
         "at block, the rest at none.",
     )  # fmt: skip
     attn_mode: str = _memory(
-        "torch", "Attention backend; sdpa is another name for torch.",
-        choices=(*ATTN_MODES, "sdpa"),
-    )  # fmt: skip
+        "torch", "Attention backend; sdpa is another name for torch.", choices=(*ATTN_MODES, "sdpa")
+    )
     split_attn: bool = _memory(False, "Attention for one image of the batch at a time.")
     compile: bool = _memory(False, "Compile each DiT block with torch.compile.")
     compile_backend: str = _memory("inductor", "Backend of torch.compile.")
@@ -226,4 +228,6 @@ class MemoryOptions(DeviceOptions):
         None, "Shapes that are compiled before falling back to eager.", low=1
     )
     cuda_allow_tf32: bool = _memory(False, "Allow TF32 in float32 products.")
-    cuda_cudnn_benchmark: bool = _memory(False, "Let cuDNN try its algorithms.")
+    cuda_cudnn_benchmark: bool = _memory(
+        False, "Let cuDNN try its algorithms and take the fastest."
+    )

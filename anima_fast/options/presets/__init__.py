@@ -3,8 +3,8 @@
     --preset character --preset 12gb        or        preset = ["character", "12gb"]
 
 Options at the top or in any section are for both commands, those in `[train]` and `[finetune]` for
-one. What is given by hand wins over all presets, a later preset over an earlier one, and options
-that would contradict what is given by hand are left out with it.
+one. What is given by hand wins over all presets, and a later preset over an earlier one. An option
+of a preset that contradicts one given by hand is left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent
 COMMANDS: dict[str, type[RunOptions]] = {
     cls.command: cls for cls in (TrainOptions, FinetuneOptions)
 }
-# Option of a preset -> options that leave no room for it when they are given by hand.
+# Option of a preset -> options that rule it out when given by hand.
 RIVALS = {
     "gradient_checkpointing": ("recompute", "cpu_offload_checkpointing"),
     "recompute": (
@@ -124,7 +124,7 @@ def _settings(
         spec = next((specs(cls)[name] for cls in classes if name in specs(cls)), None)
         if spec is None or name == "preset":
             known = [n for cls in classes for n in specs(cls)]
-            raise UserError(f"{file}: {key} is no option of a run: {nearest(name, known)}")
+            raise UserError(f"{file}: {key} is not an option of a run: {nearest(name, known)}")
         converted = convert(spec, value, f"{file}: {name}")
         yield Setting(name, converted, reasons.get((section, key), ""), command)
 
@@ -152,7 +152,7 @@ def _comments(text: str) -> tuple[dict[tuple[str, str], str], str]:
 
 
 def split_names(words: Iterable[str]) -> list[str]:
-    """`["character,12gb"]` as names; a path with a comma in it is left whole."""
+    """`["character,12gb"]` as names; a path with a comma in it is not split."""
     names = []
     for word in words:
         whole = word.lower().endswith(".toml") and Path(word).exists()
@@ -206,7 +206,7 @@ def _apply(
             reason = f" ({setting.reason})" if setting.reason else ""
             lines.append(f"{name} = {shown(value)}{over}{reason}")
     if foreign:
-        lines.append(f"{', '.join(foreign)}: no options of {cls.command}, left out")
+        lines.append(f"{', '.join(foreign)}: not options of {cls.command}, left out")
     return [f"preset {preset.name}: {line}" for line in lines or ["nothing is left to set"]]
 
 
@@ -218,7 +218,7 @@ def _same(name: str, value: Any, by_hand: Mapping[str, Any]) -> bool:
 
 
 def _replace(name: str, value: Any, preset: str, chosen: dict[str, tuple[Any, str]]) -> str:
-    """Set an option; tells what of an earlier preset it takes the place of."""
+    """Set an option; returns what it replaces of earlier presets, for the line about it."""
     beaten = [n for n in chosen if name in RIVALS.get(n, ()) and chosen[n][1] != preset]
     if name in chosen and chosen[name][0] != value:
         beaten.insert(0, name)
