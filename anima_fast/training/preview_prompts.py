@@ -6,7 +6,7 @@ path runs again at each preview.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,13 +20,12 @@ from anima_fast.sampling.pictures import unescape
 from anima_fast.sampling.prompts import Prompt, collect_prompts, say_ignored
 from anima_fast.sampling.texts import PromptTokens, adapt, encode_states, tokenize_prompt
 from anima_fast.training.checks import given
+from anima_fast.training.kind import Say
 
 if TYPE_CHECKING:
     from anima_fast.options.data import ModelOptions
     from anima_fast.options.output import PreviewOptions
     from anima_fast.options.run import FinetuneOptions, TrainOptions
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
