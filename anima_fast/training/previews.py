@@ -254,7 +254,8 @@ def encode_texts(
     dtype: torch.dtype,
 ) -> dict[str, PreviewText]:
     """Each text as far as nothing of it is trained."""
-    tokenizers, models = load_run_tokenizers(options), TextModels(options, device, dtype)
+    tokenizers = load_run_tokenizers(options)
+    models = TextModels(options, device, dtype, keep_cached=options.highvram)
     found = {}
     for text in texts:
         tokens = tokenize_prompt(tokenizers, text)
