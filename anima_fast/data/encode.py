@@ -9,8 +9,9 @@ staying in memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -82,7 +83,9 @@ def encode_dataset(
     items = [*plan.items, *plan.validation_items]
     count = len(plan.items)
     tokenizers, texts = load_run_tokenizers(options), renderings(items, options)
-    tokens = count_tokens(items, texts, tokenizers, options)
+    tokens = count_tokens(
+        items, texts, tokenizers, options.token_limits, whole=options.long_captions == "whole"
+    )
     encoded = EncodedDataset(choose_image_mode(options), choose_text_mode(options), device, tokens)
 
     def report(text: str) -> None:
@@ -95,17 +98,27 @@ def encode_dataset(
     folders = CacheFolders(options.cache_dir, options.output_dir, report)
     folders.register(item.path for item in items)
     if encoded.image_mode == "cached":
-        latents = LatentPhase(options, folders, device, vae_dtype, report).run(items)
+        threads = max(1, min(options.max_data_loader_n_workers, os.cpu_count() or 1))
+        phase = LatentPhase(options, options, folders, device, vae_dtype, report, threads)
+        latents = phase.run(items)
         encoded.latents, encoded.validation_latents = latents[:count], latents[count:]
         if lowres is not None:
             small = [s for item in plan.items if (s := lowres.small_item(item)) is not None]
             # Files of sd-scripts hold the full size.
-            phase = LatentPhase(options, folders, device, vae_dtype, report, legacy=False)
-            found = zip(small, phase.run(small), strict=True)
+            found = zip(small, replace(phase, legacy=False).run(small), strict=True)
             encoded.small_latents = {item.index: entry for item, entry in found}
     if encoded.text_mode != "live":
         entries, encoded.empty_text = TextPhase(
-            options, tokenizers, tokens, folders, device, text_dtype, encoded.text_mode, report
+            models=options,
+            caches=options,
+            tokenizers=tokenizers,
+            tokens=tokens,
+            token_limits=options.token_limits,
+            folders=folders,
+            device=device,
+            dtype=text_dtype,
+            form=encoded.text_mode,
+            say=report,
         ).run(items, texts)
         encoded.texts, encoded.validation_texts = entries[:count], entries[count:]
     return encoded

@@ -23,7 +23,8 @@ from anima_fast.training.checks import given
 from anima_fast.training.kind import Say
 
 if TYPE_CHECKING:
-    from anima_fast.options.data import ModelOptions
+    from anima_fast.models.tokenizers import Tokenizers
+from anima_fast.options.data import ModelOptions
     from anima_fast.options.output import PreviewOptions
     from anima_fast.options.run import FinetuneOptions, TrainOptions
 
@@ -108,20 +109,22 @@ def prepare_prompts(
         return PreviewPrompts(prompts, live=True)
     say("encoding the prompts of previews")
     texts = [unescape(text) for prompt in prompts for text in prompt.texts]
-    encoded = encode_texts(options, list(dict.fromkeys(texts)), text_mode, device, dtype)
+    models = TextModels(options, device, dtype, keep_cached=options.highvram)
+    encoded = encode_texts(
+        list(dict.fromkeys(texts)), models, load_run_tokenizers(options), text_mode, device
+    )
     return PreviewPrompts(prompts, encoded)
 
 
 @torch.no_grad()
 def encode_texts(
-    options: ModelOptions,
     texts: list[str],
+    models: TextModels,
+    tokenizers: Tokenizers,
     text_mode: str,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> dict[str, PreviewText]:
     """Run the frozen part of the text path over each text."""
-    tokenizers, models = load_run_tokenizers(options), TextModels(options, device, dtype)
     found = {}
     for text in texts:
         tokens = tokenize_prompt(tokenizers, text)
