@@ -24,7 +24,6 @@ from anima_fast.training.kind import Say
 
 if TYPE_CHECKING:
     from anima_fast.models.tokenizers import Tokenizers
-from anima_fast.options.data import ModelOptions
     from anima_fast.options.output import PreviewOptions
     from anima_fast.options.run import FinetuneOptions, TrainOptions
 
