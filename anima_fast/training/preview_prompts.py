@@ -16,8 +16,7 @@ from torch import Tensor
 from anima_fast.data.conditioning import Conditioning
 from anima_fast.data.encode_models import TextModels, load_run_tokenizers
 from anima_fast.errors import UserError
-from anima_fast.sampling.pictures import unescape
-from anima_fast.sampling.prompts import Prompt, collect_prompts, say_ignored
+from anima_fast.sampling.prompts import Prompt, collect_prompts, say_ignored, unescape
 from anima_fast.sampling.texts import PromptTokens, adapt, encode_states, tokenize_prompt
 from anima_fast.training.checks import given
 from anima_fast.training.kind import Say
