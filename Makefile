@@ -25,6 +25,7 @@ test-slow: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/vae_encode.py
@@ -34,7 +35,7 @@ docs: $(VENV)/.test
 
 # Straight from a checkout, in the environment whose PyTorch sees the card.
 gpu:
-	$(PYTHON) -m anima_fast bench all --out $(BENCH_OUT)
+	$(PYTHON) -m benchmarks.suite --out $(BENCH_OUT)
 
 clean:
 	rm -rf $(VENV) $(OUT) $(BENCH_OUT) site *.egg-info build

@@ -6,25 +6,23 @@ stderr and exit status 2, an interrupt with 130.
 
 from __future__ import annotations
 
-import importlib
 import sys
 
-from anima_fast.commands.app import app
+from anima_fast.commands import (  # noqa: F401 - each registers its commands
+    dataset,
+    files,
+    machine,
+    migrate,
+    networks,
+    presets,
+    sample,
+    train,
+    watch,
+)
+from anima_fast.commands.app import MACHINE, app
 from anima_fast.commands.bench import bench
 
-# Panels of the help page and the modules of `commands` in them, in its order.
-PANELS = {
-    "Prepare and train": ("dataset", "migrate", "presets", "train", "watch"),
-    "Use": ("sample", "files", "networks"),
-    "This machine": ("machine",),
-}
-for panel, themes in PANELS.items():
-    for theme in themes:
-        known = len(app.registered_commands)
-        importlib.import_module(f"anima_fast.commands.{theme}")
-        for command in app.registered_commands[known:]:
-            command.rich_help_panel = panel
-app.add_typer(bench, rich_help_panel="This machine")
+app.add_typer(bench, rich_help_panel=MACHINE)
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ CONSOLE_FILE = "console.log"
 
 
 def describe_error(error: BaseException) -> str:
-    """What went wrong, on one line; the kind too where it is no message for users."""
+    """What went wrong, on one line; with its type unless it is a message for users."""
     text = " ".join(str(error).split())[:1000]
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
@@ -79,7 +79,7 @@ def describe_error(error: BaseException) -> str:
 class ConsoleLog:
     """The lines that the console shows, each with its time, in `OUT/console.log`.
 
-    A context manager: what ends the run early is the last line of a run that has said something.
+    A context manager: an error that ends a run becomes the last line, if the run has written any.
 
     Args:
         folder: the output folder; None writes nothing.

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import threading
-from typing import TYPE_CHECKING
 
 import torch
 
 from anima_fast.errors import UserError
 
-if TYPE_CHECKING:
-    from anima_fast.options.run import TrainOptions
-    from anima_fast.options.sample import SampleOptions
+# The words for a precision, in the options, on the tools' command lines and in saved files.
+DTYPES = {
+    "no": torch.float32,
+    "float": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+# Held while a graph is recorded (models/block_graphs.py) and while any thread but the main one
+# takes page-locked memory: CUDA aborts a recording when another thread allocates meanwhile.
+NOT_WHILE_RECORDING = threading.Lock()
 
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+def choose_device(name: str | None) -> torch.device:
+    """The device of --device; without one CUDA where there is a card, otherwise the CPU.
 
-
-def choose_device(options: TrainOptions | SampleOptions) -> torch.device:
-    """The device asked for, else CUDA where there is a card, else the CPU."""
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    Raises `UserError` for a device that does not exist here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
             "--device cuda needs a CUDA card and a CUDA build of PyTorch; this PyTorch sees none "
@@ -31,7 +37,13 @@ def choose_device(options: TrainOptions | SampleOptions) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name} is no device that PyTorch knows: cuda, cpu") from None
+        raise UserError(f"--device {name} is unknown to PyTorch: use cuda or cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--device {name} cannot be used: {reason}; use --device cpu") from None
     if device.type == "cuda" and device.index is not None:
         if device.index >= torch.cuda.device_count():
             raise UserError(
@@ -52,16 +64,21 @@ def set_backends(*, tf32: bool = False, benchmark: bool = False) -> None:
     torch.backends.cudnn.benchmark = benchmark
 
 
-def uses_fused_blocks(options: TrainOptions | SampleOptions, device: torch.device) -> bool:
-    """Whether the DiT runs through the fused kernels; torch.compile takes the eager blocks.
+def uses_fused_blocks(kernels: str, device: torch.device, *, compiled: bool = False) -> bool:
+    """Whether the DiT runs through the fused kernels.
 
-    Raises `UserError` when they are asked for and cannot run.
+    Args:
+        kernels: auto, triton or eager.
+        device: where the DiT runs.
+        compiled: torch.compile is on, which takes the eager blocks.
+
+    Raises:
+        UserError: triton is asked for and cannot run.
     """
-    if options.kernels == "triton":
+    if kernels == "triton":
         check_triton("--kernels triton", "--kernels eager", device)
         return True
-    compiled = getattr(options, "compile", False)
-    if options.kernels == "eager" or compiled or device.type != "cuda":
+    if kernels == "eager" or compiled or device.type != "cuda":
         return False
     return importlib.util.find_spec("triton") is not None
 
@@ -75,7 +92,7 @@ def check_triton(option: str, remedy: str, device: torch.device | str | None = N
         device: where they would run, when known.
 
     Raises:
-        UserError: triton is not installed, or the device is no CUDA card and the kernels are not
+        UserError: triton is not installed, or the device is not a CUDA card and the kernels are not
             interpreted.
     """
     if importlib.util.find_spec("triton") is None:
@@ -93,8 +110,3 @@ def check_torch_version(version: str = torch.__version__) -> None:
             f"PyTorch {version} is too old: before 2.5 its attention gives NaN (NaN loss, black "
             "images); pip install -U torch"
         )
-
-
-# Held while a graph is recorded (models/block_graphs.py) and while a thread beside the main one
-# takes page-locked memory: CUDA breaks a recording off when any thread allocates meanwhile.
-NOT_WHILE_RECORDING = threading.Lock()

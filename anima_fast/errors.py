@@ -8,3 +8,8 @@ exception is a defect of the program and keeps its traceback.
 
 class UserError(ValueError):
     """Bad input: the message says what was expected, what was found and the remedy, in one line."""
+
+
+def reason(error: BaseException) -> str:
+    """The message of an exception on one line of at most 300 characters, else its class."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

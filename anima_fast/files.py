@@ -17,20 +17,57 @@ import os
 import re
 import shutil
 import struct
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from anima_fast.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 if TYPE_CHECKING:
     import torch
 
 # Windows' error codes for a rename that meets an open file.
 ACCESS_DENIED, SHARING_VIOLATION = 5, 32
+
+
+def read_text(path: str | os.PathLike[str], what: str) -> str:
+    """A UTF-8 text file without its byte-order mark; `UserError` naming the file otherwise."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} does not exist: check the path") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{what} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {what} {path}: {reason}") from None
+
+
+def parse_config(text: str, where: object, kind: str = "TOML") -> Any:
+    """TOML or JSON text as Python values; `UserError` that begins with `where` otherwise."""
+    parse, wrong = {
+        "TOML": (tomllib.loads, "is not valid TOML"),
+        "JSON": (json.loads, "is not valid JSON"),
+    }[kind]
+    try:
+        return parse(text)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply for a configuration") from None
+    except ValueError as error:
+        hint = "; write Windows paths in 'single quotes' or with /" if "\\" in text else ""
+        raise UserError(f"{where} {wrong}: {error}{hint}") from None
 
 
 @contextlib.contextmanager
@@ -60,7 +97,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Fill a new folder that replaces `path` only when the block ends without an error.
 
     A folder that is already at `path` is moved aside first and deleted last, so a crash between
-    the two renames leaves it beside the new one under the name `.NAME.old`.
+    the two renames leaves it next to the new one as `.NAME.old`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:8]}.tmp")
@@ -165,7 +202,7 @@ def write_json(path: str | os.PathLike, value: object) -> None:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made when it is written, so that a large file never stands in memory."""
+    """A tensor that is made when it is written, so that a large file is never all in memory."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -206,11 +243,11 @@ def save_safetensors(
 
 def dtype_code(dtype: torch.dtype, name: str) -> str:
     """safetensors' name of a dtype: float32 is F32, bfloat16 BF16, float8_e4m3fn F8_E4M3."""
-    kind, bits = re.fullmatch(r"torch\.([a-z]+?)(\d*(?:_e\dm\d)?)(?:fn)?", str(dtype)).groups()
+    match = re.fullmatch(r"torch\.([a-z]+?)(\d*(?:_e\dm\d)?)(?:fn)?", str(dtype))
     kinds = {"float": "F", "bfloat": "BF", "int": "I", "uint": "U", "bool": "BOOL"}
-    if kind not in kinds:
+    if match is None or match[1] not in kinds:
         raise TypeError(f"{name} is {dtype}, which a safetensors file cannot hold")
-    return kinds[kind] + bits.upper()
+    return kinds[match[1]] + match[2].upper()
 
 
 def _tensor_bytes(tensor: torch.Tensor | LazyTensor, name: str) -> memoryview:
@@ -229,7 +266,7 @@ def _tensor_bytes(tensor: torch.Tensor | LazyTensor, name: str) -> memoryview:
 def read_safetensors_header(path: str | os.PathLike) -> dict:
     """The JSON header of a safetensors file (tensor entries and `__metadata__`), without its data.
 
-    Raises `UserError` when the file is missing, is no safetensors file or is cut off.
+    Raises `UserError` when the file is missing, cut off or not a safetensors file.
     """
     path = Path(path)
     try:

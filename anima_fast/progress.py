@@ -1,56 +1,159 @@
 """Live progress at the console: a rich display on a terminal, plain lines everywhere else.
 
-Nothing here can stop a run: when the console breaks (closed pipe, characters it cannot show), the
-display is switched off with one warning in the log and training goes on.
+`Bars` is the display, `ItemProgress` counts items at a rate, `Progress` shows a training run.
+Nothing in a run's display can stop it: when the console breaks (closed pipe, characters it cannot
+show), the display is switched off with one warning in the log and training goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
 
-    from anima_fast.console import ConsoleLog
-    from anima_fast.options.run import TrainOptions
+from anima_fast.console import ConsoleLog
 
 logger = logging.getLogger("anima_fast")
 SMOOTHING = 0.9
+# Seconds between two lines where no bar can be drawn.
 PLAIN_SECONDS = 30.0
 PLAIN_LINES = 10
+
+
+class Bars:
+    """Live bars, one for each title, gone at the end; nothing where stderr is not a terminal.
+
+    Args:
+        columns: what follows title, bar and count.
+    """
+
+    def __init__(self, *columns: ProgressColumn) -> None:
+        self._bars: dict[str, TaskID] = {}
+        self._display: RichProgress | None = None
+        if sys.stderr.isatty():
+            self._display = RichProgress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns,
+                console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> Bars:
+        if self._display is not None:
+            self._display.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._display is not None:
+            self._display.stop()
+
+    @property
+    def live(self) -> bool:
+        """Whether there is a terminal to draw on."""
+        return self._display is not None
+
+    def show(self, title: str, done: int, total: int) -> None:
+        """Move the bar of this title to `done` of `total`, adding it the first time."""
+        if self._display is None:
+            return
+        if title not in self._bars:
+            self._bars[title] = self._display.add_task(title, total=total)
+        self._display.update(self._bars[title], completed=done)
+
+
+class ItemProgress:
+    """Counts finished items; tells the rate at the end, even when interrupted.
+
+    Args:
+        title: what is done, as in "encoding images".
+        total: how many items there are.
+        unit: what an item is called, in the plural.
+        say: gets a line at the end, and twice a minute where no bar can be drawn.
+    """
+
+    def __init__(self, title: str, total: int, unit: str, say: Callable[[str], None]) -> None:
+        self._title, self._total, self._unit, self._say = title, total, unit, say
+        self._done = 0
+        self._bars = Bars(_Rate(unit), TimeRemainingColumn())
+
+    def __enter__(self) -> ItemProgress:
+        self._started = self._last_line = time.monotonic()
+        self._bars.__enter__()
+        self._bars.show(self._title, 0, self._total)
+        return self
+
+    def advance(self, count: int) -> None:
+        """`count` more items are done and written."""
+        self._done += count
+        self._bars.show(self._title, self._done, self._total)
+        if not self._bars.live and time.monotonic() - self._last_line >= PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            self._say(f"{self._title}: {self._done}/{self._total} ({self._rate()})")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.__exit__(kind, error, trace)
+        self._say(f"{self._title}: {self._done} of {self._total} ({self._rate()})")
+
+    def _rate(self) -> str:
+        elapsed = max(time.monotonic() - self._started, 1e-6)
+        return f"{self._done / elapsed:.2f} {self._unit}/s"
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0.0:.2f} {self._unit}/s")
 
 
 class Progress:
     """Steps, losses and speed of a run on the console, a context manager.
 
     Args:
-        options: `console_log_simple` asks for plain lines on a terminal too.
+        simple: plain lines on a terminal too.
         console: where to write; stderr when None.
         log: a file that gets the plain lines too.
     """
 
     def __init__(
         self,
-        options: TrainOptions | None = None,
+        *,
+        simple: bool = False,
         console: Console | None = None,
         log: ConsoleLog | None = None,
     ) -> None:
-        from rich.console import Console
-
         self.log = log
         self.console = console or Console(stderr=True)
         # Rich would end the program when its pipe is closed.
-        self.console.on_broken_pipe = _closed
-        simple = bool(getattr(options, "console_log_simple", False))
+        self.console.on_broken_pipe = _closed  # type: ignore[method-assign]
         self.live = self.console.is_terminal and not simple
         self.first = self.total = 0
         self.step_s: float | None = None
-        self._display: Any = None
-        self._task: Any = None
+        self._display: RichProgress | None = None
+        self._bar = TaskID(0)
         self._broken = False
         self._last_line = float("-inf")
 
@@ -88,7 +191,7 @@ class Progress:
             self.step_s = SMOOTHING * known + (1 - SMOOTHING) * seconds
         text = describe(record, self.step_s, self.total)
         if self._display is not None:
-            self._try(self._display.update, self._task, completed=step, facts=text)
+            self._try(self._display.update, self._bar, completed=step, facts=text)
         if self._is_due(step):
             self._last_line = time.monotonic()
             if self._display is None:
@@ -98,7 +201,7 @@ class Progress:
 
     def _start_display(self) -> None:
         self._display = make_display(self.console)
-        self._task = self._display.add_task(
+        self._bar = self._display.add_task(
             "", total=self.total, completed=self.first, facts="starting"
         )
         self._display.start()
@@ -141,12 +244,8 @@ def _closed() -> None:
     raise BrokenPipeError("the console is closed")
 
 
-def make_display(console: Console) -> Any:
+def make_display(console: Console) -> RichProgress:
     """The live display: a bar, the step, and the facts of `describe`, cut where it is narrow."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as RichProgress
-    from rich.table import Column
-
     facts = Column(no_wrap=True, overflow="ellipsis", ratio=1)
     return RichProgress(
         BarColumn(bar_width=12),

@@ -26,50 +26,51 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from anima_fast.adapters.layers import Dropouts, initial_lora
+from anima_fast.adapters.deltas import Delta
+from anima_fast.adapters.layers import Dropouts
 from anima_fast.adapters.lora import LAYERS
-from anima_fast.adapters.lycoris import initial_loha, initial_lokr, initial_magnitudes
-from anima_fast.adapters.parts import Part
+from anima_fast.adapters.lycoris import initial_magnitudes
 from anima_fast.adapters.targets import Target
+from anima_fast.models.adapter_kinds import LOHA, LOKR, LORA
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = {
-    "lora": (initial_lora, {}, False),
-    "loha": (initial_loha, {}, False),
-    "lokr": (initial_lokr, {}, False),
-    "lokr factor 8": (initial_lokr, {"factor": 8}, False),
-    "dora": (initial_lora, {}, True),
+    "lora": (LORA, {}, False),
+    "loha": (LOHA, {}, False),
+    "lokr": (LOKR, {}, False),
+    "lokr factor 8": (LOKR, {"factor": 8}, False),
+    "dora": (LORA, {}, True),
 }
 
 
-def make_part(name: str, linear: nn.Linear, rank: int) -> Part:
+def make_delta(name: str, linear: nn.Linear, rank: int) -> Delta:
     """An adapter with random values, alpha = rank."""
-    maker, options, dora = KINDS[name]
+    kind, options, dora = KINDS[name]
     generator = torch.Generator().manual_seed(0)
     shape = (linear.out_features, linear.in_features)
-    part = maker(shape, rank, float(rank), generator, **options)
-    part = part.map(lambda t: 0.02 * torch.randn(t.shape, generator=generator))
+    delta = LAYERS[kind].initial(shape, rank, float(rank), generator, **options)
+    delta = delta.map(lambda t: 0.02 * torch.randn(t.shape, generator=generator))
     if dora:
-        part = replace(part, dora_scale=initial_magnitudes(linear))
-    return part
+        delta = replace(delta, dora_scale=initial_magnitudes(linear))
+    return delta
 
 
-def ours(part: Part, linear: nn.Linear) -> nn.Module:
+def ours(delta: Delta, linear: nn.Linear) -> nn.Module:
     """The layer with our adapter."""
-    adapter = LAYERS[part.kind](Target("dit", "layer", linear), part, Dropouts()).to(DEVICE)
+    adapter = LAYERS[delta.kind](Target("dit", "layer", linear), delta, Dropouts()).to(DEVICE)
     adapter.attach()
     return adapter
 
 
-def theirs(part: Part, linear: nn.Linear) -> nn.Module:
+def theirs(delta: Delta, linear: nn.Linear) -> nn.Module:
     """The package's module with the same tensors."""
     from lycoris.modules.locon import LoConModule
     from lycoris.modules.loha import LohaModule
     from lycoris.modules.lokr import LokrModule
 
-    judge = {"lora": LoConModule, "loha": LohaModule, "lokr": LokrModule}[part.kind]
+    judge = {LORA: LoConModule, LOHA: LohaModule, LOKR: LokrModule}[delta.kind]
     renamed = {"down": "lora_down.weight", "up": "lora_up.weight"}
-    tensors = {renamed.get(name, name): t for name, t in part.tensors().items()}
+    tensors = {renamed.get(name, name): t for name, t in delta.tensors().items()}
     with torch.no_grad():
         given = [tensors.get(name) for name in judge.weight_list]
         return judge.make_module_from_state_dict("layer", linear, *given).to(DEVICE)
@@ -115,12 +116,12 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
     inputs, outputs = arguments.size
     torch.manual_seed(0)
     plain = nn.Linear(inputs, outputs, bias=False, device=DEVICE).requires_grad_(False)
-    part = make_part(name, plain, arguments.rank)
+    delta = make_delta(name, plain, arguments.rank)
     x = torch.randn(arguments.tokens, inputs, device=DEVICE)
     dy = torch.randn(arguments.tokens, outputs, device=DEVICE)
     twin = nn.Linear(inputs, outputs, bias=False, device=DEVICE).requires_grad_(False)
     twin.weight.copy_(plain.weight)
-    modules = {"lycoris": theirs(part, twin), "ours": ours(part, plain)}
+    modules = {"lycoris": theirs(delta, twin), "ours": ours(delta, plain)}
     results = {provider: step(module, x, dy) for provider, module in modules.items()}
     error = (results["ours"] - results["lycoris"]).abs().max() / results["lycoris"].abs().max()
     if error > 1e-4:

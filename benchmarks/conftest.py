@@ -25,8 +25,8 @@ if not torch.cuda.is_available():
 
     interpreter.start()
 
-from anima_fast.bench.rows import Row, append_row, machine
 from anima_fast.measure.timer import Ceilings, ceilings, on_card
+from benchmarks.rows import Row, append_row, machine
 
 CPU_NOTE = "(on a CPU ours runs the plain definitions of the kernels)"
 

@@ -27,6 +27,7 @@ from anima_fast.models.flow import (
     noisy_latents,
     velocity_target,
 )
+from anima_fast.models.modulation import batched_modulation
 from anima_fast.training.optimizers.build import clip_flat_grad
 from anima_fast.training.optimizers.flat_adamw import FlatAdamW
 
@@ -167,6 +168,7 @@ class Bench(Phases):
         compiled = self._compiled if provider == "compiled" else nothing
         for block, runner, graph in zip(blocks, fused, compiled, strict=True):
             block.fused, block._compiled_call_impl = runner, graph
+        self.dit.modulate = batched_modulation if words[0] == "ours" else None
         self.dit.graphs = self.graphs if "graphs" in words else None
 
     def forward(self) -> None:
@@ -179,7 +181,10 @@ class Bench(Phases):
 
     def optimize(self) -> None:
         optimizer = self.optimizers[self.ours]
-        clip_flat_grad(self.network, 1.0, optimizer)
+        if self.ours:
+            optimizer.clip_gradients(1.0)
+        else:
+            clip_flat_grad(self.network.flat_grad, 1.0)
         optimizer.step()
         self.network.zero_grad_flat()
 

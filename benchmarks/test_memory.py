@@ -20,9 +20,9 @@ import torch
 from step_models import DEVICE, POLICIES, Bench
 from torch import Tensor
 
-from anima_fast.bench.rows import Row
 from anima_fast.measure.timer import on_card
 from anima_fast.models.dit_config import PUBLISHED
+from benchmarks.rows import Row
 
 DTYPE = torch.bfloat16
 TOKENS = (1024, 4096) if on_card() else (256,)

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from anima_fast.bench.parity import check_op, leaves
-from anima_fast.bench.rows import Row, spread, throughput
-from anima_fast.kernels import OPS
 from anima_fast.kernels.op import Inputs, Op, Sizes
+from anima_fast.kernels.registry import OPS
 from anima_fast.measure.step_time import PARAMETER_OPS
 from anima_fast.measure.timer import Call, Ceilings, Timer, on_card, reason
+from benchmarks.rows import Row, spread, throughput
 
 DEVICE = "cuda" if on_card() else "cpu"
 TOKENS = (1024, 2304, 4096, 9216) if on_card() else (16,)

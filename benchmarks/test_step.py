@@ -37,9 +37,9 @@ from step_models import (
     Phases,
 )
 
-from anima_fast.bench.rows import Row, spread
 from anima_fast.measure.step_time import step_flops
 from anima_fast.measure.timer import Ceilings, Timer, on_card, reason, synchronize
+from benchmarks.rows import Row, spread
 
 TOKENS, BATCHES = ((1024, 4096), (1, 4)) if on_card() else ((16,), (1,))
 OURS = tuple(f"ours {policy}" for policy in POLICIES)

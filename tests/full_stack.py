@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
 from stack import make_config, make_images, named
 
 from anima_fast.demo.tiny_stack import build_stack
@@ -44,11 +42,3 @@ def log_lines(result) -> list[dict]:
     """The step records of a run."""
     lines = result.log.read_text(encoding="utf-8").splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == "step"]
-
-
-def same_tensors(a: Path, b: Path) -> bool:
-    """Whether two files hold the same tensors, bit for bit."""
-    left, right = load_file(a), load_file(b)
-    return left.keys() == right.keys() and all(
-        left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
-    )

@@ -1,10 +1,16 @@
 """A tiny random-weight stack, a small captioned dataset and the options to train on them."""
 
+import dataclasses
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from anima_fast.demo.tiny_stack import build_stack
 from anima_fast.options.run import TrainOptions
@@ -92,3 +98,51 @@ def records(folder: Path, kind: str = "step") -> list[dict]:
     """The lines of a kind in a run's log.jsonl."""
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    """Whether two files hold the same tensors, bit for bit."""
+    left, right = load_file(a), load_file(b)
+    return left.keys() == right.keys() and all(
+        left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
+    )
+
+
+def assert_close_files(a: Path, b: Path, *, atol: float = 2e-5, rtol: float = 1e-3) -> None:
+    """Two files hold tensors of the same names and nearly the same values."""
+    left, right = load_file(a), load_file(b)
+    assert left.keys() == right.keys()
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], atol=atol, rtol=rtol)
+
+
+RUNNER = """
+import json, sys
+from anima_fast.options import run
+from anima_fast.training.loop import train
+train(getattr(run, sys.argv[1])(**json.loads(sys.argv[2])))
+"""
+
+
+def spawn(options) -> subprocess.Popen:
+    """A training run in a process of its own."""
+    fields = (f for f in dataclasses.fields(options) if f.init)
+    given = {
+        f.name: getattr(options, f.name) for f in fields if getattr(options, f.name) != f.default
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", RUNNER, type(options).__name__, json.dumps(given)],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def wait_for_steps(folder: Path, count: int) -> None:
+    """Return when the run of an output folder has logged so many steps."""
+    log, deadline = folder / "log.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if log.exists() and log.read_text(encoding="utf-8").count("step_s") >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{log} never reached {count} steps")

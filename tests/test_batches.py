@@ -8,7 +8,7 @@ import pytest
 import torch
 from encode_fakes import CAPTIONS, WIDTH, Project, install, picture
 
-from anima_fast.data.batches import Batches, pad_contexts, pad_states
+from anima_fast.data.batches import Batches, StateInputs, pad_contexts, pad_states
 from anima_fast.data.cache import TextEntry
 from anima_fast.errors import UserError
 
@@ -78,7 +78,7 @@ def test_states_are_padded_with_masks():
     text = pad_states(entries)
     assert text.source_mask.tolist() == [[1, 1], [0, 0]] and text.source_states.shape == (2, 2, 4)
     assert text.t5_ids.tolist() == [[7, 8, 1], [1, 0, 0]]
-    assert text.t5_mask.tolist() == [[1, 1, 1], [1, 0, 0]] and text.context is None
+    assert text.t5_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     alone = pad_states(entries[1:])
     assert alone.source_states.shape == (1, 1, 4) and alone.source_mask.tolist() == [[0]]
 
@@ -148,7 +148,7 @@ def test_validation_has_nothing_random(project):
 def test_states_mode_batch(project):
     loader = batches(project, network_args=("train_llm_adapter=True",))
     text = loader.load([0, 2], epoch=1, step=0).text
-    assert text.context is None and text.captions is None
+    assert isinstance(text, StateInputs)
     assert text.source_states.shape == (2, 5, WIDTH) and text.t5_ids.shape == (2, 6)
 
 

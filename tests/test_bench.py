@@ -13,9 +13,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from anima_fast.bench import compare, suite
-from anima_fast.bench.charts import Bar, bars, number, roofline
-from anima_fast.bench.rows import (
+from anima_fast.cli import app
+from anima_fast.errors import UserError
+from anima_fast.files import check_folder
+from anima_fast.kernels.registry import OPS
+from anima_fast.measure.step_time import step_flops
+from anima_fast.measure.timer import Timer
+from benchmarks import compare, suite
+from benchmarks.charts import Bar, bars, number, roofline
+from benchmarks.rows import (
     COLUMNS,
     Row,
     append_row,
@@ -26,13 +32,7 @@ from anima_fast.bench.rows import (
     throughput,
     write_rows,
 )
-from anima_fast.bench.suite_report import build_report
-from anima_fast.cli import app
-from anima_fast.errors import UserError
-from anima_fast.files import check_folder
-from anima_fast.kernels import OPS
-from anima_fast.measure.step_time import step_flops
-from anima_fast.measure.timer import Timer
+from benchmarks.suite_report import build_report
 
 CARD = {
     "card": "Made-up card",
@@ -364,14 +364,14 @@ def test_rows_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_is_one_line(words, message):
-    result = CliRunner().invoke(app, ["bench", "all", *words])
+    result = CliRunner().invoke(suite.app, words)
     assert result.exit_code == 2
     assert message in result.output and len(result.output.strip().splitlines()) == 1
     assert "/." not in result.output, "the file of the test is named"
 
 
 def test_list():
-    result = CliRunner().invoke(app, ["bench", "all", "--list"])
+    result = CliRunner().invoke(suite.app, ["--list"])
     assert result.exit_code == 0
     assert [line.split()[0] for line in result.output.splitlines()] == [
         one.name for one in suite.slices()
@@ -382,13 +382,21 @@ def test_exit_status_tells_of_a_failed_slice(tmp_path, monkeypatch):
     for command, status in (("1/0", 1), ("pass", 0)):
         one = suite.Slice("resources", "", ("python", "-c", command))
         monkeypatch.setattr(suite, "slices", lambda one=one: [one])
-        result = CliRunner().invoke(app, ["bench", "all", "--out", str(tmp_path)])
+        result = CliRunner().invoke(suite.app, ["--out", str(tmp_path)])
         assert result.exit_code == status and (tmp_path / "report.html").exists()
 
 
-def test_bench_does_not_need_the_shell_of_a_checkout(tmp_path):
-    """`python -m anima_fast` from another folder finds the checkout."""
-    code = "from anima_fast.bench import suite; print(suite.ROOT.joinpath('benchmarks').is_dir())"
+def test_the_program_says_where_the_suite_is():
+    result = CliRunner().invoke(app, ["bench", "all", "--out", "somewhere"])
+    assert result.exit_code == 2 and len(result.output.strip().splitlines()) == 1
+    makefile = (suite.ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in ("make gpu", "python -m benchmarks.suite --out DIR"):
+        assert f"`{command}`" in result.output
+    assert "gpu:\n\t$(PYTHON) -m benchmarks.suite --out" in makefile
+
+
+def test_slices_find_the_checkout_from_any_folder(tmp_path):
+    code = "from benchmarks import suite; print(suite.ROOT.joinpath('benchmarks').is_dir())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
         env=suite.environment(suite.slices()[0]),

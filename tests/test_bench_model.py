@@ -12,8 +12,8 @@ from anima_fast.bench.model import memory_gib, prediction
 from anima_fast.bench.resources import LIMITS
 from anima_fast.cli import app
 from anima_fast.errors import UserError
-from anima_fast.kernels import OPS
 from anima_fast.kernels.op import Cost, Op
+from anima_fast.kernels.registry import OPS
 from anima_fast.measure import step_time as dit_step
 from anima_fast.measure.cards import CARDS, find_card
 from anima_fast.measure.rates import Rates

@@ -13,9 +13,9 @@ from anima_fast.adapters.lora import add_lora
 from anima_fast.bench.parity import FLOORS, relative_error
 from anima_fast.kernels import dispatch
 from anima_fast.models import fuse
-from anima_fast.models.block import Settings
+from anima_fast.models.block import BlockSettings
 from anima_fast.models.dit import DitConfig, load_dit
-from anima_fast.models.fuse import fuse_blocks, unfuse_blocks
+from anima_fast.models.fuse import fuse_blocks
 from anima_fast.models.recompute import block_policies
 
 TWO = DitConfig(**{**TINY.__dict__, "num_blocks": 2})
@@ -109,8 +109,8 @@ def test_kernels_agree_with_eager(dtype, recompute, attn_mode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_around_library_products_agree(monkeypatch, dtype, recompute):
     """What a card runs that no table names: products by the library, the adapters' gelu by ours."""
-    settings = functools.partial(Settings, products="cublas")
-    monkeypatch.setattr(fuse, "Settings", settings)
+    settings = functools.partial(BlockSettings, products="cublas")
+    monkeypatch.setattr(fuse, "BlockSettings", settings)
     assert_agrees(dtype, recompute=recompute, kernels="triton")
 
 
@@ -167,7 +167,7 @@ def test_strength_of_adapters():
     for adapter in network.adapters:
         adapter.multiplier = 0.25
     fused = call(dit)[0]
-    unfuse_blocks(dit)
+    dit.run_eagerly()
     torch.testing.assert_close(fused, call(dit)[0], rtol=1e-4, atol=1e-5)
     assert relative_error(whole, fused) > 1e-2
 
@@ -221,7 +221,7 @@ def test_gradient_of_the_text():
     for fused in (False, True):
         dit, _ = fused_dit()
         if not fused:
-            unfuse_blocks(dit)
+            dit.run_eagerly()
         out, context = call(dit, context_grad=True)
         out.square().mean().backward()
         found.append(context.grad)
@@ -239,7 +239,7 @@ def test_gradient_of_a_text_that_leaves_out_rows(attn_mode):
         dit, network = fused_dit()
         dit.attn_mode = attn_mode
         if not fused:
-            unfuse_blocks(dit)
+            dit.run_eagerly()
         context = inputs["context"].clone().requires_grad_()
         with dispatch.use("reference"):
             out = dit(inputs["latents"], inputs["sigma"], context, zero_keys=[-2, -1, 9])
@@ -350,7 +350,7 @@ def test_products_computed_again(monkeypatch, recompute, extra):
 def test_falls_back_to_eager_and_says_so(reason, caplog, monkeypatch):
     from anima_fast.models import fuse
 
-    monkeypatch.setattr(fuse, "_said", set())
+    fuse.say_once.cache_clear()
     other = {"loha": {"kind": "loha"}, "lokr": {"kind": "lokr"}, "dora": {"dora": "outputs"}}
     given = other.get(reason, {"dropout": 0.5})
     dit, network = fused_dit(include_patterns=[".*adaln.*"], **given)
@@ -425,14 +425,14 @@ def test_state_dict_is_the_same():
         == attn.q_proj.weight[len(attn.q_proj.weight) - 1 :][0].data_ptr()
         + attn.q_proj.weight.shape[1] * 2
     )
-    unfuse_blocks(dit)
+    dit.run_eagerly()
     torch.testing.assert_close(call(dit, HALF)[0], call(plain, HALF)[0], atol=1, rtol=1)
 
 
 def test_without_gradients_nothing_is_kept():
     dit, _ = fused_dit()
     plain = copy.deepcopy(dit)
-    unfuse_blocks(plain)
+    plain.run_eagerly()
     with torch.no_grad():
         torch.testing.assert_close(call(dit)[0], call(plain)[0])
 

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from anima_fast.errors import UserError
 from anima_fast.memory.offload import graphs_of, install_block_runner
-from anima_fast.models import block_graphs, fuse, graph_choice
+from anima_fast.models import block_graphs, fuse
 from anima_fast.models.dit import load_dit
 
 
@@ -55,9 +55,9 @@ class Recorder:
 
 
 @pytest.fixture
-def recorder(monkeypatch):
-    # What was said once in another test shall be said again.
-    monkeypatch.setattr(fuse, "_said", set())
+def recorder():
+    # What was said once in another test should be said again.
+    fuse.say_once.cache_clear()
     return Recorder()
 
 
@@ -244,7 +244,7 @@ def test_a_failed_recording_is_said_and_training_goes_on(recorder, caplog):
 
 
 class Timed:
-    """`graph_choice.Launches` that answers what a test says."""
+    """`block_graphs.TimedForward` that answers what a test says."""
 
     def __init__(self, *answers):
         self.answers, self.timed = list(answers), 0
@@ -342,8 +342,8 @@ def test_a_graph_pays_where_the_card_waits_and_has_room(monkeypatch, host, card,
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(allocated))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 102)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free - 2, 1000))
-    monkeypatch.setattr(graph_choice.time, "perf_counter", lambda: next(clock))
-    launches = graph_choice.Launches()
+    monkeypatch.setattr(block_graphs.time, "perf_counter", lambda: next(clock))
+    launches = block_graphs.TimedForward()
     with launches:
         pass
     assert launches.pays() == pays

@@ -76,7 +76,7 @@ class Sinister:
 def test_pickled_code_is_refused(tmp_path, suffix, capsys):
     path = tmp_path / f"dit{suffix}"
     torch.save({"a": Sinister()}, path)
-    with pytest.raises(UserError, match="no PyTorch file of plain tensors"):
+    with pytest.raises(UserError, match="not a PyTorch file of plain tensors"):
         load_dit(path)
     assert "ran code" not in capsys.readouterr().out
 
@@ -105,7 +105,7 @@ REMEDIES = {
     "qwen3": "this is a Qwen3 text encoder; give it to --qwen3",
     "lora": "this is a LoRA; give it to --network_weights",
     "llm_adapter": "this is an LLM adapter; give it to --llm_adapter_path",
-    "unknown": "this is no model that this program knows",
+    "unknown": "this is not a model that this program knows",
 }
 
 
@@ -236,7 +236,7 @@ def test_unreadable_files(tmp_path):
     for content in (b"", b"junk" * 50):
         junk = tmp_path / "junk.pth"
         junk.write_bytes(content)
-        with pytest.raises(UserError, match="no PyTorch file"):
+        with pytest.raises(UserError, match="not a PyTorch file"):
             load_dit(junk)
     torch.save({"step": 3}, tmp_path / "state.pt")
     with pytest.raises(UserError, match="holds no tensors"):

@@ -26,8 +26,8 @@ from anima_fast.bench.resources import (
 from anima_fast.bench.tables import resources_table
 from anima_fast.cli import app
 from anima_fast.errors import UserError
-from anima_fast.kernels import OPS
 from anima_fast.kernels.dispatch import SHARED_KIB
+from anima_fast.kernels.registry import OPS
 
 ROOT = Path(__file__).parent.parent
 GOOD = Resources(

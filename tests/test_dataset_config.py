@@ -110,7 +110,7 @@ def test_whole_numbers_stand_for_fractions_and_subsets_may_split(tmp_path):
         ("flip_aug = 1", ["true or false"]),
         ("caption_prefix = 3", ["a text"]),
         ("caption_dropout_rate = 1.5", ["out of range", "0 to 1"]),
-        ("caption_dropout_rate = nan", ["out of range"]),
+        ("caption_dropout_rate = nan", ["a number", "nan"]),
         ("caption_separator = ''", ["empty"]),
         ("resize_interpolation = 'lancsoz'", ["'lanczos'"]),
         ("face_crop_aug_range = [4.0, 2.0]", ["smaller first"]),

@@ -16,12 +16,12 @@ from stack import make_world, train_options
 from typer.testing import CliRunner
 
 from anima_fast.cli import app
-from anima_fast.data import findings, health
+from anima_fast.data import health
 from anima_fast.data.plan import build_plan
 from anima_fast.data.tags import spelling_variants
-from anima_fast.reports.dataset import page, thumbs
 from anima_fast.reports.dataset.duplicates import find_duplicates
 from anima_fast.reports.dataset.masks import loss_cells, overlay
+from anima_fast.reports.dataset.page import Figure, crop_box, short_name
 from anima_fast.reports.dataset.pixels import difference_hash, look
 
 STOPS = {"unreadable", "narrow", "wrong size", "missing image", "unreadable caption", "no caption",
@@ -173,7 +173,7 @@ def test_tables_name_files_and_remedies(broken):
     result = call(broken / "data.toml")
     assert result.exit_code == 0
     for text in ("Images that cannot be read: 3 (training refuses to start)", "cut.jpg: image file",
-                 "add a caption file beside each", "64x64", "1girl", "not counted"):  # fmt: skip
+                 "add a caption file next to each", "64x64", "1girl", "not counted"):  # fmt: skip
         assert text in result.stdout
     assert call(broken / "data.toml", "--strict").exit_code == 1
 
@@ -337,12 +337,13 @@ def test_names_and_tags_cannot_write_to_the_terminal(tmp_path):
 
 
 def test_a_tall_thumbnail_does_not_fill_the_screen():
-    assert [thumbs._widest(*size) for size in ((64, 64), (10, 1000), (1, 20))] == [176, 8, 12]
+    sizes = (64, 64), (10, 1000), (1, 20)
+    assert [Figure("a", (), "t0", *size).widest for size in sizes] == [176, 8, 12]
 
 
 def test_a_long_name_is_shortened_in_its_middle():
-    assert page._short(Path("a&b.png")) == "a&amp;b.png"
-    short = page._short(Path("begin" + "x" * 200 + "end.png"))
+    assert short_name("folder/a&b.png") == "a&b.png"
+    short = short_name("begin" + "x" * 200 + "end.png")
     assert short.startswith("begin") and short.endswith("end.png") and len(short) == 60
 
 
@@ -364,11 +365,11 @@ def test_an_exif_rotation_that_is_applied_is_no_finding(tmp_path):
 
 def test_shades_cover_what_is_cut_off(tmp_path):
     put(tmp_path / "images" / "wide.png", smooth(1, (400, 60)))
-    options = train_options({"dataset_config": str(config(tmp_path))}, tmp_path)
-    item = build_plan(options).items[0]
-    left, top, right, bottom = findings.crop_box(item)
+    image = report(config(tmp_path))["images"][0]
+    left, top, right, bottom = crop_box(image)
     assert (top, bottom) == (0, 1) and left == pytest.approx(1 - right, abs=0.02)
-    assert (right - left) * (bottom - top) == pytest.approx(1 - findings.lost(item))
+    kept = (right - left) * (bottom - top)
+    assert kept == pytest.approx(1 - image["cut_off"], abs=1e-4)
 
 
 def test_likeness(tmp_path):

@@ -1,6 +1,9 @@
 """The DiT against golden vectors, against its definition in float64 and against diffusers."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import golden
 import pytest
@@ -322,24 +325,13 @@ def diffusers_name(name):
 
 @pytest.mark.parametrize(("head_dim", "size"), [(32, (8, 12)), (64, (14, 6))])
 def test_parity_with_diffusers(head_dim, size):
-    diffusers = pytest.importorskip("diffusers")
+    # Skips where diffusers is not installed.
+    from diffusers_dit import make_transformer
+
     config = dataclasses.replace(TINY, model_channels=128, mlp_hidden=512)
     config = dataclasses.replace(config, head_dim=head_dim, num_heads=128 // head_dim)
     weights = dit_weights(config, seed=11)
-    # The padding mask goes in as the 17th channel: its own way to it needs torchvision.
-    theirs = diffusers.CosmosTransformer3DModel(
-        in_channels=17,
-        out_channels=16,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=head_dim,
-        num_layers=config.num_blocks,
-        mlp_ratio=4.0,
-        text_embed_dim=config.context_dim,
-        adaln_lora_dim=config.adaln_rank,
-        rope_scale=(1.0, 4.0, 4.0),
-        concat_padding_mask=False,
-        extra_pos_embed_type=None,
-    ).eval()
+    theirs = make_transformer(config)
     theirs.load_state_dict({diffusers_name(k): v for k, v in weights.items()}, strict=True)
     latents, sigma, context = make_inputs(config, size=size)
     latents.requires_grad_()
@@ -353,3 +345,23 @@ def test_parity_with_diffusers(head_dim, size):
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
     grads = [torch.autograd.grad(o.square().mean(), latents)[0] for o in (out, expected)]
     assert relative_error(*grads) < 1e-4
+
+
+WITHOUT_TRITON = """\
+import sys
+sys.modules["triton"] = None
+import anima_fast.sampling.run, anima_fast.training.loop
+from anima_fast.models.flow import FlowSettings, flow_loss
+from tiny_dit import TINY, make_dit, make_inputs
+dit, (latents, sigma, context) = make_dit(TINY).requires_grad_(), make_inputs(TINY)
+out = dit(latents, sigma, context, zero_keys=3)
+flow_loss(out, out.detach() + 1, sigma, FlowSettings()).mean().backward()
+assert all(p.grad is not None for p in dit.blocks.parameters())
+"""
+
+
+def test_eager_blocks_run_without_triton():
+    tests = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = {[str(tests), str(tests.parent)]}\n{WITHOUT_TRITON}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -12,13 +12,9 @@ import typer
 import yaml
 
 from anima_fast.cli import app
+from anima_fast.files import parse_config
 from anima_fast.options.dataset_keys import check_config
 from anima_fast.options.files import resolve_train_options
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -104,7 +100,7 @@ def test_commands_are_understood(words, monkeypatch):
 def test_files_shown_are_valid(page, tmp_path):
     """TOML blocks parse; those of datasets pass the schema."""
     for body in blocks(page, "toml"):
-        content = tomllib.loads(body)
+        content = parse_config(body, page.name)
         if "datasets" in content:
             check_config(content, page.name)
 

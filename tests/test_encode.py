@@ -125,7 +125,7 @@ def test_damaged_cache_file_is_encoded_anew(project, ending, damage, to_disk):
     path.write_bytes(new)
     _, encoded, _ = project.encode(**flags)
     about = [notice for notice in project.notices if path.name in notice]
-    assert len(about) == 1 and "encoded anew" in about[0]
+    assert len(about) == 1 and "encoded again" in about[0]
     assert sum(counts(project).values()) == 1
     assert len(path.read_bytes()) == len(whole)
     assert all(torch.isfinite(s.get().latents).all() for s in encoded.latents)
@@ -303,7 +303,7 @@ def test_sd_scripts_latents_that_do_not_fit_are_encoded(project):
     project.subset = ""
     project.encode()
     assert counts(project)["vae"] == 3
-    assert any("3 latent files are encoded anew" in notice for notice in project.notices)
+    assert any("3 latent files are encoded again" in notice for notice in project.notices)
 
 
 def test_sd_scripts_latents_of_images_that_are_turned_here_are_encoded(project):
@@ -369,7 +369,7 @@ def test_sd_scripts_text_is_used(project, mode):
         own = torch.cos(FakeTokenizers().encode(["a red cat"]).t5_ids[0][:, None].float()
                         * torch.arange(1, WIDTH + 1))  # fmt: skip
         torch.testing.assert_close(entry.context, own + 3 * 0.25)
-    assert any("1 text files are encoded anew (3_anima_te" in n for n in project.notices)
+    assert any("1 text files are encoded again (3_anima_te" in n for n in project.notices)
     # The next run needs no model at all.
     project.encode(**more)
     assert not project.work.loads
@@ -380,4 +380,4 @@ def test_sd_scripts_text_of_another_encoder_or_damaged_is_encoded(project):
     (project.images / "1_anima_te.npz").write_bytes(b"PK")
     project.encode()
     assert counts(project)["encoder"] == 5
-    assert any("2 text files are encoded anew" in notice for notice in project.notices)
+    assert any("2 text files are encoded again" in notice for notice in project.notices)

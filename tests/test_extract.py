@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_dit import TINY, dit_shapes, dit_weights, make_inputs, relative_error
 from typer.testing import CliRunner
 
-from anima_fast.adapters.formats import merge_lora, read_lora
+from anima_fast.adapters.formats import read_lora
+from anima_fast.adapters.lora import merge_lora
 from anima_fast.cli import app
 from anima_fast.demo.tiny_stack import random_weights
 from anima_fast.errors import UserError
@@ -18,8 +19,7 @@ from anima_fast.files import sha256_file
 from anima_fast.models.dit import DitConfig, load_dit
 from anima_fast.tools.extract import extract_lora
 from anima_fast.tools.merge import merge_into_checkpoint
-from anima_fast.tools.ranks import RankRule
-from anima_fast.tools.report import total_error
+from anima_fast.tools.ranks import RankRule, total_error
 
 Q = "blocks.0.self_attn.q_proj"
 WEIGHT = "blocks__0__self_attn__q_proj__weight"
@@ -59,8 +59,8 @@ def test_a_merged_lora_comes_back(tmp_path, base, prefix, dialect):
     old, (new, written, _) = read_lora(network)[0], read_lora(out)
     assert written == dialect and new.keys() == old.keys()
     for name, part in new.items():
-        whole = 0.7 * old[name].delta()
-        assert (part.delta() - whole).norm() < 1e-5 * whole.norm(), name
+        whole = 0.7 * old[name].matrix()
+        assert (part.matrix() - whole).norm() < 1e-5 * whole.norm(), name
         assert part.scale == 1 and part.rank == 4
         torch.testing.assert_close(part.up.norm(dim=0), part.down.norm(dim=1))
 
@@ -98,7 +98,7 @@ def test_each_module_is_the_best_approximation_and_told_so(tmp_path, base):
         (loss,) = found.losses
         assert (loss.name, loss.rank, found.same) == (Q, 6, 29)
         whole = (load_file(tuned)[f"net.{Q}.weight"] - load_file(base)[f"net.{Q}.weight"]).double()
-        lost = (read_lora(out)[0][Q].delta() - whole).norm().item()
+        lost = (read_lora(out)[0][Q].matrix() - whole).norm().item()
         best = torch.linalg.svdvals(whole)[6:].norm().item()
         assert (loss.lost, loss.norm) == pytest.approx((lost, whole.norm().item()), rel=1e-5)
         assert lost == pytest.approx(best, rel=rel)
@@ -242,5 +242,5 @@ def test_one_block_of_real_size(tmp_path):
     assert total_error(found.losses) < 1e-5
     old, new = read_lora(network)[0], read_lora(out)[0]
     for name, part in new.items():
-        whole = old[name].delta()
-        assert (part.delta() - whole).norm() < 1e-5 * whole.norm(), name
+        whole = old[name].matrix()
+        assert (part.matrix() - whole).norm() < 1e-5 * whole.norm(), name

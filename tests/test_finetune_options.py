@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from anima_fast.cli import app
 from anima_fast.errors import UserError
 from anima_fast.options.declare import specs
-from anima_fast.options.files import finetune_table_markdown, resolve_train_options, to_toml
+from anima_fast.options.docs_table import finetune_table_markdown
+from anima_fast.options.files import resolve_train_options, to_toml
 from anima_fast.options.finetune import FinetuneGroup, network_options
 from anima_fast.options.run import FinetuneOptions, TrainOptions
 from anima_fast.training.finetune.disk_check import model_bytes, resume_bytes
@@ -51,7 +52,8 @@ def test_a_lora_run_points_to_the_command(name):
 
 
 def test_every_option_of_its_own_is_read():
-    text = "\n".join(p.read_text(encoding="utf-8") for p in (PACKAGE / "training").glob("*.py"))
+    files = [p for room in ("training", "memory") for p in (PACKAGE / room).rglob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     text += (PACKAGE / "commands" / "train.py").read_text(encoding="utf-8")
     rates = {option for option in specs(FinetuneGroup) if option.endswith("_lr")}
     for name in specs(FinetuneGroup).keys() - rates:
@@ -60,10 +62,9 @@ def test_every_option_of_its_own_is_read():
 
 
 def test_code_that_both_kinds_run_reads_no_option_of_the_network():
-    """Except where it has looked which kind it is."""
-    lora_only = {"setup.py", "checkpoints.py", "model_setup.py", "adapter_setup.py"}
-    for path in (PACKAGE / "training").glob("*.py"):
-        if path.name in lora_only:
+    """Only LoRA training does, in files of its own."""
+    for path in (PACKAGE / "training").rglob("*.py"):
+        if path.name in ("lora.py", "adapter_setup.py"):
             continue
         read = set(re.findall(r"\boptions\.([a-z_0-9]+)\b", path.read_text(encoding="utf-8")))
         network = read & set(network_options())

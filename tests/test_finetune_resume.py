@@ -1,21 +1,15 @@
 """Full fine-tuning that is stopped and goes on: bit for bit what an uninterrupted run computes."""
 
 import dataclasses
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
-from full_stack import full_options, log_lines, make_full_world, same_tensors
+from full_stack import full_options, log_lines, make_full_world
+from stack import same_tensors, spawn, wait_for_steps
 
 from anima_fast.errors import UserError
 from anima_fast.training.loop import train
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -61,34 +55,6 @@ def test_resuming_from_a_state_gives_the_same_file(world, tmp_path, kind):
     assert last.items() <= {line["step"]: line["loss"] for line in log_lines(whole)}.items()
 
 
-RUNNER = """
-import json, sys
-from anima_fast.options.run import FinetuneOptions
-from anima_fast.training.loop import train
-train(FinetuneOptions(**json.loads(sys.argv[1])))
-"""
-
-
-def spawn(options) -> subprocess.Popen:
-    fields = (f for f in dataclasses.fields(options) if f.init)
-    given = {
-        f.name: getattr(options, f.name) for f in fields if getattr(options, f.name) != f.default
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", RUNNER, json.dumps(given)],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def wait_for_steps(log: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if log.exists() and log.read_text(encoding="utf-8").count("step_s") >= count:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{log} never reached {count} steps")
-
-
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("kind", ["fp32", "stochastic"])
 def test_a_killed_run_goes_on_to_the_same_file(world, tmp_path, kind):
@@ -96,7 +62,7 @@ def test_a_killed_run_goes_on_to_the_same_file(world, tmp_path, kind):
     whole = train(full_options(world, tmp_path / "whole", **changes))
     options = full_options(world, tmp_path / "cut", **changes)
     process = spawn(options)
-    wait_for_steps(tmp_path / "cut" / "log.jsonl", 6)
+    wait_for_steps(tmp_path / "cut", 6)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
     assert not (tmp_path / "cut" / "full.safetensors").exists()
@@ -129,7 +95,10 @@ def test_one_rolling_state_is_kept(world, tmp_path, monkeypatch):
     [
         ({"mlp_lr": 0.0}, "tensors are trained no more .*learning rates of that run"),
         ({"full_bf16": True, "weight_update": "stochastic"}, "was F32, is bfloat16"),
-        ({"optimizer_type": "AdaFactor"}, "same --optimizer_type, or start anew with --pretrained"),
+        (
+            {"optimizer_type": "AdaFactor"},
+            "same --optimizer_type, or start again with --pre",
+        ),
     ],
     ids=["parts", "precision", "optimizer"],
 )

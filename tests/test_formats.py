@@ -19,9 +19,9 @@ from tiny_dit import TINY, TINY_ADAPTER, dit_shapes, dit_weights, make_dit, make
 from torch import nn
 
 from anima_fast.adapters import names
-from anima_fast.adapters.formats import merge_lora, read_lora, write_lora
-from anima_fast.adapters.lora import add_lora
-from anima_fast.adapters.parts import LoRAPart
+from anima_fast.adapters.deltas import LoRADelta
+from anima_fast.adapters.formats import read_lora, write_lora
+from anima_fast.adapters.lora import add_lora, merge_lora
 from anima_fast.errors import UserError
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.models.llm_adapter import LLMAdapter
@@ -54,7 +54,7 @@ def make_part(rank=4, alpha=2.0, inputs=6, outputs=5, dtype=torch.float32, seed=
     generator = torch.Generator().manual_seed(seed)
     down = torch.randn(rank, inputs, generator=generator).to(dtype)
     up = torch.randn(outputs, rank, generator=generator).to(dtype)
-    return LoRAPart(down, up, None if alpha is None else torch.tensor(float(alpha)))
+    return LoRADelta(down, up, alpha=None if alpha is None else torch.tensor(float(alpha)))
 
 
 def make_parts(layers=("blocks.0.mlp.layer1", "t_embedder.1.linear_1"), **options):
@@ -564,7 +564,7 @@ def random_lora(path, dialect="kohya", config=TINY, **options):
     generator = torch.Generator().manual_seed(7)
     network.flat.copy_(0.2 * torch.randn(network.flat.shape, generator=generator))
     network.save(path, dialect)
-    return network.parts()
+    return network.deltas()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -152,13 +152,13 @@ def test_recompute_options():
 
 def test_which_kernels_run(monkeypatch):
     card, cpu = torch.device("cuda"), torch.device("cpu")
-    assert uses_fused_blocks(options(), card)
-    assert not uses_fused_blocks(options(), cpu)
-    assert not uses_fused_blocks(options(kernels="eager"), card)
-    assert not uses_fused_blocks(options(compile=True), card)
+    assert uses_fused_blocks("auto", card)
+    assert not uses_fused_blocks("auto", cpu)
+    assert not uses_fused_blocks("eager", card)
+    assert not uses_fused_blocks("auto", card, compiled=True)
     monkeypatch.delenv("TRITON_INTERPRET")
     for refused in (
-        lambda: uses_fused_blocks(options(kernels="triton"), cpu),
+        lambda: uses_fused_blocks("triton", cpu),
         lambda: check_attn_mode("triton", training=True, device=cpu),
     ):
         with pytest.raises(UserError, match="needs a CUDA card"):
@@ -168,16 +168,6 @@ def test_which_kernels_run(monkeypatch):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.mark.parametrize("recompute", [None, "mlp", "1"])
-def test_a_run_with_fused_blocks_trains_the_same_lora(world, tmp_path, recompute):
-    plain = train(train_options(world, tmp_path / "plain", kernels="eager"))
-    fused = train(train_options(world, tmp_path / "fused", kernels="triton", recompute=recompute))
-    left, right = load_file(plain.output), load_file(fused.output)
-    assert left.keys() == right.keys()
-    for key in left:
-        torch.testing.assert_close(left[key], right[key], atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("recompute, message", [("mlp", "fused block"), ("9", "from 0 to 2")])
@@ -213,27 +203,35 @@ def test_the_fused_loss_is_the_plain_one():
 def test_flat_adamw_is_adamw():
     """Steps, clipping, rates of groups and the state dict, both ways."""
     from anima_fast.training.optimizers.build import build_optimizer, clip_flat_grad
-    from anima_fast.training.optimizers.flat_adamw import FlatAdamW
+    from anima_fast.training.optimizers.flat_adamw import FlatAdamW, build_flat_adamw
     from anima_fast.training.state_checks import class_name
+
+    chosen = TrainOptions(optimizer_type="AdamW", optimizer_args=("weight_decay=0.1",))
+
+    def made(network, fused):
+        own = build_flat_adamw(chosen, network) if fused else None
+        return own or build_optimizer(chosen, network)[0]
 
     results = []
     for order in ("plain", "fused", "plain then fused", "fused then plain"):
         dit = load_dit(dit_weights(TINY), dtype=torch.float32)
         network = add_lora(dit, rank=4, seed=1, loraplus_ratio=4.0)
         generator = torch.Generator().manual_seed(2)
-        chosen = TrainOptions(optimizer_type="AdamW", optimizer_args=("weight_decay=0.1",))
-        optimizer, _ = build_optimizer(chosen, network, fused=order.startswith("fused"))
+        optimizer = made(network, order.startswith("fused"))
         assert isinstance(optimizer, FlatAdamW) == order.startswith("fused")
         assert class_name(optimizer) == "torch.optim.adamw.AdamW"
         for step in range(6):
             if step == 3 and "then" in order:
                 state = optimizer.state_dict()
-                optimizer, _ = build_optimizer(chosen, network, fused=order.endswith("fused"))
+                optimizer = made(network, order.endswith("fused"))
                 optimizer.load_state_dict(state)
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * 0.9
             network.flat_grad.normal_(0, 1, generator=generator)
-            clip_flat_grad(network, 1.0, optimizer)
+            if isinstance(optimizer, FlatAdamW):
+                optimizer.clip_gradients(1.0)
+            else:
+                clip_flat_grad(network.flat_grad, 1.0)
             optimizer.step()
         results.append(network.flat.clone())
     for other in results[1:]:
@@ -281,7 +279,7 @@ def test_a_second_card_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert choose_device(options(device="cuda:1")) == torch.device("cuda:1")
+    assert choose_device("cuda:1") == torch.device("cuda:1")
     assert chosen == [torch.device("cuda:1")]
     with pytest.raises(UserError, match="2 cards"):
-        choose_device(options(device="cuda:2"))
+        choose_device("cuda:2")

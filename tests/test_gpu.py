@@ -7,8 +7,8 @@ from tiny_dit import TINY, dit_weights
 
 from anima_fast.adapters.lora import add_lora
 from anima_fast.bench.parity import FLOORS, check_op, full_precision, relative_error
-from anima_fast.kernels import OPS
 from anima_fast.kernels.lora_linear import lora_linear
+from anima_fast.kernels.registry import OPS
 from anima_fast.memory.offload import install_block_runner
 from anima_fast.models.dit import AnimaDiT, DitConfig, load_dit
 from anima_fast.models.fuse import fuse_blocks

@@ -34,7 +34,7 @@ def item(path, size, resized=None, bucket=None, mask=None, **settings):
         path=Path(path),
         caption=Caption("x"),
         subset=Subset(**settings),
-        dataset=Dataset(0, (64, 64)),
+        dataset=Dataset(resolution=(64, 64)),
         size=size,
         resized=resized,
         bucket=bucket or resized,

@@ -162,7 +162,7 @@ def test_what_is_said_about_loading_a_dit_is_what_loading_does(tmp_path):
         assert found["programs"] == {"anima-fast": "no: see the note"} and found["option"] is None
     del weights["final_layer.linear.weight"]
     save_file(weights, path)
-    assert "no whole Anima DiT" in refusal(path)
+    assert "an incomplete Anima DiT" in refusal(path)
 
 
 def test_adapter_of_its_own_width(tmp_path):

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from anima_fast.kernels import OPS, dispatch
+from anima_fast.kernels import dispatch
 from anima_fast.kernels.adamw import adamw
 from anima_fast.kernels.flow_loss import flow_loss
 from anima_fast.kernels.gate_residual import gate_residual
 from anima_fast.kernels.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
 from anima_fast.kernels.gelu import gelu
 from anima_fast.kernels.layernorm_modulate import layernorm_modulate
+from anima_fast.kernels.registry import OPS
 from anima_fast.kernels.rmsnorm import rmsnorm
 
 

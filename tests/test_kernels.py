@@ -5,7 +5,8 @@ import torch
 
 from anima_fast.bench.interpreter import interpreting, start
 from anima_fast.bench.parity import LAYOUTS, check_op, leaves, map_tensors
-from anima_fast.kernels import OPS, dispatch
+from anima_fast.kernels import dispatch
+from anima_fast.kernels.registry import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if interpreting():

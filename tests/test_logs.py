@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from anima_fast.options.run import TrainOptions
 from anima_fast.progress import Progress, clock, describe
 from anima_fast.training.bad_batches import BadBatchTracker, find_fault
 from anima_fast.training.logs import RunLog
+from anima_fast.training.trackers import public_options
 
 
 def record(step, **others):
@@ -24,12 +26,16 @@ def options(tmp_path, **others):
     return TrainOptions(output_dir=str(tmp_path), **others)
 
 
+def run_log(chosen, **others):
+    return RunLog(Path(chosen.output_dir), chosen, config=public_options(chosen), **others)
+
+
 def lines(tmp_path):
     return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()]
 
 
 def test_each_line_is_an_object_and_is_there_at_once(tmp_path):
-    with RunLog(options(tmp_path)) as log:
+    with run_log(options(tmp_path)) as log:
         log.step(record(1, grad_norm=0.1))
         assert lines(tmp_path) == [{"kind": "step", **record(1, grad_norm=0.1)}]
         log.epoch(1, 1, 0.25)
@@ -42,14 +48,14 @@ def test_each_line_is_an_object_and_is_there_at_once(tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
-    with RunLog(options(tmp_path)) as log:
+    with run_log(options(tmp_path)) as log:
         log.step(record(1, loss=float("nan"), lr={"unet": float("inf")}, more=[float("-inf")]))
     (line,) = lines(tmp_path)
     assert (line["loss"], line["lr"], line["more"]) == (None, {"unet": None}, [None])
 
 
 def test_a_resumed_log_holds_no_step_twice(tmp_path):
-    with RunLog(options(tmp_path)) as log:
+    with run_log(options(tmp_path)) as log:
         for step in range(1, 6):
             log.step(record(step, run="first"))
         log.epoch(3, 1, 0.2)
@@ -57,7 +63,7 @@ def test_a_resumed_log_holds_no_step_twice(tmp_path):
         log.event(3, "two")
     with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as file:
         file.write('{"kind": "step", "st')
-    with RunLog(options(tmp_path), first_step=3) as log:
+    with run_log(options(tmp_path), first_step=3) as log:
         log.epoch(3, 1, 0.2)
         for step in range(4, 7):
             log.step(record(step, run="second"))
@@ -77,7 +83,7 @@ def test_a_resumed_log_holds_no_step_twice(tmp_path):
 
 def test_a_fresh_run_moves_the_older_log_aside(tmp_path):
     for name in ("old", "new"):
-        with RunLog(options(tmp_path)) as log:
+        with run_log(options(tmp_path)) as log:
             log.step(record(1, run=name))
     assert [line["run"] for line in lines(tmp_path)] == ["new"]
     assert '"old"' in (tmp_path / "log.previous.jsonl").read_text("utf-8")
@@ -91,7 +97,7 @@ def test_tensorboard_gets_the_scalar_names_of_sd_scripts(tmp_path):
         tmp_path, logging_dir=str(tmp_path / "tb"), log_prefix="mine-", log_config=True
     )
     norms = {"keys_scaled": 1, "average_key_norm": 0.5, "max_key_norm": 0.75}
-    with RunLog(chosen) as log:
+    with run_log(chosen) as log:
         log.step(record(1, d_lr={"unet": 0.1}, max_norm=norms))
         log.step(record(2, loss=0.125, loss_avg=None))
         log.epoch(2, 1, 0.25)
@@ -142,9 +148,9 @@ def test_wandb_gets_options_scalars_and_no_secrets(tmp_path, monkeypatch):
         log_tracker_config=str(config),
         validate_every_n_steps=1,
     )
-    with RunLog(chosen) as log:
+    with run_log(chosen) as log:
         log.step(record(1))
-        log.validation(1, 1, 0.75, 0.25)
+        log.validation(1, 1, 0.75, 0.25, per="step")
     login, init, step, validation, finish = fake.calls
     assert login == ("login", "secret-key")
     arguments = init[1]
@@ -164,7 +170,7 @@ def test_a_missing_tracker_names_the_extra(name, module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     chosen = options(tmp_path, log_with=name, logging_dir=str(tmp_path / "logs"))
     with pytest.raises(UserError, match=rf"anima-fast\[{name}\]"):
-        RunLog(chosen)
+        run_log(chosen)
 
 
 def test_a_bad_tracker_config_is_explained(tmp_path):
@@ -176,13 +182,13 @@ def test_a_bad_tracker_config_is_explained(tmp_path):
             log_tracker_config=str(tmp_path / name),
         )
         with pytest.raises(UserError, match="log_tracker_config"):
-            RunLog(chosen)
+            run_log(chosen)
 
 
 def test_a_log_folder_that_is_a_file_is_explained(tmp_path):
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(UserError, match="cannot write"):
-        RunLog(options(tmp_path / "file"))
+        run_log(options(tmp_path / "file"))
 
 
 # Progress
@@ -228,10 +234,10 @@ def test_a_narrow_terminal_keeps_the_step_and_the_time_left():
     assert "1234/20000" in text and "5:12:46 left" in text
 
 
-def test_simple_console_means_plain_lines(tmp_path):
+def test_simple_console_means_plain_lines():
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True)
-    progress = Progress(options(tmp_path, console_log_simple=True), console=console)
+    progress = Progress(simple=True, console=console)
     progress.start(0, 2)
     progress.step(record(1))
     assert stream.getvalue().startswith("step 1/2 | epoch 1")
@@ -319,8 +325,12 @@ def good_step(tracker):
     return tracker.accepts([(batch("good.png"), torch.zeros(1))], 0.5, 1.0, say=print)
 
 
+def tracker_of(limit, precision="bf16"):
+    return BadBatchTracker(limit, precision=precision, learning_rate=1e-4)
+
+
 def test_bad_batches_are_skipped_by_name_until_there_are_too_many():
-    tracker = BadBatchTracker(TrainOptions(max_bad_batches=3, mixed_precision="fp16"))
+    tracker = tracker_of(3, precision="fp16")
     said = []
     for index in range(3):
         assert good_step(tracker)
@@ -335,21 +345,21 @@ def test_bad_batches_are_skipped_by_name_until_there_are_too_many():
 
 
 def test_rare_bad_batches_never_stop_a_run():
-    tracker = BadBatchTracker(TrainOptions(max_bad_batches=2))
+    tracker = tracker_of(2)
     for step in range(400):
         assert bad_step(tracker) is False if step % 25 == 0 else good_step(tracker)
 
 
 def test_no_bad_batch_allowed_stops_at_the_first():
     with pytest.raises(UserError, match="latents"):
-        tracker = BadBatchTracker(TrainOptions(max_bad_batches=0))
+        tracker = tracker_of(0)
         bad = batch("a.png", latents=torch.full((1, 16, 2, 2), float("inf")))
         group = [(bad, torch.tensor([float("nan")]))]
         tracker.accepts(group, float("nan"), 1.0, say=print)
 
 
 def test_loss_scale_overflow_is_no_bad_batch_until_the_scale_is_gone():
-    tracker = BadBatchTracker(TrainOptions(max_bad_batches=0, mixed_precision="fp16"))
+    tracker = tracker_of(0, precision="fp16")
     scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
     group, said = [(batch("a.png"), torch.zeros(1))], []
     for _ in range(5):

@@ -714,7 +714,7 @@ def test_loading_ignores_keys_of_no_module_and_reports_them(tmp_path):
 
 def test_modules_from_leaves_parts_of_models_that_are_not_given(tmp_path):
     """A file with a text encoder trains on without it; a layer that does not fit is refused."""
-    parts = make_network().parts()
+    parts = make_network().deltas()
     foreign = {"text_encoder.layers.0.mlp.up_proj": next(iter(parts.values()))}
     again = add_lora(make_dit(), modules_from=parts | foreign)
     assert again.modules_by_name.keys() == parts.keys()

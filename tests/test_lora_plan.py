@@ -70,14 +70,14 @@ def test_predicted_bytes_are_those_of_a_run(world, tmp_path, case):
     options = train_options(world, tmp_path, **CASES[case])
     run = prepare(options, seed=7, say=lambda text: None)
     kept = kept_bytes(run, options)
-    run.optimizer.step()
+    run.training.optimizer.step()
     need = memory_needs(options, run.plan, CPU)(options)
     assert need["weights"] == parameter_bytes(run.dit)
-    assert need["parameters"] == run.network.flat.nbytes
-    assert need["gradients"] == run.network.flat_grad.nbytes
-    states = [v for state in run.optimizer.state.values() for v in state.values()]
+    assert need["parameters"] == run.training.network.flat.nbytes
+    assert need["gradients"] == run.training.network.flat_grad.nbytes
+    states = [v for state in run.training.optimizer.state.values() for v in state.values()]
     assert need["state"] == sum(v.nbytes for v in states if isinstance(v, torch.Tensor))
-    assert need["mean"] == (run.ema.mean.nbytes if run.ema else 0)
+    assert need["mean"] == (run.training.ema.mean.nbytes if run.training.ema else 0)
     models = (run.vae, run.conditioning.adapter, run.conditioning.text_encoder)
     assert need["other"] == sum(parameter_bytes(m) for m in models if m is not None)
     assert need["activations"] == pytest.approx(kept, rel=0.01)
@@ -90,7 +90,7 @@ def parameter_bytes(module):
 def kept_bytes(run, options):
     """What autograd keeps of the largest batch, whose backward is then run."""
     text = (run.conditioning.adapter, run.conditioning.text_encoder)
-    models = [run.dit, run.network, *(model for model in text if model is not None)]
+    models = [run.dit, run.training.network, *(model for model in text if model is not None)]
     own = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
     alive = {}
 

@@ -12,24 +12,25 @@ from safetensors.torch import load_file, save_file
 from tiny_dit import make_dit, make_inputs, relative_error
 from torch import nn
 
-from anima_fast.adapters.formats import merge_lora, read_lora
-from anima_fast.adapters.layers import Dropouts, initial_lora
-from anima_fast.adapters.lora import LAYERS, add_lora
+from anima_fast.adapters.deltas import adapted_weight, delta_of
+from anima_fast.adapters.formats import read_lora
+from anima_fast.adapters.layers import Dropouts
+from anima_fast.adapters.lora import LAYERS, add_lora, merge_lora
 from anima_fast.adapters.lycoris import (
     HadamardProduct,
-    initial_loha,
     initial_lokr,
     initial_magnitudes,
     split,
 )
-from anima_fast.adapters.parts import adapted_weight, part_of
 from anima_fast.adapters.targets import Target
 from anima_fast.errors import UserError
+from anima_fast.models.adapter_kinds import ADAPTER_KINDS, LOHA, LORA
 from anima_fast.tools.convert import convert_file
 
 HADAMARD = {"hada_w1_a": (4, 2), "hada_w1_b": (2, 4), "hada_w2_a": (4, 2), "hada_w2_b": (2, 4)}
 # (out, in): square, wide, high, odd, prime, one that does not split.
 SHAPES = [(64, 64), (96, 24), (24, 96), (45, 77), (13, 30), (7, 5)]
+KINDS = {kind.word: kind for kind in ADAPTER_KINDS}
 JUDGES = {"lora": LoConModule, "loha": LohaModule, "lokr": LokrModule}
 LOKR = [{}, {"factor": 4}, {"decompose_both": True}, {"full_matrix": True}]
 CASES = [("lora", {}), ("loha", {}), *(("lokr", options) for options in LOKR)]
@@ -44,8 +45,8 @@ def fill(part, seed=0):
 
 def make_part(kind, shape, rank=3, alpha=2.0, **options):
     generator = torch.Generator().manual_seed(5)
-    maker = {"lora": initial_lora, "loha": initial_loha, "lokr": initial_lokr}[kind]
-    return fill(maker(shape, rank, alpha, generator, **options))
+    initial = LAYERS[KINDS[kind]].initial
+    return fill(initial(shape, rank, alpha, generator, **options))
 
 
 def make_linear(shape, seed=1):
@@ -72,7 +73,7 @@ def judge_module(part, linear):
     """The package's module with the tensors of a part."""
     suffixes = {"down": "lora_down.weight", "up": "lora_up.weight"}
     state = {f"x.{suffixes.get(k, k)}": t for k, t in part.tensors().items()}
-    judge = JUDGES[part.kind]
+    judge = JUDGES[part.kind.word]
     given = [state.get(f"x.{name}") for name in judge.weight_list]
     with torch.no_grad():
         return judge.make_module_from_state_dict("x", linear, *given)
@@ -109,7 +110,7 @@ def test_lycoris_computes_the_same_with_our_tensors(kind, options, shape, alpha)
     for given in (part, part.settled(), with_magnitudes(part, linear)):
         expected = x @ adapted_weight(linear.weight.detach(), given).T
         assert relative_error(judge_module(given, linear)(x), expected) < 1e-5
-    assert relative_error(part.settled().delta(), part.delta()) < 1e-6
+    assert relative_error(part.settled().matrix(), part.matrix()) < 1e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -123,9 +124,9 @@ def test_we_read_the_tensors_of_lycoris_as_the_same_delta(kind, options, shape):
     renamed = {"lora_down.weight": "down", "lora_up.weight": "up"}
     tensors = {renamed.get(k, k): t.detach() for k, t in judge.state_dict().items()}
     tensors = {k: t for k, t in tensors.items() if not k.startswith("org_") and k != "scalar"}
-    part = part_of(tensors)
-    assert part.shape == shape and part.kind == kind
-    assert relative_error(part.delta(), judge.get_diff_weight()[0]) < 1e-6
+    part = delta_of(tensors)
+    assert part.shape == shape and part.kind.word == kind
+    assert relative_error(part.matrix(), judge.get_diff_weight()[0]) < 1e-6
 
 
 @pytest.mark.parametrize("of_inputs", [False, True])
@@ -138,7 +139,7 @@ def test_magnitudes_mean_what_they_mean_in_lycoris(kind, shape, of_inputs):
     part = with_magnitudes(make_part(kind, shape).settled(), linear, of_inputs)
     merged = adapted_weight(linear.weight.detach(), part)
     theirs = weight_decompose(
-        linear.weight.detach() + part.delta(), part.dora_scale, wd_on_out=not of_inputs
+        linear.weight.detach() + part.matrix(), part.dora_scale, wd_on_out=not of_inputs
     )
     assert relative_error(merged, theirs) < 1e-5
 
@@ -175,9 +176,9 @@ def test_the_live_layer_and_its_gradients_are_those_of_the_whole_weight(
 
 def definition(weight, part, strength):
     """W + s·Δ or W + s·(W' − W), from the formulas, in the dtype of the weight."""
-    if part.kind == "lora":
+    if part.kind is LORA:
         delta = part.up @ part.down
-    elif part.kind == "loha":
+    elif part.kind is LOHA:
         delta = (part.w1_a @ part.w1_b) * (part.w2_a @ part.w2_b)
     else:
         first = part.w1_a @ part.w1_b if part.w1 is None else part.w1
@@ -272,8 +273,8 @@ def test_loading_keeps_the_product_when_the_alphas_differ(tmp_path, kind):
     first.save(tmp_path / "first.safetensors")
     second = add_lora(make_dit(), kind=kind, rank=2, alpha=4.0, seed=2)
     assert second.load(tmp_path / "first.safetensors") == []
-    for name, part in second.parts().items():
-        assert relative_error(part.delta(), first.parts()[name].delta()) < 1e-6, name
+    for name, part in second.deltas().items():
+        assert relative_error(part.matrix(), first.deltas()[name].matrix()) < 1e-6, name
 
 
 def test_a_file_of_another_kind_or_size_is_refused_and_nothing_is_loaded(tmp_path):
@@ -299,7 +300,7 @@ def test_a_file_of_another_kind_or_size_is_refused_and_nothing_is_loaded(tmp_pat
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_refused(tensors, match):
     with pytest.raises(ValueError, match=match):
-        part_of({name: torch.zeros(shape) for name, shape in tensors.items()})
+        delta_of({name: torch.zeros(shape) for name, shape in tensors.items()})
 
 
 def test_adapters_of_several_kinds_add_up_on_one_layer():
@@ -368,7 +369,7 @@ def test_the_sides_that_loraplus_speeds_up():
 
 def test_whole_factors_have_scale_one_whatever_alpha_says(tmp_path):
     tensors = {"lokr_w1": torch.randn(4, 4), "lokr_w2": torch.randn(16, 16)}
-    part = part_of(tensors | {"alpha": torch.tensor(7.0)})
+    part = delta_of(tensors | {"alpha": torch.tensor(7.0)})
     assert part.scale == 1 and part.rank is None
     key = "lora_unet_blocks_0_self_attn_q_proj"
     save_file({f"{key}.{k}": t for k, t in part.tensors().items()}, tmp_path / "a.safetensors")

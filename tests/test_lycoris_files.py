@@ -5,8 +5,8 @@ import torch
 from lycoris import kohya
 from tiny_dit import make_dit, make_inputs, relative_error
 
-from anima_fast.adapters.formats import merge_lora, read_lora
-from anima_fast.adapters.lora import add_lora
+from anima_fast.adapters.formats import read_lora
+from anima_fast.adapters.lora import add_lora, merge_lora
 
 NETWORKS = [
     ("lora", {}),

@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 from stack import make_world, train_options
 from tiny_dit import relative_error
 
-from anima_fast.adapters.formats import merge_lora, read_lora
+from anima_fast.adapters.formats import read_lora
+from anima_fast.adapters.lora import merge_lora
 from anima_fast.errors import UserError
+from anima_fast.models.adapter_kinds import LOHA
 from anima_fast.models.dit import load_dit
 from anima_fast.training.loop import train
 
@@ -72,14 +74,14 @@ def test_a_finished_network_is_built_in_or_gone_on_with(world, tmp_path):
     )  # fmt: skip
     start, end = read_lora(loha)[0], read_lora(result.output)[0]
     for name, part in start.items():
-        assert end[name].kind == "loha"
-        assert relative_error(end[name].delta(), part.delta()) < 1e-4, name
+        assert end[name].kind is LOHA
+        assert relative_error(end[name].matrix(), part.matrix()) < 1e-4, name
     plain = load_dit(world["pretrained_model_name_or_path"], dtype=torch.float32)
     merged = load_dit(world["pretrained_model_name_or_path"], dtype=torch.float32)
     merge_lora(merged, lokr, 0.5)
     layer = "blocks.0.self_attn.q_proj"
     change = merged.get_submodule(layer).weight - plain.get_submodule(layer).weight
-    assert relative_error(change.detach(), 0.5 * read_lora(lokr)[0][layer].delta()) < 1e-4
+    assert relative_error(change.detach(), 0.5 * read_lora(lokr)[0][layer].matrix()) < 1e-4
 
 
 def test_a_state_of_another_kind_is_refused(world, tmp_path):

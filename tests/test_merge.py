@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tiny_dit import make_dit, make_inputs, relative_error
 from typer.testing import CliRunner
 
+from anima_fast.adapters.deltas import adapted_weight
 from anima_fast.adapters.formats import read_lora
 from anima_fast.adapters.lora import add_lora
-from anima_fast.adapters.parts import adapted_weight
 from anima_fast.cli import app
 from anima_fast.demo.tiny_stack import random_weights
 from anima_fast.errors import UserError
@@ -22,8 +22,7 @@ from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.options.words import path_and_weight
 from anima_fast.tools.combine import combine_networks
 from anima_fast.tools.merge import merge_into_checkpoint
-from anima_fast.tools.ranks import RankRule
-from anima_fast.tools.report import total_error
+from anima_fast.tools.ranks import RankRule, total_error
 
 Q = "blocks.0.self_attn.q_proj"
 
@@ -324,7 +323,7 @@ def test_what_a_kill_left_is_deleted_by_the_next_run(tmp_path, base):
 
 
 def delta_sum(networks, name):
-    return sum(strength * read_lora(path)[0][name].delta().double() for path, strength in networks)
+    return sum(strength * read_lora(path)[0][name].matrix().double() for path, strength in networks)
 
 
 def test_lora_side_by_side_is_their_sum(tmp_path):
@@ -339,7 +338,7 @@ def test_lora_side_by_side_is_their_sum(tmp_path):
     assert dialect == "comfyui" and len(parts) == 30
     assert (parts[Q].rank, parts["blocks.1.mlp.layer1"].rank) == (7, 4)
     assert all(part.alpha.item() == part.rank for part in parts.values())
-    torch.testing.assert_close(parts[Q].delta().double(), delta_sum(networks, Q))
+    torch.testing.assert_close(parts[Q].matrix().double(), delta_sum(networks, Q))
     assert metadata["ss_network_dim"] == "Dynamic"
     assert metadata["modelspec.merged_from"] == "a, b"
     assert len(metadata["sshs_model_hash"]) == 64
@@ -374,7 +373,7 @@ def test_the_closest_of_a_rank(tmp_path, kinds):
     assert {part.rank for part in parts.values()} == {3}
     whole = delta_sum(networks, Q)
     best = torch.linalg.svdvals(whole)[3:].norm().item()
-    lost = (parts[Q].delta().double() - whole).norm().item()
+    lost = (parts[Q].matrix().double() - whole).norm().item()
     assert lost == pytest.approx(best, rel=1e-4)
     assert (losses[Q].lost, losses[Q].norm) == pytest.approx((lost, whole.norm().item()), rel=1e-4)
 
@@ -436,7 +435,10 @@ def test_command(tmp_path, base):
         ((base, "--lora", f"{lora}:nan", "--output", out), "finite number"),
         ((base, "--lora", lora, "--rank", 4, "--output", out), "merging networks with each other"),
         (("--lora", lora, "--rank", 0, "--output", out), "at least 1"),
-        (("--lora", lora, "--output", both, "--device", "abc"), "--device abc cannot be used"),
+        (
+            ("--lora", lora, "--output", both, "--device", "abc"),
+            "abc is no device that PyTorch knows",
+        ),
     ):
         result = run(*words)
         assert result.exit_code == 2 and text in result.output, result.output

@@ -4,20 +4,26 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from stack import make_world, records, train_options
+from full_stack import full_options, make_full_world
+from stack import make_world, records, same_tensors, train_options
 
 from anima_fast.errors import UserError
 from anima_fast.models.block_graphs import BlockGraphs
 from anima_fast.models.dit import AnimaDiT
-from anima_fast.options.run import FinetuneOptions
+from anima_fast.options.training import MemoryOptions
 from anima_fast.training import oom
+from anima_fast.training import step as training_step
 from anima_fast.training.loop import train
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def full_world(tmp_path_factory):
+    return make_full_world(tmp_path_factory.mktemp("full_world"))
 
 
 class FullCard:
@@ -52,8 +58,7 @@ def test_the_run_is_one_that_started_at_the_lower_policy(
     train(train_options(world, tmp_path / "low", recompute="block", kernels=kernels, **GIVEN))
     FullCard(monkeypatch, fails)
     train(train_options(world, tmp_path / "out", kernels=kernels, **GIVEN))
-    one, other = (load_file(tmp_path / n / "lora.safetensors") for n in ("low", "out"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert same_tensors(*(tmp_path / n / "lora.safetensors" for n in ("low", "out")))
     losses = [[r["loss"] for r in records(tmp_path / n, "step")] for n in ("low", "out")]
     assert losses[0] == losses[1]
     bins = [records(tmp_path / n, "sigma_bins") for n in ("low", "out")]
@@ -73,16 +78,15 @@ def test_it_goes_down_as_often_as_needed(tmp_path, monkeypatch, capsys):
     swaps = ["--recompute block,", "--blocks_to_swap 3,", "--blocks_to_swap 4,"]
     assert all(swap in text for swap, text in zip(swaps, texts, strict=True))
     assert capsys.readouterr().err.count("out of memory") == 3
-    one, other = (load_file(tmp_path / n / "lora.safetensors") for n in ("whole", "out"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert same_tensors(*(tmp_path / n / "lora.safetensors" for n in ("whole", "out")))
 
 
 def test_graphs_are_given_up_before_a_policy(world, tmp_path, monkeypatch):
     """The recordings hold memory that plain launches do not need."""
     real = oom.MemoryPolicies.__init__
 
-    def with_graphs(self, run):
-        real(self, run)
+    def with_graphs(self, run, tell):
+        real(self, run, tell)
         run.dit.graphs = BlockGraphs()
         run.dit.graphs._graphs["a size"] = None
 
@@ -118,8 +122,7 @@ def test_at_the_end_a_state_is_left_and_the_remedy_named(world, tmp_path, monkey
             train(train_options(world, tmp_path / "out", **given))
     assert json.loads((tmp_path / "out" / "run.json").read_text())["state"] == "failed"
     train(train_options(world, tmp_path / "out", resume="auto", **given))
-    one, other = (load_file(tmp_path / n / "lora.safetensors") for n in ("whole", "out"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert same_tensors(*(tmp_path / n / "lora.safetensors" for n in ("whole", "out")))
 
 
 def test_out_of_memory_elsewhere_is_one_line(world, tmp_path, monkeypatch):
@@ -132,36 +135,39 @@ def test_out_of_memory_elsewhere_is_one_line(world, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run.json").read_text())["state"] == "failed"
 
 
-def test_a_fused_backward_pass_leaves_no_half_updated_state(world, tmp_path, monkeypatch):
-    options = FinetuneOptions(
-        **world, output_dir=str(tmp_path), mixed_precision="no", fused_backward_pass=True,
-        max_train_epochs=1, device="cpu",
-    )  # fmt: skip
+@pytest.mark.parametrize("swapped", [None, 2])
+def test_full_fine_tuning_goes_on_too(full_world, tmp_path, monkeypatch, swapped):
+    """One policy lower, with the weights, masters and state where they were."""
+    changes = {"blocks_to_swap": swapped, "mixed_precision": "bf16"}
+    plain = train(full_options(full_world, tmp_path / "plain", **changes))
+    failed, real = [], training_step.micro_step
+
+    def out_of_memory(run, batch, settings, *, step, micro):
+        losses = real(run, batch, settings, step=step, micro=micro)
+        if step == 2 and not failed:
+            failed.append(run.dit.block_runner)
+            losses.mean().backward()
+            raise torch.OutOfMemoryError("not enough")
+        return losses
+
+    monkeypatch.setattr(training_step, "micro_step", out_of_memory)
+    again = train(full_options(full_world, tmp_path / "again", **changes))
+    assert failed
+    assert same_tensors(plain.output, again.output)
+
+
+def test_a_fused_backward_pass_leaves_no_half_updated_state(full_world, tmp_path, monkeypatch):
     FullCard(monkeypatch, [2])
     with pytest.raises(UserError, match="has changed weights already"):
-        train(options)
+        train(full_options(full_world, tmp_path, fused_backward_pass=True))
     assert not list(tmp_path.glob("*-state"))
 
 
-class Fake:
-    """A run as far as `lower_policies` looks at it."""
-
-    def __init__(self, blocks, *, fused, network=None, **options):
-        self.fused, self.network = fused, network
-        self.dit = type("Dit", (), {"blocks": [None] * blocks})()
-        defaults = {
-            "recompute": None, "gradient_checkpointing": False, "blocks_to_swap": None,
-            "cpu_offload_checkpointing": False, "unsloth_offload_checkpointing": False,
-            "compile": False,
-        }  # fmt: skip
-        self.options = type("Options", (), defaults | options)()
-
-
-def test_what_is_lower(world, tmp_path):
-    lora = oom.LoRANetwork.__new__(oom.LoRANetwork)
-
-    def options(*args, **kwargs):
-        return [p.option for p in oom.lower_policies(Fake(*args, **{"network": lora} | kwargs))]
+def test_what_is_lower():
+    def options(blocks, *, fused, can_swap=True, **given):
+        chosen = MemoryOptions(**given)
+        below = oom.lower_policies(chosen, blocks=blocks, fused=fused, can_swap=can_swap)
+        return [policy.option for policy in below]
 
     block, swaps = "--recompute block", ["--blocks_to_swap 14", "--blocks_to_swap 26"]
     below = [f"{block} {swap}" for swap in swaps]
@@ -172,5 +178,4 @@ def test_what_is_lower(world, tmp_path):
     assert options(28, fused=True, gradient_checkpointing=True) == below
     assert options(28, fused=True, unsloth_offload_checkpointing=True) == below
     assert options(28, fused=True, recompute="block", blocks_to_swap=20) == below[1:]
-    assert options(28, fused=False, compile=True) == [block]
-    assert options(28, fused=False, network=object()) == [block]
+    assert options(28, fused=False, can_swap=False) == [block]

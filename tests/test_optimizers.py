@@ -279,9 +279,7 @@ def test_paged_optimizers_say_that_they_do_not_page_here():
 def test_averaged_weights_restores_the_training_point_bit_for_bit():
     pytest.importorskip("schedulefree")
     network = FlatNetwork()
-    optimizer, notices = build_optimizer(
-        options("AdamWScheduleFree", lr_scheduler="cosine"), network
-    )
+    optimizer, notices = build_optimizer(options("AdamWScheduleFree"), network, "cosine")
     assert any("schedules itself" in notice for notice in notices)
     steps(optimizer, network, 7)
     before = network.flat.clone()
@@ -311,6 +309,6 @@ def test_clip_equals_torch_over_the_matrices(limit):
     for copy, (start, size, _) in zip(copies, network.pieces, strict=True):
         copy.grad = network.flat_grad[start : start + size].clone()
     expected = torch.nn.utils.clip_grad_norm_(copies, limit or float("inf"))
-    norm = clip_flat_grad(network, limit)
+    norm = clip_flat_grad(network.flat_grad, limit)
     torch.testing.assert_close(norm, expected)
     torch.testing.assert_close(network.flat_grad, torch.cat([c.grad for c in copies]))

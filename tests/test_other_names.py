@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anima_fast.adapters import names
+from anima_fast.adapters.deltas import adapted_weight
 from anima_fast.adapters.formats import read_lora
-from anima_fast.adapters.parts import adapted_weight
 from anima_fast.errors import UserError
 from anima_fast.tools.convert import convert_file
 
@@ -124,7 +124,7 @@ def test_peft_with_dora(tmp_path):
         tmp_path / "a.safetensors",
     )
     part = read_lora(tmp_path / "a.safetensors")[0][Q]
-    assert part.network == "DoRA" and part.alpha is None
+    assert part.title == "DoRA" and part.alpha is None
     assert torch.equal(part.dora_scale, scale[:, None])
     assert torch.equal(part.up, lora["lora_up.weight"])
 

@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from anima_fast.bench import parity
 from anima_fast.cli import app
-from anima_fast.kernels import OPS, dispatch
+from anima_fast.kernels import dispatch
 from anima_fast.kernels.op import Cost, Op
+from anima_fast.kernels.registry import OPS
 
 
 def double(x):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from anima_fast.data.plan import build_plan
+from anima_fast.data.summary import summarise
 from anima_fast.errors import UserError
 
 
@@ -350,7 +351,7 @@ def test_summary(tmp_path):
     """
     planned = plan(tmp_path, text)
     assert any("custom_attributes have no effect" in notice for notice in planned.notices)
-    found = planned.summary()
+    found = summarise(planned)
     assert json.loads(json.dumps(found)) == found
     assert found["tag_frequency"] == {"girl": {"red": 4, "blue": 2}, "reg": {"a": 1, "b": 1}}
     assert found["dataset_dirs"] == {"girl": {"n_repeats": 3, "img_count": 2}}

@@ -234,7 +234,7 @@ def test_lora_options_of_a_users_preset_are_left_out_of_full_fine_tuning(tmp_pat
     )
     options, notices = resolve(str(path), cls=FinetuneOptions)
     assert options.seed == 3 and options.mlp_lr == 0.0
-    assert f"preset {path}: network_dim: no options of finetune, left out" in notices
+    assert f"preset {path}: network_dim: not options of finetune, left out" in notices
     options, _ = resolve(str(path))
     assert (options.seed, options.network_dim, options.unet_lr) == (3, 8, 1.0)
 
@@ -265,7 +265,7 @@ def test_the_written_run_repeats_itself(tmp_path):
         ("bad.toml", "a = [", "not valid TOML"),
         ("odd.toml", "netwrk_dim = 3", "did you mean 'network_dim'?"),
         ("type.toml", 'network_dim = "8"', "expected a whole number"),
-        ("nest.toml", 'preset = ["style"]', "preset is no option"),
+        ("nest.toml", 'preset = ["style"]', "preset is not an option"),
     ],
 )
 def test_bad_presets_are_one_line(tmp_path, monkeypatch, name, content, message):
@@ -288,5 +288,5 @@ def test_the_command_lists_and_prints_them():
 
 
 def test_the_files_are_part_of_the_package():
-    project = (FOLDER.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    project = (FOLDER.parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert '"anima_fast.options.presets" = ["*.toml"]' in project

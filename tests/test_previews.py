@@ -190,7 +190,7 @@ def test_a_card_rounds_previews_as_sample_does(world, tmp_path, monkeypatch):
         )  # fmt: skip
 
     before, seen, adapters = switches(), [], set()
-    real, steps, adapt = vae.VAE.decode, loop.run_group, llm_adapter.LLMAdapter.forward
+    real, steps, adapt = vae.VAE.decode, loop.forward_backward, llm_adapter.LLMAdapter.forward
 
     def decode(self, *args, **kwargs):
         seen.append(("picture", *switches()))
@@ -207,7 +207,7 @@ def test_a_card_rounds_previews_as_sample_does(world, tmp_path, monkeypatch):
         return adapt(self, *args)
 
     monkeypatch.setattr(vae.VAE, "decode", decode)
-    monkeypatch.setattr(loop, "run_group", group)
+    monkeypatch.setattr(loop, "forward_backward", group)
     monkeypatch.setattr(llm_adapter.LLMAdapter, "forward", forward)
     try:
         train(train_options(

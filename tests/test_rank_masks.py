@@ -5,7 +5,7 @@ import torch
 from tiny_dit import make_dit, make_inputs, relative_error
 
 from anima_fast.adapters.lora import add_lora
-from anima_fast.adapters.rank_masks import rank_mask
+from anima_fast.adapters.network import rank_mask
 from anima_fast.memory.offload import install_block_runner
 
 

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from tiny_dit import TINY, dit_weights, make_inputs, relative_error
 from typer.testing import CliRunner
 
+from anima_fast.adapters.deltas import LoRADelta
 from anima_fast.adapters.formats import read_lora
 from anima_fast.adapters.lora import add_lora
-from anima_fast.adapters.parts import LoRAPart
 from anima_fast.cli import app
 from anima_fast.errors import UserError
 from anima_fast.models.dit import load_dit
@@ -25,9 +25,9 @@ def write_network(path, blocks, dora=False, **more):
     from anima_fast.adapters.formats import write_lora
 
     parts = {
-        f"blocks.{block}.{layer}": LoRAPart(
-            torch.full((2, 8), block + 1.0), torch.full((8, 2), i + 1.0), torch.tensor(1.0),
-            torch.ones(8, 1) if dora else None,
+        f"blocks.{block}.{layer}": LoRADelta(
+            torch.full((2, 8), block + 1.0), torch.full((8, 2), i + 1.0), alpha=torch.tensor(1.0),
+            dora_scale=torch.ones(8, 1) if dora else None,
         )
         for block in blocks
         for i, layer in enumerate(LAYERS)
@@ -91,7 +91,7 @@ def test_copies_get_a_share_on_request(tmp_path):
     for block, origin in EXPANSIONS[28, 40].items():
         twin = next(b for b, o in known_map(28, 40).same.items() if o == origin)
         own, other = parts[f"blocks.{block}.mlp.layer2"], parts[f"blocks.{twin}.mlp.layer2"]
-        torch.testing.assert_close(own.delta(), 0.5 * other.delta())
+        torch.testing.assert_close(own.matrix(), 0.5 * other.matrix())
 
 
 def test_the_deeper_dit_computes_as_the_shallow_one(tmp_path):
@@ -136,12 +136,12 @@ def test_maps_by_hand(tmp_path):
     remap_file(source, tmp_path / "b.safetensors", source=2, mapping="0=1*0.5,1=0")
     assert blocks_of(tmp_path / "b.safetensors") == {0: 1, 1: 0}
     parts, before = read_lora(tmp_path / "b.safetensors")[0], read_lora(source)[0]
-    half = 0.5 * before["blocks.1.mlp.layer2"].delta()
-    torch.testing.assert_close(parts["blocks.0.mlp.layer2"].delta(), half)
+    half = 0.5 * before["blocks.1.mlp.layer2"].matrix()
+    torch.testing.assert_close(parts["blocks.0.mlp.layer2"].matrix(), half)
 
 
 def test_modules_outside_the_blocks_and_metadata_stay(tmp_path):
-    other = {"llm_adapter.blocks.0.mlp.0": LoRAPart(torch.ones(2, 8), torch.ones(8, 2))}
+    other = {"llm_adapter.blocks.0.mlp.0": LoRADelta(torch.ones(2, 8), torch.ones(8, 2))}
     source = write_network(tmp_path / "a.safetensors", range(28), **other)
     done = remap_file(source, tmp_path / "b.safetensors", to=40)
     parts, _, metadata = read_lora(tmp_path / "b.safetensors")

@@ -4,13 +4,16 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
 from anima_fast.reports.charts import MOST_POINTS, Series, axis_number, chart, ticks
-from anima_fast.reports.run_page import Picture, read_log, write_report
+from anima_fast.reports.reading import read_log
+from anima_fast.reports.run_page import Picture, preview_table, report_run, write_report
+from anima_fast.sampling.pictures import save_png
 
 
 def log_file(path, count=30):
@@ -153,10 +156,6 @@ def test_ticks_are_round_and_enclose_the_values(low, high):
 
 def test_previews_stand_over_time_and_losses_by_sigma(tmp_path):
     """A row for each prompt, a column for each time; pictures that are gone leave their place."""
-    from PIL import Image
-
-    from anima_fast.sampling.pictures import save_png
-
     (tmp_path / "sample").mkdir()
     lines = [{"kind": "step", "step": i, "loss": 1.0} for i in (1, 2)]
     for step in (0, 10, 20):
@@ -186,26 +185,51 @@ def test_previews_stand_over_time_and_losses_by_sigma(tmp_path):
 
 def test_rows_of_previews_follow_the_prompts(tmp_path):
     """The file of prompts lost its first line after step 1; two prompts are alike."""
-    from anima_fast.reports.run_parts import preview_grid
-    from anima_fast.sampling.pictures import save_png
-
     records = []
     for step, prompts in enumerate((["cat", "dog", "dog"], ["dog", "dog", "fox\nbrown"])):
         files = [f"{step}_{i}.png" for i in range(3)]
         for name, prompt in zip(files, prompts, strict=True):
             save_png(tmp_path / name, Image.new("RGB", (8, 8)), f"{prompt}\nSteps: 3, Seed: {step}")
         records.append({"kind": "preview", "step": step, "files": files})
-    rows = preview_grid(records, tmp_path).split("<tr>")[2:]
-    labels = [row.split("</span>")[0].rsplit(">")[-1] for row in rows[::2]]
-    assert labels == ["cat", "dog", "dog", "fox"]
-    shown = [[cell.startswith("<img") for cell in row.split("<td>")[1:]] for row in rows[1::2]]
+    rows = preview_table(records, tmp_path).rows
+    assert [prompt for prompt, _ in rows] == ["cat", "dog", "dog", "fox"]
+    shown = [[picture is not None for picture in pictures] for _, pictures in rows]
     assert shown == [[True, False], [True, True], [True, True], [False, True]]
 
 
 def test_many_previews_are_thinned_out(tmp_path):
-    from anima_fast.reports.run_parts import preview_grid
-
     records = [{"kind": "preview", "step": i, "files": ["sample/x.png"]} for i in range(40)]
-    grid = preview_grid(records, tmp_path)
+    log = tmp_path / "previews.jsonl"
+    log.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    grid = page(tmp_path, log=log)
     assert grid.count("<th>step ") == 12 and "28 more" in grid
     assert "<th>step 0</th>" in grid and "<th>step 39</th>" in grid
+
+
+def test_a_run_that_has_ended_is_told_in_its_folder(tmp_path):
+    log = log_file(tmp_path / "log.jsonl")
+    facts = {"kind": "LoRA training", "facts": {"rank, alpha": "8, 8"}, "base_model": "a/base.st",
+             "optimizer": "AdamW", "precision": "bf16", "output": tmp_path / "x.safetensors",
+             "log": log, "steps": 30}  # fmt: skip
+    path = report_run("mika", **facts, loss=0.5)
+    text = path.read_text(encoding="utf-8")
+    assert path == tmp_path / "report.html" and "finished." in text
+    rows = dict(re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", text))
+    assert rows == {
+        "saved file": "x.safetensors", "steps": "30", "loss (average over an epoch)": "0.5000",
+        "base model": "base.st", "rank, alpha": "8, 8", "optimizer": "AdamW", "precision": "bf16",
+        "all options": "mika.toml",
+    }  # fmt: skip
+    text = report_run("mika", **facts, loss=None, interrupted_by=15).read_text(encoding="utf-8")
+    assert "stopped by signal 15" in text and "<td>-</td>" in text
+
+
+def test_the_wheel_holds_the_templates():
+    """Files of the package that are not Python come from the list in pyproject.toml."""
+    root = Path(__file__).parent.parent
+    packaged = (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert '"anima_fast.reports" = ["templates/*"]' in packaged
+    folder = root / "anima_fast" / "reports" / "templates"
+    assert {"style.css", "page.html.j2", "run.html.j2", "dataset.html.j2"} <= {
+        path.name for path in folder.iterdir()
+    }

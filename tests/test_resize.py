@@ -7,15 +7,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from anima_fast.adapters.deltas import LoHaDelta, LoKrDelta, LoRADelta
 from anima_fast.adapters.formats import FOLDED, read_lora
-from anima_fast.adapters.parts import LoHaPart, LoKrPart, LoRAPart
 from anima_fast.cli import app
 from anima_fast.errors import UserError
+from anima_fast.models.adapter_kinds import LORA
 from anima_fast.tools.convert import convert_file
 from anima_fast.tools.low_rank import Dense, Product, weighted_sum
-from anima_fast.tools.ranks import RankRule
-from anima_fast.tools.report import Loss, lines, total_error
-from anima_fast.tools.resize import resize_file, resize_part
+from anima_fast.tools.ranks import ModuleLoss, RankRule, loss_table, total_error
+from anima_fast.tools.resize import resize_delta, resize_file
 
 Q = "blocks.0.self_attn.q_proj"
 
@@ -27,12 +27,12 @@ def rand(*shape, seed=0):
 
 def parts():
     """Parts for a weight [48, 64]: four whose factors are thin, two whose factors are not."""
-    yield LoRAPart(rand(3, 64), rand(48, 3))
-    yield LoHaPart(rand(48, 3), rand(3, 64), rand(48, 3, seed=1), rand(3, 64, seed=1))
-    yield LoKrPart(w1=rand(2, 4), w2_a=rand(24, 2), w2_b=rand(2, 16))
-    yield LoKrPart(w1_a=rand(6, 1), w1_b=rand(1, 8), w2=rand(8, 8))
-    yield LoKrPart(w1=rand(3, 2), w2=rand(16, 32))
-    yield LoHaPart(rand(48, 8), rand(8, 64), rand(48, 8, seed=1), rand(8, 64, seed=1))
+    yield LoRADelta(rand(3, 64), rand(48, 3))
+    yield LoHaDelta(rand(48, 3), rand(3, 64), rand(48, 3, seed=1), rand(3, 64, seed=1))
+    yield LoKrDelta(w1=rand(2, 4), w2_a=rand(24, 2), w2_b=rand(2, 16))
+    yield LoKrDelta(w1_a=rand(6, 1), w1_b=rand(1, 8), w2=rand(8, 8))
+    yield LoKrDelta(w1=rand(3, 2), w2=rand(16, 32))
+    yield LoHaDelta(rand(48, 8), rand(8, 64), rand(48, 8, seed=1), rand(8, 64, seed=1))
 
 
 # The approximation
@@ -80,7 +80,7 @@ def test_a_sum_of_all_kinds():
         up, down = found.spectrum().cut(48)
         assert (up @ down - whole).norm() < 1e-6 * whole.norm()
     with pytest.raises(ValueError, match="different sizes"):
-        weighted_sum([(1.0, terms[0][1]), (1.0, LoRAPart(rand(3, 60), rand(48, 3)))])
+        weighted_sum([(1.0, terms[0][1]), (1.0, LoRADelta(rand(3, 60), rand(48, 3)))])
 
 
 def test_zero_has_a_zero_approximation():
@@ -171,9 +171,9 @@ def test_each_module_is_its_best_approximation(tmp_path, dtype, alpha):
         assert (after.rank, loss.rank, loss.old_rank) == (3, 3, 8)
         # The scale is that of the old file.
         assert after.alpha.item() == 3 * alpha / 8 and after.up.dtype == dtype
-        whole = before.delta().double()
+        whole = before.matrix().double()
         best = torch.linalg.svdvals(whole)[3:].norm().item()
-        lost = (after.delta().double() - whole).norm().item()
+        lost = (after.matrix().double() - whole).norm().item()
         assert lost == pytest.approx(best, rel=1e-2 if dtype == torch.bfloat16 else 1e-4)
         assert (loss.lost, loss.norm) == pytest.approx((lost, whole.norm().item()), rel=1e-4)
     found = metadata_of(out)
@@ -219,9 +219,9 @@ def test_other_networks_become_lora(tmp_path, kind, dora):
     old, new = read_lora(source)[0], read_lora(out)[0]
     for name, before in old.items():
         after = new[name]
-        assert (after.kind, after.rank, after.scale) == ("lora", 5, 1)
-        values = torch.linalg.svdvals(before.delta().double())
-        lost = (after.delta().double() - before.delta().double()).norm().item()
+        assert (after.kind, after.rank, after.scale) == (LORA, 5, 1)
+        values = torch.linalg.svdvals(before.matrix().double())
+        lost = (after.matrix().double() - before.matrix().double()).norm().item()
         assert lost == pytest.approx(values[5:].norm().item(), rel=1e-3, abs=1e-6)
         assert losses[name].lost == pytest.approx(lost, rel=1e-3, abs=1e-6)
         if dora:
@@ -241,15 +241,15 @@ def test_form_and_dialect_stay(tmp_path):
     assert parts[Q].alpha is None and parts[Q].up.dtype == torch.bfloat16
     resize_file(source, tmp_path / "d.safetensors", RankRule(4))
     plain = read_lora(tmp_path / "d.safetensors")[0][Q]
-    torch.testing.assert_close(parts[Q].delta(), plain.delta(), rtol=0.05, atol=1e-3)
+    torch.testing.assert_close(parts[Q].matrix(), plain.matrix(), rtol=0.05, atol=1e-3)
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor(3.3, dtype=torch.bfloat16), torch.tensor(0.0)])
 def test_alphas_of_few_bits_and_of_zero(alpha):
-    part = LoRAPart(rand(7, 64).float(), rand(48, 7).float(), alpha)
-    new, loss = resize_part(Q, part, RankRule(5))
-    values = torch.linalg.svdvals(part.delta().double())
-    lost = (new.delta() - part.delta()).norm().item()
+    part = LoRADelta(rand(7, 64).float(), rand(48, 7).float(), alpha=alpha)
+    new, loss = resize_delta(Q, part, RankRule(5))
+    values = torch.linalg.svdvals(part.matrix().double())
+    lost = (new.matrix() - part.matrix()).norm().item()
     assert lost == pytest.approx(values[5:].norm().item(), rel=1e-4, abs=1e-6)
     assert loss.lost == pytest.approx(lost, rel=1e-4, abs=1e-6)
     assert new.alpha.dtype == alpha.dtype
@@ -285,18 +285,18 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
 
 def test_report():
     losses = [
-        Loss("blocks.0.mlp.layer1", 3.0, 0.3, 4, 8),
-        Loss("blocks.1.mlp.layer1", 4.0, 0.0, 2, 8),
-        Loss("llm_adapter.blocks.0.mlp.0", 0.0, 0.0, 1, 8),
+        ModuleLoss("blocks.0.mlp.layer1", 3.0, 0.3, 4, 8),
+        ModuleLoss("blocks.1.mlp.layer1", 4.0, 0.0, 2, 8),
+        ModuleLoss("llm_adapter.blocks.0.mlp.0", 0.0, 0.0, 1, 8),
     ]
     assert total_error(losses) == pytest.approx(0.3 / 5)
-    text = "\n".join(lines(losses))
+    text = "\n".join(loss_table(losses))
     assert (
         "blocks.*.mlp.layer1" in text and "2 to 4" in text and "llm_adapter.blocks.*.mlp.0" in text
     )
     assert "largest error: 10 % in blocks.0.mlp.layer1" in text
     assert "error of the whole: 6 % of the norm" in text
-    assert "blocks.1.mlp.layer1" in "\n".join(lines(losses, verbose=True))
+    assert "blocks.1.mlp.layer1" in "\n".join(loss_table(losses, verbose=True))
 
 
 def test_command(tmp_path):

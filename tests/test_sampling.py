@@ -15,7 +15,7 @@ from anima_fast.models.dit import load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.models.text_encoder import load_text_encoder
 from anima_fast.options.sample import SampleOptions
-from anima_fast.sampling import pictures
+from anima_fast.sampling import pictures, prompts
 from anima_fast.tools.convert import convert_file
 
 
@@ -225,7 +225,9 @@ def test_a_vae_given_as_dit_is_refused(stack, tmp_path):
 
 def test_numbers_that_are_not_finite_write_no_picture(stack, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        sampling.run, "euler_sample", lambda dit, noise, *a, **k: torch.full_like(noise, torch.nan)
+        sampling.euler,
+        "euler_sample",
+        lambda dit, noise, *a, **k: torch.full_like(noise, torch.nan),
     )
     with pytest.raises(UserError, match="not finite"):
         render(stack, tmp_path)
@@ -259,7 +261,7 @@ def test_long_prompts_are_read_to_their_end(stack, tmp_path):
     ],
 )
 def test_unescape(prompt, expected):
-    assert pictures.unescape(prompt) == expected
+    assert prompts.unescape(prompt) == expected
 
 
 def test_pixels_are_rounded():

@@ -22,13 +22,11 @@ from anima_fast.models.text_encoder import load_text_encoder
 from anima_fast.models.tokenizers import load_tokenizers
 from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.options.sample import SampleOptions
-from anima_fast.sampling import euler_sample, run_sample
-from anima_fast.sampling import run as sampling_run
+from anima_fast.sampling import euler, euler_sample, run_sample
 from anima_fast.sampling.grid import compose, expand, read_axes
 from anima_fast.sampling.jobs import Job, batches, make_jobs
-from anima_fast.sampling.pictures import describe
-from anima_fast.sampling.prompt_weights import weighted_segments
-from anima_fast.sampling.texts import adapt, encode_states, tokenize_prompt
+from anima_fast.sampling.pictures import generation_parameters
+from anima_fast.sampling.texts import adapt, encode_states, tokenize_prompt, weighted_segments
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +178,7 @@ def test_a_file_of_prompts(world, tmp_path):
 
 
 def test_neighbours_that_differ_in_more_than_the_seed_are_no_batch():
-    job = Job("a", "", 1, 2, 1.0, 3.0, 64, 64)
+    job = Job("a", "", 64, 64, 1, 2, 1.0)
     jobs = [job, replace(job, seed=2), replace(job, seed=3), replace(job, steps=3, seed=4)]
     assert [len(b) for b in batches(jobs, 2)] == [2, 1, 1]
     assert [len(b) for b in batches(jobs, 9)] == [3, 1]
@@ -257,8 +255,10 @@ def test_weights_of_several_files_of_any_kind(world, tmp_path, loras):
     both = render(world, out, lora=(f"{loras[1]}:-0.7", f"{loras[0]}:0"))
     assert np.abs(one - both).max() <= 1 and np.abs(one - base).max() > 1
     assert "LoRA: lokr:-0.7; lora:0" in Image.open(out).text["parameters"]
-    job = Job("a", "", 1, 2, 1.0, 3.0, 64, 64, weights=(1.0,))
-    assert describe(job, "m, v2.x", ["a,b.x"]).endswith('Model: "m, v2", LoRA: "a,b:1"')
+    job = Job("a", "", 64, 64, 1, 2, 1.0, weights=(1.0,))
+    assert generation_parameters(job, "m, v2.x", ["a,b.x"]).endswith(
+        'Model: "m, v2", LoRA: "a,b:1"'
+    )
 
 
 def test_a_drive_letter_is_no_weight():
@@ -320,7 +320,7 @@ def test_models_are_loaded_once_for_all_cells(world, tmp_path, monkeypatch, lora
 
 
 def test_axes_change_what_they_name(loras):
-    job = Job("a cat", "", 1, 2, 1.0, 3.0, 64, 64, weights=(0.5, 0.7))
+    job = Job("a cat", "", 64, 64, 1, 2, 1.0, weights=(0.5, 0.7))
     axes = read_axes(["weight2=0,1", "prompt=cat|dog|bird"], 2, ["a cat"])
     rows = expand(job, axes)
     assert [j.weights for j in rows[0]] == [(0.5, 0.0), (0.5, 1.0)]
@@ -466,7 +466,7 @@ def test_sizes_default_to_those_of_the_picture(world):
 
 @pytest.mark.parametrize("after, kept", [(0, []), (2, ["0000.png", "0001.png"])])
 def test_interrupted_pictures_are_kept(world, tmp_path, monkeypatch, after, kept):
-    real, calls = sampling_run.euler_sample, []
+    real, calls = euler.euler_sample, []
 
     def stop(*args, **kwargs):
         if len(calls) == after:
@@ -474,7 +474,7 @@ def test_interrupted_pictures_are_kept(world, tmp_path, monkeypatch, after, kept
         calls.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(sampling_run, "euler_sample", stop)
+    monkeypatch.setattr(euler, "euler_sample", stop)
     with pytest.raises(KeyboardInterrupt):
         render(world, tmp_path / "out", count=5, batch_size=1)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == kept

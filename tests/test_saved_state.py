@@ -81,7 +81,7 @@ def test_a_saved_run_ends_where_the_program_that_saved_it_ended(saved, name):
 def test_another_schedule_is_refused_by_the_name_that_states_have_now(tmp_path):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    old = {"class": "anima_fast.training.optimizers.schedules.Schedule"}
+    old = {"class": "anima_fast.training.schedules.Schedule"}
     with pytest.raises(UserError, match=r"the scheduler anima_fast\.Schedule, this run has torch"):
         check_scheduler(tmp_path, old, schedule)
 
@@ -100,6 +100,6 @@ def test_every_own_class_that_a_state_names_has_a_fixed_name():
 def test_flat_adamw_is_called_what_it_stands_for():
     flat = torch.zeros(4, requires_grad=True)
     optimizer = FlatAdamW([{"params": [flat]}], flat, torch.zeros(4), lr=1e-3, weight_decay=0.1)
-    options = type("", (), {"optimizer_kwargs": {"weight_decay": 0.1}})()
-    assert describe_optimizer(optimizer, options) == "torch.optim.adamw.AdamW(weight_decay=0.1)"
+    described = describe_optimizer(optimizer, {"weight_decay": 0.1})
+    assert described == "torch.optim.adamw.AdamW(weight_decay=0.1)"
     assert class_name(optimizer) == "torch.optim.adamw.AdamW"

@@ -7,10 +7,15 @@ import torch
 
 from anima_fast.errors import UserError
 from anima_fast.options.run import TrainOptions
+from anima_fast.training.optimizers import schedules
 from anima_fast.training.optimizers.build import build_optimizer
-from anima_fast.training.optimizers.schedules import build_scheduler, restore_scheduler, step_count
+from anima_fast.training.optimizers.schedules import restore_scheduler, step_count
 
 TOTAL = 40
+
+
+def build_scheduler(options, optimizer, total):
+    return schedules.build_scheduler(options, optimizer, total, learning_rate=options.learning_rate)
 
 
 def optimizer(rates=(1e-3, 4e-3)):

@@ -15,13 +15,8 @@ from anima_fast.options.run import TrainOptions
 from anima_fast.training import state as states
 from anima_fast.training.optimizers.build import build_optimizer
 from anima_fast.training.optimizers.schedules import build_scheduler
-from anima_fast.training.state import (
-    find_states,
-    load_state,
-    resolve_resume,
-    save_state,
-    state_seed,
-)
+from anima_fast.training.resume import find_states, resolve_resume, state_seed
+from anima_fast.training.state import load_state, save_state
 from anima_fast.training.state_checks import dataset_fingerprint
 from anima_fast.training.state_files import damage
 
@@ -80,7 +75,9 @@ class Run:
     def __init__(self, options, total=TOTAL, **network):
         self.network = TinyNetwork(rate=options.learning_rate, **network)
         self.optimizer, _ = build_optimizer(options, self.network)
-        self.scheduler = build_scheduler(options, self.optimizer, total)
+        self.scheduler = build_scheduler(
+            options, self.optimizer, total, learning_rate=options.learning_rate
+        )
         self.scaler = torch.amp.GradScaler("cpu", enabled=options.mixed_precision == "fp16")
         self.parts = {
             "network": self.network,
@@ -196,14 +193,14 @@ def test_damage_of_any_file_is_found_and_the_state_before_is_offered(name, how, 
     assert resolve_resume("auto", tmp_path, "run") == tmp_path / "run-000001-state"
 
 
-def test_a_damaged_state_alone_says_to_start_anew(tmp_path):
+def test_a_damaged_state_alone_says_to_start_again(tmp_path):
     Run(options()).save(tmp_path / "run-state")
     (tmp_path / "run-state" / "state.json").write_text("{}", encoding="utf-8")
     for use in (
         lambda: load_state(tmp_path / "run-state", **Run(options()).parts),
         lambda: state_seed(tmp_path / "run-state"),
     ):
-        with pytest.raises(UserError, match="start anew without --resume"):
+        with pytest.raises(UserError, match="start again without --resume"):
             use()
     with pytest.raises(UserError, match="every resume state"):
         resolve_resume("auto", tmp_path, "run")

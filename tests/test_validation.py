@@ -10,7 +10,7 @@ from stack import make_config, make_images, make_world, records, train_options
 
 from anima_fast.errors import UserError
 from anima_fast.options.run import TrainOptions
-from anima_fast.training import loop, validation
+from anima_fast.training import events, validation
 from anima_fast.training.loop import train
 from anima_fast.training.position import Position
 from anima_fast.training.sigma_bins import SigmaBins
@@ -106,7 +106,7 @@ def test_a_subset_may_be_the_validation_folder(world, tmp_path):
 
 def fake_losses(monkeypatch, losses):
     left = iter(losses)
-    monkeypatch.setattr(loop, "validate_or_skip", lambda *_: Validation(next(left), {"0.2": 1.0}))
+    monkeypatch.setattr(events, "validate_or_skip", lambda *_: Validation(next(left), {"0.2": 1.0}))
 
 
 @pytest.mark.parametrize("every", ["epochs", "steps"])

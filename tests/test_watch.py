@@ -20,12 +20,12 @@ from watch_run import FakeRun
 
 from anima_fast.cli import app
 from anima_fast.errors import UserError
-from anima_fast.reports.watch import command
+from anima_fast.reports.watch import server as server_module
 from anima_fast.reports.watch.run import WatchedRun
 from anima_fast.reports.watch.server import WatchServer, open_server, page_files
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "anima_fast" / "watch" / "page"
+PAGE = ROOT / "anima_fast" / "reports" / "watch" / "page"
 
 
 @contextmanager
@@ -184,13 +184,13 @@ def test_ports(tmp_path, monkeypatch):
 def test_what_is_said_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setenv("SSH_CONNECTION", "1.2.3.4 5 6.7.8.9 22")
     opened, said = [], []
-    monkeypatch.setattr(command.webbrowser, "open", lambda url: opened.append(url))
+    monkeypatch.setattr(server_module.webbrowser, "open", lambda url: opened.append(url))
     with open_server(WatchedRun(tmp_path), 0) as server:
-        lines = command.greeting(tmp_path, None, server)
+        lines = server_module.greeting(tmp_path, None, server)
         (tmp_path / "b").mkdir()
         (tmp_path / "b" / "log.jsonl").touch()
-        assert f"but {tmp_path / 'b'} does" in command.greeting(tmp_path, None, server)[1]
-        command.show(server.url, said.append)
+        assert f"but {tmp_path / 'b'} does" in server_module.greeting(tmp_path, None, server)[1]
+        server_module.show(server.url, said.append)
     assert server.url in lines[0]
     assert "7860 is in use" in lines[1]
     assert f"ssh -L {server.port}:127.0.0.1:{server.port}" in lines[2]

@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 from watch_run import PROMPTS, FakeRun
 
-from anima_fast.reports.watch import reading
+from anima_fast.reports import reading
 from anima_fast.reports.watch.pictures import name_facts
-from anima_fast.reports.watch.run import WatchedRun
-from anima_fast.reports.watch.state import describe_state
+from anima_fast.reports.watch.run import WatchedRun, describe_state
 
 
 def append(path, text):
@@ -56,7 +55,7 @@ def test_files_that_come_late_break_and_go(tmp_path):
 
 
 def test_the_console_log_is_followed_from_near_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("anima_fast.reports.watch.run.CONSOLE_BYTES", 300)
+    monkeypatch.setattr("anima_fast.reports.watch.log.CONSOLE_BYTES", 300)
     path = tmp_path / "console.log"
     path.write_text("".join(f"2026-01-02 03:04:05 line {n}\n" for n in range(100)))
     run = WatchedRun(tmp_path)

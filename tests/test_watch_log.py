@@ -7,11 +7,11 @@ import random
 import pytest
 from watch_run import FakeRun
 
+from anima_fast.reports.reading import Tail
 from anima_fast.reports.watch import log as log_module
 from anima_fast.reports.watch.curves import CurveTable
 from anima_fast.reports.watch.log import LogView
 from anima_fast.reports.watch.run import WatchedRun
-from anima_fast.reports.watch.tail import Tail
 
 
 def step(number, loss=0.1, **more):
@@ -209,7 +209,7 @@ def test_a_million_lines_are_read_in_pieces_and_sent_in_few(tmp_path, monkeypatc
 
 
 def test_lines_without_end_are_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr("anima_fast.reports.watch.tail.MOST_LINE_BYTES", 1000)
+    monkeypatch.setattr("anima_fast.reports.reading.MOST_LINE_BYTES", 1000)
     path = tmp_path / "a"
     tail = Tail(path)
     append(path, "first\n" + "x" * 5000)

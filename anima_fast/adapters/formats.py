@@ -1,4 +1,4 @@
-"""LoRA, LoHa and LoKr files in the three dialects: reading, writing, converting, merging.
+"""LoRA, LoHa and LoKr files in three dialects: reading and writing.
 
 | dialect | module | down, up | scale |
 |---|---|---|---|
@@ -6,34 +6,36 @@
 | comfyui | `diffusion_model.blocks.0.self_attn.q_proj` | `lora_A`, `lora_B` | `.alpha` |
 | diffusers | `transformer.transformer_blocks.0.attn1.to_q` | `lora_A`, `lora_B` | none |
 
-LoHa, LoKr and DoRA keep their suffixes in every dialect; diffusers does not load them. Names of
+LoHa, LoKr and DoRA have the same suffixes in every dialect; diffusers does not load them. Names of
 LyCORIS' wrapper and of PEFT are read too (names.py), but not written.
 
 A file without `.alpha` means alpha = rank. Folding multiplies alpha / rank into one matrix (the up
-matrix of a LoRA) and records the alphas in the metadata, so that unfolding restores the
-file: bit for bit when alpha / rank is a power of two (and no number leaves the range of its dtype),
-else to the rounding of one multiplication.
+matrix of a LoRA) and records the alphas in the metadata, so that unfolding restores the file: bit
+for bit when alpha / rank is a power of two (and no number leaves the range of its dtype), otherwise
+up to the rounding of one multiplication.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anima_fast.adapters import names
-from anima_fast.adapters.hashes import with_hashes
-from anima_fast.adapters.parts import Part, adapted_weight, part_of
+from anima_fast.adapters.deltas import Delta, delta_of
+from anima_fast.adapters.metadata import with_hashes
 from anima_fast.errors import UserError
 from anima_fast.files import save_safetensors
+from anima_fast.models.adapter_kinds import ADAPTER_KINDS, MAGNITUDES, MARKS
 from anima_fast.models.checkpoint import Checkpoint, detect_kind, wrong_kind
 
 FOLDED = "anima_fast.folded_alphas"
 FOLDED_DTYPE = "anima_fast.folded_alphas_dtype"
+# The suffixes of a LoRA's matrices; all other tensors have the same suffix in every dialect.
 SUFFIXES = {
     "kohya": {"down": "lora_down.weight", "up": "lora_up.weight"},
     "comfyui": {"down": "lora_A.weight", "up": "lora_B.weight"},
@@ -42,18 +44,6 @@ SUFFIXES = {
 # Some tools keep lora_down/lora_up in dotted names; both spellings mean the same.
 OURS = {theirs: ours for own in SUFFIXES.values() for ours, theirs in own.items()}
 PEFT_MAGNITUDES = "lora_magnitude_vector"
-# Tensors of other networks keep their suffix in every dialect.
-OTHER_SUFFIXES = ("hada_", "lokr_", "dora_scale")
-# What a module must hold to be complete, one of these.
-COMPLETE = (
-    {"down", "up"},
-    {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
-    *(
-        {*first, *second}
-        for first in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
-        for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
-    ),
-)
 
 
 def read_tensors(
@@ -61,9 +51,11 @@ def read_tensors(
 ) -> tuple[dict[str, dict[str, Tensor]], str, dict[str, str]]:
     """A network file as {dotted module name: {suffix: tensor}}, its dialect and its metadata.
 
-    Suffixes are `down`, `up`, `alpha`, or those of other networks unchanged. Raises `UserError` for
-    a file that is no LoRA of this model, is incomplete, or has keys of modules that no Anima model
-    has; with a list `ignored`, such keys are put there instead.
+    Suffixes are `down`, `up`, `alpha`, or those of other networks unchanged.
+
+    Raises:
+        UserError: the file is no LoRA of this model, is incomplete, or has keys of modules that no
+            Anima model has; with a list `ignored`, such keys are added to it instead.
     """
     checkpoint = Checkpoint.open(path)
     dialect = names.detect_dialect(checkpoint.keys())
@@ -80,8 +72,8 @@ def read_tensors(
             unknown.append(key)
             continue
         tensor, own = checkpoint.get(key), our_suffix(suffix)
-        # PEFT keeps magnitudes as a vector; those of the outputs are [out, 1] elsewhere.
-        vector = own == "dora_scale" and suffix != own
+        # PEFT stores magnitudes as a vector; elsewhere those of the outputs are [out, 1].
+        vector = own == MAGNITUDES and suffix != own
         modules.setdefault(name, {})[own] = tensor.reshape(-1, 1) if vector else tensor
     if ignored is not None:
         ignored += unknown
@@ -91,23 +83,28 @@ def read_tensors(
             "it is a LoRA of another model, or damaged"
         )
     for name, tensors in modules.items():
-        if not any(parts <= tensors.keys() for parts in COMPLETE):
+        if not is_complete(tensors):
             raise UserError(f"{path}: {name} is incomplete, it has only {', '.join(tensors)}")
         if "alpha" in tensors and tensors["alpha"].numel() != 1:
             raise UserError(f"{path}: the alpha of {name} is not one number: the file is damaged")
     return modules, dialect, checkpoint.metadata
 
 
+def is_complete(suffixes: Collection[str]) -> bool:
+    """Whether a module with tensors of these suffixes has all matrices of some kind of network."""
+    return any(kind.is_complete(suffixes) for kind in ADAPTER_KINDS)
+
+
 def our_suffix(suffix: str) -> str:
-    """A tensor's suffix as it is called here: `down`, `up`, or unchanged."""
-    # PEFT puts the name of the adapter in between.
+    """A tensor's suffix as this package calls it: `down`, `up`, or unchanged."""
+    # PEFT inserts the name of the adapter.
     suffix = suffix.replace(".default", "")
-    return "dora_scale" if suffix.startswith(PEFT_MAGNITUDES) else OURS.get(suffix, suffix)
+    return MAGNITUDES if suffix.startswith(PEFT_MAGNITUDES) else OURS.get(suffix, suffix)
 
 
 def split_key(key: str) -> tuple[str, str]:
     """(module, suffix) of a key; ("", key) when the suffix is unknown."""
-    for mark in (".lora_", ".alpha", *(f".{suffix}" for suffix in OTHER_SUFFIXES)):
+    for mark in (*MARKS, ".alpha", f".{MAGNITUDES}"):
         position = key.rfind(mark)
         if position > 0:
             return key[:position], key[position + 1 :]
@@ -116,52 +113,52 @@ def split_key(key: str) -> tuple[str, str]:
 
 def read_lora(
     path: str | os.PathLike, ignored: list[str] | None = None
-) -> tuple[dict[str, Part], str, dict[str, str]]:
-    """A LoRA, LoHa or LoKr file as {dotted module name: part}, its dialect and its metadata.
+) -> tuple[dict[str, Delta], str, dict[str, str]]:
+    """A LoRA, LoHa or LoKr file as {dotted module name: Δ}, its dialect and its metadata.
 
-    Raises `UserError` as `read_tensors` does, and for matrices that do not fit each other or that
-    no linear layer has.
+    Raises `UserError` as `read_tensors` does, and for matrices that do not fit each other or no
+    linear layer.
     """
     modules, dialect, metadata = read_tensors(path, ignored)
-    parts = {}
+    deltas = {}
     for name, tensors in modules.items():
         try:
-            parts[name] = part_of(tensors)
+            deltas[name] = delta_of(tensors)
         except ValueError as error:
             raise UserError(
                 f"{path}: the matrices of {name} cannot be used: {error}; it is a LoRA of another "
                 "kind, or damaged"
             ) from None
-    return parts, dialect, metadata
+    return deltas, dialect, metadata
 
 
 def named_tensors(
-    parts: Mapping[str, Part], dialect: str, *, fold_alpha: bool = False
+    deltas: Mapping[str, Delta], dialect: str, *, fold_alpha: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The tensors of a file in a dialect, and the alphas that were folded, by dotted name."""
     if dialect not in names.DIALECTS:
         raise ValueError(f"dialect {dialect!r}, expected one of {', '.join(names.DIALECTS)}")
     fold = fold_alpha or dialect == "diffusers"
     tensors, folded = {}, {}
-    for name, part in parts.items():
+    for name, delta in deltas.items():
         theirs = names.to_dialect(name, dialect)
         if theirs is None:
             raise UserError(f"{name} has no name in the {dialect} dialect: use comfyui or kohya")
-        if dialect == "diffusers" and (part.kind != "lora" or part.dora_scale is not None):
+        if dialect == "diffusers" and not delta.is_plain_lora:
             raise UserError(
                 f"diffusers loads plain LoRA only, {name} is none: use comfyui or kohya"
             )
-        if fold and part.alpha is not None:
-            folded[name] = part.alpha.item()
-            part = replace(part.times(part.scale), alpha=None)
-        for suffix, tensor in part.tensors().items():
+        if fold and delta.alpha is not None:
+            folded[name] = delta.alpha.item()
+            delta = replace(delta.times(delta.scale), alpha=None)
+        for suffix, tensor in delta.tensors().items():
             tensors[f"{theirs}.{SUFFIXES[dialect].get(suffix, suffix)}"] = tensor
     return dict(sorted(tensors.items())), folded
 
 
 def write_lora(
     path: str | os.PathLike,
-    parts: Mapping[str, Part],
+    deltas: Mapping[str, Delta],
     dialect: str,
     *,
     metadata: Mapping[str, str] | None = None,
@@ -171,7 +168,7 @@ def write_lora(
 
     Raises `UserError` for values that are not finite, or when the disk refuses.
     """
-    tensors, folded = named_tensors(parts, dialect, fold_alpha=fold_alpha)
+    tensors, folded = named_tensors(deltas, dialect, fold_alpha=fold_alpha)
     bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise UserError(f"{path} is not written: {bad[0]} holds numbers that are not finite")
@@ -179,14 +176,14 @@ def write_lora(
     metadata.pop(FOLDED_DTYPE, None)
     if folded:
         metadata[FOLDED] = json.dumps(folded)
-        dtype = next(part.alpha.dtype for part in parts.values() if part.alpha is not None)
+        dtype = next(d.alpha.dtype for d in deltas.values() if d.alpha is not None)
         if dtype != torch.float32:
             metadata[FOLDED_DTYPE] = str(dtype).removeprefix("torch.")
     save_safetensors(tensors, path, with_hashes(tensors, metadata))
 
 
-def unfold(parts: Mapping[str, Part], metadata: Mapping[str, str]) -> dict[str, Part]:
-    """Give a folded file its alphas back, from its metadata; other parts stay as they are.
+def unfold(deltas: Mapping[str, Delta], metadata: Mapping[str, str]) -> dict[str, Delta]:
+    """Give a folded file its alphas back, from its metadata; modules that have one keep it.
 
     Raises `UserError` when that metadata is damaged.
     """
@@ -197,47 +194,10 @@ def unfold(parts: Mapping[str, Part], metadata: Mapping[str, str]) -> dict[str, 
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the metadata {FOLDED} of the LoRA is damaged ({error})") from None
     restored = {}
-    for name, part in parts.items():
+    for name, delta in deltas.items():
         alpha = alphas.get(name)
-        if part.alpha is None and alpha:
-            scale = alpha / (part.rank or alpha)
-            part = replace(part.times(1 / scale), alpha=torch.tensor(alpha, dtype=dtype))
-        restored[name] = part
+        if delta.alpha is None and alpha:
+            scale = alpha / (delta.rank or alpha)
+            delta = replace(delta.times(1 / scale), alpha=torch.tensor(alpha, dtype=dtype))
+        restored[name] = delta
     return restored
-
-
-@torch.no_grad()
-def merge_lora(
-    dit: nn.Module,
-    path: str | os.PathLike,
-    multiplier: float = 1.0,
-    *,
-    llm_adapter: nn.Module | None = None,
-    text_encoder: nn.Module | None = None,
-) -> int:
-    """W ← W with the file built in at a strength (parts.py), in float32, back to W's dtype.
-
-    Weights are replaced, not written over: those of a mapped file or of a caller's state dict stay
-    as they are.
-
-    Returns:
-        How many modules were passed over, as they belong to a model that is not given.
-
-    Raises:
-        UserError: the file does not fit a model; nothing is changed then.
-    """
-    parts, _, _ = read_lora(path)
-    owners = {names.TEXT_ENCODER: text_encoder and text_encoder.model, names.ADAPTER: llm_adapter}
-    absent = tuple(prefix for prefix, owner in owners.items() if owner is None)
-    models = {"": dit} | {prefix: owner for prefix, owner in owners.items() if prefix not in absent}
-    modules = {p + n: module for p, model in models.items() for n, module in model.named_modules()}
-    given = {name: part for name, part in parts.items() if not name.startswith(absent)}
-    for name, part in given.items():
-        module = modules.get(name)
-        if module is None or module.weight.shape != part.shape:
-            raise UserError(f"{path}: {name} does not fit this DiT: it is made for another size")
-    for name, part in given.items():
-        weight = modules[name].weight
-        part = part.map(lambda x, device=weight.device: x.to(device))
-        weight.data = adapted_weight(weight, part, multiplier).to(weight)
-    return len(parts) - len(given)

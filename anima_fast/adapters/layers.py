@@ -1,12 +1,12 @@
 """The adapter of one linear layer while it trains: y = W x + multiplier · Δ(x), with W frozen.
 
 `AdaptedLinear` is what LoRA, LoHa and LoKr (lycoris.py) share: it replaces the layer's `forward`,
-and is made from a part (parts.py) and gives one back. Several adapters on one layer add up.
+is made from a Δ as files hold it (deltas.py) and gives one back. Adapters on one layer add up.
 
 With a magnitude m (DoRA) the layer computes with W' = m · (W + Δ) / ‖W + Δ‖, where W has the
 adapters below built in. Magnitudes of the outputs, m [out, 1], become a factor on the output,
 those of the inputs, m [1, in], one on the input, so W' itself is never built; the norms are taken
-over a few rows of W + Δ at a time, which backward computes again.
+over a few rows of W + Δ at a time, which backward recomputes.
 """
 
 from __future__ import annotations
@@ -14,17 +14,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anima_fast.adapters.parts import NORM_FLOOR, LoRAPart, Part, is_of_inputs, wide
+from anima_fast.adapters.deltas import (
+    NORM_FLOOR,
+    Delta,
+    LoRADelta,
+    is_of_inputs,
+    upcast,
+)
 from anima_fast.adapters.targets import Target
+from anima_fast.models.adapter_kinds import LORA, AdapterKind
 
-# Rows of a weight of which a norm or a product is made at once.
+# Rows of a weight whose norm or product is computed at once.
 ROWS = 1024
+AnyDelta = TypeVar("AnyDelta", bound=Delta)
 
 
 @dataclass(frozen=True)
@@ -43,28 +52,30 @@ class Dropouts:
     module: float | None = None
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(nn.Module, Generic[AnyDelta]):
     """The adapter of one linear layer.
 
     Args:
-        target: the layer, its dotted name and its part.
-        part: kind, first values, alpha and magnitudes.
-        dropouts: see there.
+        target: the layer and its dotted name.
+        delta: initial matrices, alpha and magnitudes.
+        dropouts: of the calls.
     """
 
-    kind: str
+    kind: ClassVar[AdapterKind]
     # Names of the matrices whose learning rate LoRA+ multiplies.
-    plus: tuple[str, ...]
+    plus: ClassVar[tuple[str, ...]]
+    # (shape, rank, alpha, generator, **settings of the kind) -> initial values with Δ = 0.
+    initial: ClassVar[Callable[..., Delta]]
 
-    def __init__(self, target: Target, part: Part, dropouts: Dropouts) -> None:
+    def __init__(self, target: Target, delta: AnyDelta, dropouts: Dropouts) -> None:
         super().__init__()
-        self.name, self.rank, self.dropouts = target.name, part.rank, dropouts
-        self.scale = part.scale
-        self.alpha = float(part.rank or 1) if part.alpha is None else part.alpha.item()
+        self.name, self.rank, self.dropouts = target.name, delta.rank, dropouts
+        self.scale = delta.scale
+        self.alpha = float(delta.rank or 1) if delta.alpha is None else delta.alpha.item()
         self.multiplier = 1.0
-        # float32 until the network's buffer takes the values over.
-        self._part = part.map(lambda t: nn.Parameter(t.detach().float().contiguous()))
-        for name, parameter in self._part.fields().items():
+        # float32 until the network's buffer takes over the values.
+        self._parameters_of = delta.map(lambda t: nn.Parameter(t.detach().float().contiguous()))
+        for name, parameter in self._parameters_of.fields().items():
             self.register_parameter(name, parameter)
         # In a list, so that the layer does not become a submodule of its own adapter.
         self._linear = [target.linear]
@@ -73,14 +84,14 @@ class AdaptedLinear(nn.Module):
         self._removed = False
 
     @property
-    def network(self) -> str:
+    def title(self) -> str:
         """LoRA, LoHa, LoKr or DoRA."""
-        return self._part.network
+        return self._parameters_of.title
 
     # Attaching
 
     def attach(self) -> None:
-        """Let the layer compute with this adapter, on top of those that it has."""
+        """Let the layer compute with this adapter, on top of those that it already has."""
         linear = self._linear[0]
         self._below = list(getattr(linear, "adapters", ()))[-1:]
         self._plain_forward, linear.forward = linear.forward, self.forward
@@ -90,7 +101,7 @@ class AdaptedLinear(nn.Module):
     def remove(self) -> None:
         """Let the layer compute without this adapter; others on the layer stay."""
         linear = self._linear[0]
-        # One that others stand on stays in the chain and passes through.
+        # If other adapters were attached on top, this one stays in the chain as a pass-through.
         self._removed = True
         linear.adapters = [a for a in getattr(linear, "adapters", ()) if a is not self]
         if linear.__dict__.get("forward") == self.forward:
@@ -100,15 +111,15 @@ class AdaptedLinear(nn.Module):
 
     # Values
 
-    def part(self, convert: Callable[[Tensor], Tensor] = lambda t: t) -> Part:
+    def as_delta(self, convert: Callable[[Tensor], Tensor] = lambda t: t) -> AnyDelta:
         """The adapter as a file holds it, its matrices passed through `convert`."""
-        copied = self._part.map(lambda t: convert(t.detach()))
+        copied = self._parameters_of.map(lambda t: convert(t.detach()))
         return replace(copied, alpha=torch.tensor(self.alpha))
 
     @torch.no_grad()
-    def load(self, part: Part) -> None:
-        """Take the values of a part of the same kind and sizes, whatever its alpha."""
-        for name, tensor in part.fields().items():
+    def load(self, delta: Delta) -> None:
+        """Take the values of a Δ of the same kind and sizes, whatever its alpha."""
+        for name, tensor in delta.fields().items():
             getattr(self, name).copy_(tensor)
 
     def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -125,7 +136,7 @@ class AdaptedLinear(nn.Module):
         """[..., in] → [..., out] in x's dtype."""
         if self._removed or self._left_out():
             return self._plain_forward(x)
-        if self._part.dora_scale is None:
+        if self._parameters_of.dora_scale is None:
             return self._plain_forward(x) + self.delta(x, self.multiplier)
         return self._decomposed(x)
 
@@ -139,22 +150,22 @@ class AdaptedLinear(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether calls are random."""
+        """Whether the result of a call is random."""
         d = self.dropouts
         return self.training and bool(d.dropout or d.rank or d.module)
 
     def _left_out(self) -> bool:
         """Module dropout, drawn on the CPU generator, which never waits for the device."""
-        drops = self.training and self.dropouts.module
-        return bool(drops) and torch.rand(()).item() < self.dropouts.module
+        probability = self.dropouts.module if self.training else None
+        return bool(probability) and torch.rand(()).item() < probability
 
     # DoRA
 
     def _decomposed(self, x: Tensor) -> Tensor:
         plain, bias = self._plain_forward(x), self._linear[0].bias
         factor = self._factor(self._linear[0].weight)
-        # W' − W has the factor less one, which keeps its digits in 16 bits; a factor near one loses
-        # all changes below a half percent.
+        # W' − W takes the factor minus one, which keeps its digits in 16 bits: a factor near one
+        # would lose all changes below half a percent.
         whole, change = factor.to(x.dtype), (factor - 1).to(x.dtype)
         if is_of_inputs(self.dora_scale):
             product = self._plain_forward(x * change)
@@ -166,13 +177,13 @@ class AdaptedLinear(nn.Module):
     def _factor(self, weight: Tensor) -> Tensor:
         """m / ‖W + Δ‖, one number each output or input, float32."""
         of_inputs = is_of_inputs(self.dora_scale)
-        # W is given and not looked up: a swapped block has it on the device in forward only.
+        # W is passed in and not looked up: a swapped block has it on the device in forward only.
         squares = [
             checkpoint(self._squares, weight, start, stop, of_inputs, use_reentrant=False)
             for start, stop in row_ranges(self._linear[0].out_features)
         ]
         square = sum(squares) if of_inputs else torch.cat(squares)
-        return wide(self.dora_scale).view(-1) / square.sqrt().clamp_min(NORM_FLOOR)
+        return upcast(self.dora_scale).view(-1) / square.sqrt().clamp_min(NORM_FLOOR)
 
     def _squares(self, weight: Tensor, start: int, stop: int, of_inputs: bool) -> Tensor:
         decomposed = self._base_rows(weight, start, stop) + self.rows(start, stop)
@@ -182,25 +193,47 @@ class AdaptedLinear(nn.Module):
         """Rows of the weight with the adapters below built in, float32."""
         for below in self._below:
             return below._built_rows(weight, start, stop)
-        return wide(weight[start:stop])
+        return upcast(weight[start:stop])
 
     def _built_rows(self, weight: Tensor, start: int, stop: int) -> Tensor:
         base = self._base_rows(weight, start, stop)
         if self._removed:
             return base
-        if self._part.dora_scale is None:
+        if self._parameters_of.dora_scale is None:
             return base + self.multiplier * self.rows(start, stop)
         factor = self._factor(weight)
         factor = factor if is_of_inputs(self.dora_scale) else factor[start:stop, None]
         return base + self.multiplier * (factor * (base + self.rows(start, stop)) - base)
 
 
-class LoRALinear(AdaptedLinear):
+def initial_lora(
+    shape: tuple[int, int], rank: int, alpha: float | None, generator: torch.Generator
+) -> LoRADelta:
+    """Initial values as in sd-scripts: down uniform in ±1/√in, up zero.
+
+    Args:
+        shape: (out, in).
+        rank: R.
+        alpha: 0 or None means the rank.
+        generator: source of the numbers.
+    """
+    out_features, in_features = shape
+    bound = 1 / math.sqrt(in_features)
+    down = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+    up = torch.zeros(out_features, rank)
+    return LoRADelta(down, up, alpha=torch.tensor(float(alpha or rank)))
+
+
+class LoRALinear(AdaptedLinear[LoRADelta]):
     """LoRA: Δ(x) = (alpha / R) · up(down(x))."""
 
-    kind = "lora"
+    kind = LORA
     plus = ("up",)
-    # Which rank components a batch may use, [B, R] (rank_masks.py); None means all.
+    initial = staticmethod(initial_lora)
+    rank: int
+    down: Tensor
+    up: Tensor
+    # Which rank components a batch may use, [B, R] (T-LoRA, network.py); None means all.
     rank_mask: Tensor | None = None
 
     @property
@@ -241,7 +274,7 @@ class LoRALinear(AdaptedLinear):
         return scale * F.linear(h, self.up.to(x.dtype))
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self.scale * (wide(self.up[start:stop]) @ wide(self.down))
+        return self.scale * (upcast(self.up[start:stop]) @ upcast(self.down))
 
     def _masks(self, shape: tuple[int, ...], like: Tensor) -> list[Tensor]:
         """Factors of down(x) that are the same for all tokens of a sample."""
@@ -258,20 +291,3 @@ class LoRALinear(AdaptedLinear):
 def row_ranges(rows: int) -> list[tuple[int, int]]:
     """[0, rows) in pieces of at most `ROWS`."""
     return [(start, min(start + ROWS, rows)) for start in range(0, rows, ROWS)]
-
-
-def initial_lora(
-    shape: tuple[int, int], rank: int, alpha: float | None, generator: torch.Generator
-) -> LoRAPart:
-    """First values as in sd-scripts: down uniform in ±1/√in, up zero.
-
-    Args:
-        shape: (out, in).
-        rank: R.
-        alpha: 0 or None means the rank.
-        generator: source of the numbers.
-    """
-    out_features, in_features = shape
-    bound = 1 / math.sqrt(in_features)
-    down = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-    return LoRAPart(down, torch.zeros(out_features, rank), torch.tensor(float(alpha or rank)))

@@ -1,14 +1,16 @@
-"""Making the network of a run: LoRA, LoHa or LoKr adapters on the layers of a frozen model.
+"""A network on a frozen model: attached to its layers to train, or built into its weights.
 
 `add_lora` attaches adapters (layers.py, lycoris.py) to the linear layers of a DiT (and, when asked,
 of the LLM adapter and the text encoder) by replacing their `forward`; state dict and module tree
 stay as they are. All parameters live in one flat buffer (flat.py). Names, default targets, initial
-values and dropouts are those of sd-scripts, so that files and settings carry over.
+values and dropouts are those of sd-scripts, so that files and settings carry over. `merge_lora`
+builds a file into the weights themselves.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,21 +19,17 @@ import torch
 from torch import nn
 
 from anima_fast.adapters import names
+from anima_fast.adapters.deltas import Delta, adapted_weight
 from anima_fast.adapters.flat import Group
-from anima_fast.adapters.layers import AdaptedLinear, Dropouts, LoRALinear, initial_lora
-from anima_fast.adapters.lycoris import (
-    LoHaLinear,
-    LoKrLinear,
-    initial_loha,
-    initial_lokr,
-    initial_magnitudes,
-)
+from anima_fast.adapters.formats import read_lora
+from anima_fast.adapters.layers import AdaptedLinear, Dropouts, LoRALinear
+from anima_fast.adapters.lycoris import LoHaLinear, LoKrLinear, initial_magnitudes
 from anima_fast.adapters.network import LoRANetwork
-from anima_fast.adapters.parts import Part
 from anima_fast.adapters.targets import Target, find_targets, first_match
 from anima_fast.errors import UserError
+from anima_fast.models.adapter_kinds import ADAPTER_KINDS, LOKR, AdapterKind
 
-LAYERS: dict[str, type[AdaptedLinear]] = {
+LAYERS: dict[AdapterKind, type[AdaptedLinear]] = {
     cls.kind: cls for cls in (LoRALinear, LoHaLinear, LoKrLinear)
 }
 
@@ -62,7 +60,7 @@ def add_lora(
     text_encoder_lr: float | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
-    modules_from: Mapping[str, Part] | None = None,
+    modules_from: Mapping[str, Delta] | None = None,
     device: str = "cpu",
 ) -> LoRANetwork:
     """Attach a network.
@@ -72,7 +70,7 @@ def add_lora(
         kind: lora, loha or lokr.
         rank, alpha: the scale is alpha / rank; alpha 0 or None means rank.
         dropout, rank_dropout, module_dropout: see `Dropouts`; active in train mode only.
-        dora: give every adapter magnitudes, of the "outputs" or of the "inputs"; None is none.
+        dora: give every adapter magnitudes, of the "outputs" or the "inputs"; None disables DoRA.
         lokr: `factor`, `decompose_both` and `full_matrix` of `lycoris.initial_lokr`.
         train_dit: False leaves the DiT itself out.
         blocks: indices of the DiT's blocks that get adapters; None means all. Below the first of
@@ -80,21 +78,21 @@ def add_lora(
         exclude_patterns, include_patterns: regular expressions, see adapters/targets.py.
         reg_dims, reg_lrs: rank and learning rate of modules by pattern, first match wins; rate 0
             freezes.
-        loraplus_ratio (and the two that beat it): rate of one side of an adapter (`plus`: up, w2_a
-            of a LoHa, w1 of a LoKr) over that of the rest.
-        unet_lr, text_encoder_lr: rates of the two parts; the second defaults to the first.
+        loraplus_ratio (and the two that override it): rate of one side of an adapter (`plus`: up,
+            w2_a of a LoHa, w1 of a LoKr) over that of the rest.
+        unet_lr, text_encoder_lr: rates of DiT and text encoder; the second defaults to the first.
         dtype: of parameters and gradients.
         seed: of the initial values, which depend on the module's name and nothing else.
-        modules_from: parts of a file: take exactly its modules, kinds, ranks, alphas and values,
-            whatever is said above about them.
-        device: of the first values; "meta" makes none, for asking whether a network fits.
+        modules_from: of a file: take exactly its modules, kinds, ranks, alphas and values, whatever
+            the arguments above say about them.
+        device: of the initial values; "meta" makes none, to ask only whether a network fits.
 
     Returns:
         The network, in train mode (`network.to(device)` before making an optimizer).
 
     Raises:
         UserError: rank below 1, a bad pattern, a block that does not exist, nothing to train, or
-            parts of a file that do not fit the layers.
+            modules of a file that do not fit the layers.
     """
     if rank < 1:
         raise UserError(f"--network_dim {rank}: the rank must be at least 1")
@@ -116,22 +114,25 @@ def add_lora(
             "--network_args"
         )
     dropouts = Dropouts(dropout, rank_dropout, module_dropout)
+    kinds = {kind.word: kind for kind in ADAPTER_KINDS}
     adapters = {}
     for target in targets:
         if modules_from is not None:
-            part = modules_from[target.name]
+            delta = modules_from[target.name]
         else:
-            own_rank = int(first_match(reg_dims or {}, target.name, rank, "network_reg_dims"))
+            own_rank = first_match(reg_dims or {}, target.name, rank, "network_reg_dims")
             if own_rank < 1:
                 raise UserError(
                     f"network_reg_dims: {target.name} gets rank {own_rank}, use 1 or more"
                 )
             generator = _generator(seed, target.name)
-            part = _initial(target, kind, own_rank, alpha, generator, dora, lokr or {}, device)
-        adapters[target.name] = LAYERS[part.kind](target, part, dropouts)
+            settings = lokr or {} if kind == LOKR.word else {}
+            layer = LAYERS[kinds[kind]]
+            delta = _initial(target, layer, own_rank, alpha, generator, dora, settings, device)
+        adapters[target.name] = LAYERS[delta.kind](target, delta, dropouts)
     groups = _groups(
         adapters,
-        {t.name: t.part for t in targets},
+        {t.name: t.model for t in targets},
         rates={
             "dit": unet_lr,
             "text_encoder": unet_lr if text_encoder_lr is None else text_encoder_lr,
@@ -143,59 +144,92 @@ def add_lora(
         reg_lrs=reg_lrs or {},
     )
     network = LoRANetwork(adapters, groups, dtype).train()
-    # Last, so that a model is as it was when something above is refused.
+    # Last, so that the model is untouched when something above is refused.
     for adapter in network.adapters:
         adapter.attach()
     return network
 
 
-def _matching(
-    targets: Sequence[Target], parts: Mapping[str, Part], left_out: tuple[str, ...], dit: bool
-) -> list[Target]:
-    """The layers that a file has parts for; raises `UserError` where the two do not fit.
+@torch.no_grad()
+def merge_lora(
+    dit: nn.Module,
+    path: str | os.PathLike,
+    multiplier: float = 1.0,
+    *,
+    llm_adapter: nn.Module | None = None,
+    text_encoder: nn.Module | None = None,
+) -> int:
+    """W ← W with the file built in at a strength (deltas.py), in float32, back to W's dtype.
 
-    Parts of models that are not adapted here (prefixes `left_out`; the DiT without `dit`) may be in
-    the file.
+    Weights are replaced, not overwritten: those of a mapped file or of a caller's state dict stay
+    as they are.
+
+    Returns:
+        How many modules were skipped because they belong to a model that is not given.
+
+    Raises:
+        UserError: the file does not fit a model; nothing is changed then.
+    """
+    deltas, _, _ = read_lora(path)
+    owners = {names.TEXT_ENCODER: text_encoder and text_encoder.model, names.ADAPTER: llm_adapter}
+    absent = tuple(prefix for prefix, owner in owners.items() if owner is None)
+    models = {"": dit} | {prefix: owner for prefix, owner in owners.items() if prefix not in absent}
+    modules = {p + n: module for p, model in models.items() for n, module in model.named_modules()}
+    given = {name: delta for name, delta in deltas.items() if not name.startswith(absent)}
+    for name, delta in given.items():
+        module = modules.get(name)
+        if module is None or module.weight.shape != delta.shape:
+            raise UserError(f"{path}: {name} does not fit this DiT: it is made for another size")
+    for name, delta in given.items():
+        weight = modules[name].weight
+        moved = {key: tensor.to(weight.device) for key, tensor in delta.fields().items()}
+        weight.data = adapted_weight(weight, replace(delta, **moved), multiplier).to(weight)
+    return len(deltas) - len(given)
+
+
+def _matching(
+    targets: Sequence[Target], deltas: Mapping[str, Delta], left_out: tuple[str, ...], dit: bool
+) -> list[Target]:
+    """The layers that a file has modules for; raises `UserError` where the two do not fit.
+
+    The file may have modules of models that are not adapted here (prefixes `left_out`; the DiT
+    without `dit`).
     """
     by_name = {target.name: target for target in targets}
     others = (names.TEXT_ENCODER, names.ADAPTER)
-    for name, part in parts.items():
+    for name, delta in deltas.items():
         if name.startswith(left_out) or not (dit or name.startswith(others)):
             continue
         target = by_name.get(name)
         layer = target and (target.linear.out_features, target.linear.in_features)
-        if target is None or tuple(part.shape) != layer:
+        if target is None or tuple(delta.shape) != layer:
             has = f"one of {list(layer)}" if layer else "none"
             raise UserError(
-                f"{name} does not fit this model: it is for a weight of {list(part.shape)}, the "
+                f"{name} does not fit this model: it is for a weight of {list(delta.shape)}, the "
                 f"model has {has} (`anima-fast remap` moves a network to another depth)"
             )
-    return [target for target in targets if target.name in parts]
+    return [target for target in targets if target.name in deltas]
 
 
 def _initial(
     target: Target,
-    kind: str,
+    layer: type[AdaptedLinear],
     rank: int,
     alpha: float | None,
     generator: torch.Generator,
     dora: str | None,
-    lokr: Mapping[str, Any],
+    settings: Mapping[str, Any],
     device: str,
-) -> Part:
-    """The first values of an adapter: Δ = 0, and with magnitudes W' = W."""
+) -> Delta:
+    """The initial values of an adapter: Δ = 0, and with magnitudes W' = W."""
     shape = (target.linear.out_features, target.linear.in_features)
     with torch.device(device):
-        if kind == "lokr":
-            part: Part = initial_lokr(shape, rank, alpha, generator, **lokr)
-        else:
-            maker = {"lora": initial_lora, "loha": initial_loha}[kind]
-            part = maker(shape, rank, alpha, generator)
-    # The one value that a network without values has too.
-    part = replace(part, alpha=torch.tensor(float(alpha or rank)))
+        delta = layer.initial(shape, rank, alpha, generator, **settings)
+    # Outside: a network without values has its alpha too.
+    delta = replace(delta, alpha=torch.tensor(float(alpha or rank)))
     if dora is not None:
-        part = replace(part, dora_scale=initial_magnitudes(target.linear, dora == "inputs"))
-    return part
+        delta = replace(delta, dora_scale=initial_magnitudes(target.linear, dora == "inputs"))
+    return delta
 
 
 def _generator(seed: int | None, name: str) -> torch.Generator:
@@ -209,7 +243,7 @@ def _generator(seed: int | None, name: str) -> torch.Generator:
 
 def _groups(
     adapters: Mapping[str, AdaptedLinear],
-    parts: Mapping[str, str],
+    models: Mapping[str, str],
     *,
     rates: Mapping[str, float],
     ratios: Mapping[str, float],
@@ -217,13 +251,13 @@ def _groups(
 ) -> list[Group]:
     """Learning-rate groups; what has rate 0 is in none of them."""
     members: dict[tuple[str, float], list[nn.Parameter]] = {}
-    names = {"dit": "unet", "text_encoder": "textencoder"}
+    titles = {"dit": "unet", "text_encoder": "textencoder"}
     for name, adapter in adapters.items():
-        part = parts[name]
+        model = models[name]
         matched = first_match(reg_lrs, name, None, "network_reg_lrs")
-        rate = rates[part] if matched is None else float(matched)
-        title = names[part] if matched is None else f"{names[part]}_reg_{rate:g}"
-        plus = ratios[part]
+        rate = rates[model] if matched is None else float(matched)
+        title = titles[model] if matched is None else f"{titles[model]}_reg_{rate:g}"
+        plus = ratios[model]
         slow, fast = adapter.groups()
         for matrices, lr, suffix in ((slow, rate, ""), (fast, rate * plus, "_plus")):
             key = (title + (suffix if plus != 1 else ""), lr)

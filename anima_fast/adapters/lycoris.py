@@ -1,8 +1,8 @@
-"""LoHa and LoKr while they train: products that are applied without being built whole.
+"""LoHa and LoKr while they train: products that are applied without being built in full.
 
 LoHa: Δ = (alpha / R) · (w1_a w1_b) ∘ (w2_a w2_b). A Hadamard product cannot be applied through its
-factors at rank R (that would take R² columns), so Δ is made, used and dropped a band of rows at a
-time; backward makes the same bands again. Kept for backward: x and the factors.
+factors at rank R (that would take R² columns), so Δ is built, used and dropped a band of rows at a
+time; backward builds the same bands again. Saved for backward: x and the factors.
 
 LoKr: Δ = (alpha / R) · w1 ⊗ w2, so with x read as a matrix X [in₁, in₂]
 
@@ -10,7 +10,7 @@ LoKr: Δ = (alpha / R) · w1 ⊗ w2, so with x read as a matrix X [in₁, in₂]
 
 in whichever order takes fewer operations; w2 = w2_a w2_b stays two thin products.
 
-Names, the split of dimensions, first values and defaults are those of LyCORIS 4.1
+Names, the split of dimensions, initial values and defaults are those of LyCORIS 4.1
 (KohakuBlueleaf/LyCORIS, Apache-2.0), which sd-scripts' networks.loha and networks.lokr share.
 """
 
@@ -22,137 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anima_fast.adapters.layers import AdaptedLinear, row_ranges
-from anima_fast.adapters.parts import LoHaPart, LoKrPart, wide
-
-
-class LycorisLinear(AdaptedLinear):
-    """What LoHa and LoKr share: rank dropout drops outputs, the same ones for the whole call."""
-
-    def _kept_outputs(self, y: Tensor) -> Tensor:
-        if not (self.training and self.dropouts.rank):
-            return y
-        keep = 1 - self.dropouts.rank
-        return y * (torch.bernoulli(y.new_full(y.shape[-1:], keep)) / keep)
-
-
-class LoHaLinear(LycorisLinear):
-    """Δ = (alpha / R) · (w1_a w1_b) ∘ (w2_a w2_b)."""
-
-    kind = "loha"
-    plus = ("w2_a",)
-
-    def delta(self, x: Tensor, strength: float) -> Tensor:
-        factors = (self.w1_a, self.w1_b, self.w2_a, self.w2_b)
-        return self._kept_outputs(HadamardProduct.apply(x, *factors, strength * self.scale))
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        first = wide(self.w1_a[start:stop]) @ wide(self.w1_b)
-        return self.scale * first * (wide(self.w2_a[start:stop]) @ wide(self.w2_b))
-
-
-class HadamardProduct(torch.autograd.Function):
-    """y = scale · x ((w1_a w1_b) ∘ (w2_a w2_b))ᵀ, a band of rows of the product at a time.
-
-    With G = scale · dyᵀ x, and W1, W2 the two products:
-    dw1_a = (G ∘ W2) w1_bᵀ, dw1_b = w1_aᵀ (G ∘ W2), likewise with 1 and 2 exchanged, and
-    dx = scale · dy (W1 ∘ W2). Products of factors are made in float32; x, y and dy have one dtype.
-    """
-
-    @staticmethod
-    def forward(ctx, x, w1_a, w1_b, w2_a, w2_b, scale):
-        ctx.save_for_backward(x, w1_a, w1_b, w2_a, w2_b)
-        ctx.scale = scale
-        y = x.new_empty(*x.shape[:-1], w1_a.shape[0])
-        for start, stop in row_ranges(w1_a.shape[0]):
-            first = wide(w1_a[start:stop]) @ wide(w1_b)
-            band = first.mul_(wide(w2_a[start:stop]) @ wide(w2_b)).mul_(scale)
-            y[..., start:stop] = F.linear(x, band.to(x.dtype))
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, w1_a, w1_b, w2_a, w2_b = ctx.saved_tensors
-        flat_x = x.reshape(-1, x.shape[-1])
-        flat_dy = dy.reshape(-1, dy.shape[-1])
-        dx = torch.zeros_like(flat_x, dtype=wide(w1_a).dtype) if ctx.needs_input_grad[0] else None
-        grads = [torch.zeros_like(w, dtype=wide(w).dtype) for w in (w1_a, w1_b, w2_a, w2_b)]
-        b1, b2 = wide(w1_b), wide(w2_b)
-        for start, stop in row_ranges(w1_a.shape[0]):
-            a1, a2 = wide(w1_a[start:stop]), wide(w2_a[start:stop])
-            first, second = a1 @ b1, a2 @ b2
-            rows = flat_dy[:, start:stop]
-            if dx is not None:
-                dx += rows @ (first * second).to(rows.dtype)
-            outer = wide(rows.T @ flat_x)
-            of_first, of_second = outer * second, outer.mul_(first)
-            grads[0][start:stop] = of_first @ b1.T
-            grads[1] += a1.T @ of_first
-            grads[2][start:stop] = of_second @ b2.T
-            grads[3] += a2.T @ of_second
-        if dx is not None:
-            dx = (ctx.scale * dx).to(x.dtype).view(x.shape)
-        given = (w1_a, w1_b, w2_a, w2_b)
-        grads = [(ctx.scale * g).to(w.dtype) for g, w in zip(grads, given, strict=True)]
-        return dx, *grads, None
-
-
-class LoKrLinear(LycorisLinear):
-    """Δ = (alpha / R) · w1 ⊗ w2, each factor whole or a product of two."""
-
-    kind = "lokr"
-    plus = ("w1",)
-
-    def delta(self, x: Tensor, strength: float) -> Tensor:
-        part, dtype = self._part, x.dtype
-        # The small factor takes the scale.
-        first = strength * self.scale * _whole(part.w1, part.w1_a, part.w1_b)
-        first = first.to(dtype)  # [out₁, in₁]
-        seconds = [w for w in (part.w2, part.w2_b, part.w2_a) if w is not None]
-        seconds = [w.to(dtype) for w in seconds]
-        outer, inner = first.shape[1], seconds[0].shape[1]
-        grid = x.reshape(-1, outer, inner)  # [N, in₁, in₂]
-        if _first_is_cheaper(first.shape, [w.shape for w in seconds]):
-            y = _on_last(_on_middle(grid, first), seconds)
-        else:
-            y = _on_middle(_on_last(grid, seconds), first)
-        return self._kept_outputs(y.reshape(*x.shape[:-1], -1))
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        part = self._part
-        first = _whole(part.w1, part.w1_a, part.w1_b)
-        second = _whole(part.w2, part.w2_a, part.w2_b)
-        index = torch.arange(start, stop, device=first.device)
-        outer, inner = index // second.shape[0], index % second.shape[0]
-        # Row (l, k) of a Kronecker product is the outer product of row l and row k.
-        rows = first[outer][:, :, None] * second[inner][:, None, :]
-        return self.scale * rows.flatten(1)
-
-
-def _whole(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
-    return wide(a) @ wide(b) if whole is None else wide(whole)
-
-
-def _on_last(grid: Tensor, matrices: list[Tensor]) -> Tensor:
-    """grid wᵀ for each w in turn: [N, m, n] → [N, m, k]."""
-    for matrix in matrices:
-        grid = F.linear(grid, matrix)
-    return grid
-
-
-def _on_middle(grid: Tensor, first: Tensor) -> Tensor:
-    """w grid: [N, m, n] → [N, l, n]; one product, not N small ones."""
-    return F.linear(grid.transpose(1, 2), first).transpose(1, 2)
-
-
-def _first_is_cheaper(first: torch.Size, seconds: list[torch.Size]) -> bool:
-    """Whether w1 should be applied before w2, by multiplications per input."""
-    (out_1, in_1), in_2, out_2 = first, seconds[0][1], seconds[-1][0]
-    of_second = sum(rows * columns for rows, columns in seconds)
-    before = out_1 * in_1 * in_2 + out_1 * of_second
-    after = in_1 * of_second + out_1 * in_1 * out_2
-    return before < after
+from anima_fast.adapters.deltas import LoHaDelta, LoKrDelta, multiplied, upcast
+from anima_fast.adapters.layers import AdaptedLinear, AnyDelta, row_ranges
+from anima_fast.models.adapter_kinds import LOHA, LOKR
 
 
 def split(dimension: int, factor: int = -1) -> tuple[int, int]:
@@ -170,8 +42,8 @@ def split(dimension: int, factor: int = -1) -> tuple[int, int]:
 
 def initial_loha(
     shape: tuple[int, int], rank: int, alpha: float | None, generator: torch.Generator
-) -> LoHaPart:
-    """First values: w1_a N(0, 0.1), w1_b and w2_b N(0, 1), w2_a zero.
+) -> LoHaDelta:
+    """Initial values: w1_a N(0, 0.1), w1_b and w2_b N(0, 1), w2_a zero.
 
     Args:
         shape: (out, in).
@@ -184,7 +56,7 @@ def initial_loha(
     def normal(std: float, *size: int) -> Tensor:
         return torch.empty(size).normal_(0, std, generator=generator)
 
-    return LoHaPart(
+    return LoHaDelta(
         w1_a=normal(0.1, out_features, rank),
         w1_b=normal(1.0, rank, in_features),
         w2_a=torch.zeros(out_features, rank),
@@ -202,8 +74,8 @@ def initial_lokr(
     factor: int = -1,
     decompose_both: bool = False,
     full_matrix: bool = False,
-) -> LoKrPart:
-    """First values: w1 and w2_a Kaiming uniform (a = √5), w2 or w2_b zero.
+) -> LoKrDelta:
+    """Initial values: w1 and w2_a Kaiming uniform (a = √5), w2 or w2_b zero.
 
     Args:
         shape: (out, in).
@@ -230,7 +102,136 @@ def initial_lokr(
         found |= {"w2_a": kaiming(out_2, rank), "w2_b": torch.zeros(rank, in_2)}
     else:
         found["w2"] = torch.zeros(out_2, in_2)
-    return LoKrPart(**found, alpha=torch.tensor(float(alpha or rank)))
+    return LoKrDelta(**found, alpha=torch.tensor(float(alpha or rank)))
+
+
+class LycorisLinear(AdaptedLinear[AnyDelta]):
+    """What LoHa and LoKr share: rank dropout drops outputs, the same ones for the whole call."""
+
+    def _kept_outputs(self, y: Tensor) -> Tensor:
+        if not (self.training and self.dropouts.rank):
+            return y
+        keep = 1 - self.dropouts.rank
+        return y * (torch.bernoulli(y.new_full(y.shape[-1:], keep)) / keep)
+
+
+class LoHaLinear(LycorisLinear[LoHaDelta]):
+    """Δ = (alpha / R) · (w1_a w1_b) ∘ (w2_a w2_b)."""
+
+    kind = LOHA
+    plus = ("w2_a",)
+    initial = staticmethod(initial_loha)
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+
+    def delta(self, x: Tensor, strength: float) -> Tensor:
+        factors = (self.w1_a, self.w1_b, self.w2_a, self.w2_b)
+        return self._kept_outputs(HadamardProduct.apply(x, *factors, strength * self.scale))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        first = upcast(self.w1_a[start:stop]) @ upcast(self.w1_b)
+        return self.scale * first * (upcast(self.w2_a[start:stop]) @ upcast(self.w2_b))
+
+
+class HadamardProduct(torch.autograd.Function):
+    """y = scale · x ((w1_a w1_b) ∘ (w2_a w2_b))ᵀ, a band of rows of the product at a time.
+
+    With G = scale · dyᵀ x, and W1, W2 the two products:
+    dw1_a = (G ∘ W2) w1_bᵀ, dw1_b = w1_aᵀ (G ∘ W2), likewise with 1 and 2 exchanged, and
+    dx = scale · dy (W1 ∘ W2). Products of factors are made in float32; x, y and dy have one dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w1_a, w1_b, w2_a, w2_b, scale):
+        ctx.save_for_backward(x, w1_a, w1_b, w2_a, w2_b)
+        ctx.scale = scale
+        y = x.new_empty(*x.shape[:-1], w1_a.shape[0])
+        for start, stop in row_ranges(w1_a.shape[0]):
+            first = upcast(w1_a[start:stop]) @ upcast(w1_b)
+            band = first.mul_(upcast(w2_a[start:stop]) @ upcast(w2_b)).mul_(scale)
+            y[..., start:stop] = F.linear(x, band.to(x.dtype))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, w1_a, w1_b, w2_a, w2_b = ctx.saved_tensors
+        flat_x = x.reshape(-1, x.shape[-1])
+        flat_dy = dy.reshape(-1, dy.shape[-1])
+        dx = torch.zeros_like(flat_x, dtype=upcast(w1_a).dtype) if ctx.needs_input_grad[0] else None
+        grads = [torch.zeros_like(w, dtype=upcast(w).dtype) for w in (w1_a, w1_b, w2_a, w2_b)]
+        b1, b2 = upcast(w1_b), upcast(w2_b)
+        for start, stop in row_ranges(w1_a.shape[0]):
+            a1, a2 = upcast(w1_a[start:stop]), upcast(w2_a[start:stop])
+            first, second = a1 @ b1, a2 @ b2
+            rows = flat_dy[:, start:stop]
+            if dx is not None:
+                dx += rows @ (first * second).to(rows.dtype)
+            outer = upcast(rows.T @ flat_x)
+            of_first, of_second = outer * second, outer.mul_(first)
+            grads[0][start:stop] = of_first @ b1.T
+            grads[1] += a1.T @ of_first
+            grads[2][start:stop] = of_second @ b2.T
+            grads[3] += a2.T @ of_second
+        if dx is not None:
+            dx = (ctx.scale * dx).to(x.dtype).view(x.shape)
+        given = (w1_a, w1_b, w2_a, w2_b)
+        grads = [(ctx.scale * g).to(w.dtype) for g, w in zip(grads, given, strict=True)]
+        return dx, *grads, None
+
+
+class LoKrLinear(LycorisLinear[LoKrDelta]):
+    """Δ = (alpha / R) · w1 ⊗ w2, each factor whole or a product of two."""
+
+    kind = LOKR
+    plus = ("w1",)
+    initial = staticmethod(initial_lokr)
+
+    def delta(self, x: Tensor, strength: float) -> Tensor:
+        # The small factor takes the scale.
+        first = strength * self.scale * multiplied(self._parameters_of.first)
+        first = first.to(x.dtype)  # [out₁, in₁]
+        # w2_b comes before w2_a on the way from x to y.
+        seconds = [w.to(x.dtype) for w in reversed(self._parameters_of.second)]
+        outer, inner = first.shape[1], seconds[0].shape[1]
+        grid = x.reshape(-1, outer, inner)  # [N, in₁, in₂]
+        if _first_is_cheaper(first.shape, [w.shape for w in seconds]):
+            y = _on_last(_on_middle(grid, first), seconds)
+        else:
+            y = _on_middle(_on_last(grid, seconds), first)
+        return self._kept_outputs(y.reshape(*x.shape[:-1], -1))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        first = multiplied(self._parameters_of.first)
+        second = multiplied(self._parameters_of.second)
+        index = torch.arange(start, stop, device=first.device)
+        outer, inner = index // second.shape[0], index % second.shape[0]
+        # Row (l, k) of a Kronecker product is the outer product of row l and row k.
+        rows = first[outer][:, :, None] * second[inner][:, None, :]
+        return self.scale * rows.flatten(1)
+
+
+def _on_last(grid: Tensor, matrices: list[Tensor]) -> Tensor:
+    """grid wᵀ for each w in turn: [N, m, n] → [N, m, k]."""
+    for matrix in matrices:
+        grid = F.linear(grid, matrix)
+    return grid
+
+
+def _on_middle(grid: Tensor, first: Tensor) -> Tensor:
+    """w grid: [N, m, n] → [N, l, n]; one product, not N small ones."""
+    return F.linear(grid.transpose(1, 2), first).transpose(1, 2)
+
+
+def _first_is_cheaper(first: torch.Size, seconds: list[torch.Size]) -> bool:
+    """Whether w1 should be applied before w2, by multiplications per input."""
+    (out_1, in_1), in_2, out_2 = first, seconds[0][1], seconds[-1][0]
+    of_second = sum(rows * columns for rows, columns in seconds)
+    before = out_1 * in_1 * in_2 + out_1 * of_second
+    after = in_1 * of_second + out_1 * in_1 * out_2
+    return before < after
 
 
 def initial_magnitudes(linear: nn.Linear, of_inputs: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a LoRA file says about itself: the `ss_` keys that user interfaces read, and `modelspec.`.
+"""What a LoRA file says about itself: `ss_` keys and hashes for user interfaces, `modelspec.` keys.
 
 All values are strings. With `no_metadata` only the keys that loaders need are written. Reading the
 base files for their hashes takes seconds, so the SHA-256 is remembered (files.cached_sha256).
@@ -7,18 +7,24 @@ base files for their hashes takes seconds, so the SHA-256 is remembered (files.c
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import save
+from torch import Tensor
+
 from anima_fast import __version__
-from anima_fast.adapters.hashes import legacy_file_hash
 from anima_fast.files import cached_sha256
 
 if TYPE_CHECKING:
     from anima_fast.options.run import TrainOptions
 
+# The legacy hash reads 64 KiB at 1 MiB.
+LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000
 IMPLEMENTATION = "https://huggingface.co/circlestone-labs/Anima"
 # Options that are written as they are, under their own name.
 PLAIN_OPTIONS = (
@@ -59,7 +65,7 @@ def training_metadata(
 
     Args:
         options: of the run.
-        summary: `DatasetPlan.summary()`.
+        summary: `data.summary.summarise` of the run's plan.
         run: facts of the moment: `steps`, `epoch`, `num_epochs`, `max_train_steps`,
             `num_batches_per_epoch`, `seed`, `session_id`, `started_at`, `finished_at`,
             `optimizer`.
@@ -165,3 +171,28 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return str(value[0]) if len(value) == 1 else (json.dumps(value) if value else "None")
     return str(value)
+
+
+def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata with `sshs_model_hash` and `sshs_legacy_hash` of these tensors.
+
+    Both are taken over a safetensors serialisation that holds only the `ss_` metadata: the first is
+    SHA-256 of the bytes after the header, the second the start of SHA-256 over 64 KiB at 1 MiB.
+    """
+    plain = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
+    ss_only = {k: v for k, v in metadata.items() if k.startswith("ss_")}
+    data = save(plain, metadata=ss_only)
+    header = 8 + int.from_bytes(data[:8], "little")
+    legacy = data[LEGACY_OFFSET : LEGACY_OFFSET + LEGACY_LENGTH]
+    return {
+        **metadata,
+        "sshs_model_hash": hashlib.sha256(memoryview(data)[header:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
+    }
+
+
+def legacy_file_hash(path: str | os.PathLike) -> str:
+    """First 8 hex digits of SHA-256 over 64 KiB at 1 MiB of a file (`ss_sd_model_hash`)."""
+    with open(path, "rb") as file:
+        file.seek(LEGACY_OFFSET)
+        return hashlib.sha256(file.read(LEGACY_LENGTH)).hexdigest()[:8]

@@ -1,8 +1,8 @@
 """Names of adapted modules in the dialects that programs read.
 
 A module's own name is dotted: `blocks.0.self_attn.q_proj` (DiT), `llm_adapter.blocks.0.mlp.0`,
-`text_encoder.layers.0.mlp.up_proj`. Underscores are part of names, so a flat name is never turned
-back by text rules but looked up among the modules that exist.
+`text_encoder.layers.0.mlp.up_proj`. Underscores are part of names, so a flat name cannot be turned
+back by replacing them: it is looked up among the modules that exist.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from anima_fast.models.adapter_kinds import MARKS
+
 DIALECTS = ("kohya", "comfyui", "diffusers")
-# Names that are read here but not by image programs, so they are never written.
+# Names that are read here but not by image programs, so never written.
 OTHER = "other"
 TEXT_ENCODER = "text_encoder."
 ADAPTER = "llm_adapter."
@@ -90,7 +92,6 @@ LYCORIS = "lycoris_"
 PEFT = "base_model.model."
 # What other tools leave before a module's own name.
 OTHER_PREFIXES = ("diffusion_model.", DIFFUSERS_DIT, "net.", "")
-WEIGHTS_OF_NETWORKS = (".lora_", ".hada_", ".lokr_")
 
 
 def flat_name(name: str) -> str:
@@ -134,9 +135,10 @@ def diffusers_name(name: str) -> str | None:
         return DIFFUSERS_TEXT + name[len(ADAPTER) :]
     if name in DIFFUSERS_TOP:
         return DIFFUSERS_DIT + DIFFUSERS_TOP[name]
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    module = DIFFUSERS_BLOCK.get(match[2]) if match else None
-    return f"{DIFFUSERS_DIT}transformer_blocks.{match[1]}.{module}" if module else None
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+        module = DIFFUSERS_BLOCK.get(match[2])
+        return f"{DIFFUSERS_DIT}transformer_blocks.{match[1]}.{module}" if module else None
+    return None
 
 
 def from_diffusers(name: str) -> str | None:
@@ -192,7 +194,7 @@ def detect_dialect(keys: Iterable[str]) -> str | None:
             return dialect
     others = (LYCORIS, PEFT, "net.blocks.", "blocks.")
     # A checkpoint has such names too, but no matrices of a network.
-    own = (k for k in keys if any(mark in k for mark in WEIGHTS_OF_NETWORKS))
+    own = (k for k in keys if any(mark in k for mark in MARKS))
     return OTHER if any(key.startswith(others) for key in own) else None
 
 

@@ -1,4 +1,14 @@
-"""All adapters of a run: one flat buffer, groups of learning rates, saving and loading."""
+"""All adapters of a run: one flat buffer, groups of learning rates, saving and loading.
+
+T-LoRA, fewer ranks at higher noise, is set on the network (`tlora`):
+
+    r(σ) = ⌊(1 − σ)^α · (R − r_min)⌋ + r_min,    rank components r(σ) … R − 1 are masked
+
+High noise decides layout, and a LoRA trained on few pictures memorises their layouts there; with
+few ranks it cannot. The mask acts in training only: loaders use all ranks at every noise level, as
+they do with any LoRA, and the file is an ordinary one. Source: Soboleva et al., "T-LoRA: Single
+Image Diffusion Model Customization Without Overfitting", arXiv 2507.05964, with σ for its t / T.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from anima_fast.adapters import names
+from anima_fast.adapters.deltas import Delta
 from anima_fast.adapters.flat import FlatBuffer, Group
 from anima_fast.adapters.formats import named_tensors, read_lora, unfold, write_lora
 from anima_fast.adapters.layers import AdaptedLinear, LoRALinear
-from anima_fast.adapters.parts import Part
-from anima_fast.adapters.rank_masks import rank_mask
 from anima_fast.errors import UserError
+from anima_fast.models.adapter_kinds import LORA
 
 
 class LoRANetwork(nn.Module):
@@ -70,15 +80,16 @@ class LoRANetwork(nn.Module):
                 adapter.multiplier = value
 
     def at_noise(self, sigma: Tensor) -> None:
-        """Tell the adapters of the DiT the noise levels [B] of the batch to come.
+        """Called before each forward with the batch's noise levels [B].
 
-        Only T-LoRA looks at them (rank_masks.py): `tlora` is (smallest rank, power).
+        Only T-LoRA uses them, in the adapters of the DiT: `tlora` is (smallest rank, power).
         """
         if self.tlora is None:
             return
         masks: dict[int, Tensor] = {}
         for name, adapter in self.modules_by_name.items():
-            if not name.startswith((names.TEXT_ENCODER, names.ADAPTER)):
+            in_dit = not name.startswith((names.TEXT_ENCODER, names.ADAPTER))
+            if in_dit and isinstance(adapter, LoRALinear):
                 if adapter.rank not in masks:
                     masks[adapter.rank] = rank_mask(sigma, adapter.rank, *self.tlora)
                 adapter.rank_mask = masks[adapter.rank]
@@ -103,19 +114,19 @@ class LoRANetwork(nn.Module):
         """Whether every parameter is finite (waits for the device)."""
         return bool(torch.isfinite(self.flat).all())
 
-    def parts(self, dtype: torch.dtype | None = None) -> dict[str, Part]:
-        """The network as file parts by dotted name, on the CPU."""
+    def deltas(self, dtype: torch.dtype | None = None) -> dict[str, Delta]:
+        """The network as a file holds it: Δ by dotted name, on the CPU."""
 
         def copy(x: Tensor) -> Tensor:
             return x.to("cpu", dtype or x.dtype, copy=True)
 
-        return {name: adapter.part(copy) for name, adapter in self.modules_by_name.items()}
+        return {name: adapter.as_delta(copy) for name, adapter in self.modules_by_name.items()}
 
     def state_tensors(
         self, dialect: str = "kohya", dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
         """The tensors of a LoRA file in a dialect."""
-        return named_tensors(self.parts(dtype), dialect)[0]
+        return named_tensors(self.deltas(dtype), dialect)[0]
 
     def save(
         self,
@@ -137,9 +148,9 @@ class LoRANetwork(nn.Module):
         Raises:
             UserError: numbers that are not finite, or a disk that refuses.
         """
-        # Programs disagree on what alpha means in a LoHa and a LoKr, so there it is the rank.
-        parts = {n: p if p.kind == "lora" else p.settled() for n, p in self.parts(dtype).items()}
-        write_lora(path, parts, dialect, metadata=metadata, fold_alpha=fold_alpha)
+        # Programs disagree on what alpha means in a LoHa or LoKr, so it is the rank there.
+        deltas = {n: d if d.kind is LORA else d.settled() for n, d in self.deltas(dtype).items()}
+        write_lora(path, deltas, dialect, metadata=metadata, fold_alpha=fold_alpha)
 
     @torch.no_grad()
     def load(self, path: str | os.PathLike) -> list[str]:
@@ -153,24 +164,23 @@ class LoRANetwork(nn.Module):
             UserError: no LoRA, none of its modules fits, or a rank differs.
         """
         ignored: list[str] = []
-        parts, _, metadata = read_lora(path, ignored)
-        parts = unfold(parts, metadata)
-        known = parts.keys() & self.modules_by_name.keys()
+        deltas, _, metadata = read_lora(path, ignored)
+        deltas = unfold(deltas, metadata)
+        known = deltas.keys() & self.modules_by_name.keys()
         if not known:
             raise UserError(f"{path} has none of the {len(self.modules_by_name)} trained modules")
-        shapes = {n: {k: t.shape for k, t in p.fields().items()} for n, p in parts.items()}
         for name in known:
-            own, part = self.modules_by_name[name].part(), parts[name]
-            if {k: t.shape for k, t in own.fields().items()} != shapes[name]:
+            own, given = self.modules_by_name[name].as_delta(), deltas[name]
+            if _shapes(own) != _shapes(given):
                 raise UserError(
-                    f"{path}: {name} is a {_sizes(part)}, this network has a {_sizes(own)} there: "
+                    f"{path}: {name} is a {_sizes(given)}, this network has a {_sizes(own)} there: "
                     "use --dim_from_weights, or the settings of that file"
                 )
         for name in known:
-            own, part = self.modules_by_name[name], parts[name]
+            adapter, given = self.modules_by_name[name], deltas[name]
             # The file's scale may differ from this network's: the product stays that of the file.
-            own.load(part.times(part.scale / own.scale))
-        return sorted({*ignored, *(parts.keys() - known)})
+            adapter.load(given.times(given.scale / adapter.scale))
+        return sorted({*ignored, *(deltas.keys() - known)})
 
     @torch.no_grad()
     def scale_weight_norms(self, max_norm: float) -> tuple[int, float, float]:
@@ -182,11 +192,12 @@ class LoRANetwork(nn.Module):
         Raises:
             ValueError: an adapter that is no plain LoRA.
         """
-        if any(adapter.kind != "lora" for adapter in self.adapters):
+        adapters = [a for a in self.modules_by_name.values() if isinstance(a, LoRALinear)]
+        if len(adapters) < len(self.modules_by_name):
             raise ValueError("only the product of a LoRA can be scaled by its two matrices")
-        norms = torch.stack([_product_norm(a) for a in self.adapters])
+        norms = torch.stack([_product_norm(adapter) for adapter in adapters])
         ratios = (max_norm / norms.clamp_min(1e-12)).clamp(max=1.0)
-        for adapter, ratio in zip(self.adapters, ratios.sqrt(), strict=True):
+        for adapter, ratio in zip(adapters, ratios.sqrt(), strict=True):
             adapter.down.mul_(ratio)
             adapter.up.mul_(ratio)
         norms = norms * ratios
@@ -198,10 +209,15 @@ class LoRANetwork(nn.Module):
             adapter.remove()
 
 
-def _sizes(part: Part) -> str:
-    """Kind and sizes of a part, for a message."""
-    rank = f" of rank {part.rank}" if part.rank else ""
-    return f"{part.network}{rank} for a layer of {part.shape[1]} inputs and {part.shape[0]} outputs"
+def _shapes(delta: Delta) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in delta.fields().items()}
+
+
+def _sizes(delta: Delta) -> str:
+    """Kind and sizes, for a message."""
+    rank = f" of rank {delta.rank}" if delta.rank else ""
+    outputs, inputs = delta.shape
+    return f"{delta.title}{rank} for a layer of {inputs} inputs and {outputs} outputs"
 
 
 def _product_norm(adapter: LoRALinear) -> Tensor:
@@ -209,3 +225,21 @@ def _product_norm(adapter: LoRALinear) -> Tensor:
     up, down = adapter.up.float(), adapter.down.float()
     square = ((up.T @ up) * (down @ down.T)).sum()
     return square.clamp_min(0).sqrt() * adapter.scale
+
+
+def rank_mask(sigma: Tensor, rank: int, min_rank: int, alpha: float = 1.0) -> Tensor:
+    """Which rank components each sample of a T-LoRA may use.
+
+    Args:
+        sigma: [B] in 0 … 1.
+        rank: R; `min_rank` is at most that many.
+        min_rank, alpha: r_min and α.
+
+    Returns:
+        [B, R] float32 of 0 and 1.
+    """
+    least = min(min_rank, rank)
+    share = (1 - sigma.double()).clamp(0, 1) ** alpha
+    ranks = (share * (rank - least)).floor() + least  # [B]
+    index = torch.arange(rank, device=sigma.device)
+    return (index < ranks[:, None]).float()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
@@ -21,14 +22,16 @@ from anima_fast.models.llm_adapter import AdapterBlock
 DIT_CLASSES = (Block, PatchEmbed, TimestepEmbedding, FinalLayer)
 DEFAULT_EXCLUDE = r".*(_modulation|_norm|_embedder|final_layer).*"
 BLOCK = re.compile(r"blocks\.(\d+)\.")
+Value = TypeVar("Value")
+Default = TypeVar("Default")
 TEXT_ENCODER_LAYERS = re.compile(r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 
 
 @dataclass(frozen=True)
 class Target:
-    """One layer: `part` is "dit" (LLM adapter included) or "text_encoder", `name` is dotted."""
+    """One layer: `model` is "dit" (LLM adapter included) or "text_encoder", `name` is dotted."""
 
-    part: str
+    model: str
     name: str
     linear: nn.Linear
 
@@ -45,7 +48,7 @@ def find_targets(
     """The layers to adapt, in the order of the modules.
 
     With `blocks`, those of other blocks of the DiT are left out. Raises `UserError` for a pattern
-    that is no regular expression, and for a block that the DiT does not have.
+    that is not a regular expression, and for a block that the DiT does not have.
     """
     if dit is not None and blocks is not None:
         absent = sorted(set(blocks) - set(range(len(dit.blocks))))
@@ -76,15 +79,15 @@ def find_targets(
     if text_encoder is not None:
         found += [
             Target("text_encoder", f"text_encoder.{name}", module)
-            for name, module in text_encoder.model.named_modules()
+            for name, module in text_encoder.get_submodule("model").named_modules()
             if isinstance(module, nn.Linear) and TEXT_ENCODER_LAYERS.fullmatch(name)
         ]
     return found
 
 
 def first_match(
-    patterns: Mapping[str, float | int], name: str, default: float | int | None, option: str
-) -> float | int | None:
+    patterns: Mapping[str, Value], name: str, default: Default, option: str
+) -> Value | Default:
     """The value of the first pattern that matches the whole name."""
     for pattern, value in patterns.items():
         if _compiled([pattern], option)[0].fullmatch(name):

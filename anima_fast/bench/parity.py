@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from anima_fast.errors import UserError
-from anima_fast.kernels import OPS, dispatch
+from anima_fast.kernels import dispatch
 from anima_fast.kernels.op import Op, Sizes
+from anima_fast.kernels.registry import OPS
 
 LAYOUTS = ("plain", "strided", "expanded")
 FLOORS = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 1e-3, torch.float64: 1e-9}

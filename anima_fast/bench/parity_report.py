@@ -31,7 +31,7 @@ def run_parity(names: Sequence[str], *, as_json: bool, say: Callable[[str], None
             # Before anything imports triton.
             interpreter.start()
         from anima_fast.bench import parity
-        from anima_fast.kernels import OPS
+        from anima_fast.kernels.registry import OPS
     except ImportError as error:
         raise UserError(f"the kernels need triton, which is missing: {error}") from error
     for name in names:

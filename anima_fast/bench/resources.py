@@ -29,9 +29,9 @@ import torch
 from anima_fast.bench.dry import Launch, dry_launches, run_op
 from anima_fast.bench.fused_block import FUSED_BLOCK
 from anima_fast.errors import UserError
-from anima_fast.kernels import OPS
 from anima_fast.kernels.dispatch import SHARED_KIB
 from anima_fast.kernels.op import Op
+from anima_fast.kernels.registry import OPS
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 TOKENS = (1024, 2304, 4096, 9216)

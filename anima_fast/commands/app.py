@@ -1,6 +1,6 @@
-"""The Typer application, and commands whose parameters come from a dataclass of options.
+"""The Typer application, and commands whose parameters come from dataclasses of options.
 
-The other modules of this package register one command each theme: they parse, build options and
+Each other module of this package registers the commands of one theme: they parse, build options and
 call, and import nothing heavy before their command runs.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -19,12 +19,15 @@ from anima_fast.options.command_line import read_words
 from anima_fast.options.declare import Spec, specs
 from anima_fast.options.other_names import BARE_FLAGS
 
+# Panels of the help page.
+PREPARE, USE, MACHINE = "Prepare and train", "Use", "This machine"
+
 # Typer's or click's own, whichever this Typer is built on.
-UsageError = typer.BadParameter.__base__
+UsageError: Any = typer.BadParameter.__base__
 
 
 class Commands(TyperGroup):
-    """Turns errors of users into one line and an exit status."""
+    """Turns users' errors into one line and an exit status."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -45,6 +48,8 @@ class Commands(TyperGroup):
             raise typer.Exit(130) from None
 
 
+Function = TypeVar("Function", bound=Callable[[dict[str, Any]], None])
+
 app = typer.Typer(
     name="anima-fast",
     cls=Commands,
@@ -56,9 +61,16 @@ app = typer.Typer(
 )
 
 
+def _parameter(name: str, annotation: Any, declared: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(
+        name, kind, default=None, annotation=Annotated[annotation | None, declared]
+    )
+
+
 def _declare(spec: Spec) -> inspect.Parameter:
-    """An option as a Typer parameter. It stays text: `option_groups.base.convert` reads it."""
-    plain = {"bool": bool, "words": list[str], "numbers": list[str]}.get(spec.kind, str)
+    """An option as a Typer parameter. It stays text: `options.declare.convert` reads it."""
+    plain: Any = {"bool": bool, "words": list[str], "numbers": list[str]}.get(spec.kind, str)
     default = "" if spec.default in (None, "", (), False) else f" (default {spec.default})"
     declared = typer.Option(
         f"--{spec.name}",
@@ -67,64 +79,54 @@ def _declare(spec: Spec) -> inspect.Parameter:
         metavar=spec.metavar or None,
         show_default=False,
     )
-    return inspect.Parameter(
-        spec.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[plain | None, declared],
-    )
-
-
-def _declare_word(metavar: str, spec: Spec) -> inspect.Parameter:
-    """The value that may stand alone as a Typer argument, for the help page."""
-    declared = typer.Argument(metavar=metavar, help=spec.help, show_default=False)
-    return inspect.Parameter(
-        "word",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[str | None, declared],
-    )
+    return _parameter(spec.name, plain, declared)
 
 
 def option_command(
     name: str,
-    cls: type,
-    more: dict[str, Spec],
-    allowed: Callable[[], frozenset[str]],
-    *,
+    *classes: type,
+    allowed: Collection[str] = (),
     word: tuple[str, str] | None = None,
-    shown: Collection[str] | None = None,
-) -> Callable:
-    """Register a command whose parameters are the options of a dataclass.
+    hidden: Collection[str] = (),
+    panel: str,
+) -> Callable[[Function], Function]:
+    """Register a command whose parameters are the options of dataclasses.
 
     The decorated function gets one dictionary: option name -> text or list of texts as given.
-    word: an option whose value may stand alone, and what the help page calls it. shown: the options
-    on the help page beside `more`, all of them when it is None.
+
+    Args:
+        name: the command's word.
+        classes: the dataclasses, in the order of the help page.
+        allowed: further names that are let through.
+        word: an option whose value may be given without its name, and what the help page calls it.
+        hidden: options that are not on the help page.
+        panel: where the help page of the program lists the command.
     """
-    known = {**more, **specs(cls)}
+    known = {name: spec for cls in classes for name, spec in specs(cls).items()}
     alone = word[0] if word else None
 
     class Command(TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             if any(word in ("--help", "-h") for word in args):
                 return super().parse_args(ctx, ["--help"])
-            ctx.obj = read_words(args, known, others=allowed(), flags=BARE_FLAGS, word=alone)
+            ctx.obj = read_words(args, known, others=allowed, flags=BARE_FLAGS, word=alone)
             return super().parse_args(ctx, [])
 
-    def register(function: Callable[[dict[str, Any]], None]) -> Callable:
+    def register(function: Function) -> Function:
         def command(context: typer.Context, **_shown: Any) -> None:
             function(context.obj)
 
-        names = [n for n in known if shown is None or n in more or n in shown]
-        parameters = [_declare(known[name]) for name in names]
+        parameters = [_declare(spec) for name, spec in known.items() if name not in hidden]
         if word:
-            parameters.insert(0, _declare_word(word[1], known[word[0]]))
+            shown = typer.Argument(metavar=word[1], help=known[word[0]].help, show_default=False)
+            parameters.insert(0, _parameter("word", str, shown))
         context = inspect.Parameter(
             "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
         )
-        command.__signature__ = inspect.Signature([context, *parameters])
+        # Typer reads these as if they were written out above.
+        vars(command)["__signature__"] = inspect.Signature([context, *parameters])
         command.__annotations__ = {p.name: p.annotation for p in (context, *parameters)}
-        app.command(name, cls=Command, help=function.__doc__)(command)
+        app.command(name, cls=Command, help=function.__doc__, rich_help_panel=panel)(command)
         return function
 
     return register

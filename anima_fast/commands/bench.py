@@ -5,7 +5,6 @@ Torch and Triton are imported when a command runs, not for `--help`.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -108,35 +107,10 @@ def _model(
     typer.echo(dumps(found, indent=1) if json else prediction_text(found))
 
 
-@bench.command("all")
-def _all(
-    out: Annotated[Path, typer.Option("--out", help="Folder to fill.")] = Path("bench_output"),
-    only: Annotated[
-        list[str] | None, typer.Option("--slice", help="Only this slice; may be repeated.")
-    ] = None,
-    list_only: Annotated[bool, typer.Option("--list", help="List the slices and stop.")] = False,
-) -> None:
-    """Check and measure everything on this machine, and write a report.
-
-    Runs in slices that each end within nine minutes and keep what they have finished; the report
-    is made from all slices that the folder holds. Ends with status 1 when one of them failed.
-    """
-    from anima_fast.bench import suite
-    from anima_fast.bench.suite_report import build_report
-    from anima_fast.files import check_folder
-
-    chosen = suite.choose(only or [])
-    if list_only:
-        for one in suite.slices():
-            typer.echo(f"{one.name:40} {one.where:4} {one.title}")
-        return
-    # Before the first slice, which may take nine minutes.
-    check_folder(out / "slices")
-    if not suite.has_card():
-        typer.echo("no CUDA card here: what can run on the CPU runs, at tiny sizes; no speed")
-    try:
-        records = suite.run_slices(chosen, out, say=typer.echo)
-    finally:
-        build_report(out)
-        typer.echo(f"wrote {out / 'report.html'}, results.csv and results.json")
-    raise typer.Exit(int(any(r["status"] in (suite.FAILED, suite.TIMED_OUT) for r in records)))
+@bench.command("all", context_settings={"ignore_unknown_options": True})
+def _all(words: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
+    """Say where the whole suite is: in a checkout, as `make gpu`."""
+    raise UserError(
+        "the suite of tests, parity and benchmarks is part of the repository, not of the installed "
+        "program: in a checkout run `make gpu`, or `python -m benchmarks.suite --out DIR`"
+    )

@@ -1,4 +1,4 @@
-"""Commands on files: `convert` and `inspect`."""
+"""Commands for files: `convert` and `inspect`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from anima_fast.commands.app import app
+from anima_fast.commands.app import USE, app
 from anima_fast.errors import UserError
 
 
-@app.command("convert")
+@app.command("convert", rich_help_panel=USE)
 def _convert(
     src: Annotated[Path | None, typer.Argument(help="Network file to read.")] = None,
     dst: Annotated[Path | None, typer.Argument(help="Network file to write.")] = None,
@@ -43,12 +43,12 @@ def _convert(
     typer.echo(f"wrote {target} ({dialect} names)")
 
 
-@app.command("inspect")
+@app.command("inspect", rich_help_panel=USE)
 def _inspect(
     file: Annotated[Path, typer.Argument(help="Any checkpoint, LoRA or cache file.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what a model, LoRA or cache file holds and which programs load it."""
+    """Show what a model, LoRA or cache file holds and which programs load it."""
     from json import dumps
 
     from anima_fast.inspection.file import describe, render

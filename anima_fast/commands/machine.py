@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from anima_fast.commands.app import app
+from anima_fast.commands.app import MACHINE, app
 
 
-@app.command("parity")
+@app.command("parity", rich_help_panel=MACHINE)
 def _parity(
     op: Annotated[
         list[str] | None, typer.Option("--op", help="Only this op; may be repeated.")
@@ -26,7 +26,7 @@ def _parity(
     raise typer.Exit(0 if run_parity(op or [], as_json=json, say=typer.echo) else 1)
 
 
-@app.command("download")
+@app.command("download", rich_help_panel=MACHINE)
 def _download(
     dit: Annotated[
         str, typer.Option(help="Release of the DiT, or its file name in the repository.")
@@ -51,7 +51,7 @@ def _download(
         typer.echo("\n" + train_command(found))
 
 
-@app.command("doctor")
+@app.command("doctor", rich_help_panel=MACHINE)
 def _doctor(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     models_dir: Annotated[
@@ -69,7 +69,7 @@ def _doctor(
     raise typer.Exit(0 if report["can_train"] else 1)
 
 
-@app.command("demo")
+@app.command("demo", rich_help_panel=MACHINE)
 def _demo(
     out: Annotated[Path, typer.Option("--out", help="Folder to fill.")] = Path("demo_output"),
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from anima_fast.commands.app import app
+from anima_fast.commands.app import PREPARE, app
 
 # Options that take a word of their own.
 _WITH_VALUE = ("--out", "--cwd")
@@ -31,8 +31,8 @@ class _TakesCommandLines(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-@app.command("import", cls=_TakesCommandLines, hidden=True)
-@app.command("import-kohya", cls=_TakesCommandLines)
+@app.command("import", cls=_TakesCommandLines, hidden=True, rich_help_panel=PREPARE)
+@app.command("import-kohya", cls=_TakesCommandLines, rich_help_panel=PREPARE)
 def _import(
     context: typer.Context,
     source: Annotated[
@@ -64,6 +64,6 @@ def _import(
     from anima_fast.migrate.importer import import_config
 
     if cwd is not None and not cwd.is_dir():
-        raise UserError(f"--cwd {cwd} is no folder: give the one that the trainer is started in")
+        raise UserError(f"--cwd {cwd} is not a folder: give the one that the trainer is started in")
     words = context.meta.get("words")
     import_config(words or source, out, folder=cwd, force=force, say=typer.echo)

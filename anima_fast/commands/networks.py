@@ -1,4 +1,4 @@
-"""Commands on finished networks and checkpoints: `merge`, `extract`, `resize` and `remap`."""
+"""Commands for finished networks and checkpoints: `merge`, `extract`, `resize` and `remap`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anima_fast.commands.app import app
+from anima_fast.commands.app import USE, app
 from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from anima_fast.tools.report import Loss
+    from anima_fast.tools.ranks import ModuleLoss
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="File to write.", show_default=False)
@@ -36,18 +36,20 @@ Device = Annotated[
     str | None,
     typer.Option(help="cuda or cpu; default: a card where there is one.", show_default=False),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Tell every module.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Report every module.")]
 
 
 def _precision(text: str) -> typer.models.OptionInfo:
     return typer.Option("--precision", help=text, show_default=False)
 
 
-@app.command("merge")
+@app.command("merge", rich_help_panel=USE)
 def _merge(
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(help="DiT, LLM adapter or text encoder; none merges the networks only."),
+        typer.Argument(
+            help="DiT, LLM adapter or text encoder; without it the networks are merged."
+        ),
     ] = None,
     lora: Annotated[
         list[str] | None,
@@ -69,11 +71,11 @@ def _merge(
     device: Device = None,
     verbose: Verbose = False,
 ) -> None:
-    """Build LoRA, LoHa, LoKr or DoRA files into a checkpoint, or several LoRA into one.
+    """Merge LoRA, LoHa, LoKr or DoRA files into a checkpoint, or several LoRA into one.
 
     Into a checkpoint: in fp32; names and other tensors stay.
-    Without one: the weighted sum of the networks as one LoRA, of all their ranks,
-    or the closest of --rank, --energy or --dynamic, with the error told.
+    Without one: the weighted sum of the networks as one LoRA, with all their ranks,
+    or the closest one by --rank, --energy or --dynamic, with its error.
     """
     from anima_fast.options.words import path_and_weight
 
@@ -110,6 +112,7 @@ def _combine(
     device: str | None,
     verbose: bool,
 ) -> None:
+    from anima_fast.device import choose_device
     from anima_fast.tools.combine import combine_networks
     from anima_fast.tools.ranks import RankRule
 
@@ -119,13 +122,13 @@ def _combine(
         output,
         rule=chosen,
         precision=None if precision == "keep" else precision,
-        device=_device(device),
+        device=choose_device(device),
         say=_progress,
     )
     _tell(losses, output, verbose)
 
 
-@app.command("extract")
+@app.command("extract", rich_help_panel=USE)
 def _extract(
     base: Annotated[Path, typer.Argument(help="Checkpoint to start from.")],
     tuned: Annotated[Path, typer.Argument(help="Checkpoint that the LoRA leads to.")],
@@ -153,8 +156,9 @@ def _extract(
     """Make a LoRA from the difference of two checkpoints.
 
     Takes the layers that training adapts by default.
-    Tells the error, and what differs but cannot be in a LoRA.
+    Reports the error, and what differs but cannot be in a LoRA.
     """
+    from anima_fast.device import choose_device
     from anima_fast.tools.extract import extract_lora
     from anima_fast.tools.ranks import RankRule
 
@@ -170,7 +174,7 @@ def _extract(
         llm_adapter=llm_adapter,
         dialect=to,
         precision=precision or "fp32",
-        device=_device(device),
+        device=choose_device(device),
         say=_progress,
     )
     if found.same:
@@ -186,7 +190,7 @@ def _extract(
     _tell(found.losses, target, verbose)
 
 
-@app.command("resize")
+@app.command("resize", rich_help_panel=USE)
 def _resize(
     src: Annotated[Path, typer.Argument(help="LoRA, LoHa, LoKr or DoRA file to read.")],
     output: Output = None,
@@ -199,23 +203,24 @@ def _resize(
     device: Device = None,
     verbose: Verbose = False,
 ) -> None:
-    """Reduce the rank of a LoRA, and tell the error.
+    """Reduce the rank of a LoRA, and report the error.
 
     Each module keeps its scale alpha / rank; a DoRA keeps its magnitudes.
     LoHa and LoKr become the closest plain LoRA.
     """
+    from anima_fast.device import choose_device
     from anima_fast.tools.ranks import RankRule
     from anima_fast.tools.resize import resize_file
 
     target = _required(output)
     rule = RankRule.of(rank, dynamic, energy)
     losses = resize_file(
-        src, target, rule, precision=precision, device=_device(device), say=_progress
+        src, target, rule, precision=precision, device=choose_device(device), say=_progress
     )
     _tell(losses, target, verbose)
 
 
-@app.command("remap")
+@app.command("remap", rich_help_panel=USE)
 def _remap(
     src: Annotated[Path, typer.Argument(help="Network file to read.")],
     output: Output = None,
@@ -230,7 +235,7 @@ def _remap(
     source: Annotated[
         int | None,
         typer.Option(
-            "--from", help="Blocks that the network is for (default: told from its highest block)."
+            "--from", help="Blocks that the network is for (default: from its highest block)."
         ),
     ] = None,
     mapping: Annotated[
@@ -246,16 +251,16 @@ def _remap(
 ) -> None:
     """Move a network between DiT of 28, 40 and 52 blocks.
 
-    Follows the published insertions. Blocks that the deeper model has in addition
-    get nothing, and are left out on the way back.
+    Follows the published insertions. Extra blocks of the deeper model get nothing,
+    and are left out on the way back.
     """
-    from anima_fast.tools.remap import describe, remap_file
+    from anima_fast.tools.remap import remap_file, remap_lines
 
     target = _required(output)
     done = remap_file(
         src, target, to=to, model=model, source=source, mapping=mapping, duplicate=duplicate
     )
-    typer.echo("\n".join(describe(done)))
+    typer.echo("\n".join(remap_lines(done)))
     typer.echo(f"wrote {target}: {done.modules} modules")
 
 
@@ -270,23 +275,10 @@ def _check_dialect(to: str) -> None:
         raise UserError(f"--to {to}: use kohya, comfyui or diffusers")
 
 
-def _device(name: str | None) -> str:
-    """The device asked for, else CUDA where there is a card."""
-    import torch
+def _tell(losses: list[ModuleLoss], output: Path, verbose: bool) -> None:
+    from anima_fast.tools.ranks import loss_table
 
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used: {reason}; use --device cpu") from None
-    return name
-
-
-def _tell(losses: list[Loss], output: Path, verbose: bool) -> None:
-    from anima_fast.tools.report import lines
-
-    typer.echo("\n".join(lines(losses, verbose=verbose)))
+    typer.echo("\n".join(loss_table(losses, verbose=verbose)))
     typer.echo(f"wrote {output}")
 
 

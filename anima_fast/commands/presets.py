@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from anima_fast.commands.app import app
+from anima_fast.commands.app import PREPARE, app
 
 
-@app.command("presets")
+@app.command("presets", rich_help_panel=PREPARE)
 def _presets(
     name: Annotated[
         str | None,

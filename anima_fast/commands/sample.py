@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from anima_fast.commands.app import option_command
+from anima_fast.commands.app import USE, option_command
 from anima_fast.errors import UserError
-from anima_fast.options.declare import specs
+from anima_fast.options.declare import convert, specs
 from anima_fast.options.other_names import OUTSIDE
 from anima_fast.options.sample import SampleOptions
 
 
-def _other_names() -> frozenset[str]:
-    return frozenset({"pretrained_model_name_or_path", *OUTSIDE})
-
-
-@option_command("sample", SampleOptions, {}, _other_names)
+@option_command(
+    "sample",
+    SampleOptions,
+    allowed={"pretrained_model_name_or_path", *OUTSIDE},
+    panel=USE,
+)
 def _sample(values: dict[str, Any]) -> None:
     """Render images from prompts, with or without LoRA files; grids, image to image.
 
@@ -23,7 +24,6 @@ def _sample(values: dict[str, Any]) -> None:
     """
     for name in values.keys() & OUTSIDE.keys():
         raise UserError(f"--{name}: {OUTSIDE[name]}")
-    from anima_fast.options.declare import convert
     from anima_fast.sampling import run_sample
 
     if "pretrained_model_name_or_path" in values:
@@ -32,8 +32,8 @@ def _sample(values: dict[str, Any]) -> None:
     if not values.keys() & {"prompt", "prompts"}:
         raise UserError("--prompt is required: what to show, or a file of prompts with --prompts")
     known = specs(SampleOptions)
-    options = SampleOptions(
-        **{name: convert(known[name], v, f"--{name}", text=True) for name, v in values.items()}
+    options = SampleOptions.of(
+        {name: convert(known[name], v, f"--{name}", text=True) for name, v in values.items()}
     )
     for name in ("dit", "qwen3", "vae"):
         if not getattr(options, name):

@@ -1,4 +1,4 @@
-"""`anima-fast train` and `anima-fast finetune`."""
+"""`anima-fast train`, `anima-fast plan` and `anima-fast finetune`."""
 
 from __future__ import annotations
 
@@ -6,48 +6,37 @@ from typing import Any
 
 import typer
 
-from anima_fast.commands.app import option_command
-from anima_fast.options.declare import Spec
-from anima_fast.options.run import FinetuneOptions, TrainOptions
-
-# Options of the commands that are no part of a run.
-_FILE_SPECS = {
-    name: Spec(name, kind, None, text, "Configuration file", (), None, None, True, False)
-    for name, kind, text in (
-        ("config_file", "str", "TOML file with options; the command line beats it."),
-        ("output_config", "bool", "Write the options to --config_file and stop."),
-    )
-}
+from anima_fast.commands.app import PREPARE, option_command
+from anima_fast.console import configure_console
+from anima_fast.options.files import OTHER_NAMES, refused, resolve_train_options, write_config
+from anima_fast.options.run import FileOptions, FinetuneOptions, TrainOptions
 
 
-def _other_names(cls: type) -> frozenset[str]:
-    from anima_fast.options.files import OTHER_NAMES, refused
-
-    return OTHER_NAMES | frozenset(refused(cls))
-
-
-@option_command("train", TrainOptions, _FILE_SPECS, lambda: _other_names(TrainOptions))
+@option_command("train", FileOptions, TrainOptions, allowed=OTHER_NAMES, panel=PREPARE)
 def _train(values: dict[str, Any]) -> None:
-    """Train a LoRA. Names may be written with hyphens, and stand in a TOML file too."""
+    """Train a LoRA. Names may be written with hyphens, and be keys of a TOML file too."""
     _run(TrainOptions, values)
 
 
-@option_command("plan", TrainOptions, _FILE_SPECS, lambda: _other_names(TrainOptions))
+@option_command("plan", FileOptions, TrainOptions, allowed=OTHER_NAMES, panel=PREPARE)
 def _plan(values: dict[str, Any]) -> None:
     """Print the memory that `train` with the same options would take, and train nothing."""
     _run(TrainOptions, values | {"plan_memory": "true"})
 
 
-@option_command("finetune", FinetuneOptions, _FILE_SPECS, lambda: _other_names(FinetuneOptions))
+@option_command(
+    "finetune",
+    FileOptions,
+    FinetuneOptions,
+    allowed={*OTHER_NAMES, *refused(FinetuneOptions)},
+    panel=PREPARE,
+)
 def _finetune(values: dict[str, Any]) -> None:
     """Train all weights of the model, not a LoRA. Options as those of `train`."""
     _run(FinetuneOptions, values)
 
 
-def _run(cls: type, values: dict[str, Any]) -> None:
-    from anima_fast.console import configure_console
-    from anima_fast.options.files import resolve_train_options, write_config
-
+def _run(cls: type[Any], values: dict[str, Any]) -> None:
     config_file = values.pop("config_file", None)
     if values.pop("output_config", "false").lower() == "true":
         options, _ = resolve_train_options(values, None, complete=False, cls=cls)

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from anima_fast.commands.app import app
+from anima_fast.commands.app import PREPARE, app
 
 
-@app.command("watch")
+@app.command("watch", rich_help_panel=PREPARE)
 def _watch(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Output folder of the run (--output_dir).")
@@ -32,6 +32,6 @@ def _watch(
 
     It only reads the folder's files: start and stop it at any time.
     """
-    from anima_fast.reports.watch.command import watch
+    from anima_fast.reports.watch.server import watch
 
     watch(out, port=port, open_browser=open_browser, say=typer.echo)

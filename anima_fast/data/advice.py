@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from anima_fast.data import images, layouts
 from anima_fast.data.dataset_config import caches_latents, option
+from anima_fast.data.items import ImageItem
 from anima_fast.data.problems import Problem
 from anima_fast.data.subset import Dataset
 from anima_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from anima_fast.data.items import ImageItem
 
 
 def check_exact_sizes(
@@ -109,7 +106,7 @@ def _about_faces(items: list[ImageItem], options: object) -> list[str]:
 def _about_cache_info(items: list[ImageItem]) -> list[str]:
     if not any(item.subset.cache_info for item in items):
         return []
-    return ["cache_info has no effect: captions and headers are read afresh at every start"]
+    return ["cache_info has no effect: captions and headers are read again at every start"]
 
 
 def _about_attributes(datasets: list[Dataset]) -> list[str]:

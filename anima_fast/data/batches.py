@@ -5,8 +5,8 @@ pure function of (seed, epoch, step, position in the batch, item), so a resumed 
 
 Contexts of different lengths are padded with zero rows to S, the longest of the batch. A zero row
 is itself a zero key in cross attention, so with `zero_keys` = 512 − S more of them every sample
-sees exactly its own rows and zeros up to 512. Above 512 rows the padding of a shorter text is more
-than it would have alone, and its count of further zero keys is negative: max(512, own rows) − S.
+sees exactly its own rows and zeros up to 512. Above 512 rows a shorter text gets more padding
+than it would alone, and its count of further zero keys is negative: max(512, own rows) − S.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from __future__ import annotations
 import os
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,34 +26,40 @@ from anima_fast.data import captions, images
 from anima_fast.data.cache import LatentEntry, Stored, TextEntry
 from anima_fast.data.encode import EncodedDataset
 from anima_fast.data.encode_text import pad_rows
+from anima_fast.data.items import DatasetPlan, ImageItem
+from anima_fast.data.lowres import LowRes
 from anima_fast.data.seeding import seeded
 from anima_fast.device import NOT_WHILE_RECORDING
-
-if TYPE_CHECKING:
-    from anima_fast.data.items import DatasetPlan, ImageItem
-    from anima_fast.data.lowres import LowRes
-    from anima_fast.options.run import TrainOptions
-
-# The DiT attends to at least this many text rows.
-PADDED_ROWS = 512
+from anima_fast.models.dit_config import TEXT_ROWS
+from anima_fast.options.run import TrainOptions
 
 
 @dataclass
-class TextInputs:
-    """What the text path of one batch needs, by mode.
+class ContextInputs:
+    """The text of a batch whose contexts are cached (text mode "context")."""
 
-    context: `context` [B, S, C] and `zero_keys` (see `zero_key_counts`). states: `source_states`
-    [B, N, C] with `source_mask` [B, N] int64, `t5_ids` and `t5_mask` [B, S] int64. live:
-    `captions`.
-    """
+    context: Tensor  # [B, S, C]
+    zero_keys: int | tuple[int, ...]  # see `zero_key_counts`
 
-    context: Tensor | None = None
-    zero_keys: int | tuple[int, ...] = 0
-    source_states: Tensor | None = None
-    source_mask: Tensor | None = None
-    t5_ids: Tensor | None = None
-    t5_mask: Tensor | None = None
-    captions: list[str] | None = None
+
+@dataclass
+class StateInputs:
+    """The text of a batch whose LLM adapter is trained (text mode "states"); masks are int64."""
+
+    source_states: Tensor  # [B, N, C]
+    source_mask: Tensor  # [B, N]
+    t5_ids: Tensor  # [B, S] int64
+    t5_mask: Tensor  # [B, S]
+
+
+@dataclass
+class CaptionInputs:
+    """The text of a batch that is encoded in every step (text mode "live")."""
+
+    captions: list[str]
+
+
+TextInputs = ContextInputs | StateInputs | CaptionInputs
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Batch:
     latents: [B, 16, h, w] fp32, or None when `pixels` [B, 3, H, W] fp32 in [-1, 1] are to be
     encoded. loss_weights: [B] fp32. masks: [B, 1, H, W] fp32 0..1 at pixel resolution, or None.
     sigma: noise levels [B] fp32 where they were drawn with the batch, `small` whether it holds
-    smaller pictures (training/lowres.py).
+    smaller pictures (lowres.py).
     """
 
     latents: Tensor | None
@@ -78,8 +83,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Access:
-    """One use of one item; all that its randomness depends on."""
+class ItemUse:
+    """One use of one item: everything that its randomness depends on."""
 
     item: ImageItem
     seed: int
@@ -96,7 +101,7 @@ class Access:
 
     @property
     def is_flipped(self) -> bool:
-        """Mirror the image: half of the accesses with flip_aug, none in validation."""
+        """Mirror the image: half of the uses with flip_aug, none in validation."""
         wanted = self.item.subset.flip_aug and not self.validation
         return wanted and self.rng("flip").random() < 0.5
 
@@ -129,17 +134,17 @@ class Batches:
             UserError: an image or cache file that can no longer be read.
         """
         items = self._plan.validation_items if validation else self._plan.items
-        accesses = [
-            Access(items[index], self._seed, epoch, step, position, validation)
+        uses = [
+            ItemUse(items[index], self._seed, epoch, step, position, validation)
             for position, index in enumerate(indices)
         ]
         sigma, small = None, None
         if self._lowres is not None and not validation:
             key = (self._seed, epoch, step)
-            sigma, high = self._lowres.draw(len(accesses), accesses[0].item.bucket, *key)
-            small = self._smaller(accesses) if high else None
+            sigma, high = self._lowres.draw(len(uses), uses[0].item.bucket, *key)
+            small = smaller(uses, self._lowres) if high else None
         is_cached = self._encoded.image_mode == "cached"
-        batch = (self._cached if is_cached else self._live)(small or accesses)
+        batch = (self._cached if is_cached else self._live)(small or uses)
         batch.sigma, batch.small = sigma, small is not None
         if self._encoded.device.type == "cuda":
             _pin(batch)
@@ -148,7 +153,7 @@ class Batches:
 
     def iterate(
         self, batches: Iterable[list[int]], *, epoch: int, first_step: int = 0
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """Load batches in a thread, one ahead of the one in use.
 
         `first_step` is the number of the first of them within the epoch. An error of the thread is
@@ -163,111 +168,111 @@ class Batches:
             while waiting:
                 yield waiting.popleft().result()
 
-    def _smaller(self, accesses: list[Access]) -> list[Access] | None:
-        """The same uses of the smaller pictures; None where they would be too small."""
-        items = [self._lowres.small_item(access.item) for access in accesses]
-        if any(item is None for item in items):
-            return None
-        return [replace(a, item=item) for a, item in zip(accesses, items, strict=True)]
-
-    def _cached(self, accesses: list[Access]) -> Batch:
-        entries = [self._latents(access).get() for access in accesses]
-        flips = [access.is_flipped for access in accesses]
+    def _cached(self, uses: list[ItemUse]) -> Batch:
+        entries = [self._latents(use).get() for use in uses]
+        flips = [use.is_flipped for use in uses]
         latents = [e.flipped if flip else e.latents for e, flip in zip(entries, flips, strict=True)]
         masks = [
-            self._mask(access, _alpha(entry), flip)
-            for access, entry, flip in zip(accesses, entries, flips, strict=True)
+            self._mask(use, _alpha(entry), flip)
+            for use, entry, flip in zip(uses, entries, flips, strict=True)
         ]
-        return self._batch(accesses, masks, latents=torch.stack(latents))
+        return self._batch(uses, masks, latents=torch.stack(latents))
 
-    def _live(self, accesses: list[Access]) -> Batch:
+    def _live(self, uses: list[ItemUse]) -> Batch:
         run = self._pool.map if self._pool is not None else map
-        pixels, masks = zip(*run(self._augmented, accesses), strict=True)
-        return self._batch(accesses, masks, pixels=torch.stack(pixels))
+        pixels, masks = zip(*run(self._augmented, uses), strict=True)
+        return self._batch(uses, masks, pixels=torch.stack(pixels))
 
-    def _augmented(self, access: Access) -> tuple[Tensor, np.ndarray | None]:
-        """Pixels [3, H, W] and mask [H, W] of one access, cropped and mirrored alike."""
-        rng = None if access.validation else access.rng("augment")
-        pixels, alpha = images.load_item(access.item, crop_rng=rng)
-        mask = self._mask(access, alpha, access.is_flipped)
-        if access.is_flipped:
+    def _augmented(self, use: ItemUse) -> tuple[Tensor, np.ndarray | None]:
+        """Pixels [3, H, W] and mask [H, W] of one use, cropped and mirrored alike."""
+        rng = None if use.validation else use.rng("augment")
+        pixels, alpha = images.load_item(use.item, crop_rng=rng)
+        mask = self._mask(use, alpha, use.is_flipped)
+        if use.is_flipped:
             pixels = pixels[..., ::-1]
         return torch.from_numpy(np.ascontiguousarray(pixels)), mask
 
-    def _mask(self, access: Access, alpha: np.ndarray | None, flip: bool) -> np.ndarray | None:
+    def _mask(self, use: ItemUse, alpha: np.ndarray | None, flip: bool) -> np.ndarray | None:
         """The item's mask file, else its alpha, else None."""
         mask = alpha
-        if access.item.mask_path is not None:
-            is_live = self._encoded.image_mode == "live" and not access.validation
-            rng = access.rng("augment") if is_live else None
-            mask = images.load_mask(access.item, crop_rng=rng)
+        if use.item.mask_path is not None:
+            is_live = self._encoded.image_mode == "live" and not use.validation
+            rng = use.rng("augment") if is_live else None
+            mask = images.load_mask(use.item, crop_rng=rng)
         return mask[:, ::-1] if flip and mask is not None else mask
 
     def _batch(
         self,
-        accesses: list[Access],
+        uses: list[ItemUse],
         masks: Iterable[np.ndarray | None],
         *,
         latents: Tensor | None = None,
         pixels: Tensor | None = None,
     ) -> Batch:
-        items = [access.item for access in accesses]
+        items = [use.item for use in uses]
         weights = torch.tensor([item.loss_weight for item in items], dtype=torch.float32)
         stacked = _stack_masks(list(masks), items[0].bucket)
-        return Batch(latents, self._text(accesses), weights, stacked, items, pixels)
+        return Batch(latents, self._text(uses), weights, stacked, items, pixels)
 
-    def _text(self, accesses: list[Access]) -> TextInputs:
+    def _text(self, uses: list[ItemUse]) -> TextInputs:
         if self._encoded.text_mode == "live":
-            return TextInputs(captions=[self._caption(access) for access in accesses])
-        entries = [self._rendering(access) for access in accesses]
+            return CaptionInputs([self._caption(use) for use in uses])
+        entries = [self._rendering(use) for use in uses]
         if self._encoded.text_mode == "context":
             return pad_contexts(entries)
         return pad_states(entries)
 
-    def _rendering(self, access: Access) -> TextEntry:
+    def _rendering(self, use: ItemUse) -> TextEntry:
         """One of the cached renderings of the caption, or the encoding of "" when it is dropped."""
-        encoded, index = self._encoded, access.item.index
-        if access.validation:
+        encoded, index = self._encoded, use.item.index
+        if use.validation:
             return encoded.validation_texts[index][0].get()
-        rng = access.rng("caption")
-        if captions.is_dropped(access.item.subset, rng, access.epoch):
+        rng = use.rng("caption")
+        if captions.is_dropped(use.item.subset, rng, use.epoch):
+            assert encoded.empty_text is not None
             return encoded.empty_text.get()
         variants = encoded.texts[index]
         return variants[rng.randrange(len(variants))].get()
 
-    def _caption(self, access: Access) -> str:
-        step, max_steps = self._optimizer_steps(access.epoch, access.step)
+    def _caption(self, use: ItemUse) -> str:
+        step, max_steps = self._optimizer_steps(use.epoch, use.step)
         return captions.render(
-            access.item.caption,
-            access.item.subset,
-            rng=access.rng("caption"),
-            epoch=access.epoch,
+            use.item.caption,
+            use.item.subset,
+            rng=use.rng("caption"),
+            epoch=use.epoch,
             step=step,
             max_steps=max_steps,
         )
 
     def _optimizer_steps(self, epoch: int, step: int) -> tuple[int, int]:
-        """Optimizer steps before a batch, and in the whole run: what token warm-up counts."""
+        """Optimizer steps before a batch, and in the run: what token warm-up counts."""
         options = self._options
         updates = -(-self._plan.batches_per_epoch // options.gradient_accumulation_steps)
         done = (epoch - 1) * updates + step // options.gradient_accumulation_steps
         epochs = options.max_train_epochs
         return done, epochs * updates if epochs else options.max_train_steps
 
-    def _latents(self, access: Access) -> Stored[LatentEntry]:
+    def _latents(self, use: ItemUse) -> Stored[LatentEntry]:
         encoded = self._encoded
-        if access.validation:
-            return encoded.validation_latents[access.item.index]
-        is_full = access.item.bucket == self._plan.items[access.item.index].bucket
-        return (encoded.latents if is_full else encoded.small_latents)[access.item.index]
+        if use.validation:
+            return encoded.validation_latents[use.item.index]
+        is_full = use.item.bucket == self._plan.items[use.item.index].bucket
+        return (encoded.latents if is_full else encoded.small_latents)[use.item.index]
 
 
-def pad_contexts(entries: list[TextEntry]) -> TextInputs:
+def smaller(uses: list[ItemUse], lowres: LowRes) -> list[ItemUse] | None:
+    """The same uses of the smaller pictures; None where they would be too small."""
+    items = [lowres.small_item(use.item) for use in uses]
+    small = [replace(a, item=i) for a, i in zip(uses, items, strict=True) if i is not None]
+    return small if len(small) == len(uses) else None
+
+
+def pad_contexts(entries: list[TextEntry]) -> ContextInputs:
     """Contexts [S_i, C] as [B, S, C] with S the longest, and the zero rows beyond it."""
-    length = max(len(entry.context) for entry in entries)
-    context = pad_rows([entry.context for entry in entries], length)
-    zero_keys = zero_key_counts([len(entry.context) for entry in entries])
-    return TextInputs(context=context, zero_keys=zero_keys)
+    contexts = [entry.context for entry in entries if entry.context is not None]
+    counts = [len(context) for context in contexts]
+    return ContextInputs(pad_rows(contexts, max(counts)), zero_key_counts(counts))
 
 
 def zero_key_counts(rows: list[int]) -> int | tuple[int, ...]:
@@ -280,15 +285,14 @@ def zero_key_counts(rows: list[int]) -> int | tuple[int, ...]:
         holds more zero rows than the text would have alone.
     """
     length = max(rows)
-    counts = tuple(max(PADDED_ROWS, own) - length for own in rows)
+    counts = tuple(max(TEXT_ROWS, own) - length for own in rows)
     return counts if len(set(counts)) > 1 else counts[0]
 
 
-def pad_states(entries: list[TextEntry]) -> TextInputs:
+def pad_states(entries: list[TextEntry]) -> StateInputs:
     """States [N_i, C] and T5 ids [S_i] padded to the longest (at least 1), with their masks."""
-    states, source_mask = _pad_masked([entry.source_states for entry in entries])
-    ids, mask = _pad_masked([entry.t5_ids for entry in entries])
-    return TextInputs(source_states=states, source_mask=source_mask, t5_ids=ids, t5_mask=mask)
+    states, source_mask = _pad_masked([e.source_states for e in entries])
+    return StateInputs(states, source_mask, *_pad_masked([e.t5_ids for e in entries]))
 
 
 def _pad_masked(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -311,7 +315,7 @@ def _stack_masks(masks: list[np.ndarray | None], size: tuple[int, int]) -> Tenso
 
 
 def _pin(holder: Batch | TextInputs) -> None:
-    """Page-lock the tensors, so that their copies to the card run beside the computation."""
+    """Page-lock the tensors, so that their copies to the card overlap the computation."""
     with NOT_WHILE_RECORDING:
         for name, value in vars(holder).items():
             if isinstance(value, Tensor):

@@ -6,7 +6,7 @@
 The key is a SHA-256 over everything that the contents depend on (image bytes, sizes, caption,
 model files, dtypes, `CACHE_VERSION`), so an edited image or caption gets a new file and nothing
 else does. The file's metadata repeats the key and names its origin. Only real text rows are stored.
-Where the files lie is decided in `cache_folders.py`.
+`cache_folders.py` decides where the files are.
 """
 
 from __future__ import annotations
@@ -16,23 +16,20 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
 from anima_fast import files
+from anima_fast.data.items import ImageItem
 from anima_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from anima_fast.data.items import ImageItem
+from anima_fast.models.vae import LATENT_CHANNELS, LATENT_SCALE
 
 # Part of every key: raise it when the way of encoding changes.
 CACHE_VERSION = 1
 LATENTS_FORMAT, TEXT_FORMAT = "anima_fast.latents", "anima_fast.text"
-# Image pixels per latent position, and channels of a latent.
-LATENT_SCALE, LATENT_CHANNELS = 8, 16
 
 T = TypeVar("T")
 
@@ -156,17 +153,17 @@ def model_identity(path: str | Path) -> str:
 
 
 def write_latents(path: Path, entry: LatentEntry, spec: LatentSpec, origin: dict[str, str]) -> None:
-    """Write a latent file; `origin` is what `inspect` tells about it (image name, sizes, VAE)."""
+    """Write a latent file; `origin` is what `inspect` shows (image name, sizes, VAE)."""
     _write(path, entry.tensors(), LATENTS_FORMAT, spec.key, origin)
 
 
 def write_text(path: Path, entry: TextEntry, key: str, origin: dict[str, str]) -> None:
-    """Write a text file; `origin` is what `inspect` tells about it (caption, encoder)."""
+    """Write a text file; `origin` is what `inspect` shows (caption, encoder)."""
     _write(path, entry.tensors(), TEXT_FORMAT, key, origin)
 
 
 def check_latents(path: Path, spec: LatentSpec) -> None:
-    """Raise `CacheError` unless the file's header is that of the wanted latents and it is whole."""
+    """Raise `CacheError` unless the file is complete and its header that of the wanted latents."""
     header = _checked_header(path, LATENTS_FORMAT, spec.key)
     for name, shape in spec.shapes().items():
         if header.get(name, {}).get("shape") != shape:
@@ -174,7 +171,7 @@ def check_latents(path: Path, spec: LatentSpec) -> None:
 
 
 def check_text(path: Path, key: str, form: str) -> None:
-    """Raise `CacheError` unless the file is whole and holds a text in `form` (context, states)."""
+    """Raise `CacheError` unless the file is complete and holds a text in that form."""
     header = _checked_header(path, TEXT_FORMAT, key)
     wanted = ("context",) if form == "context" else ("source_states", "t5_ids")
     if any(name not in header for name in wanted):

@@ -1,4 +1,4 @@
-"""Where cache files lie, and the index of image hashes beside them.
+"""Where cache files are, and the index of image hashes next to them.
 
 `cache_dir` when it is given, else `.anima_cache` in the image's folder. An image folder that cannot
 be written is served by `OUTPUT_DIR/cache`; what its own `.anima_cache` already holds is still used.
@@ -34,12 +34,12 @@ class CacheFolders:
         self._writable: dict[Path, Path] = {}
 
     def register(self, images: Iterable[Path]) -> None:
-        """Tell which images belong to the run, so that `find` looks beside all of them."""
+        """Register the images of the run, so that `find` looks next to all of them."""
         for image in images:
             self._folder(image)
 
     def find(self, name: str, image: Path, *, anywhere: bool = False) -> Path | None:
-        """The existing file of that name for an image; `anywhere` looks beside all images."""
+        """The existing file of that name for an image; `anywhere` looks next to all images."""
         folders = [self._folder(image)]
         if anywhere:
             folders += self._own.values()
@@ -125,7 +125,7 @@ def text_name(key: str) -> str:
 
 
 def printable(name: str) -> str:
-    """A file name as valid Unicode: bytes that are none (Linux allows them) become `_`."""
+    """A file name as valid Unicode: invalid bytes (Linux allows them) become `_`."""
     return "".join("_" if "\ud800" <= c <= "\udfff" else c for c in name)
 
 

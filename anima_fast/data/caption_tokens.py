@@ -2,7 +2,7 @@
 
 Anima's text has 512 rows. With `long_captions cut` what comes after them is not trained; with
 `whole` every token is encoded and the rows grow beyond 512, as ComfyUI does with a long prompt.
-Either way the user hears of it once, at the start.
+Either way the user is told once, at the start.
 """
 
 from __future__ import annotations
@@ -10,21 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from anima_fast.data import captions
+from anima_fast.data.items import ImageItem
 from anima_fast.data.layouts import some
+from anima_fast.models.dit_config import TEXT_ROWS
+from anima_fast.models.tokenizers import Tokenizers
+from anima_fast.options.data import CaptionOptions
 
-if TYPE_CHECKING:
-    from anima_fast.data.items import ImageItem
-    from anima_fast.models.tokenizers import Tokenizers
-    from anima_fast.options.run import TrainOptions
-
-# Rows of the text that Anima is trained with.
-ROWS = 512
 # Files that a message names.
 _NAMED = 10
-# Renderings do not depend on the run's seed: another seed shall not ask for new encodings.
+# Renderings do not depend on the run's seed: another seed should not need new encodings.
 _VARIANT_SEED = 0
 
 
@@ -58,7 +54,7 @@ class LongCaption:
 class CaptionTokens:
     """Token counts of all renderings of a run's captions.
 
-    limits: tokens of Qwen3 and T5 above which a caption is long. whole: it is not cut off there.
+    limits: tokens of Qwen3 and T5 above which a caption is long. whole: it is not cut off.
     """
 
     lengths: Mapping[str, Lengths]
@@ -83,7 +79,7 @@ class CaptionTokens:
         ]
 
 
-def renderings(items: Iterable[ImageItem], options: TrainOptions) -> list[list[str]]:
+def renderings(items: Iterable[ImageItem], options: CaptionOptions) -> list[list[str]]:
     """The texts of each item's caption that are encoded once; see `captions.variants`."""
     k = options.caption_variants
     return [captions.variants(item.caption, item.subset, k, _VARIANT_SEED) for item in items]
@@ -93,7 +89,9 @@ def count_tokens(
     items: Sequence[ImageItem],
     texts: Sequence[Sequence[str]],
     tokenizers: Tokenizers,
-    options: TrainOptions,
+    token_limits: tuple[int, int],
+    *,
+    whole: bool = False,
 ) -> CaptionTokens:
     """Count the tokens of every text.
 
@@ -101,13 +99,13 @@ def count_tokens(
         items: the images of the run.
         texts: the renderings of each item's caption; the longest of them counts.
         tokenizers: both tokenizers.
-        options: `long_captions` and the limits.
+        token_limits: tokens of Qwen3 and T5 after which a caption is cut off.
+        whole: captions are encoded whole; those above Anima's own rows count as long.
     """
     distinct = list(dict.fromkeys(text for rendered in texts for text in rendered))
     counts = zip(tokenizers.qwen_lengths(distinct), tokenizers.t5_lengths(distinct), strict=True)
     lengths = {text: Lengths(*pair) for text, pair in zip(distinct, counts, strict=True)}
-    whole = options.long_captions == "whole"
-    limits = (ROWS, ROWS) if whole else options.token_limits
+    limits = (TEXT_ROWS, TEXT_ROWS) if whole else token_limits
     long: dict[Path, LongCaption] = {}
     for item, rendered in zip(items, texts, strict=True):
         worst = max((lengths[text] for text in rendered), key=lambda one: one.beyond(limits))

@@ -1,6 +1,6 @@
-"""From the text beside an image to the prompt of one training step.
+"""From the text next to an image to the prompt of one training step.
 
-Order: choose the line; add prefix and suffix; drop the whole caption; resolve wildcards
+Order: choose the line; add prefix and suffix; drop the caption; resolve wildcards
 `{a|b}` (`{{` and `}}` are literal braces); then, on the tags between separators: warm-up (only the
 first tags early in training), shuffle, tag dropout; last, the secondary separator becomes the
 ordinary one. Tags before `keep_tokens_separator` (or the first `keep_tokens`) and after its second
@@ -8,7 +8,7 @@ occurrence keep their places.
 
 The rules are those of sd-scripts except in three points: prefix and suffix go around every line
 that can be chosen, not around the block of lines; `keep_tokens_separator` is always removed from
-the text, also when nothing is shuffled; and the parts that are not random apply with cached text
+the text, even when nothing is shuffled; and the parts that are not random apply with cached text
 outputs too. All randomness comes from the generator that is passed in.
 """
 
@@ -19,19 +19,16 @@ import random
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from anima_fast.data.seeding import seeded
-
-if TYPE_CHECKING:
-    from anima_fast.data.subset import Subset
+from anima_fast.data.subset import Subset
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 _NEWLINE = re.compile(r"\r\n|\r|\n")
 # Draws made in search of a new rendering before the search counts as exhausted.
 _TRIES = 20
 
-# Step and length of a token warm-up that is still going on.
+# Step and length of a token warm-up in progress.
 Warmup = tuple[int, float] | None
 
 
@@ -83,7 +80,7 @@ def render(
     step: int,
     max_steps: int,
 ) -> str:
-    """The prompt of one access.
+    """The prompt of one use of an image.
 
     Args:
         rng: the only source of randomness.
@@ -123,7 +120,7 @@ def variants(caption: Caption, subset: Subset, k: int, seed: int) -> list[str]:
 
 
 def is_dropped(subset: Subset, rng: random.Random, epoch: int) -> bool:
-    """Whether this access trains without a caption (epochs count from 1).
+    """Whether this use trains without a caption (epochs count from 1).
 
     Draws from `rng` only when `caption_dropout_rate` is above 0 and the epoch does not decide.
     """
@@ -161,8 +158,8 @@ def split_tags(text: str, subset: Subset) -> Tags:
     """
     keep = subset.keep_tokens_separator
     if keep and keep in text:
-        head, flexible, *tail = text.split(keep)
-        tail = subset.caption_separator.join(tail)
+        head, flexible, *rest = text.split(keep)
+        tail = subset.caption_separator.join(rest)
         return Tags(*([t for t in _cut(part, subset) if t] for part in (head, flexible, tail)))
     tags = _cut(text.strip(), subset)
     return Tags(tags[: subset.keep_tokens], tags[subset.keep_tokens :], [])

@@ -3,7 +3,7 @@
 A dataset file (TOML, or JSON of the same structure) has defaults in `[general]`, one
 `[[datasets]]` for each resolution and batch size, and in it one `[[datasets.subsets]]` for each
 folder or metadata file. A value is looked up in the order subset, dataset, general, command line,
-built-in default. `schema.py` says which keys exist.
+built-in default. `options/dataset_keys.py` says which keys exist.
 
 Without a file the same settings come from `train_data_dir` / `reg_data_dir` (folders named
 "N_class") or `in_json` (one metadata file).
@@ -11,37 +11,40 @@ Without a file the same settings come from `train_data_dir` / `reg_data_dir` (fo
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from anima_fast.data import layouts
 from anima_fast.data.buckets import TOKEN_PIXELS, adjust_limits, fit_defaults
 from anima_fast.data.subset import Dataset, Subset
 from anima_fast.errors import UserError
-from anima_fast.options.dataset_keys import KEYS, check_config, check_value
+from anima_fast.files import parse_config, read_text
+from anima_fast.options.dataset_keys import (
+    KEYS,
+    DatasetKeys,
+    SubsetKeys,
+    check_config,
+    check_value,
+)
+from anima_fast.options.declare import specs
+from anima_fast.options.rules import check_cacheable
 
-try:
-    import tomllib
-except ModuleNotFoundError:
-    import tomli as tomllib
 
-
-def option(options: object, name: str, default: object = None) -> object:
+def option(options: object, name: str, default: Any = None) -> Any:
     """An option's value, or `default` when it was not given (absent or None)."""
     value = getattr(options, name, None)
     return default if value is None else value
 
 
-def load_dataset_config(path: str | os.PathLike) -> dict:
+def load_dataset_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read and check a dataset file.
 
     Returns:
         {"general": {...}, "datasets": [{..., "subsets": [...]}]} with checked, normal values.
     Raises:
-        UserError: no such file, not TOML or JSON, or a key or value that the schema refuses.
+        UserError: no such file, not TOML or JSON, or a key or value that is refused.
     """
     path = Path(path)
     if path.is_dir():
@@ -49,17 +52,10 @@ def load_dataset_config(path: str | os.PathLike) -> dict:
             f"{path} is a folder, expected a dataset configuration (.toml or .json); folders named "
             "like '10_name' are read with --train_data_dir"
         )
-    parse = {".toml": tomllib.loads, ".json": json.loads}.get(path.suffix.lower())
-    if parse is None:
+    kind = {".toml": "TOML", ".json": "JSON"}.get(path.suffix.lower())
+    if kind is None:
         raise UserError(f"{path}: a dataset configuration is a .toml or a .json file: rename it")
-    text = layouts.read_text(path, "dataset configuration")
-    try:
-        config = parse(text)
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply for a dataset configuration") from None
-    except ValueError as error:
-        hint = "; write Windows paths in 'single quotes' or with /" if "\\" in text else ""
-        raise UserError(f"{path} is not valid {path.suffix[1:].upper()}: {error}{hint}") from None
+    config = parse_config(read_text(path, "dataset configuration"), path, kind)
     return check_config(config, path.name)
 
 
@@ -86,8 +82,8 @@ def resolve_datasets(options: object) -> tuple[list[Dataset], list[str]]:
     return datasets, notices
 
 
-def _config_of_folders(options: object, notices: list[str]) -> dict:
-    """The configuration that stands for the folder options."""
+def _config_of_folders(options: object, notices: list[str]) -> dict[str, Any]:
+    """The folder options as a configuration."""
     train_dir, in_json = option(options, "train_data_dir"), option(options, "in_json")
     masks = option(options, "conditioning_data_dir")
     shared = {"conditioning_data_dir": str(masks)} if masks else {}
@@ -112,31 +108,38 @@ def _config_of_folders(options: object, notices: list[str]) -> dict:
     return {"general": {}, "datasets": [{"subsets": subsets}]}
 
 
-def _lookup(name: str, levels: list[Mapping], options: object) -> object:
-    for level in levels:
-        if name in level:
-            return level[name]
-    key = KEYS[name]
-    value = option(options, key.option) if key.option else None
-    # An option that is switched off or left empty is the same as one not given.
-    if value is None or value == "" or value is False:
-        return key.default
-    return check_value(key, value, f"--{key.option}")
+def _lookup(cls: type, levels: Sequence[Mapping[str, Any]], options: object) -> dict[str, Any]:
+    """The value of each key: from the first level that has it, else the option's or the default."""
+    values = {}
+    for name, spec in specs(cls).items():
+        level = next((level for level in levels if name in level), None)
+        given = option(options, KEYS[name].option)
+        if level is not None:
+            values[name] = level[name]
+        # An option that is switched off or left empty is the same as one not given.
+        elif given is None or given == "" or given is False:
+            values[name] = spec.default
+        else:
+            values[name] = check_value(KEYS[name], given, f"--{KEYS[name].option}")
+    return values
 
 
 def _resolve_dataset(
-    index: int, entry: Mapping, general: Mapping, options: object, notices: list[str]
+    index: int,
+    entry: Mapping[str, Any],
+    general: Mapping[str, Any],
+    options: object,
+    notices: list[str],
 ) -> Dataset:
     where = f"datasets[{index}]"
-    names = [f.name for f in fields(Dataset) if f.name in KEYS]
-    values = {name: _lookup(name, [entry, general], options) for name in names}
+    values = _lookup(DatasetKeys, [entry, general], options)
     if values["resolution"] is None:
         raise UserError(
             f"{where}: resolution is missing: add `resolution = 1024` to [general] or "
             "[[datasets]], or give --resolution=1024"
         )
     if values["enable_bucket"]:
-        given = {n for n in names if n in entry or n in general or _is_set(n, options)}
+        given = {n for n in values if n in entry or n in general or _is_set(n, options)}
         notices += fit_defaults(values, given, where)
         limits = values["min_bucket_reso"], values["max_bucket_reso"], values["bucket_reso_steps"]
         low, high, changes = adjust_limits(values["resolution"], *limits, where)
@@ -148,7 +151,7 @@ def _resolve_dataset(
             "both sides: change it or set enable_bucket = true"
         )
     subsets = [
-        _resolve_subset(index, j, subset, [subset, entry, general], options)
+        _resolve_subset(index, j, [subset, entry, general], options)
         for j, subset in enumerate(entry["subsets"])
     ]
     if len({subset.metadata_file is None for subset in subsets}) > 1:
@@ -163,15 +166,13 @@ def _resolve_dataset(
 def _is_set(name: str, options: object) -> bool:
     """Whether the command line gives a key a value other than its default."""
     key = KEYS[name]
-    return bool(key.option) and option(options, key.option, key.default) != key.default
+    return option(options, key.option, key.spec.default) != key.spec.default
 
 
 def _resolve_subset(
-    dataset_index: int, index: int, own: Mapping, levels: list[Mapping], options: object
+    dataset_index: int, index: int, levels: Sequence[Mapping[str, Any]], options: object
 ) -> Subset:
-    names = [f.name for f in fields(Subset) if f.name in KEYS]
-    values = {name: _lookup(name, levels, options) for name in names}
-    values["custom_attributes"] = values["custom_attributes"] or {}
+    values = _lookup(SubsetKeys, levels, options)
     subset = Subset(index=index, dataset_index=dataset_index, **values)
     if subset.image_dir is None and subset.metadata_file is None:
         raise UserError(
@@ -190,34 +191,25 @@ def _check_subset(subset: Subset, options: object) -> None:
             f"{subset.where}: caption_extension {extension!r} is not the end of a file name: use "
             "'.txt' or '.caption'"
         )
-    for name in ("color_aug", "random_crop"):
-        if getattr(subset, name) and caches_latents(options):
-            raise UserError(
-                f"{subset.where}: {name} changes the pixels at every use and cannot be combined "
-                f"with cache_latents: remove {name} or cache_latents"
-            )
-    caches_text = option(options, "cache_text_encoder_outputs", False) or option(
-        options, "cache_text_encoder_outputs_to_disk", False
+    text = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
+    check_cacheable(
+        vars(subset),
+        latents=caches_latents(options),
+        text=any(option(options, name) for name in text),
+        place=f"{subset.where}: ",
     )
-    if subset.token_warmup_step > 0 and caches_text:
-        raise UserError(
-            f"{subset.where}: token_warmup_step needs captions that are encoded while training: "
-            "remove token_warmup_step or cache_text_encoder_outputs"
-        )
 
 
 def caches_latents(options: object) -> bool:
     """Whether either latent cache is asked for."""
-    return bool(
-        option(options, "cache_latents", False) or option(options, "cache_latents_to_disk", False)
-    )
+    return any(option(options, name) for name in ("cache_latents", "cache_latents_to_disk"))
 
 
 def _without_duplicates(subsets: list[Subset], where: str, notices: list[str]) -> list[Subset]:
-    """Drop what the same dataset already has (folder or metadata file) and subsets of 0 repeats."""
+    """Drop subsets whose folder or metadata file came before, and those of 0 repeats."""
     seen, kept = set(), []
     for subset in subsets:
-        source = subset.metadata_file or subset.image_dir
+        source = subset.metadata_file or subset.image_dir or ""
         name = os.path.normcase(os.path.abspath(source.replace("\0", "?")))
         if name in seen:
             notices.append(f"{where}: {source} is named twice: its second subset is ignored")

@@ -1,17 +1,17 @@
 """Encode once: images to latents, captions to text context, before the DiT is loaded.
 
-`encode_dataset` names the captions that are too long and then runs two phases one after the other,
-each with its own models, so that the VAE and the text encoder are never in memory together and
-neither is there when training starts. Both phases leave a cache on the disk (see `cache.py`),
-whichever flag turned them on; the `_to_disk` flags say only that entries are read from it for every
-batch instead of staying in memory.
+`encode_dataset` reports captions that are too long and then runs two phases one after the other,
+each with its own models, so that the VAE and the text encoder are never in memory together and both
+are gone when training starts. Both phases leave a cache on disk (see `cache.py`), whichever flag
+turned them on; with the `_to_disk` flags entries are also read from it for every batch instead of
+staying in memory.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,12 +22,10 @@ from anima_fast.data.dataset_config import caches_latents
 from anima_fast.data.encode_latents import LatentPhase
 from anima_fast.data.encode_models import load_run_tokenizers
 from anima_fast.data.encode_text import TextPhase
-from anima_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from anima_fast.data.items import DatasetPlan, ImageItem
-    from anima_fast.data.lowres import LowRes
-    from anima_fast.options.run import TrainOptions
+from anima_fast.data.items import DatasetPlan
+from anima_fast.data.lowres import LowRes
+from anima_fast.options.data import CacheOptions
+from anima_fast.options.run import TrainOptions
 
 Texts = list[tuple[Stored[TextEntry], ...]]
 
@@ -85,7 +83,9 @@ def encode_dataset(
     items = [*plan.items, *plan.validation_items]
     count = len(plan.items)
     tokenizers, texts = load_run_tokenizers(options), renderings(items, options)
-    tokens = count_tokens(items, texts, tokenizers, options)
+    tokens = count_tokens(
+        items, texts, tokenizers, options.token_limits, whole=options.long_captions == "whole"
+    )
     encoded = EncodedDataset(choose_image_mode(options), choose_text_mode(options), device, tokens)
 
     def report(text: str) -> None:
@@ -98,26 +98,33 @@ def encode_dataset(
     folders = CacheFolders(options.cache_dir, options.output_dir, report)
     folders.register(item.path for item in items)
     if encoded.image_mode == "cached":
-        check_images_cacheable(items)
-        latents = LatentPhase(options, folders, device, vae_dtype, report).run(items)
+        threads = max(1, min(options.max_data_loader_n_workers, os.cpu_count() or 1))
+        phase = LatentPhase(options, options, folders, device, vae_dtype, report, threads)
+        latents = phase.run(items)
         encoded.latents, encoded.validation_latents = latents[:count], latents[count:]
         if lowres is not None:
             small = [s for item in plan.items if (s := lowres.small_item(item)) is not None]
             # Files of sd-scripts hold the full size.
-            phase = LatentPhase(options, folders, device, vae_dtype, report, legacy=False)
-            entries = phase.run(small)
-            encoded.small_latents = {s.index: e for s, e in zip(small, entries, strict=True)}
+            found = zip(small, replace(phase, legacy=False).run(small), strict=True)
+            encoded.small_latents = {item.index: entry for item, entry in found}
     if encoded.text_mode != "live":
-        check_texts_cacheable(items)
-        phase = TextPhase(
-            options, tokenizers, tokens, folders, device, text_dtype, encoded.text_mode, report
-        )
-        entries, encoded.empty_text = phase.run(items, texts)
+        entries, encoded.empty_text = TextPhase(
+            models=options,
+            caches=options,
+            tokenizers=tokenizers,
+            tokens=tokens,
+            token_limits=options.token_limits,
+            folders=folders,
+            device=device,
+            dtype=text_dtype,
+            form=encoded.text_mode,
+            say=report,
+        ).run(items, texts)
         encoded.texts, encoded.validation_texts = entries[:count], entries[count:]
     return encoded
 
 
-def choose_image_mode(options: TrainOptions) -> str:
+def choose_image_mode(options: CacheOptions) -> str:
     """ "cached" with either latent cache flag, else "live"."""
     return "cached" if caches_latents(options) else "live"
 
@@ -128,24 +135,3 @@ def choose_text_mode(options: TrainOptions) -> str:
     if not cached:
         return "live"
     return "states" if options.trains_llm_adapter else "context"
-
-
-def check_images_cacheable(items: list[ImageItem]) -> None:
-    """`UserError` when a subset wants other pixels at every access."""
-    for item in items:
-        for name in ("color_aug", "random_crop"):
-            if getattr(item.subset, name):
-                raise UserError(
-                    f"{item.subset.where}: {name} changes images at every access, so it cannot "
-                    "work with cached latents: remove it or cache_latents"
-                )
-
-
-def check_texts_cacheable(items: list[ImageItem]) -> None:
-    """`UserError` when captions depend on the step."""
-    for item in items:
-        if item.subset.token_warmup_step > 0:
-            raise UserError(
-                f"{item.subset.where}: token_warmup_step changes captions with every step, so it "
-                "cannot work with cached text outputs: remove it or cache_text_encoder_outputs"
-            )

@@ -1,20 +1,19 @@
 """The latent phase: every image of the run as a latent cache file.
 
 Images whose file is missing or unusable are grouped by bucket and encoded in batches; threads
-decode the next images meanwhile. Each image is written as soon as its batch is done, so an
+decode the next images in the meantime. Each image is written as soon as its batch is done, so an
 interrupted run continues where it stopped. The VAE is loaded only when something is missing, and
 freed.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,15 +21,14 @@ from anima_fast.data import cache, images, legacy_cache
 from anima_fast.data.cache import CacheError, LatentEntry, LatentSpec, Stored
 from anima_fast.data.cache_folders import CacheFolders, FileHashes, latent_name, printable
 from anima_fast.data.encode_models import Decoded, LatentEncoder
-from anima_fast.data.encode_progress import EncodeProgress
+from anima_fast.data.items import ImageItem
 from anima_fast.data.layouts import some
 from anima_fast.errors import UserError
+from anima_fast.models.model_files import given
+from anima_fast.options.data import CacheOptions, ModelOptions
+from anima_fast.progress import ItemProgress
 
-if TYPE_CHECKING:
-    from anima_fast.data.items import ImageItem
-    from anima_fast.options.run import TrainOptions
-
-# So many failed images mean that the VAE is at fault, not the images.
+# That many failures mean that the VAE is at fault, not the images.
 _MAX_FAILURES = 8
 
 
@@ -47,14 +45,16 @@ class LatentJob:
 class LatentPhase:
     """Turns items into cache entries. `dtype` is the VAE's; latents are always kept in fp32.
 
-    `legacy`: whether files of sd-scripts are looked for.
+    `threads` read images; `legacy`: whether files of sd-scripts are looked for.
     """
 
-    options: TrainOptions
+    models: ModelOptions
+    caches: CacheOptions
     folders: CacheFolders
     device: torch.device
     dtype: torch.dtype
     say: Callable[[str], None]
+    threads: int = 1
     legacy: bool = True
 
     def run(self, items: Sequence[ImageItem]) -> list[Stored[LatentEntry]]:
@@ -71,14 +71,9 @@ class LatentPhase:
         return [legacy[i] if i in legacy else stored[next(found).path] for i in range(len(items))]
 
     @property
-    def threads(self) -> int:
-        """Threads that read images; `max_data_loader_n_workers`, at most one for each core."""
-        return max(1, min(self.options.max_data_loader_n_workers, os.cpu_count() or 1))
-
-    @property
     def keep(self) -> bool:
         """Latents stay in memory, instead of being read for every batch."""
-        return not self.options.cache_latents_to_disk
+        return not self.caches.cache_latents_to_disk
 
     def _legacy(self, items: Sequence[ImageItem]) -> dict[int, Stored[LatentEntry]]:
         found: dict[int, Stored[LatentEntry]] = {}
@@ -89,7 +84,7 @@ class LatentPhase:
             if item.is_turned or not path.is_file():
                 continue
             entry = None
-            if self.keep or not self.options.skip_cache_check:
+            if self.keep or not self.caches.skip_cache_check:
                 try:
                     entry = legacy_cache.read_latents(path, item)
                 except CacheError as error:
@@ -97,7 +92,7 @@ class LatentPhase:
                     continue
             found[i] = Stored(
                 path,
-                lambda path, item=item: legacy_cache.read_latents(path, item),
+                partial(legacy_cache.read_latents, item=item),
                 entry if self.keep else None,
             )
             if item.path.stat().st_mtime > path.stat().st_mtime:
@@ -110,16 +105,16 @@ class LatentPhase:
             changed = f", {len(newer)} images are newer ({some(newer)})" if newer else ""
             self.say(
                 f"{count} latents are used from *_anima.npz files, which do not show whether image "
-                f"or VAE have changed{changed}: delete those that shall be encoded afresh"
+                f"or VAE have changed{changed}: delete those that should be encoded again"
             )
         if unusable:
-            self.say(f"{len(unusable)} latent files are encoded anew ({some(unusable)})")
+            self.say(f"{len(unusable)} latent files are encoded again ({some(unusable)})")
 
     def _jobs(self, items: list[ImageItem]) -> list[LatentJob]:
         if not items:
             return []
         hashes = FileHashes(self.folders).many([item.path for item in items], self.threads)
-        vae = cache.model_identity(self.options.vae)
+        vae = cache.model_identity(given(self.models.vae, "vae"))
         jobs = []
         for item in items:
             spec = cache.latent_spec(
@@ -143,24 +138,26 @@ class LatentPhase:
                 missing[job.path] = job
                 continue
             try:
-                if not self.options.skip_cache_check:
+                if not self.caches.skip_cache_check:
                     cache.check_latents(job.path, job.spec)
                 value = cache.read_latents(job.path) if self.keep else None
                 stored[job.path] = Stored(job.path, cache.read_latents, value)
             except CacheError as error:
-                self.say(f"cache file {job.path} cannot be used ({error}): encoded anew")
+                self.say(f"cache file {job.path} cannot be used ({error}): encoded again")
                 # What is found in a folder that cannot be written is replaced elsewhere.
                 path = self.folders.place(job.path.name, job.item.path)
                 missing[job.path] = replace(job, path=path)
         return stored, list(missing.values())
 
     def _encode(self, missing: list[LatentJob]) -> dict[Path, Stored[LatentEntry]]:
-        encoder = LatentEncoder(self.options, self.device, self.dtype)
+        encoder = LatentEncoder(
+            self.models, self.device, self.dtype, keep_cached=self.caches.highvram
+        )
         stored: dict[Path, Stored[LatentEntry]] = {}
         failed: list[str] = []
-        batches = batches_by_bucket(missing, self.options.vae_batch_size)
-        origin = {"vae": Path(self.options.vae).name, "dtype": str(self.dtype)}
-        with EncodeProgress("encoding images", len(missing), "images", self.say) as progress:
+        batches = batches_by_bucket(missing, self.caches.vae_batch_size)
+        origin = {"vae": Path(given(self.models.vae, "vae")).name, "dtype": str(self.dtype)}
+        with ItemProgress("encoding images", len(missing), "images", self.say) as progress:
             try:
                 for jobs, decoded in decode_ahead(batches, self.threads):
                     entries = encoder.encode(decoded, [job.spec.flip for job in jobs])
@@ -185,7 +182,7 @@ class LatentPhase:
 
 
 def batches_by_bucket(jobs: Sequence[LatentJob], size: int) -> list[list[LatentJob]]:
-    """Jobs in batches of one bucket each, large buckets first, so a lack of memory shows early."""
+    """Jobs in batches of one bucket each, large buckets first: a lack of memory shows early."""
     buckets: dict[tuple[int, int], list[LatentJob]] = {}
     for job in jobs:
         buckets.setdefault(job.spec.size, []).append(job)
@@ -205,7 +202,7 @@ def decode_ahead(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         while True:
-            # The batch that is handed out next does not count as ahead.
+            # The batch handed out next does not count as ahead.
             while sum(len(jobs) for jobs, _ in list(waiting)[1:]) < threads:
                 jobs = next(upcoming, None)
                 if jobs is None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,16 +21,16 @@ from torch import Tensor
 from anima_fast.data import cache, legacy_cache
 from anima_fast.data.cache import CacheError, Stored, TextEntry
 from anima_fast.data.cache_folders import CacheFolders, FileHashes, text_name
-from anima_fast.data.caption_tokens import ROWS, CaptionTokens
+from anima_fast.data.caption_tokens import CaptionTokens
 from anima_fast.data.encode_models import TextModels, adapter_path, source_width
-from anima_fast.data.encode_progress import EncodeProgress
+from anima_fast.data.items import ImageItem
 from anima_fast.data.layouts import some
 from anima_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from anima_fast.data.items import ImageItem
-    from anima_fast.models.tokenizers import TokenBatch, Tokenizers
-    from anima_fast.options.run import TrainOptions
+from anima_fast.models.dit_config import TEXT_ROWS
+from anima_fast.models.model_files import given
+from anima_fast.models.tokenizers import TokenBatch, Tokenizers
+from anima_fast.options.data import CacheOptions, ModelOptions
+from anima_fast.progress import ItemProgress
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,16 @@ class TextJob:
 
 @dataclass
 class TextPhase:
-    """Turns captions into cache entries of one form, in `dtype`."""
+    """Turns captions into cache entries of one form, in `dtype`.
 
-    options: TrainOptions
+    `token_limits`: tokens of Qwen3 and T5 after which a caption is cut off.
+    """
+
+    models: ModelOptions
+    caches: CacheOptions
     tokenizers: Tokenizers
     tokens: CaptionTokens
+    token_limits: tuple[int, int]
     folders: CacheFolders
     device: torch.device
     dtype: torch.dtype
@@ -69,7 +73,7 @@ class TextPhase:
         written.
         """
         self._parts = self._key_parts()
-        # Each text once, with the image beside which its file lies.
+        # Each text once, with the image whose folder holds its file.
         owners: dict[str, ImageItem] = {"": items[0]}
         single: dict[str, list[Path]] = {}
         for item, variants in zip(items, texts, strict=True):
@@ -81,32 +85,31 @@ class TextPhase:
         self._say_legacy()
         if missing:
             largest = max(item.dataset.batch_size for item in items)
-            stored |= self._encode(missing, self.options.text_encoder_batch_size or largest)
+            stored |= self._encode(missing, self.caches.text_encoder_batch_size or largest)
         return [tuple(stored[t] for t in variants) for variants in texts], stored[""]
 
     @property
     def keep(self) -> bool:
         """Encodings stay in memory, instead of being read for every batch."""
-        return not self.options.cache_text_encoder_outputs_to_disk
+        return not self.caches.cache_text_encoder_outputs_to_disk
 
     def _key_parts(self) -> dict[str, object]:
-        options = self.options
-        parts = {
+        parts: dict[str, object] = {
             "kind": "text",
             "form": self.form,
             "tokenizers": self.tokenizers.identity,
-            "encoder": cache.model_identity(options.qwen3),
+            "encoder": cache.model_identity(given(self.models.qwen3, "qwen3")),
             "dtype": str(self.dtype),
         }
         if self.form == "context":
-            parts["adapter"] = cache.model_identity(adapter_path(options))
+            parts["adapter"] = cache.model_identity(adapter_path(self.models))
         return parts
 
     def _key(self, text: str, **other: object) -> str:
         """Key of a text's file; `other` replaces parts."""
         lengths = self.tokens.lengths.get(text)
-        short = self.tokens.whole and (lengths is None or lengths.longest <= ROWS)
-        limits = [ROWS, ROWS] if short else list(self.options.token_limits)
+        short = self.tokens.whole and (lengths is None or lengths.longest <= TEXT_ROWS)
+        limits = [TEXT_ROWS, TEXT_ROWS] if short else list(self.token_limits)
         return cache.digest({**self._parts, "lengths": limits, "text": text, **other})
 
     def _look_up(
@@ -138,12 +141,12 @@ class TextPhase:
         if path is None:
             return None
         try:
-            if not self.options.skip_cache_check:
+            if not self.caches.skip_cache_check:
                 cache.check_text(path, key, self.form)
             value = cache.read_text(path) if self.keep else None
             return Stored(path, cache.read_text, value)
         except CacheError as error:
-            self.say(f"cache file {path} cannot be used ({error}): encoded anew")
+            self.say(f"cache file {path} cannot be used ({error}): encoded again")
             return None
 
     def _from_legacy(
@@ -160,19 +163,22 @@ class TextPhase:
                 except CacheError as error:
                     self._stale.append(f"{path.name}: {error}")
                     continue
-                entry = TextJob(text, key, self.folders.place(text_name(key), path), legacy)
+                place = self.folders.place(text_name(key), path)
+                self._legacy_used += 1
+                return TextJob(text, key, place, legacy)
             self._legacy_used += 1
             return entry
         return None
 
     def _compare(self, text: str, legacy: TextEntry, count: int) -> None:
+        assert legacy.t5_ids is not None and legacy.source_states is not None
         tokens = self._tokens([text])
         same_ids = torch.equal(tokens.t5_ids[0][tokens.t5_mask[0].bool()], legacy.t5_ids)
         # T5 knows no Chinese or Japanese; the count of Qwen3 tokens shows more edits there.
         if not same_ids or int(tokens.qwen_mask.sum()) != count:
-            is_cut = len(legacy.t5_ids) >= ROWS and tokens.t5_ids.shape[1] > len(legacy.t5_ids)
+            is_cut = len(legacy.t5_ids) >= TEXT_ROWS and tokens.t5_ids.shape[1] > len(legacy.t5_ids)
             raise CacheError("cut off at 512 tokens" if is_cut else "made from another caption")
-        if legacy.source_states.shape[1] != source_width(self.options):
+        if legacy.source_states.shape[1] != source_width(self.models):
             raise CacheError("made by another text encoder")
 
     def _say_legacy(self) -> None:
@@ -182,12 +188,12 @@ class TextPhase:
                 "not show whether the text encoder has changed"
             )
         if self._stale:
-            self.say(f"{len(self._stale)} text files are encoded anew ({some(self._stale)})")
+            self.say(f"{len(self._stale)} text files are encoded again ({some(self._stale)})")
 
     def _encode(self, missing: list[TextJob], size: int) -> dict[str, Stored[TextEntry]]:
-        models = TextModels(self.options, self.device, self.dtype)
+        models = TextModels(self.models, self.device, self.dtype, keep_cached=self.caches.highvram)
         stored = {}
-        with EncodeProgress("encoding captions", len(missing), "captions", self.say) as progress:
+        with ItemProgress("encoding captions", len(missing), "captions", self.say) as progress:
             try:
                 for jobs in self._batches(missing, size):
                     entries = self._encode_batch(jobs, models)
@@ -219,8 +225,8 @@ class TextPhase:
         tokens = self._tokens([job.text for job in jobs])
         mask = tokens.qwen_mask.to(self.device)
         try:
-            if jobs[0].legacy is not None:
-                rows = [job.legacy.source_states for job in jobs]
+            rows = [job.legacy.source_states for job in jobs if job.legacy is not None]
+            if rows:
                 states = pad_rows(rows, mask.shape[1]).to(self.device, self.dtype)
             else:
                 states = models.encoder()(tokens.qwen_ids.to(self.device), mask)
@@ -255,11 +261,15 @@ class TextPhase:
         lengths = self.tokens.lengths.get(text)
         return 0 if lengths is None else lengths.qwen
 
+    @property
+    def _encoder_name(self) -> str:
+        return Path(given(self.models.qwen3, "qwen3")).name
+
     def _tokens(self, texts: list[str]) -> TokenBatch:
-        return self.tokenizers.encode(texts, *self.options.token_limits)
+        return self.tokenizers.encode(texts, *self.token_limits)
 
     def _origin(self, job: TextJob) -> dict[str, str]:
-        source = "sd-scripts cache" if job.legacy is not None else Path(self.options.qwen3).name
+        source = "sd-scripts cache" if job.legacy is not None else self._encoder_name
         return {"form": self.form, "caption": job.text, "encoder": source, "dtype": str(self.dtype)}
 
 

@@ -1,4 +1,4 @@
-"""Problems that a plan shows by itself, without decoding a pixel."""
+"""Problems that a plan shows without decoding a pixel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from anima_fast.data.caption_tokens import CaptionTokens
     from anima_fast.data.items import ImageItem
 
-# Enlarged by more than this, an image is soft; a crop that takes more than this share is named.
+# Enlarged by more than this, an image is soft; a crop that removes more than this share is named.
 MOST_SCALE, MOST_LOST = 1.25, 0.2
 
 
@@ -23,7 +23,7 @@ def scale(item: ImageItem) -> float:
 
 
 def lost(item: ImageItem) -> float:
-    """The share of an image that the crop to its bucket takes away."""
+    """The share of an image that the crop to its bucket removes."""
     return max(0.0, 1 - math.prod(item.bucket) / math.prod(item.resized))
 
 
@@ -32,17 +32,8 @@ def has_no_caption(item: ImageItem) -> bool:
     return item.caption.file is None and item.subset.metadata_file is None
 
 
-def crop_box(item: ImageItem) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of what a centre crop keeps, as shares of the image's sides."""
-    box = []
-    for i in (0, 1):
-        start = (item.resized[i] - item.bucket[i]) // 2
-        box.append((start / item.resized[i], (start + item.bucket[i]) / item.resized[i]))
-    return box[0][0], box[1][0], box[0][1], box[1][1]
-
-
 def plan_problems(items: Iterable[ImageItem], tokens: CaptionTokens | None) -> list[Problem]:
-    """What the images' headers and captions show, each file once for each kind.
+    """What the images' headers and captions show, each file once per kind.
 
     Args:
         items: training and validation images.

@@ -1,7 +1,7 @@
 """`dataset.json` in the output folder: the dataset of a run in numbers, for `anima-fast watch`.
 
-Written when training starts, from the plan alone. Lists of files are capped; beside each stands the
-whole count under its name with `_total`.
+Written when training starts, from the plan alone. Lists of files are capped; each
+comes with the full count under its name plus `_total`.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 Only Pillow decodes. An RGBA image loses its alpha without compositing and EXIF rotation is not
 applied unless the subset asks for it: both as sd-scripts does, so that buckets and caches agree
-with it. The first frame of an
-animation counts. All functions are safe to call from threads; nothing is kept between calls.
+with it. The first frame of an animation counts. All functions are safe to call from threads;
+nothing is kept between calls.
 
-`flip_aug` is not applied here: mirrored latents are encoded beside the plain ones, by flipping the
+`flip_aug` is not applied here: mirrored latents are encoded next to the plain ones, by flipping the
 pixels along their last axis.
 """
 
@@ -18,16 +18,13 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from anima_fast.data.items import ImageItem
 from anima_fast.data.resampling import resize
 from anima_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from anima_fast.data.items import ImageItem
 
 MAX_PIXELS = 200_000_000
 # Pillow warns above this number and refuses above its double. The check in `opened` refuses from
@@ -63,7 +60,7 @@ class Header:
 
     @property
     def upright_size(self) -> tuple[int, int]:
-        """(width, height) after it."""
+        """(width, height) after that rotation."""
         return self.size[::-1] if 5 <= self.orientation <= 8 else self.size
 
 
@@ -186,8 +183,10 @@ def augment_color(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
 def face_box(stem: str) -> tuple[int, int, int, int] | None:
     """Centre x, centre y, width, height of a face, from a stem that ends in `_cx_cy_w_h`."""
     match = _FACE_BOX.search(stem)
-    box = tuple(int(group) for group in match.groups()) if match else None
-    return box if box and box[2] > 0 and box[3] > 0 else None
+    if match is None:
+        return None
+    x, y, width, height = (int(group) for group in match.groups())
+    return (x, y, width, height) if width > 0 and height > 0 else None
 
 
 @dataclass(frozen=True)
@@ -209,10 +208,10 @@ class _Cut:
 
 
 def _plan_cut(item: ImageItem, rng: random.Random | None) -> _Cut:
-    subset = item.subset
-    face = face_box(item.path.stem) if rng is not None and subset.face_crop_aug_range else None
-    if face is not None:
-        box = _face_crop(item.size, item.bucket, face, rng.uniform(*subset.face_crop_aug_range))
+    subset, scales = item.subset, item.subset.face_crop_aug_range
+    face = face_box(item.path.stem)
+    if rng is not None and scales and face is not None:
+        box = _face_crop(item.size, item.bucket, face, rng.uniform(*scales))
         return _Cut(box, item.bucket, 0, 0)
     spare_x, spare_y = (item.resized[i] - item.bucket[i] for i in (0, 1))
     if rng is not None and subset.random_crop:

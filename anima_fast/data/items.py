@@ -1,4 +1,4 @@
-"""The images of a run, and the order of its batches."""
+"""The images of a run and the order of its batches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ImageItem:
 
 @dataclass
 class DatasetPlan:
-    """All images of a run and how they form batches; see the module docstring."""
+    """All images of a run and how they form batches (data/plan.py makes it)."""
 
     items: list[ImageItem]
     validation_items: list[ImageItem]
@@ -81,12 +81,6 @@ class DatasetPlan:
         """The validation images in fixed batches, as indices into `validation_items`."""
         groups = _group(self.validation_items)
         return [batch for size, uses in groups for batch in _cut(uses, size)]
-
-    def summary(self) -> dict:
-        """What the metadata of a trained file tells about the data; see `data/summary.py`."""
-        from anima_fast.data.summary import summarise
-
-        return summarise(self)
 
     @cached_property
     def _buckets(self) -> list[tuple[int, list[int]]]:

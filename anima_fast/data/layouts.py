@@ -1,6 +1,6 @@
-"""Where images and captions lie: "N_class" folders, caption files, metadata files, mask folders.
+"""Where images and captions are: "N_class" folders, caption files, metadata files, mask folders.
 
-Images lie directly in their folder. A caption is a text file with the image's stem; a metadata
+Images are directly in their folder. A caption is a text file with the image's stem; a metadata
 file (.json or .jsonl) holds the captions of many images instead. Everything is UTF-8.
 """
 
@@ -18,6 +18,7 @@ from PIL import Image, features
 from anima_fast.data.captions import Caption
 from anima_fast.data.problems import Problem
 from anima_fast.errors import UserError
+from anima_fast.files import read_text
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PLUGIN_EXTENSIONS = {".avif": "pillow-avif-plugin", ".jxl": "pillow-jxl-plugin"}
@@ -36,22 +37,6 @@ def some(names: list, limit: int = 3) -> str:
     """The first few names of a list, for messages."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(str(name) for name in names[:limit]) + more
-
-
-def read_text(path: str | os.PathLike, what: str) -> str:
-    """A UTF-8 text file without its byte-order mark; `UserError` naming the file otherwise."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise UserError(f"{what} {path} does not exist: check the path") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{what} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {what} {path}: {reason}") from None
 
 
 @functools.cache
@@ -78,7 +63,7 @@ def list_images(folder: str | os.PathLike, notices: list[str]) -> list[Path]:
         base = "" if os.path.isabs(folder) else f" in {os.getcwd()}, which it is relative to"
         raise UserError(f"image_dir {str(folder)!r} {kind}{base}: check the path")
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+        names = sorted(entry.name for entry in os.scandir(Path(folder)) if entry.is_file())
     except OSError as error:
         raise UserError(f"cannot list image_dir {folder}: {error.strerror or error}") from None
     # Hidden files are leftovers of file managers ("._name.jpg"), not images.
@@ -134,7 +119,7 @@ def read_captioned_folder(
         extension: of the caption files; None means ".txt", then ".caption".
         class_tokens: caption of images without one; None makes a missing caption an error.
         where: the subset's place, for messages.
-        problems: gets what is wrong with single files, which raises when it is None.
+        problems: collects what is wrong with single files; None raises instead.
     """
     listing, missing, empty = Listing(), [], []
     for path in list_images(image_dir, listing.notices):
@@ -153,7 +138,7 @@ def read_captioned_folder(
         names = some([path.name for path in missing])
         raise UserError(
             f"{where}: {len(missing)} images in {image_dir} have no caption ({names}): add "
-            f"a {wanted} file beside each, or set class_tokens to the caption of such images "
+            f"a {wanted} file next to each, or set class_tokens to the caption of such images "
             '(class_tokens = "" trains them without a caption)'
         )
     if empty and problems is None:
@@ -180,9 +165,8 @@ def caption_file(image: Path, extension: str | None) -> Path | None:
 
     The stem without its last four "_" parts (a face box, see `images.face_box`) is tried second.
     """
-    if extension is None:
-        extensions = DEFAULT_CAPTION_EXTENSIONS
-    else:
+    extensions: tuple[str, ...] = DEFAULT_CAPTION_EXTENSIONS
+    if extension is not None:
         extensions = (extension if extension.startswith(".") else "." + extension,)
     stems = [image.stem]
     parts = image.stem.split("_")
@@ -225,7 +209,8 @@ def read_metadata_file(
     checked for their type only: the image's own header decides. A missing image goes to `problems`,
     or raises `UserError` when that is None.
     """
-    listing, folders, missing = Listing(), {}, []
+    listing, missing = Listing(), []
+    folders: dict[str, dict[str, Path]] = {}
     for key, entry in _metadata_entries(path):
         caption, tags = entry.get("caption"), entry.get("tags")
         if not all(t is None or isinstance(t, str) for t in (caption, tags)):
@@ -259,13 +244,14 @@ def _metadata_entries(path: str) -> list[tuple[str, dict]]:
     try:
         if is_lines:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-            pairs = [(r.get("image_path") if isinstance(r, dict) else None, r) for r in rows]
+            found = [(r.get("image_path") if isinstance(r, dict) else None, r) for r in rows]
         else:
             data = json.loads(text)
-            pairs = list(data.items()) if isinstance(data, dict) else [(None, data)]
+            found = list(data.items()) if isinstance(data, dict) else [(None, data)]
     except (ValueError, RecursionError) as error:
         raise UserError(f"metadata file {path} is not valid JSON: {error}") from None
-    for key, entry in pairs:
+    pairs: list[tuple[str, dict]] = []
+    for key, entry in found:
         if not isinstance(key, str) or not key or not isinstance(entry, dict):
             form = '{"image path": {"caption": ...}, ...}'
             form = '{"image_path": ..., "caption": ...} in each line' if is_lines else form
@@ -274,6 +260,7 @@ def _metadata_entries(path: str) -> list[tuple[str, dict]]:
             size = entry.get(name)
             if size is not None and not _is_size(size):
                 raise UserError(f"{path}: {key!r}: {name} must be [width, height]")
+        pairs.append((key, entry))
     return pairs
 
 
@@ -285,7 +272,9 @@ def _is_size(value: object) -> bool:
     )
 
 
-def _find_image(key: str, image_dir: str | None, folders: dict, where: str) -> Path | None:
+def _find_image(
+    key: str, image_dir: str | None, folders: dict[str, dict[str, Path]], where: str
+) -> Path | None:
     """The file of a metadata key: a path, or a path without its extension."""
     if not os.path.isabs(key):
         if image_dir is None:

@@ -1,4 +1,4 @@
-"""Caches that sd-scripts has left beside the images: read, never written.
+"""Caches that sd-scripts has left next to the images: read, never written.
 
     STEM_WWWWxHHHH_anima.npz (W, H: size of the image file)
         latents_{h}x{w}, latents_flipped_{h}x{w}: [16, h, w] or [16, 1, h, w] fp32
@@ -16,16 +16,14 @@ import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from anima_fast.data.cache import LATENT_CHANNELS, LATENT_SCALE, CacheError, LatentEntry, TextEntry
-
-if TYPE_CHECKING:
-    from anima_fast.data.items import ImageItem
+from anima_fast.data.cache import CacheError, LatentEntry, TextEntry
+from anima_fast.data.items import ImageItem
+from anima_fast.models.vae import LATENT_CHANNELS, LATENT_SCALE
 
 # What numpy raises for changed bytes: its header is Python source in a zip file.
 _DAMAGE = (

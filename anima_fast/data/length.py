@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from anima_fast.options.run import TrainOptions
+from anima_fast.options.output import LengthOptions
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Length:
         return math.ceil(self.batches_per_epoch / self.accumulation)
 
 
-def run_length(options: TrainOptions, batches_per_epoch: int) -> Length:
+def run_length(options: LengthOptions, batches_per_epoch: int) -> Length:
     """Epochs and steps from whichever of the two was given; epochs win."""
     accumulation = options.gradient_accumulation_steps
     updates = math.ceil(batches_per_epoch / accumulation)

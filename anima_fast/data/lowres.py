@@ -6,9 +6,9 @@ Trainers of large models do the like in stages or by timestep (progressive growi
 matching", arXiv 2410.05954); here it is a threshold.
 
 A batch has one size, so its samples must lie on one side of T. The first sample's σ is drawn from
-the whole distribution and decides; the others are drawn until they lie on its side. Every sample
-then still has the whole distribution: P(σ ∈ A) = Σ_side P(side)·P(σ ∈ A | side). σ is not shifted
-for the smaller picture: the network is told σ and was trained at many sizes. `flux_shift` counts
+the full distribution and decides; the others are drawn until they lie on its side. Every sample
+then still has the full distribution: P(σ ∈ A) = Σ_side P(side)·P(σ ∈ A | side). σ is not shifted
+for the smaller picture: the network receives σ and was trained at many sizes. `flux_shift` counts
 the tokens of the full picture.
 
 The noise level is drawn where the batch is loaded, from (seed, epoch, batch), so that only the
@@ -18,21 +18,17 @@ picture that is needed is read.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from anima_fast.data.buckets import cover
+from anima_fast.data.buckets import TOKEN_PIXELS, cover
+from anima_fast.data.items import ImageItem
 from anima_fast.data.seeding import seeded
 from anima_fast.models.flow import FlowSettings, sample_sigma
+from anima_fast.models.vae import LATENT_SCALE
+from anima_fast.options.training import FlowOptions
 
-if TYPE_CHECKING:
-    from anima_fast.data.items import ImageItem
-    from anima_fast.options.run import FinetuneOptions, TrainOptions
-
-# Sides of pictures are multiples of a token's.
-TOKEN_PIXELS = 16
 # Below this many pixels on a side the full picture is used: there is little left to save.
 LEAST_SIDE = 256
 CANDIDATES = 4096
@@ -47,7 +43,7 @@ class LowRes:
     flow: FlowSettings
 
     @classmethod
-    def from_options(cls, options: TrainOptions | FinetuneOptions) -> LowRes | None:
+    def from_options(cls, options: FlowOptions) -> LowRes | None:
         """None when the option is off."""
         if options.sigma_lowres is None:
             return None
@@ -73,7 +69,7 @@ class LowRes:
             key: what the draw depends on, such as seed, epoch and batch number.
         """
         generator = torch.Generator().manual_seed(seeded("sigma", *key).getrandbits(63))
-        latent_hw = (bucket[1] // 8, bucket[0] // 8)
+        latent_hw = (bucket[1] // LATENT_SCALE, bucket[0] // LATENT_SCALE)
         sigma = sample_sigma(self.flow, size, latent_hw, generator)
         high = bool(sigma[0] >= self.sigma)
         for i in range(1, size):
@@ -88,20 +84,20 @@ class LowRes:
         return sigma, high
 
     def share(self, bucket: tuple[int, int]) -> float:
-        """The part of the batches that is on the high side, from a hundred thousand draws."""
+        """The share of the batches on the high side, from a hundred thousand draws."""
         generator = torch.Generator().manual_seed(0)
-        latent_hw = (bucket[1] // 8, bucket[0] // 8)
+        latent_hw = (bucket[1] // LATENT_SCALE, bucket[0] // LATENT_SCALE)
         sigma = sample_sigma(self.flow, 100_000, latent_hw, generator)
         return (sigma >= self.sigma).float().mean().item()
 
     def describe(self, items: list[ImageItem]) -> list[str]:
         """What it will do to a dataset, in a line or two for the console."""
-        small = {item.index: self.small_item(item) for item in items}
-        fitting = [item for item in items if small[item.index] is not None]
+        pairs = [(item, self.small_item(item)) for item in items]
+        fitting = [(item, small) for item, small in pairs if small is not None]
         lines = []
         if fitting:
-            first = fitting[0]
-            tokens = [_tokens(i.bucket) for i in (small[first.index], first)]
+            first, small = fitting[0]
+            tokens = [_tokens(i.bucket) for i in (small, first)]
             lines.append(
                 f"sigma_lowres: {self.share(first.bucket):.0%} of the batches are above sigma "
                 f"{self.sigma:g} and have {tokens[0] / tokens[1]:.0%} of the tokens"

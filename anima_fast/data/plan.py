@@ -1,8 +1,8 @@
 """The plan of a training run's data: which images, in which buckets, how often, in which batches.
 
 `build_plan` lists the images of every subset, reads their headers and captions, holds out the
-validation images, balances the regularisation images and places everything in buckets. No pixel is
-decoded. The batches of an epoch are a pure function of (epoch, seed), so a resumed run repeats
+validation images, balances the regularisation images and places everything in buckets. No pixels
+are decoded. The batches of an epoch are a pure function of (epoch, seed), so a resumed run repeats
 them.
 """
 
@@ -33,14 +33,14 @@ def build_plan(options: object, problems: list[Problem] | None = None) -> Datase
         options: attributes named as the options (`dataset_config` or `train_data_dir` /
             `reg_data_dir` / `in_json`, and the defaults of dataset keys); absent or None means
             not given.
-        problems: gets what is wrong with single files, which are left out then.
+        problems: collects what is wrong with single files, which are then left out.
     Raises:
         UserError: anything wrong with the configuration or a folder and, without `problems`, with
             an image or a caption.
     """
     datasets, notices = resolve_datasets(options)
     uses_masks = bool(option(options, "masked_loss", False))
-    prior_weight = float(option(options, "prior_loss_weight", 1.0))
+    prior_weight = getattr(options, "prior_loss_weight", 1.0)
     items: list[ImageItem] = []
     held_out: list[ImageItem] = []
     unused: list[ImageItem] = []
@@ -87,6 +87,7 @@ def _read_subset(
             subset.metadata_file, subset.image_dir, subset.where, problems
         )
     else:
+        assert subset.image_dir is not None
         listing = layouts.read_captioned_folder(
             subset.image_dir,
             extension=subset.caption_extension,
@@ -133,7 +134,7 @@ def _read_subset(
 def _place(
     path: Path, size: Size, rule: BucketRule, problems: list[Problem] | None
 ) -> Placement | None:
-    """None for an image without a bucket, which is in `problems` then."""
+    """None for an image without a bucket, which then is in `problems`."""
     try:
         placement = rule.place(size)
         if math.prod(placement.resized) > images.MAX_PIXELS:
@@ -150,7 +151,7 @@ def _place(
 
 
 def _headers(paths: list[Path], problems: list[Problem] | None) -> list[images.Header | None]:
-    """None for an image that cannot be read, which is in `problems` then."""
+    """None for an image that cannot be read, which then is in `problems`."""
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         if problems is None:
             return list(pool.map(images.read_header, paths))

@@ -34,7 +34,7 @@ def resize(
     Args:
         pixels: [h, w] or [h, w, 3] uint8.
         size: (width, height) wanted.
-        interpolation: a name of `schema.INTERPOLATIONS`, None for the default rule.
+        interpolation: a value of `resize_interpolation`, None for the default rule.
     Returns:
         [height, width] or [height, width, 3] uint8; `pixels` itself when the size is right.
     """

@@ -1,7 +1,8 @@
-"""The data part of a LoRA's metadata: datasets, tag counts, folders, buckets, numbers of images.
+"""What a plan holds: as a LoRA's metadata, and as text for `--debug_dataset`.
 
-The shapes of these values are those of sd-scripts (`ss_datasets`, `ss_tag_frequency`, ...), which
-user interfaces read. Folders appear by their own name only, never with their path.
+The metadata has datasets, tag counts, folders, buckets and numbers of images, in the shapes of
+sd-scripts (`ss_datasets`, `ss_tag_frequency`, ...), which user interfaces read. Folders appear by
+their own name only, never with their path.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from anima_fast.data.items import DatasetPlan, ImageItem
-    from anima_fast.data.subset import Dataset, Subset
+from anima_fast.data import captions
+from anima_fast.data.items import DatasetPlan, ImageItem
+from anima_fast.data.seeding import seeded
+from anima_fast.data.subset import Dataset, Subset
 
 _NOT_SHOWN = {"index", "dataset_index", "conditioning_data_dir"}
 
@@ -87,7 +89,7 @@ def _tag_frequency(items: list[ImageItem]) -> dict[str, dict[str, int]]:
 
 
 def _once(items: list[ImageItem]) -> list[ImageItem]:
-    """One item for each file: a folder may stand in several datasets."""
+    """One item for each file: a folder may be in several datasets."""
     first: dict[Path, ImageItem] = {}
     for item in items:
         first.setdefault(item.path, item)
@@ -117,3 +119,22 @@ def _bucket_info(items: list[ImageItem]) -> dict | None:
     }
     errors = [abs(i.bucket[0] / i.bucket[1] - i.size[0] / i.size[1]) for i in bucketed]
     return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors)}
+
+
+def list_epoch(plan: DatasetPlan, seed: int, *, epoch: int = 1) -> Iterator[str]:
+    """One line per batch and per image of an epoch: bucket, file, a rendering of the caption."""
+    for number, indices in enumerate(plan.epoch_batches(epoch, seed), 1):
+        width, height = plan.items[indices[0]].bucket
+        yield f"batch {number}: {width}x{height}"
+        for position, index in enumerate(indices):
+            item = plan.items[index]
+            text = captions.render(
+                item.caption,
+                item.subset,
+                rng=seeded("listing", seed, epoch, number, position),
+                epoch=epoch,
+                step=number,
+                max_steps=plan.batches_per_epoch,
+            )
+            reg = " (regularisation)" if item.is_reg else ""
+            yield f"  {item.path.name}{reg}: {text!r}"

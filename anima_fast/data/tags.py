@@ -1,4 +1,4 @@
-"""How often each tag stands in the captions, and tags that are one word spelt differently."""
+"""How often each tag is in the captions, and tags that are one word spelt differently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from anima_fast.data.items import ImageItem
 
 _BLANK = re.compile(r"[\s_]+")
-# More words than this are a sentence, of which no other spelling is looked for.
+# More words than this are a sentence: no other spelling is looked for.
 _MOST_WORDS = 6
 
 

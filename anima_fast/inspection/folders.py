@@ -9,7 +9,7 @@ from pathlib import Path
 from anima_fast.errors import UserError
 from anima_fast.inspection.header import size_text
 from anima_fast.models.checkpoint import PICKLES
-from anima_fast.training.state import find_states, is_foreign_state
+from anima_fast.training.resume import find_states, is_foreign_state
 from anima_fast.training.state_files import FORMAT, NETWORK_FILE, STATE_FILE, read_record
 
 EXPECTED = "expected a model, LoRA or cache file, a Hugging Face folder of Qwen3, or a resume state"

@@ -23,12 +23,11 @@ from math import prod
 import torch
 
 from anima_fast.adapters import names
-from anima_fast.adapters.formats import COMPLETE, FOLDED, our_suffix, split_key
-from anima_fast.adapters.parts import Part, part_of
+from anima_fast.adapters.deltas import Delta, delta_of
+from anima_fast.adapters.formats import FOLDED, is_complete, our_suffix, split_key
+from anima_fast.models.adapter_kinds import LOKR, LORA, MAGNITUDES, kind_of, module_of, title_of
 from anima_fast.models.checkpoint import Checkpoint
 
-# sd-scripts needs another --network_module for these.
-MODULES = {"LoHa": "networks.loha", "LoKr": "networks.lokr", "DoRA": "lycoris.kohya"}
 MOST_VALUES = 5
 PARTS = (("text_encoder", names.TEXT_ENCODER), ("llm_adapter", names.ADAPTER), ("dit", ""))
 
@@ -63,11 +62,17 @@ class LoRAFile:
     @property
     def network(self) -> str:
         """LoRA, LoHa, LoKr or DoRA."""
-        if "dora_scale" in map(our_suffix, self.suffixes):
-            return "DoRA"
-        marks = {"LoHa": "hada_", "LoKr": "lokr_"}
-        found = [k for k, mark in marks.items() if any(s.startswith(mark) for s in self.suffixes)]
-        return found[0] if found else "LoRA"
+        return title_of(kind_of(self.suffixes), dora=self.dora)
+
+    @property
+    def dora(self) -> bool:
+        """Whether it has magnitudes."""
+        return MAGNITUDES in map(our_suffix, self.suffixes)
+
+    @property
+    def module(self) -> str:
+        """The `network_module` that loads it in sd-scripts."""
+        return module_of(kind_of(self.suffixes), dora=self.dora)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -76,18 +81,17 @@ class LoRAFile:
         return dict(Counter(parts))
 
     @cached_property
-    def parts(self) -> dict[str, Part | None]:
+    def parts(self) -> dict[str, Delta | None]:
         """Each module as a part without data; None where a tensor lacks or does not fit."""
         return {name: self._part(own) for name, own in self.modules.items()}
 
-    def _part(self, own: Mapping[str, str]) -> Part | None:
+    def _part(self, own: Mapping[str, str]) -> Delta | None:
         shape = self.checkpoint.shape
         tensors = {our_suffix(s): torch.empty(shape(key), device="meta") for s, key in own.items()}
-        whole = any(needed <= tensors.keys() for needed in COMPLETE)
-        if not whole or ("alpha" in tensors and tensors["alpha"].numel() != 1):
+        if not is_complete(tensors) or ("alpha" in tensors and tensors["alpha"].numel() != 1):
             return None
         try:
-            return part_of(tensors)
+            return delta_of(tensors)
         except ValueError:
             return None
 
@@ -202,8 +206,7 @@ def _modules(count: int) -> str:
 
 def programs(file: LoRAFile) -> dict[str, str]:
     """What each program does with a file: "yes" or "no", and the reason or remedy."""
-    module = MODULES.get(file.network)
-    module = f", with --network_module {module}" if module else ""
+    module = f", with --network_module {file.module}" if file.network != LORA.title else ""
     if file.broken:
         return {"anima-fast": "no: see the note"}
     found = {
@@ -224,13 +227,13 @@ def _comfyui(file: LoRAFile) -> str:
         return "no: convert --to comfyui or kohya"
     if file.dialect == "kohya" and "text_encoder" in file.counts:
         return "yes (the text encoder part in versions since May 2026, or convert --to comfyui)"
-    if file.network == "LoKr" and {"lokr_w1", "lokr_w2", "alpha"} <= file.suffixes:
+    if file.network == LOKR.title and {*LOKR.wholes, "alpha"} <= file.suffixes:
         return "yes (it ignores alpha where both factors are stored whole)"
     return "yes"
 
 
 def _diffusers(file: LoRAFile) -> str:
-    if file.network != "LoRA":
+    if file.network != LORA.title:
         return "no: it reads plain LoRA only"
     if file.dialect in ("kohya", names.OTHER):
         # diffusers has no names for the text encoder.

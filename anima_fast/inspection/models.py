@@ -231,7 +231,7 @@ def _sizes(config: Any, shapes: Mapping, checkpoint: Checkpoint, what: str) -> A
         return config.from_shapes(shapes)
     except UserError as error:
         raise UserError(
-            f"{checkpoint.name} is no whole {what}: {error}; download it again"
+            f"{checkpoint.name} holds an incomplete {what}: {error}; download it again"
         ) from error
 
 

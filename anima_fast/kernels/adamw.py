@@ -5,7 +5,7 @@
     p ← p·(1 − lr·λ) − (lr/(1 − β₁ᵗ))·m/(√v/√(1 − β₂ᵗ) + ε)         λ: weight decay, t: step
 
 One launch for all parameters, where torch's own makes several passes or a launch per group of
-tensors. Whatever may change from step to step without the host knowing it lies on the device: the
+tensors. What may change from step to step without the host knowing is on the device: the
 norm, which is never waited for, and the learning rates. The bias corrections are computed on the
 host, in float64. A NaN norm makes every parameter NaN, as torch's clipping does.
 
@@ -29,8 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anima_fast.kernels import dispatch
-from anima_fast.kernels.dispatch import wide
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
 
 # Elements of a program: two loads of 16 bytes of each float32 buffer for every thread of 8 warps.
 TILE = 2048
@@ -59,7 +58,7 @@ def adamw_reference(
     live = which < len(range_ends)
     lr = torch.cat([lrs, lrs[:1]])[which]
     p_new, g = wide(p), wide(g)
-    if max_norm > 0:
+    if max_norm > 0 and norm is not None:
         g = g * (max_norm / (norm + NORM_EPS)).clamp(max=1)
     m_new = m + (1 - beta1) * (g - m)
     v_new = beta2 * v + (1 - beta2) * g * g
@@ -80,7 +79,7 @@ def _adamw_fwd(
     # Padding is written back as it was: a mask that ends at a loaded number would split the loads
     # and stores of 16 bytes into single elements.
     live = o < tl.load(ENDS + RANGES - 1)
-    # From the last range to the first: the one with the first end beyond o has the last word.
+    # From the last range to the first: the range with the first end beyond o wins.
     lr = tl.zeros([TILE], dtype=ACC)
     for i in range(RANGES):
         r = RANGES - 1 - i
@@ -130,7 +129,7 @@ def adamw_forward(
         return
     _adamw_fwd[(dispatch.cdiv(len(p), TILE),)](
         p, g, m, v, range_ends, lrs, m if norm is None else norm, len(p), len(range_ends),
-        # Rests and corrections in float64: 1 − β₂ from a float32 β₂ has three digits less.
+        # 1 − β and the corrections in float64: 1 − β₂ from a float32 β₂ has three digits fewer.
         1 - beta1, beta2, 1 - beta2, 1 - beta1**step, math.sqrt(1 - beta2**step),
         eps, weight_decay, max_norm,
         CLIP=max_norm > 0, NORM_EPS=NORM_EPS, TILE=TILE, ACC=dispatch.accumulator(p), num_warps=8,

@@ -1,4 +1,4 @@
-"""Attention over any number of keys, `zero_keys` further all-zero ones included, without a mask.
+"""Attention over any number of keys, including `zero_keys` further all-zero ones, without a mask.
 
     s_ij = q_i·k_j/√K      out_i = Σ_j e^{s_ij} v_j / (Σ_j e^{s_ij} + n)
     lse_i = log(Σ_j e^{s_ij} + n),   p_ij = e^{s_ij − lse_i}
@@ -6,7 +6,7 @@
                dq_i = Σ_j ds_ij k_j     dk_j = Σ_i ds_ij q_i     dv_j = Σ_i p_ij do_i
 
 n = `zero_keys`[b] keys whose logit is 0 and whose value is zero: the online softmax starts at
-m = 0, l = n, acc = 0 and is exact; backward needs no more than the lse that holds them, for they
+m = 0, l = n, acc = 0 and is exact; backward needs only the lse, which includes them, as they
 have no gradient. So the 512-row padding of Anima's text costs nothing.
 
 Kept for backward: q, k, v, out and lse ([B, H, L] float32). Three launches backward: δ; dk and dv
@@ -29,8 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anima_fast.kernels import dispatch
-from anima_fast.kernels.dispatch import wide
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
 
 MAX_HEAD = 128
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -395,7 +394,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, zero_keys: Tensor | None = None) 
     Args:
         q: [B, L, H, K], K at most 128, fp32, fp16 or bf16, any strides.
         k, v: [B, S, H, K] in q's dtype.
-        zero_keys: [B] int32 counts per sample, or None for none.
+        zero_keys: [B] int32 counts per sample, or None.
 
     Returns:
         [B, L, H, K] in q's dtype.

@@ -47,11 +47,6 @@ def forced() -> bool:
     return _mode == "triton"
 
 
-def wide(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 when it already is: the type that references compute in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 when any tensor is, else float32."""
     return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
@@ -83,7 +78,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def dot_precision() -> str:
-    """How float32 products round: tf32 where torch is told to allow it, else ieee."""
+    """How float32 products round: tf32 where torch allows it, else ieee."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 

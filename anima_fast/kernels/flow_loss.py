@@ -28,10 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from anima_fast.kernels import dispatch
-from anima_fast.kernels.dispatch import wide
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.kernels.losses import LOSS_TYPES, element_loss, per_sample
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
 
-LOSS_TYPES = ("l2", "l1", "huber", "smooth_l1")
 # Elements of a program: 8 for each thread of 8 warps.
 TILE = 2048
 
@@ -48,14 +47,7 @@ def flow_loss_reference(
 ) -> Tensor:
     """The definition; see `flow_loss`."""
     d = wide(prediction) - (wide(noise) - wide(latents))
-    if loss_type == "l2":
-        loss = d**2
-    elif loss_type == "l1":
-        loss = d.abs()
-    else:
-        c = _per_sample(wide(c), d)
-        loss = 2 * (torch.sqrt(d**2 + c**2) - c)
-        loss = c * loss if loss_type == "huber" else loss
+    loss = element_loss(d, loss_type, c)
     if cells is not None:
         loss = loss * wide(_match(cells, loss))
     losses = loss.flatten(1).mean(1)
@@ -151,7 +143,7 @@ def flow_loss_backward(dlosses: Tensor, unit: Tensor, dtype: torch.dtype) -> Ten
         dtype: the prediction's.
     """
     if not dispatch.runs_triton(unit):
-        return (_per_sample(wide(dlosses), unit) * unit).to(dtype)
+        return (per_sample(dlosses, unit) * unit).to(dtype)
     batch, count = len(unit), unit[0].numel()
     dprediction = dispatch.empty(*unit.shape, like=unit, dtype=dtype)
     _flow_loss_bwd[(batch, dispatch.cdiv(count, TILE))](
@@ -179,18 +171,13 @@ def _forward_reference(
     elif loss_type == "l1":
         slope = d.sign()
     else:
-        c = _per_sample(wide(c), d)
+        c = per_sample(c, d)
         slope = 2 * d / torch.sqrt(d**2 + c**2)
         slope = c * slope if loss_type == "huber" else slope
     slope = slope / d[0].numel()
     if weights is not None:
-        slope = slope * _per_sample(wide(weights), d)
+        slope = slope * per_sample(weights, d)
     return losses, slope if cells is None else slope * wide(_match(cells, d))
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """[B] as [B, 1, ..., 1]."""
-    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def _match(cells: Tensor, like: Tensor) -> Tensor:

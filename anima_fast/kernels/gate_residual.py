@@ -21,14 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from anima_fast.kernels import dispatch
-from anima_fast.kernels.dispatch import rows, wide
+from anima_fast.kernels.dispatch import rows
 from anima_fast.kernels.layernorm_modulate import (
     ROW_SHAPES,
     check_modulation,
     row_chunks,
     row_warps,
 )
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
 
 
 def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -141,6 +141,7 @@ def _(x, y, gate):
 @torch.library.custom_op("anima_fast::gate_residual_backward", mutates_args=())
 def _op_backward(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     dy, dgate = gate_residual_backward(dout, y, gate, y.dtype)
+    assert dgate is not None
     return dy, dgate.to(gate.dtype)
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anima_fast.kernels import dispatch
-from anima_fast.kernels.dispatch import rows, wide
+from anima_fast.kernels.dispatch import rows
 from anima_fast.kernels.layernorm_modulate import (
     EPS,
     ROW_SHAPES,
@@ -34,7 +34,7 @@ from anima_fast.kernels.layernorm_modulate import (
     row_chunks,
     row_warps,
 )
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
 
 
 def gate_residual_layernorm_modulate_reference(
@@ -239,6 +239,7 @@ def _op_backward(
     dx, dy, dgate, dscale, dshift = gate_residual_layernorm_modulate_backward(
         dx_out, dh, x_out, y, gate, scale, dtype=y.dtype, eps=eps
     )
+    assert dgate is not None and dscale is not None and dshift is not None
     return dx, dy, dgate.to(gate.dtype), dscale.to(scale.dtype), dshift.to(shift.dtype)
 
 

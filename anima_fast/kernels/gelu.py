@@ -3,11 +3,11 @@
     forward    g = a·Φ(a)
     backward   da = dg·(Φ(a) + a·φ(a))       φ(a) = exp(−a²/2)/√(2π)
 
-Only a is kept: GELU is not monotonic, so a cannot be had from g. Arithmetic is float32, rounded
-once. Bytes, in units of a: forward 2, backward 3.
+Only a is kept: GELU is not monotonic, so a cannot be recovered from g. Arithmetic is float32,
+rounded once. Bytes, in units of a: forward 2, backward 3.
 
 Where the MLP fuses it. In the block, 2048 → 8192 → 2048 over 4096 tokens in 16 bit, a unit is
-64 MiB, and kernels of their own move (writes + reads, each value counted once):
+64 MiB, and separate kernels move (writes + reads, each value counted once):
 
     forward    GEMM 1 writes a, GELU reads a and writes g, GEMM 2 reads g            4 units
     backward   dx-GEMM writes dg, GELU reads dg and a and writes da, the next
@@ -42,8 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anima_fast.kernels import dispatch
-from anima_fast.kernels.dispatch import wide
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
 
 # Elements of a program: 16 for each thread of 8 warps.
 TILE = 4096

@@ -1,7 +1,7 @@
-"""Y = X Wᵀ + s·H Bᵀ: the one matrix product that all adapter arithmetic is made of.
+"""Y = X Wᵀ + s·H Bᵀ: the one matrix product behind all adapter arithmetic.
 
     forward    X [M, K] tokens, W [N, K] frozen, H = X Aᵀ [M, R], B [N, R] the adapter
-    dX         X = dY, W = the frozen weight read the other way, H = G, B = Aᵀ
+    dX         X = dY, W = the frozen weight transposed, H = G, B = Aᵀ
     H, G, dA, dB   the same without an adapter; any strides, so nothing is transposed in memory
     Y += s·H Bᵀ    the same, added to a product that a library has written (`add`)
 
@@ -12,7 +12,7 @@ into partial sums that torch adds: no atomics, so results repeat. Epilogues:
 
     gelu       writes y and gelu(y), so that only the next product reads the activation
     gelu_grad  multiplies with gelu'(a) of a given pre-activation a [M, N]; with both, gelu(a) is
-               written beside it, for the adapter's gradient
+               written next to it, for the adapter's gradient
 
 Accumulation is float32. Source: the tiled product of the Triton tutorials, Hu et al. 2021 (LoRA).
 """
@@ -81,7 +81,7 @@ def _gemm(
         acc *= scale
     m = m_m & m_n
     Y += tl.program_id(1).to(tl.int64) * y_z
-    # Places are worked out where they are used: registers are short.
+    # Offsets are computed where they are used: registers are scarce.
     if ADD:
         acc += tl.load(Y + o_m[:, None] * y_m + o_n[None, :] * y_n, mask=m, other=0.0).to(ACC)
     if HAS_PRE:
@@ -145,7 +145,7 @@ def gemm(
         x: [M, K], w: [N, K], one dtype, any strides.
         dtype: of the result; x's when None.
         adapter: h [M, R], b [N, R] and s.
-        scale: a factor of the whole, without an adapter.
+        scale: a factor of the product, without an adapter.
         out: [M, N] of any strides to write, instead of a new tensor.
         add: add to what `out` holds.
         gelu: [M, N], dense in N: gelu of the result, or of `gelu_grad`, is written there too.
@@ -159,9 +159,9 @@ def gemm(
         out = dispatch.empty(m, n, like=x, dtype=dtype or x.dtype)
     tile = tile_for(m, n, x.dtype, add)
     count = dispatch.cdiv(m, tile.m) * dispatch.cdiv(n, tile.n)
-    # An adapter or an epilogue needs the whole sum in one program.
-    whole = add or adapter is not None or gelu is not None or gelu_grad is not None
-    split = 1 if whole else max(1, min(PROGRAMS // count, k // MIN_SPLIT))
+    # An adapter or an epilogue needs the complete sum in one program.
+    complete = add or adapter is not None or gelu is not None or gelu_grad is not None
+    split = 1 if complete else max(1, min(PROGRAMS // count, k // MIN_SPLIT))
     k_split = dispatch.cdiv(dispatch.cdiv(k, split), tile.k) * tile.k
     split = dispatch.cdiv(k, k_split)
     target = out[None]

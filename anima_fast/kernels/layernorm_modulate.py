@@ -23,13 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from anima_fast.kernels import dispatch
-from anima_fast.kernels.dispatch import rows, wide
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.kernels.dispatch import rows
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
 
 EPS = 1e-6
 MAX_WIDTH = 8192
 # Programs per sample that each sum their rows' share of dscale and dshift: enough for the
-# multiprocessors of any card, but so many rows each that the sums are few beside them.
+# multiprocessors of any card, but so many rows each that the sums are few in comparison.
 CHUNKS, LEAST_ROWS = 256, 4
 
 
@@ -210,6 +210,7 @@ def _op_backward(
     dh: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dscale, dshift = layernorm_modulate_backward(dh, x, scale, eps=eps)
+    assert dscale is not None and dshift is not None
     return dx, dscale.to(scale.dtype), dshift.to(shift.dtype)
 
 

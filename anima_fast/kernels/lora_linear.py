@@ -12,13 +12,13 @@ Two implementations of the same sums:
 
     triton   the adapter inside the base product's accumulator (gemm.py): y is written once
     cublas   the base product by cuBLAS, the adapter added to y by cuBLAS with β = 1: y is written,
-             read and written again, 2·M·N values more, for a base product at the library's speed.
+             read and written again, 2·M·N more values, for a base product at the library's speed.
              Adapters of one rank and strength are one batched product: a single one has too few
              tiles for a large card. Where a gelu follows or precedes, the adapter is added by our
              kernel, which takes the gelu along
 
 `auto` looks the card up in `MEASURED`; on a card without an entry it takes cuBLAS, which no Triton
-product beats by more than the adapter's traffic, 3 % at M = 4096, N = K = 2048.
+product can beat by more than the adapter's traffic, 3 % at M = 4096, N = K = 2048.
 
 FLOPs: forward 2·M·K·ΣN + 2·M·Σ R·(K + N), backward the same and 2·M·Σ R·(K + N) more.
 Source: Hu et al. 2021 (LoRA).
@@ -76,7 +76,7 @@ def uses_triton(x: Tensor, implementation: str = "auto") -> bool:
 
 @functools.cache
 def _slices(*sizes: int) -> tuple[slice, ...]:
-    """The places of parts of these sizes that lie side by side."""
+    """The slices of parts of these sizes laid side by side."""
     ends = itertools.accumulate(sizes)
     return tuple(slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
@@ -122,20 +122,18 @@ def lora_linear_forward(
     """
     rows, triton = x.shape[0], uses_triton(x, implementation)
     columns, ranks, adapted = _places(weights, downs)
-    h = None
+    h = act = None
     if adapted:
         a = stacked([downs[i] for i in adapted])
-        h = gemm(x, a) if triton else x @ a.T  # [M, ΣR]
-        for i in adapted:
-            if factors is not None and factors[i] is not None:
-                h[:, ranks[i]] *= factors[i]
-    act = None
+        h = _times(gemm(x, a) if triton else x @ a.T, ranks, factors)  # [M, ΣR]
     if triton:
         y = dispatch.empty(rows, columns[-1].stop, like=x)
         act = dispatch.empty(rows, columns[-1].stop, like=x) if gelu else None
         for i, w in enumerate(weights):
-            adapter = (h[:, ranks[i]], ups[i], scales[i]) if i in adapted else None
-            part = act[:, columns[i]] if gelu else None
+            part = None if act is None else act[:, columns[i]]
+            adapter = None
+            if h is not None and i in adapted:
+                adapter = (h[:, ranks[i]], ups[i], scales[i])
             gemm(x, w, adapter=adapter, out=y[:, columns[i]], gelu=part)
         return y, h, act
     y = x @ stacked(weights).T
@@ -149,8 +147,17 @@ def lora_linear_forward(
         by_part(y, parts).baddbmm_(by_part(h, parts), b, alpha=scales[0])
     else:
         for i in adapted:
+            assert h is not None
             y[:, columns[i]].addmm_(h[:, ranks[i]], ups[i].T, alpha=scales[i])
     return y, h, gelu_forward(y) if gelu else None
+
+
+def _times(h: Tensor, ranks: Sequence[slice], factors: Sequence[Tensor | None] | None) -> Tensor:
+    """h [M, ΣR] with the columns of each part multiplied by its factors, in place."""
+    for columns, factor in zip(ranks, factors or (), strict=False):
+        if factor is not None:
+            h[:, columns] *= factor
+    return h
 
 
 def lora_linear_backward(
@@ -184,27 +191,26 @@ def lora_linear_backward(
     d_downs = [a if i in adapted else a.to(dtype) for i, a in enumerate(downs)]
     product = gemm_product if triton else library_product
     # dB reads h, which holds the factors; dA and dx read g, which must get them here.
-    g = dispatch.empty(dy.shape[0], ranks[-1].stop, like=dy) if adapted else None
+    g = dispatch.empty(dy.shape[0], ranks[-1].stop, like=dy)
     if not triton and _alike(ups, scales):
         parts = len(ups)
         b, dys = stacked(ups).unflatten(0, (parts, -1)), by_part(dy, parts)
-        product(dys, b, scales[0], g.dtype, by_part(g, parts))
+        product(dys, b, scales[0], dy.dtype, by_part(g, parts))
         d_ups = list(product(dys.mT, by_part(h, parts), scales[0], dtype))
     else:
         d_ups = [b if i in adapted else b.to(dtype) for i, b in enumerate(ups)]
         for i in adapted:
             part = dy[:, columns[i]]
-            product(part, ups[i], scales[i], g.dtype, g[:, ranks[i]])
+            assert h is not None
+            product(part, ups[i], scales[i], dy.dtype, g[:, ranks[i]])
             d_ups[i] = product(part.T, h[:, ranks[i]], scales[i], dtype)
-    for i in adapted:
-        if factors is not None and factors[i] is not None:
-            g[:, ranks[i]] *= factors[i]
+    _times(g, ranks, factors)
     dx = act = None
     if needs_x:
         a = stacked([downs[i] for i in adapted]) if adapted else None
-        # What the adapter's gradient reads is written as its pre-activation is read; in the whole
-        # product's epilogue that would take more registers than there are.
-        if adapted and x is None and not triton:
+        # gelu(gelu_input), for the adapter's gradient, is written where gelu_input is read anyway.
+        # In the epilogue of the full product that would take more registers than there are.
+        if adapted and x is None and gelu_input is not None and not triton:
             act = dispatch.empty(*gelu_input.shape, like=dy)
         dx = _backward_x(dy, stacked(weights), g, a, gelu_input, act, triton)
     if adapted:
@@ -285,6 +291,7 @@ def _op_backward(
         dtype=downs[0].dtype,
         implementation=implementation,
     )
+    assert dx is not None
     # Results of a custom op must not share memory.
     return dx.view(x.shape), [d.clone() for d in d_downs], [d.clone() for d in d_ups]
 

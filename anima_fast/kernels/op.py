@@ -59,3 +59,8 @@ class Op:
 def randn(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Standard normal numbers, drawn on the CPU in float64 so that every dtype rounds the same."""
     return torch.randn(*shape, dtype=torch.float64).to(dtype).to(device)
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 when it already is: the type that references compute in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

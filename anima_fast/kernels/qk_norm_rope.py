@@ -27,8 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anima_fast.kernels import dispatch
-from anima_fast.kernels.dispatch import wide
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
 
 EPS = 1e-6
 # Elements of a tile: rows of heads times head size.
@@ -250,6 +249,7 @@ def _op_backward(
     dpacked, dweights = qk_norm_rope_backward(
         dy, packed, weights, cos, sin, needs_weights=True, eps=eps
     )
+    assert dweights is not None
     return dpacked, dweights.to(weights.dtype)
 
 

@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from anima_fast.kernels import dispatch
-from anima_fast.kernels.dispatch import rows, wide
+from anima_fast.kernels.dispatch import rows
 from anima_fast.kernels.layernorm_modulate import EPS, MAX_WIDTH, row_chunks, row_warps
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
 
 # Elements of a tile, where a row has fewer. Backward gives them twice the warps of the other norms:
 # with 16 elements a thread it spills on sm_80.
@@ -165,6 +165,7 @@ def _(x, weight, eps):
 @torch.library.custom_op("anima_fast::rmsnorm_backward", mutates_args=())
 def _op_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     dx, dweight = rmsnorm_backward(dy, x, weight, eps=eps)
+    assert dweight is not None
     return dx, dweight.to(weight.dtype)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from anima_fast.kernels import OPS
 from anima_fast.kernels.op import Cost, Op, Sizes
+from anima_fast.kernels.registry import OPS
 from anima_fast.measure.rates import Rates
 from anima_fast.models.dit_config import PUBLISHED, DitConfig
 

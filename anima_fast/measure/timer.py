@@ -77,7 +77,7 @@ class Timer:
         failed: provider → reason.
     """
 
-    calls: Mapping[str, Call]
+    calls: dict[str, Call]
     before: Mapping[str, Call] = field(default_factory=dict)
     batch: int = BATCH
     flush: bool = True
@@ -86,6 +86,7 @@ class Timer:
     _hold: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # A copy: failed calls are taken out of it.
         self.calls = dict(self.calls)
         self.seconds = {name: [] for name in self.calls}
         self._buffer = None

@@ -25,7 +25,6 @@ import torch
 from anima_fast.adapters.names import ADAPTER
 from anima_fast.memory.plan import (
     PROGRAM_BYTES,
-    TEXT_ROWS,
     WORKSPACE_UNITS,
     Asks,
     Item,
@@ -35,6 +34,7 @@ from anima_fast.memory.plan import (
     other_models,
     program_bytes,
 )
+from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.llm_adapter import AdapterConfig
 from anima_fast.models.recompute import block_policies
 from anima_fast.options.finetune import part_of
@@ -269,14 +269,14 @@ def predict(sizes: Sizes, setting: Setting) -> Prediction:
         )
 
     if s.fused:
-        phases = (phase(activations, workspace, gradients, update),)
+        phases = [phase(activations, workspace, gradients, update)]
     elif s.accumulates:
-        phases = (phase(activations, workspace, gradients), phase(gradients, update))
+        phases = [phase(activations, workspace, gradients), phase(gradients, update)]
     else:
-        phases = (
-            phase(activations, workspace), phase(gradients, workspace), phase(gradients, update)
-        )  # fmt: skip
-    return Prediction(phases, s.program_bytes + _host(sizes, s))
+        # Activations shrink as gradients grow: the beginning and the end of backward.
+        phases = [phase(activations, workspace), phase(gradients, workspace)]
+        phases.append(phase(gradients, update))
+    return Prediction(tuple(phases), s.program_bytes + _host(sizes, s))
 
 
 def _gradients(sizes: Sizes, s: Setting, trained: int) -> int:

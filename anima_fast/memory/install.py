@@ -20,6 +20,7 @@ def install_memory_savers(
     dit: AnimaDiT,
     device: torch.device,
     *,
+    cuda_graphs: bool | None = False,
     sink: Sink | None = None,
 ) -> None:
     """Fused kernels, recomputation, offloading, block swap and per-block compilation.
@@ -28,18 +29,19 @@ def install_memory_savers(
         options: of the run.
         dit: with its adapters attached, or with `requires_grad` on what is trained.
         device: where it computes.
+        cuda_graphs: see `install_block_runner`.
         sink: gets the gradients of trained weights that are swapped.
     """
     install_block_runner(
         dit,
         device=device,
-        fused=uses_fused_blocks(options, device),
+        fused=uses_fused_blocks(options.kernels, device, compiled=options.compile),
         recompute=options.recompute,
         gradient_checkpointing=options.gradient_checkpointing,
         cpu_offload=options.cpu_offload_checkpointing,
         unsloth_offload=options.unsloth_offload_checkpointing,
         blocks_to_swap=options.blocks_to_swap or 0,
-        cuda_graphs=getattr(options, "cuda_graphs", False),
+        cuda_graphs=cuda_graphs,
         sink=sink,
     )
     if options.compile:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from anima_fast.models.dit import AnimaDiT, Block
 from anima_fast.models.dit_layers import Shared
+from anima_fast.models.modulation import attached
 
 Storages = dict[int, torch.UntypedStorage]
 
@@ -133,5 +134,4 @@ class BlockCount:
 
 def _adapter_shapes(linear: nn.Linear) -> tuple:
     """Kind and shapes of the adapters on a layer."""
-    adapters = getattr(linear, "adapters", ())
-    return tuple((a.network, *(tuple(p.shape) for p in a.parameters())) for a in adapters)
+    return tuple((a.title, *(tuple(p.shape) for p in a.parameters())) for a in attached(linear))

@@ -24,7 +24,6 @@ from anima_fast.adapters.targets import find_targets
 from anima_fast.errors import UserError
 from anima_fast.memory.kept import BlockCount, Storages, kept, size, storages
 from anima_fast.memory.plan import (
-    TEXT_ROWS,
     WORKSPACE_UNITS,
     Asks,
     Item,
@@ -36,7 +35,7 @@ from anima_fast.memory.plan import (
 )
 from anima_fast.memory.swap import swapped_indices
 from anima_fast.models.dit import AnimaDiT
-from anima_fast.models.dit_config import PUBLISHED
+from anima_fast.models.dit_config import PUBLISHED, TEXT_ROWS
 from anima_fast.models.recompute import block_policies
 from anima_fast.models.text_encoder import read_sizes
 
@@ -232,12 +231,12 @@ class LoRANeeds:
     @cached_property
     def runs_fused(self) -> bool:
         """Whether the fused blocks take the adapters on (models/fuse.py)."""
-        found = [a for linear in self._linears for a in getattr(linear, "adapters", ())]
-        return self.fused and all(adapter.network == "LoRA" for adapter in found)
-
-    @property
-    def _linears(self) -> list[nn.Linear]:
-        return [m for m in self.models.dit.blocks.modules() if isinstance(m, nn.Linear)]
+        for name, adapter in self.models.network.modules_by_name.items():
+            if name.startswith("blocks.") and adapter.title != "LoRA":
+                return False
+            if "adaln" in name and adapter.drops:
+                return False
+        return self.fused
 
     @cached_property
     def eager(self) -> BlockCount:
@@ -359,7 +358,7 @@ class LoRANeeds:
         if modes.text != "live":
             half = options.mixed_precision != "no"
             encoder = stored_bytes(options.qwen3) * (1 if half else 2)
-            qwen = read_sizes(options.qwen3)
+            qwen = read_sizes(options.qwen3 or "")
             each = 3 * qwen.intermediate_size + 4 * qwen.hidden_size
             maps = self.text_batch * self.batch.words * each * (2 if half else 4)
             found.append(

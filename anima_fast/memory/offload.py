@@ -85,9 +85,7 @@ def install_block_runner(
         swap = BlockSwap(dit.blocks, blocks_to_swap, device, keep=keep, sink=sink)
     move_to(dit, device, leave=swap.weights if swap else ())
     offload = to_pinned if unsloth_offload else to_host if cpu_offload else None
-    dit.graphs = None
-    for block in dit.blocks:
-        block.fused = None
+    dit.run_eagerly()
     if fused:
         # Not at the top: triton is not on every system that runs the eager blocks.
         from anima_fast.models.fuse import fuse_blocks
@@ -99,10 +97,8 @@ def install_block_runner(
                 block.fused.pack, block.fused.unpack = offload, to_device
         # The fused block computes again by itself.
         policies = ["none"] * len(dit.blocks)
-    if swap is None and set(policies) == {"none"}:
-        dit.block_runner = None
-        return
-    dit.block_runner = BlockRunner(policies, offload=offload, swap=swap)
+    if swap is not None or set(policies) != {"none"}:
+        dit.block_runner = BlockRunner(policies, offload=offload, swap=swap)
 
 
 def check_policies(recompute: str | int, blocks: int, *, fused: bool) -> list[str]:
@@ -158,9 +154,10 @@ class BlockRunner:
 
     def __call__(self, index: int, block: Block, x: Tensor, shared: Shared) -> Tensor:
         """[B, L, D] → [B, L, D]."""
-        swapped = self.swap is not None and index in self.swap
-        run = self.swap.runner(index, block) if swapped else block
-        recompute = swapped or self.policies[index] == "block"
+        run: Callable[[Tensor, Shared], Tensor] = block
+        recompute = self.policies[index] == "block"
+        if self.swap is not None and index in self.swap:
+            run, recompute = self.swap.runner(index, block), True
         if not (recompute and torch.is_grad_enabled()):
             return run(x, shared)
         return recomputed(run, x, shared, self.offload, to_device)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from anima_fast.models.dit_config import TEXT_ROWS
+
 if TYPE_CHECKING:
     from anima_fast.options.run import FinetuneOptions, TrainOptions
 
@@ -35,8 +37,6 @@ CPU_PROGRAM_BYTES = GIB // 2
 # the pre-activation's (4 each), the normed input and the residual gradient. What is recomputed
 # there comes on top.
 WORKSPACE_UNITS = 14.0
-# Captions have as many rows or fewer, unless they are encoded whole.
-TEXT_ROWS = 512
 
 
 class Item(NamedTuple):
@@ -109,7 +109,8 @@ class LargestBatch:
 
     Attributes:
         images, tokens: B and L.
-        rows: S, of the longest caption: its T5 tokens.
+        rows: S, the T5 tokens of the longest caption; it has these or fewer unless captions are
+            encoded whole.
         words: tokens of the longest caption for Qwen3.
     """
 
@@ -146,13 +147,16 @@ class Needs(Protocol):
         last_resort: what to do when all of them are not enough.
     """
 
-    subject: str
-    remedies: tuple[dict, ...]
-    together: tuple[dict, ...]
-    last_resort: str
-
+    @property
+    def subject(self) -> str: ...
     @property
     def blocks(self) -> int: ...
+    @property
+    def remedies(self) -> tuple[dict, ...]: ...
+    @property
+    def together(self) -> tuple[dict, ...]: ...
+    @property
+    def last_resort(self) -> str: ...
 
     def __call__(self, options: Options) -> Prediction:
         """The prediction; `UserError` for options that cannot work."""
@@ -177,9 +181,9 @@ class Asks:
     state_bytes: Callable[[Options], float]
 
 
-def stored_bytes(path: str) -> int:
+def stored_bytes(path: str | None) -> int:
     """Bytes of a model file, or of those in a folder; they are published in 16 bit."""
-    given = Path(path)
+    given = Path(path or "")
     files = given.glob("*.safetensors") if given.is_dir() else [given]
     return sum(file.stat().st_size for file in files)
 

@@ -106,7 +106,8 @@ class BlockSwap:
     def _taker(self, index: int, names: list[str]) -> Callable[[Sequence[Tensor | None]], None]:
         def take(grads: Sequence[Tensor | None]) -> None:
             found = zip(names, grads, strict=True)
-            self.sink(index, {name: grad for name, grad in found if grad is not None})
+            if self.sink is not None:
+                self.sink(index, {name: grad for name, grad in found if grad is not None})
 
         return take
 

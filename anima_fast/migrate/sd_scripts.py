@@ -278,6 +278,6 @@ def _foreign(name: str) -> bool:
 
 
 def _is_optimizer(name: str) -> bool:
-    from anima_fast.training.optimizers.names import BY_LOWER_NAME, torch_optimizer_names
+    from anima_fast.training.optimizers.recipes import BY_LOWER_NAME, torch_optimizer_names
 
     return name.lower() in {*BY_LOWER_NAME, *map(str.lower, torch_optimizer_names())}

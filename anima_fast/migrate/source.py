@@ -6,7 +6,6 @@ refused by name here.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anima_fast.errors import UserError
+from anima_fast.files import parse_config
 from anima_fast.migrate.command import EXAMPLE, Launch, find_launch
 from anima_fast.migrate.sd_scripts_tables import (
     OTHER_MODEL_KEYS,
@@ -26,11 +26,6 @@ from anima_fast.migrate.words import Command, option_names, split_commands, vari
 from anima_fast.options.declare import specs
 from anima_fast.options.other_names import ALIASES, IGNORED, REFUSED
 from anima_fast.options.run import FinetuneOptions, TrainOptions
-
-try:
-    import tomllib
-except ModuleNotFoundError:
-    import tomli as tomllib
 
 TRAINERS = "sd-scripts, kohya_ss' GUI, diffusion-pipe and OneTrainer"
 CONFIGS, TEXTS = (".toml", ".json"), (".sh", ".bash", ".bat", ".cmd", ".ps1", ".txt", ".command")
@@ -134,13 +129,7 @@ def parse_file(path: Path, content: str | None = None) -> Any:
     content = _read(path) if content is None else content
     as_json = path.suffix.lower() == ".json" or _looks_like_json(content)
     kind = "JSON" if as_json and path.suffix.lower() != ".toml" else "TOML"
-    try:
-        return json.loads(content) if kind == "JSON" else tomllib.loads(content)
-    except RecursionError:
-        raise UserError(f"{path.name} is nested too deeply for a configuration") from None
-    except ValueError as error:
-        hint = "; write Windows paths in 'single quotes' or with /" if "\\" in content else ""
-        raise UserError(f"{path.name} is not valid {kind}: {error}{hint}") from None
+    return parse_config(content, path.name, kind)
 
 
 def _commands(text: str, file: Path | None, folders: tuple[Path, ...]) -> Source:

@@ -5,7 +5,7 @@
 n = `zero_keys` counts further rows whose key and value are zero: their logit is 0 and they add
 nothing to the numerator. Anima pads its text to 512 such rows and attends to them. A negative n
 leaves out that many zero rows at the end of k and v: a batch is as wide as its longest text, and
-beside one of 600 rows a text of 75 has 88 zero rows more than the 437 that belong to it.
+next to one of 600 rows a text of 75 has 525 zero rows, 88 more than the 437 that belong to it.
 
 PyTorch's attention gets a few zero keys whose logits, added through the mask, make Σ e^{logit} = n:
 one key with log n where that is exact enough, three in 16 bit, where log n alone would be off by up
@@ -20,6 +20,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class ZeroRows:
         return min(self.counts) < 0
 
     def sample(self, index: int) -> ZeroRows | None:
-        """The further rows of one sample, None when it has none."""
+        """The zero rows of one sample, or None."""
         if self.counts[index] <= 0:
             return None
         one = slice(index, index + 1)
@@ -63,7 +64,7 @@ class ZeroRows:
         return keys + min(self.counts[index], 0)
 
 
-ZeroKeys = int | Sequence[int] | Tensor | ZeroRows | None
+ZeroKeys: TypeAlias = int | Sequence[int] | Tensor | ZeroRows | None
 # (q, k, v, rows) -> out
 Backend = Callable[[Tensor, Tensor, Tensor, ZeroRows | None], Tensor]
 
@@ -82,7 +83,7 @@ def attention(
     Args:
         q: [B, L, H, K], any float dtype (16 bit for flash and sageattn).
         k, v: [B, S, H, K] in q's dtype.
-        zero_keys: None (none), one count for all samples, one per sample [B], or prepared rows;
+        zero_keys: None (no rows), one count for all samples, one per sample [B], or prepared rows;
             a sample's count may be negative down to 1 − S where its last rows are zero.
         mode: torch (also sdpa), triton, xformers, flash or sageattn; see `check_attn_mode`.
         split: one sample at a time, to save memory.
@@ -98,7 +99,7 @@ def attention(
     run = _BACKENDS[mode]
     rows = prepare_zero_rows(zero_keys, len(q), q.dtype, q.device)
     if rows is not None and min(rows.counts) <= -k.shape[1]:
-        raise ValueError(f"zero_keys is {rows.counts}, which leaves none of {k.shape[1]} keys")
+        raise ValueError(f"zero_keys is {rows.counts}, which leaves no key of {k.shape[1]}")
     if len(q) == 1:
         return _one_sample(run, q, k, v, rows, 0)
     if split or _is_uneven(run, rows):
@@ -127,16 +128,15 @@ def _one_sample(
 def prepare_zero_rows(
     zero_keys: ZeroKeys, batch: int, dtype: torch.dtype, device: torch.device | str
 ) -> ZeroRows | None:
-    """`zero_keys` in any of its forms as `ZeroRows`, None when there are none at all.
+    """`zero_keys` in any of its forms as `ZeroRows`, or None when there are no zero rows.
 
     A tensor of counts on a card is read once here, not once per block. Raises `ValueError` for
     counts that do not fit the batch.
     """
     if zero_keys is None or isinstance(zero_keys, ZeroRows):
         return zero_keys
-    if isinstance(zero_keys, Tensor):
-        zero_keys = zero_keys.tolist()
-    counts = [zero_keys] * batch if isinstance(zero_keys, int) else [int(n) for n in zero_keys]
+    given = zero_keys.tolist() if isinstance(zero_keys, Tensor) else zero_keys
+    counts = [given] * batch if isinstance(given, int) else [int(n) for n in given]
     if len(counts) != batch:
         raise ValueError(f"zero_keys is {counts}, expected {batch} counts")
     if not any(counts):
@@ -201,7 +201,7 @@ def _written_out(k: Tensor, v: Tensor, rows: ZeroRows | None) -> tuple[Tensor, T
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None) -> Tensor:
-    # Not at the top: triton is not on every system.
+    # Imported here so that the other backends run without Triton.
     from anima_fast.kernels.attention import attention as triton_attention
 
     return triton_attention(q, k, v, None if rows is None else rows.on_device)
@@ -247,7 +247,7 @@ def check_attn_mode(
 
     Raises:
         UserError: unknown mode, no backward pass, a package that is not installed (naming the
-            extra), a device that is no CUDA card, or a dtype that is not 16 bit.
+            extra), a device other than a CUDA card, or a dtype other than 16 bit.
     """
     if mode in ("torch", "sdpa"):
         return

@@ -42,6 +42,7 @@ from anima_fast.kernels.lora_linear import lora_linear_backward, lora_linear_for
 from anima_fast.kernels.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward
 from anima_fast.models import fused_attention as attend
 from anima_fast.models.attention import ZeroRows
+from anima_fast.models.dit_layers import Modulation
 
 # Linear layers that read one input, in the order in which the eager block calls them.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -61,12 +62,10 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # Those of all adapters.
 ADAPTERS = [n for group in NAMES.values() for kind in ("down", "up") for n in group[kind]]
-# Places of shift, scale and gate of the three sublayers in the modulation [B, 9, D].
-SHIFT, SCALE, GATE = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class Settings:
+class BlockSettings:
     """What the Function gets besides tensors."""
 
     policy: str
@@ -81,13 +80,16 @@ class Settings:
     unpack: Callable[[Any], Tensor] | None = None
 
 
-class Values:
+class BlockTensors:
     """The tensors of one block by name, and its arithmetic on them."""
 
-    def __init__(self, settings: Settings, tensors: dict[str, Tensor | None]) -> None:
+    def __init__(self, settings: BlockSettings, tensors: dict[str, Tensor]) -> None:
         self.settings = settings
         self.t = tensors
-        self.kept: dict[str, attend.Kept] = {}
+        # Of the three sublayers, each vector [B, D].
+        sublayers = tensors["modulation"].unflatten(1, (3, 3)).unbind(1)
+        self.modulations = [Modulation(*vectors.unbind(1)) for vectors in sublayers]
+        self.kept: dict[str, attend.KeptAttention] = {}
         self.cast = self.cast_adapters()
 
     def cast_adapters(self) -> dict[str, Tensor]:
@@ -124,28 +126,21 @@ class Values:
         """(y, gelu(y) or None) [B, L, N]; x Aᵀ is kept as `h.GROUP`."""
         flat = x.reshape(-1, x.shape[-1])
         y, h, act = lora_linear_forward(flat, **self.layers(group), gelu=gelu)
-        self.t[f"h.{group}"] = h
+        if h is not None:
+            self.t[f"h.{group}"] = h
         shape = (*x.shape[:-1], -1)
         return y.view(shape), None if act is None else act.view(shape)
 
-    def modulation(self, sublayer: int, kind: int) -> Tensor:
-        """Shift, scale or gate [B, D] of a sublayer."""
-        return self.t["modulation"][:, 3 * sublayer + kind]
-
     def modulated(self, x: Tensor, sublayer: int) -> Tensor:
         """h of a sublayer's input."""
-        scale, shift = self.modulation(sublayer, SCALE), self.modulation(sublayer, SHIFT)
-        return layernorm_modulate_forward(x, scale, shift, self.settings.dtype)
+        m = self.modulations[sublayer]
+        return layernorm_modulate_forward(x, m.scale, m.shift, self.settings.dtype)
 
     def residual(self, x: Tensor, y: Tensor, sublayer: int) -> tuple[Tensor, Tensor]:
         """The next x and the h of the sublayer after it."""
+        m, after = self.modulations[sublayer : sublayer + 2]
         return gate_residual_layernorm_modulate_forward(
-            x,
-            y,
-            self.modulation(sublayer, GATE),
-            self.modulation(sublayer + 1, SCALE),
-            self.modulation(sublayer + 1, SHIFT),
-            self.settings.dtype,
+            x, y, m.gate, after.scale, after.shift, self.settings.dtype
         )
 
     def heads(self, x: Tensor, parts: int) -> Tensor:
@@ -185,7 +180,7 @@ class Values:
         t["x2"], h = self.residual(t["x1"], t["y1"], 1)
         t["a"], act = self.linear("up", h, gelu=True)
         t["y2"], _ = self.linear("down", act)
-        return gate_residual_forward(t["x2"], t["y2"], self.modulation(2, GATE))
+        return gate_residual_forward(t["x2"], t["y2"], self.modulations[2].gate)
 
 
 # What `none` keeps besides inputs and the attentions' out and lse; `mlp` keeps no a.
@@ -196,7 +191,7 @@ SUBLAYERS = ("y0", "y1", "y2")
 class Backward:
     """The gradients of one block, from the last sublayer to the first."""
 
-    def __init__(self, values: Values, needs: dict[str, bool]) -> None:
+    def __init__(self, values: BlockTensors, needs: dict[str, bool]) -> None:
         self.v, self.t = values, values.t
         self.needs = needs
         self.grads: dict[str, Tensor] = {}
@@ -236,31 +231,33 @@ class Backward:
         """Gradients by the names of the inputs."""
         t, v = self.t, self.v
         dtype = v.settings.dtype
-        modulation: dict[int, Tensor] = {}
+        # The gradients of a gate need the sublayer's result; without it they are None.
         gates = t if self.needs["modulation"] else {}
 
-        dy, modulation[8] = gate_residual_backward(
-            dout, gates.get("y2"), v.modulation(2, GATE), dtype
-        )
+        dy, dgate2 = gate_residual_backward(dout, gates.get("y2"), v.modulations[2].gate, dtype)
         dh = self.mlp(dy)
         if self.below_mlp:
-            dx, dy, modulation[5], modulation[7], modulation[6] = self.residual(dout, dh, 1, gates)
+            dx, dy, dgate1, dscale2, dshift2 = self.residual(dout, dh, 1, gates)
             dh = self.cross(dy)
         if self.below_cross:
-            dx, dy, modulation[2], modulation[4], modulation[3] = self.residual(dx, dh, 0, gates)
+            dx, dy, dgate0, dscale1, dshift1 = self.residual(dx, dh, 0, gates)
             dh = self.self_attention(dy)
         if self.below_self:
             needs = self.needs["modulation"]
-            dx, modulation[1], modulation[0] = layernorm_modulate_backward(
-                dh, t["x0"], v.modulation(0, SCALE), residual=dx, needs_modulation=needs
+            dx, dscale0, dshift0 = layernorm_modulate_backward(
+                dh, t["x0"], v.modulations[0].scale, residual=dx, needs_modulation=needs
             )
             self.grads["x0"] = dx
             if needs:
-                rows = torch.stack([modulation[i] for i in range(9)], 1)
-                self.grads["modulation"] = rows.to(t["modulation"].dtype)
+                sublayers = [
+                    dshift0, dscale0, dgate0, dshift1, dscale1, dgate1, dshift2, dscale2, dgate2,
+                ]  # fmt: skip
+                self.grads["modulation"] = torch.stack(sublayers, 1).to(t["modulation"].dtype)
         return self.grads
 
-    def residual(self, dx: Tensor, dh: Tensor, sublayer: int, gates: dict) -> tuple:
+    def residual(
+        self, dx: Tensor, dh: Tensor | None, sublayer: int, gates: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
         """(dx, dy, dgate, dscale, dshift) where one sublayer ends and the next begins."""
         v = self.v
         return gate_residual_layernorm_modulate_backward(
@@ -268,8 +265,8 @@ class Backward:
             dh,
             self.t[f"x{sublayer + 1}"],
             gates.get(f"y{sublayer}"),
-            v.modulation(sublayer, GATE),
-            v.modulation(sublayer + 1, SCALE),
+            v.modulations[sublayer].gate,
+            v.modulations[sublayer + 1].scale,
             dtype=v.settings.dtype,
         )
 
@@ -278,7 +275,8 @@ class Backward:
         t, v = self.t, self.v
         h = self.modulated(t["x2"], 2, "up")
         goes_on = self.below_mlp or v.adapted("up")
-        if t.get("a") is None:
+        # Policy `mlp` has dropped it.
+        if "a" not in t:
             t["a"], _ = v.linear("up", v.modulated(t["x2"], 2) if h is None else h)
         a = t["a"].reshape(-1, t["a"].shape[-1])
         da = self.linear("down", dy, None, needs_x=goes_on, gelu_input=a)
@@ -290,7 +288,7 @@ class Backward:
         kept = v.kept["cross"]
         goes_on = self.below_cross or self.into_cross
         do = self.linear("cross_out", dy, kept.out.flatten(2), needs_x=goes_on)
-        if not goes_on:
+        if do is None:
             return None
         q, k, value = v.cross_qkv()
         dq, dkv = torch.empty_like(v.heads(t["q"], 1)), torch.empty_like(v.heads(t["kv"], 2))
@@ -317,7 +315,7 @@ class Backward:
         kept = v.kept["self"]
         goes_on = self.below_self or v.adapted("qkv")
         do = self.linear("out", dy, kept.out.flatten(2), needs_x=goes_on)
-        if not goes_on:
+        if do is None:
             return None
         q, k, value = v.self_qkv()
         packed = v.heads(t["qkv"], 3)
@@ -335,24 +333,28 @@ class FusedBlockFunction(torch.autograd.Function):
     """x₃ of the named tensors; see the module docstring."""
 
     @staticmethod
-    def forward(ctx, settings: Settings, names: Sequence[str], *tensors: Tensor | None) -> Tensor:
-        inputs = dict(zip(names, tensors, strict=True))
-        values = Values(settings, dict(inputs))
+    def forward(
+        ctx, settings: BlockSettings, names: Sequence[str], *tensors: Tensor | None
+    ) -> Tensor:
+        inputs = {n: x for n, x in zip(names, tensors, strict=True) if x is not None}
+        values = BlockTensors(settings, dict(inputs))
         out = values.forward()
         ctx.settings, ctx.inputs = settings, tuple(names)
         if not any(ctx.needs_input_grad):
             return out
+        # Settings and names come before the tensors.
         needs_gates = ctx.needs_input_grad[2 + names.index("modulation")]
-        keep = {name: x for name, x in inputs.items() if x is not None}
+        keep = dict(inputs)
         ctx.packed, ctx.attentions = None, {}
         if settings.policy == "block":
+            # x₀ leaves the saved tensors for where `pack` puts it, such as host memory.
             if settings.pack is not None:
                 ctx.packed = settings.pack(keep.pop("x0"))
         else:
             wanted = (*KEPT, *SUBLAYERS) if needs_gates else KEPT
             dropped = ("a", "h.up") if settings.policy == "mlp" else ()
             for name in wanted:
-                if name not in dropped and values.t[name] is not None:
+                if name not in dropped and name in values.t:
                     keep[name] = values.t[name]
             for name, kept in values.kept.items():
                 ctx.attentions[name] = (kept.by, kept.graph)
@@ -369,16 +371,19 @@ class FusedBlockFunction(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         settings = ctx.settings
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        values = Values(settings, saved)
+        values = BlockTensors(settings, saved)
         needs = dict(zip(ctx.inputs, ctx.needs_input_grad[2:], strict=True))
         if settings.policy == "block":
-            if ctx.packed is not None:
+            if settings.unpack is not None:
                 saved["x0"] = settings.unpack(ctx.packed)
+            # `saved` is what `values` reads, so this fills in all that the policy did not keep.
             values.forward()
         else:
             for name, others in ctx.attentions.items():
                 rng = tuple(saved[f"rng{i}.{name}"] for i in range(2) if f"rng{i}.{name}" in saved)
-                kept = attend.Kept(saved[f"out.{name}"], saved.get(f"lse.{name}"), rng, *others)
+                kept = attend.KeptAttention(
+                    saved[f"out.{name}"], saved.get(f"lse.{name}"), rng, *others
+                )
                 values.kept[name] = kept
         grads = Backward(values, needs).run(dout)
         found = (grads.get(name) if needs[name] else None for name in ctx.inputs)

@@ -2,8 +2,8 @@
 
 On small images a fast card is done with a kernel before Python has launched the next. A graph is
 recorded for each shape of the inputs when the shape comes again, and replayed from then on: always
-when asked for, else where that pays (graph_choice.py). All graphs share one memory pool, as only
-one is between its forward and its backward.
+when asked for, else where that pays. All graphs share one memory pool, as only one is between its
+forward and its backward.
 
 A graph repeats launches with the pointers and host numbers of its recording. So whatever it
 depends on is an input that is copied in (tokens, modulation, text, angles, counts of zero keys), or
@@ -12,16 +12,22 @@ part of its key (shapes, strengths, where weights and adapters lie), or sends th
 `ROWS` by zero rows, which take the place of zero keys: the same result, and few shapes. Before a
 graph is used it must agree with the plain launches on values other than those of its recording.
 
+Whether a graph pays is measured: it saves the host's time, which is worth having where the card
+waits for the host. One plain forward shows that: the host's time for its launches against the
+card's time from the first to the last. Where the card is the limit, it lags behind, and its time is
+the longer one. A graph also keeps its memory, so there must be enough left.
+
 Recording and replaying are PyTorch's (`torch.cuda.make_graphed_callables`).
 """
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,24 +35,30 @@ from torch import Tensor, nn
 
 from anima_fast.device import NOT_WHILE_RECORDING
 from anima_fast.models.attention import prepare_zero_rows
+from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.dit_layers import Shared
 from anima_fast.models.fuse import NotFused, say_once
-from anima_fast.models.graph_choice import Choice, Launches
-
-if TYPE_CHECKING:
-    from anima_fast.models.dit import AnimaDiT
+from anima_fast.models.modulation import attached
 
 # Text rows are a multiple of this inside a graph.
 ROWS = 64
 # Graphs of one run: each holds its launches in memory, and the pool what the largest needs.
 MOST = 24
-# Attentions whose launches are known not to depend on values.
+# Attentions whose launches do not depend on values.
 ATTN_MODES = ("torch", "sdpa", "triton")
-# Relative, of outputs and gradients: above bfloat16's rounding and the order in which a library's
-# backward adds up, far below what a value that stayed as it was recorded gives.
+# Relative, of outputs and gradients: above bfloat16's rounding and a library's order of summation,
+# far below the error of a value frozen at its recording.
 TOLERANCE = 0.02
 # A gradient below this share of the largest may be noise.
 SMALL = 1e-3
+# The card's time over the host's below which the host is the limit: a card that waits for every
+# launch ends a little after the last.
+WAITING = 1.25
+# Plain forwards of a shape that are timed; the first compiles kernels and is not among them.
+TRIES = 3
+# Free memory that a recording must find, of what a forward keeps for backward: the graph holds as
+# much itself, and its backward more.
+ROOM = 2.0
 
 
 class BlockStack(nn.Module):
@@ -81,6 +93,70 @@ class BlockStack(nn.Module):
         return self._dit[0].run_blocks(x, shared)
 
 
+@dataclass
+class TimedForward:
+    """Times one forward on the host and on the card, without waiting for the card.
+
+    A context manager around the launches. `pays` tells later, when the card has done them.
+    """
+
+    host: float = 0.0
+    kept: int = 0
+    _events: tuple[Any, ...] = field(default=(), repr=False)
+    _start: float = 0.0
+
+    def __enter__(self) -> TimedForward:
+        self._events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._events[0].record()
+        self.kept, self._start = -torch.cuda.memory_allocated(), time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.host = time.perf_counter() - self._start
+        self.kept += torch.cuda.memory_allocated()
+        self._events[1].record()
+
+    def pays(self) -> bool:
+        """Whether the card waited for the host, and the memory for a graph is there."""
+        start, end = self._events
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 <= WAITING * self.host and self._fits()
+
+    def _fits(self) -> bool:
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached >= ROOM * self.kept
+
+
+@dataclass
+class GraphChoice:
+    """What is known of one size of the inputs."""
+
+    seen: int = 0
+    launches: TimedForward | None = None
+    paid: bool = False
+
+    def pays(self) -> bool:
+        """Whether a graph of this size pays, by the last timed forward."""
+        launches, self.launches = self.launches, None
+        self.paid = self.paid or (launches is not None and launches.pays())
+        return self.paid
+
+    def plain(
+        self,
+        timed: Callable[[], TimedForward],
+        run: Callable[[Tensor, Shared], Tensor],
+        x: Tensor,
+        shared: Shared,
+    ) -> Tensor:
+        """run(x, shared), timed where that decides."""
+        self.seen += 1
+        if not 1 < self.seen <= 1 + TRIES:
+            return run(x, shared)
+        self.launches = timed()
+        with self.launches:
+            return run(x, shared)
+
+
 def make_pool() -> Any:
     """A memory pool that graphs share; None without a card."""
     return torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
@@ -91,20 +167,20 @@ class BlockGraphs:
     """Runs the blocks of a DiT, by a graph where there is one.
 
     Attributes:
-        always: record whatever comes again; else only where it pays.
+        always: record any shape that comes again; else only where it pays.
         capture: makes a graphed callable, as `torch.cuda.make_graphed_callables`.
-        timed: what times a forward (graph_choice.py).
-        replayed: steps that a graph has run.
-        off: why there are no more graphs; "" while there may be.
+        timed: what times a forward.
+        replayed: how many steps a graph has run.
+        off: why there will be no more graphs; "" while there may be.
     """
 
     always: bool = True
     capture: Callable[..., Callable[..., Tensor]] = torch.cuda.make_graphed_callables
-    timed: Callable[[], Launches] = Launches
+    timed: Callable[[], TimedForward] = TimedForward
     replayed: int = 0
     off: str = ""
     _pool: Any = field(default_factory=make_pool)
-    _sizes: dict[Hashable, Choice] = field(default_factory=dict)
+    _sizes: dict[Hashable, GraphChoice] = field(default_factory=dict)
     _seen: Counter[Hashable] = field(default_factory=Counter)
     _graphs: dict[Hashable, Callable[..., Tensor]] = field(default_factory=dict)
     _waiting: weakref.ref | None = None
@@ -119,7 +195,7 @@ class BlockGraphs:
             return dit.run_blocks(x, shared)
         if not self.always:
             size = (*x.shape, -(-shared.context.shape[1] // ROWS))
-            choice = self._sizes.setdefault(size, Choice())
+            choice = self._sizes.setdefault(size, GraphChoice())
             if not choice.pays():
                 return choice.plain(self.timed, dit.run_blocks, x, shared)
         if reason := why_not(dit, shared):
@@ -134,7 +210,7 @@ class BlockGraphs:
             shared.attn_mode,
             tuple(pointers(dit)),
         )
-        # A graph has one set of buffers: it cannot run again before its backward has.
+        # A graph has one set of buffers: it cannot run again before its backward has run.
         if self._waiting is not None and self._waiting() is not None:
             return dit.run_blocks(x, shared)
         if key not in self._graphs:
@@ -147,13 +223,13 @@ class BlockGraphs:
         out = self._graphs[key](*inputs)
         self.replayed += 1
         if out.requires_grad:
-            # The node of a Python function holds what is put on it until its graph is freed.
+            # The node of a Python function keeps its attributes until its graph is freed.
             out.grad_fn.alive = token = _Token()
             self._waiting = weakref.ref(token)
         return out
 
     def stop(self, reason: str) -> None:
-        """Give the graphs and their memory up, and run plainly from now on."""
+        """Free the graphs and run plainly from now on."""
         self.off = reason
         self._graphs.clear()
         self._pool = None
@@ -163,7 +239,7 @@ class BlockGraphs:
     ) -> None:
         own = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in inputs)
         stack = BlockStack(dit, replace(shared, embedding=None, shared_modulation=None))
-        # The recorder puts its own in this place.
+        # The recorder replaces this attribute.
         plain = stack.forward
         try:
             with NOT_WHILE_RECORDING:
@@ -174,7 +250,7 @@ class BlockGraphs:
             self.stop(f"recording failed: {str(failure).strip().splitlines()[0]}")
         else:
             self._graphs[key] = graph
-            # NaN is no agreement.
+            # Also true when the error is NaN.
             if not error <= TOLERANCE:
                 self.stop(f"a recorded step is {error:.1%} off the plain one")
         if self.off:
@@ -189,9 +265,9 @@ def disagreement(
 ) -> float:
     """The largest relative difference of result and gradients between a graph and plain launches.
 
-    Both get the inputs turned around, so that a value which was recorded instead of its place is
-    seen. Gradients that are None count as zeros; those that are next to nothing beside the largest
-    count beside that.
+    Both get the inputs reversed, which exposes a value that was recorded instead of its address.
+    Gradients that are None count as zeros; errors of gradients far smaller than the largest are
+    taken relative to the largest.
     """
     given = [t.detach().flip(-1) if t.is_floating_point() else t for t in inputs]
     given = [t.requires_grad_(of.requires_grad) for t, of in zip(given, inputs, strict=True)]
@@ -199,7 +275,7 @@ def disagreement(
     found = []
     for run in (plain, graph):
         out = run(*given)
-        # Of one's size, so that nothing leaves the range of float16.
+        # Scaled to 1 to stay within float16 range.
         dout = out.detach() / out.detach().abs().amax()
         grads = torch.autograd.grad(out, wanted, dout, allow_unused=True)
         pairs = zip(grads, wanted, strict=True)
@@ -218,9 +294,9 @@ class _Token:
 def adapters_of(dit: AnimaDiT) -> Iterator[Any]:
     """The adapters on the layers that the fused blocks compute, in the order of the layers."""
     for block in dit.blocks:
-        for layers in block.fused.parts.groups.values():
+        for layers in block.fused.modules.groups.values():
             for linear in layers:
-                yield from getattr(linear, "adapters", ())
+                yield from attached(linear)
 
 
 def why_not(dit: AnimaDiT, shared: Shared) -> str:
@@ -233,7 +309,7 @@ def why_not(dit: AnimaDiT, shared: Shared) -> str:
         return f"--attn_mode {shared.attn_mode}"
     try:
         for block in dit.blocks:
-            block.fused.parts.check()
+            block.fused.modules.check()
     except NotFused as reason:
         return str(reason)
     adapters = list(adapters_of(dit))
@@ -247,7 +323,7 @@ def why_not(dit: AnimaDiT, shared: Shared) -> str:
 
 
 def rounded_up(shared: Shared) -> Shared:
-    """The same with a multiple of `ROWS` text rows, where every sample has zero keys to give."""
+    """The same with a multiple of `ROWS` text rows, if every sample has enough zero keys."""
     rows = shared.zero_rows
     more = -shared.context.shape[1] % ROWS
     if rows is None or not more or min(rows.counts) < more:
@@ -260,7 +336,7 @@ def rounded_up(shared: Shared) -> Shared:
 def pointers(dit: AnimaDiT) -> Iterator[Hashable]:
     """Where the blocks' weights and adapters lie, and the adapters' strengths."""
     for block in dit.blocks:
-        for layers in block.fused.parts.packable():
+        for layers in block.fused.modules.packable():
             yield from (layer.weight.data_ptr() for layer in layers)
     for adapter in adapters_of(dit):
         yield from (adapter.multiplier * adapter.scale, adapter.training)

@@ -1,7 +1,7 @@
-"""Model files: opening, telling their kind, prefixes, and strict loading with readable errors.
+"""Model files: opening, detecting their kind, prefixes, strict loading with readable errors.
 
-A file is mapped, not read: only the tensors asked for are copied, one by one, in the dtype asked
-for, so that loading never holds a model twice.
+A file is mapped, not read: only the requested tensors are copied, one by one, in the requested
+dtype, so that loading never holds a model twice.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from anima_fast.errors import UserError
 from anima_fast.files import read_safetensors_header
+from anima_fast.models.adapter_kinds import MARKS
 
 DIT_PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "model.", "")
 # A file with two of these under one prefix is meant to be an Anima DiT, even when it is damaged.
@@ -40,10 +42,12 @@ KIND_NAMES = {
     "qwen3": "this is a Qwen3 text encoder; give it to --qwen3",
     "vae": "this is a Qwen-Image VAE; give it to --vae",
     "lora": "this is a LoRA; give it to --network_weights, --base_weights or --lora",
-    "latent_cache": "this is a latent cache of this program, no model",
-    "text_cache": "this is a text cache of this program, no model",
-    "unknown": "this is no model that this program knows",
+    "latent_cache": "this is a latent cache of this program, not a model",
+    "text_cache": "this is a text cache of this program, not a model",
+    "unknown": "this is not a model that this program knows",
 }
+
+Config = TypeVar("Config")
 
 
 class Checkpoint:
@@ -66,7 +70,7 @@ class Checkpoint:
     def open(cls, path: str | os.PathLike) -> Checkpoint:
         """Map a `.safetensors` file, or a pickle of plain tensors (weights_only).
 
-        Raises `UserError` when it is missing, a folder, cut off or no model file.
+        Raises `UserError` when it is missing, a folder, cut off or not a model file.
         """
         path = Path(path)
         if path.is_dir():
@@ -74,7 +78,7 @@ class Checkpoint:
         if not path.exists():
             raise UserError(f"{path} does not exist: check the path, or see `anima-fast download`")
         if path.suffix.lower() == ".npz":
-            raise UserError(f"{path} is a cache of encoded images or captions, no model file")
+            raise UserError(f"{path} is a cache of encoded images or captions, not a model file")
         if path.suffix.lower() in PICKLES:
             return cls._open_pickle(path)
         from safetensors import SafetensorError, safe_open
@@ -91,21 +95,21 @@ class Checkpoint:
     @classmethod
     def _open_pickle(cls, path: Path) -> Checkpoint:
         try:
-            # Only the zip form of the last years can be mapped.
+            # Only the zip format of PyTorch 1.6 and later can be mapped.
             mapped = zipfile.is_zipfile(path)
             with warnings.catch_warnings():
-                # About pickle protocols: what matters becomes the error below.
+                # Warnings about pickle protocols; a real problem becomes the error below.
                 warnings.simplefilter("ignore")
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:
             raise UserError(
-                f"{path} is no PyTorch file of plain tensors, or is cut off: download it again, "
+                f"{path} is not a PyTorch file of plain tensors, or is cut off: download it again, "
                 "or convert it to .safetensors"
             ) from error
         loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
         tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
         if not tensors:
-            raise UserError(f"{path} holds no tensors: it is no model file")
+            raise UserError(f"{path} holds no tensors: it is not a model file")
         return cls._of_tensors(tensors, path)
 
     @classmethod
@@ -120,7 +124,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return str(self.path) if self.path else "the state dict"
 
     def keys(self) -> list[str]:
@@ -140,7 +144,7 @@ class Checkpoint:
         return self._get(key)
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
-        """A view with other names: {new: old}; tensors that are not named are left out."""
+        """A view with other names, {new: old}; tensors not named are left out."""
         shapes = {new: self.shapes[old] for new, old in names.items()}
         return Checkpoint(
             shapes, lambda new: self._get(names[new]), metadata=self.metadata, path=self.path
@@ -161,7 +165,7 @@ def strip_prefix(
     *,
     at_least: int = 2,
 ) -> str | None:
-    """The first prefix under which `at_least` of the markers stand; None when there is none."""
+    """The first prefix under which at least `at_least` of the markers are found, or None."""
     names = set(keys)
     for prefix in prefixes:
         if sum(prefix + marker in names for marker in markers) >= at_least:
@@ -169,13 +173,31 @@ def strip_prefix(
     return None
 
 
+def size_of(shapes: Mapping[str, Sequence[int]], name: str) -> Sequence[int]:
+    """Shape of a tensor from which sizes are read: a norm's weight is [N], others are [N, K].
+
+    Raises `UserError` when it is missing or impossible.
+    """
+    if name not in shapes:
+        raise UserError(f"the tensor {name} is missing")
+    shape = shapes[name]
+    if len(shape) != (1 if name.endswith("norm.weight") else 2) or min(shape) < 1:
+        raise UserError(f"the tensor {name} has the impossible shape {list(shape)}")
+    return shape
+
+
+def count_blocks(shapes: Mapping[str, Sequence[int]]) -> int:
+    """How many blocks a state dict has."""
+    return len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+
+
 def detect_kind(checkpoint: Checkpoint) -> str:
-    """What a file holds: a key of `KIND_NAMES`, told from tensor names and the file's metadata."""
+    """What a file holds: a key of `KIND_NAMES`, from tensor names and the file's metadata."""
     keys = set(checkpoint.keys())
     caches = {"anima_fast.latents": "latent_cache", "anima_fast.text": "text_cache"}
     if checkpoint.metadata.get("format") in caches:
         return caches[checkpoint.metadata["format"]]
-    if any(mark in key for key in keys for mark in (".lora_", ".hada_", ".lokr_")):
+    if any(mark in key for key in keys for mark in MARKS):
         return "lora"
     if strip_prefix(keys) is not None:
         return "dit"
@@ -196,6 +218,38 @@ def wrong_kind(checkpoint: Checkpoint, expected: str) -> UserError:
     return UserError(f"{checkpoint.name} is not {expected}: {kind}")
 
 
+def load_network(
+    checkpoint: Checkpoint,
+    from_shapes: Callable[[Mapping[str, tuple[int, ...]]], Config],
+    build: Callable[[Config], nn.Module],
+    *,
+    what: str,
+    device: torch.device | str,
+    dtype_of: Callable[[str], torch.dtype],
+) -> Any:
+    """A network whose sizes are read from its file: built without values, then filled.
+
+    Args:
+        checkpoint, device, dtype_of: as `load_into`.
+        from_shapes: reads the sizes.
+        build: makes the network of these sizes.
+        what: the network's name in messages.
+
+    Raises:
+        UserError: sizes that cannot be read, or tensors that do not fit.
+    """
+    try:
+        config = from_shapes(checkpoint.shapes)
+    except UserError as error:
+        raise UserError(
+            f"{checkpoint.name} holds an incomplete {what}: {error}; download it again"
+        ) from error
+    with torch.device("meta"):
+        network = build(config)
+    load_into(network, checkpoint, what=f"the {what}", device=device, dtype_of=dtype_of)
+    return network
+
+
 def load_into(
     module: nn.Module,
     checkpoint: Checkpoint,
@@ -204,13 +258,15 @@ def load_into(
     device: torch.device | str = "cpu",
     dtype_of: Callable[[str], torch.dtype],
 ) -> None:
-    """Fill a module built on the meta device, strictly and one tensor at a time.
+    """Fill a module built on the meta device, strictly and one tensor at a time; then freeze it.
+
+    The module is in eval mode afterwards.
 
     Args:
         module: parameters on `meta`.
         checkpoint: tensors under the module's own names; those that already have the right dtype
             and device are shared, not copied.
-        what: how messages call the model.
+        what: the model's name in messages.
         device: where the parameters go.
         dtype_of: the dtype of each parameter by name.
 
@@ -229,6 +285,7 @@ def load_into(
             )
         tensors[name] = tensor.detach().to(device, dtype_of(name))
     module.load_state_dict(tensors, strict=True, assign=True)
+    module.requires_grad_(False).eval()
 
 
 def check_shapes(

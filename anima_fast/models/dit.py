@@ -19,20 +19,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anima_fast.errors import UserError
 from anima_fast.models.attention import ZeroKeys, prepare_zero_rows
 from anima_fast.models.checkpoint import (
     FOREIGN,
     LEFTOVERS,
     Checkpoint,
-    load_into,
+    load_network,
     open_checkpoint,
     strip_prefix,
     wrong_kind,
@@ -55,25 +54,21 @@ from anima_fast.models.dit_layers import (
 )
 from anima_fast.models.rope import rope_angles
 
-if TYPE_CHECKING:
-    from anima_fast.models.block_graphs import BlockGraphs
-    from anima_fast.models.fuse import FusedBlock
-
 # Kept in float32 when the compute dtype is float16, because their results exceed its range.
 FP32_PARTS = re.compile(r"(t_embedder|t_embedding_norm|final_layer)\..*|.*\.adaln_modulation_.*")
-# Tensors of a DiT file that are not the DiT's.
+# Tensors in a DiT file that do not belong to the DiT.
 PASSED_OVER = (re.compile(r"llm_adapter\..*"), LEFTOVERS, FOREIGN)
 
 
 class Block(nn.Module):
     """Self attention, cross attention and MLP, each modulated and gated.
 
-    Attributes: `fused` runs the block instead when it is set (models/fuse.py).
+    Attributes: `fused`, when set, runs in place of `eager`.
     """
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
-        self.fused: FusedBlock | None = None
+        self.fused: Callable[[Block, Tensor, Shared], Tensor] | None = None
         channels, rank = config.model_channels, config.adaln_rank
         self.self_attn = SelfAttention(channels, channels, config.head_dim)
         self.cross_attn = CrossAttention(channels, config.context_dim, config.head_dim)
@@ -107,16 +102,35 @@ def modulation(adaln: AdaLN, shared: Shared) -> Modulation:
     return Modulation(shift, scale, gate)
 
 
+# (index, block, x, shared) → x
 BlockRunner = Callable[[int, Block, Tensor, Shared], Tensor]
+# (blocks, e, a) → the modulation of all blocks, [blocks, B, 9, D]
+Modulate = Callable[[Sequence[Block], Tensor, Tensor], Tensor]
+
+
+class StackRunner(Protocol):
+    """Runs all blocks in place of `AnimaDiT.run_blocks`."""
+
+    def __call__(self, dit: AnimaDiT, x: Tensor, shared: Shared) -> Tensor:
+        """[B, L, D] → [B, L, D]."""
+
+    def __bool__(self) -> bool:
+        """Whether it holds memory that `stop` would free."""
+
+    def stop(self, reason: str) -> None:
+        """Free that memory and run the blocks plainly from now on."""
 
 
 class AnimaDiT(nn.Module):
-    """The whole transformer; see the module docstring for the formula.
+    """The transformer; see the module docstring for the formula.
 
-    Attributes: `attn_mode` and `split_attn` choose the attention (models/attention.py);
-    `block_runner(index, block, x, shared)` replaces the plain call of a block when it is set
-    (memory/offload.py: checkpointing, block swap); `graphs`, when set, launches all blocks as one
-    CUDA graph (models/block_graphs.py).
+    How the blocks run can be replaced; each hook is None unless somebody sets it.
+
+    Attributes:
+        attn_mode, split_attn: which attention (models/attention.py).
+        block_runner: runs one block.
+        graphs: runs all blocks.
+        modulate: computes the modulation of all blocks at once, for blocks that read it.
     """
 
     def __init__(self, config: DitConfig, attn_mode: str = "torch") -> None:
@@ -125,7 +139,8 @@ class AnimaDiT(nn.Module):
         self.attn_mode = attn_mode
         self.split_attn = False
         self.block_runner: BlockRunner | None = None
-        self.graphs: BlockGraphs | None = None
+        self.graphs: StackRunner | None = None
+        self.modulate: Modulate | None = None
         channels = config.model_channels
         self.x_embedder = PatchEmbed(config.in_channels, channels)
         self.t_embedder = nn.Sequential(nn.Identity(), TimestepEmbedding(channels))
@@ -186,6 +201,12 @@ class AnimaDiT(nn.Module):
             x = run(index, block, x, shared)
         return x
 
+    def run_eagerly(self) -> None:
+        """Take every hook out: each block runs as it is defined."""
+        self.block_runner = self.graphs = self.modulate = None
+        for block in self.blocks:
+            block.fused = None
+
     def _check(self, latents: Tensor, image: Tensor, sigma: Tensor, context: Tensor) -> None:
         channels, width = self.config.in_channels, self.config.context_dim
         if image.ndim != 4 or image.shape[1] != channels or any(n % 2 for n in image.shape[2:]):
@@ -210,11 +231,8 @@ class AnimaDiT(nn.Module):
         embedding = self.t_embedding_norm(features)[:, None]
         shared_modulation = self.t_embedder(features)[:, None]
         modulations = None
-        if any(block.fused for block in self.blocks):
-            # Not at the top: triton is not on every system that runs the eager blocks.
-            from anima_fast.models.modulation import batched_modulation
-
-            modulations = batched_modulation(self.blocks, embedding, shared_modulation)
+        if self.modulate is not None:
+            modulations = self.modulate(self.blocks, embedding, shared_modulation)
         return Shared(
             embedding=embedding,
             shared_modulation=shared_modulation,
@@ -249,7 +267,7 @@ def load_dit(
 
     Args:
         path_or_state_dict: a .safetensors file or a state dict, with any of the published prefixes;
-            a bundled LLM adapter and known leftovers are passed over.
+            a bundled LLM adapter and known leftovers are ignored.
         device: where the weights go.
         dtype: weights and activations; float16 keeps the residual stream and AdaLN in float32.
         attn_mode: torch, xformers, flash or sageattn.
@@ -258,24 +276,22 @@ def load_dit(
         The module `(latents, sigma, context, *, zero_keys=None, padding_mask=None) -> velocity`.
 
     Raises:
-        UserError: no DiT, a damaged one, or one with missing or unexpected tensors.
+        UserError: not a DiT, a damaged one, or one with missing or unexpected tensors.
     """
     checkpoint = dit_tensors(open_checkpoint(path_or_state_dict))
-    try:
-        config = DitConfig.from_shapes(checkpoint.shapes)
-    except UserError as error:
-        raise UserError(
-            f"{checkpoint.name} is no whole Anima DiT: {error}; download it again"
-        ) from error
-    with torch.device("meta"):
-        dit = AnimaDiT(config, attn_mode)
 
     def dtype_of(name: str) -> torch.dtype:
         half = dtype == torch.float16 and FP32_PARTS.fullmatch(name)
         return torch.float32 if half else dtype
 
-    load_into(dit, checkpoint, what="the Anima DiT", device=device, dtype_of=dtype_of)
-    return dit.requires_grad_(False).eval()
+    return load_network(
+        checkpoint,
+        DitConfig.from_shapes,
+        lambda config: AnimaDiT(config, attn_mode),
+        what="Anima DiT",
+        device=device,
+        dtype_of=dtype_of,
+    )
 
 
 def dit_tensors(checkpoint: Checkpoint) -> Checkpoint:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anima_fast.kernels.op import wide
 from anima_fast.models.attention import ZeroRows, attention
 from anima_fast.models.rope import apply_rope
 
@@ -45,11 +46,6 @@ class Shared:
     split_attn: bool = False
     # Of all blocks at once, [blocks, B, 9, D], where blocks run fused (models/modulation.py).
     modulations: Tensor | None = None
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 when it already is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def layernorm_modulate(x: Tensor, modulation: Modulation, dtype: torch.dtype) -> Tensor:

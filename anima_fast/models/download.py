@@ -2,7 +2,7 @@
 
 The networks come from `circlestone-labs/Anima`. Tokenizers are not in that repository: the Qwen3
 one comes from `Qwen/Qwen3-0.6B-Base`; the T5 one from `google-t5/t5-base`, whose `tokenizer.json`
-is the original T5 vocabulary in the form that needs no sentencepiece (`google/t5-v1_1-xxl` has the
+is the original T5 vocabulary in a form that needs no sentencepiece (`google/t5-v1_1-xxl` has the
 same vocabulary as `spiece.model` only). `HF_ENDPOINT` chooses another hub, `HF_TOKEN` an account.
 """
 
@@ -67,7 +67,7 @@ def dit_file(name: str) -> str:
     file = DIT_RELEASES.get(name.removeprefix("anima-"), name)
     if not file.endswith(".safetensors"):
         raise UserError(
-            f"--dit {name} is no known release: use one of {', '.join(DIT_RELEASES)}, or a "
+            f"--dit {name} is not a known release: use one of {', '.join(DIT_RELEASES)}, or a "
             ".safetensors file name of the repository"
         )
     return file if "/" in file else f"{DIT_FOLDER}/{file}"
@@ -80,7 +80,7 @@ def download_models(
     tokenizers_only: bool = False,
     say: Callable[[str], object] = print,
 ) -> Downloaded:
-    """Fetch what is missing; a download that was cut off goes on where it stopped.
+    """Fetch what is missing; an interrupted download goes on where it stopped.
 
     Args:
         models_dir: the folder to fill (default: `default_models_dir()`).
@@ -123,7 +123,7 @@ def fetch(repository: str, file: str, folder: Path, say: Callable[[str], object]
         raise UserError(
             f"{repository} asks for a login: accept its terms on the website, then `hf auth login`"
         ) from error
-    # A subclass of the next one: the file may exist, but there is no way to ask.
+    # A subclass of the next: the file may exist, but the hub cannot be asked.
     except LocalEntryNotFoundError as error:
         raise _unreachable(where, error) from error
     except EntryNotFoundError as error:
@@ -135,7 +135,7 @@ def fetch(repository: str, file: str, folder: Path, say: Callable[[str], object]
     except HfHubHTTPError as error:
         raise UserError(f"the hub refused {where}: {_first_line(error)}: try again") from error
     except OSError as error:
-        # Errors of the network carry no number of the system.
+        # Network errors carry no errno.
         if error.errno is None or isinstance(error, ConnectionError):
             raise _unreachable(where, error) from error
         raise disk_error(error, folder / file) from error
@@ -158,7 +158,7 @@ def _unreachable(where: str, error: Exception) -> UserError:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -8,19 +8,14 @@ Names of the samplers, weightings and losses are those of sd-scripts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from anima_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from anima_fast.options.run import TrainOptions
-
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from anima_fast.kernels.losses import element_loss, per_sample
+from anima_fast.models.flow_settings import FlowSettings
 
 TABLE_SIZE = 1000
 
@@ -131,13 +126,13 @@ def noisy_latents(
         generator: source of the perturbation, on the device of `noise`.
     """
     latents, noise = latents.float(), noise.float()
-    gamma = settings.ip_noise_gamma if settings is not None else None
-    if gamma:
+    if settings is not None and settings.ip_noise_gamma:
+        gamma: Tensor | float = settings.ip_noise_gamma
         if settings.ip_noise_gamma_random_strength:
             gamma = gamma * torch.rand(1, generator=generator, device=noise.device)
         extra = torch.randn(noise.shape, generator=generator, device=noise.device)
         noise = noise + gamma * extra
-    sigma = _per_sample(sigma, latents)
+    sigma = per_sample(sigma, latents)
     return (1 - sigma) * latents + sigma * noise
 
 
@@ -160,7 +155,7 @@ def loss_weight(scheme: str, sigma: Tensor) -> Tensor:
 def huber_delta(settings: FlowSettings, sigma: Tensor) -> Tensor:
     """The threshold c [B] of huber and smooth_l1: c·scale, or c^σ·scale when exponential.
 
-    `snr`, the default of sd-scripts, is not defined for flow models and stands for constant.
+    `snr`, the default of sd-scripts, is not defined for flow models and means constant.
     sd-scripts feeds σ in 0..1 to an exponent made for 0..1000, which makes its exponential schedule
     nearly constant; this is the curve that was meant.
     """
@@ -168,28 +163,6 @@ def huber_delta(settings: FlowSettings, sigma: Tensor) -> Tensor:
     if settings.huber_schedule == "exponential":
         return settings.huber_scale * settings.huber_c**sigma
     return torch.full_like(sigma, settings.huber_c * settings.huber_scale)
-
-
-def element_loss(
-    prediction: Tensor, target: Tensor, loss_type: str = "l2", c: Tensor | None = None
-) -> Tensor:
-    """The unreduced loss ℓ(d), d = prediction − target, in float32 and of their shape.
-
-    l2 d²; l1 |d|; huber 2c(√(d² + c²) − c); smooth_l1 2(√(d² + c²) − c) with c [B] per sample.
-    Raises `ValueError` for an unknown type or a missing c.
-    """
-    d = prediction.float() - target.float()
-    if loss_type == "l2":
-        return d**2
-    if loss_type == "l1":
-        return d.abs()
-    if loss_type not in ("huber", "smooth_l1"):
-        raise ValueError(f"loss_type is {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
-    if c is None:
-        raise ValueError(f"{loss_type} needs c, one threshold per sample")
-    c = _per_sample(c, d)
-    loss = 2 * (torch.sqrt(d**2 + c**2) - c)
-    return c * loss if loss_type == "huber" else loss
 
 
 def mask_from_conditioning(image: Tensor) -> Tensor:
@@ -254,17 +227,18 @@ def flow_loss(
         loss_weights: [B], the dataset's weight per sample (regularisation images), or None.
 
     Returns:
-        [B] float32; its mean over the batch is what is differentiated.
+        [B] float32; its mean over the batch is differentiated.
     """
     sigma = sigma.to(prediction.device)
-    loss = element_loss(prediction, target, settings.loss_type, huber_delta(settings, sigma))
-    loss = loss * _per_sample(loss_weight(settings.weighting_scheme, sigma), loss)
+    d = prediction.float() - target.float()
+    loss = element_loss(d, settings.loss_type, huber_delta(settings, sigma))
+    loss = loss * per_sample(loss_weight(settings.weighting_scheme, sigma), loss)
     if masks is not None:
         loss = apply_mask(loss, masks, normalize=settings.masked_loss_normalize)
-    per_sample = loss.flatten(1).mean(1)  # [B]
+    losses = loss.flatten(1).mean(1)  # [B]
     if loss_weights is not None:
-        per_sample = per_sample * loss_weights.to(per_sample)
-    return per_sample
+        losses = losses * loss_weights.to(losses)
+    return losses
 
 
 def fused_flow_loss(
@@ -285,7 +259,7 @@ def fused_flow_loss(
     Returns:
         [B] float32.
     """
-    # Not at the top: triton is not on every system.
+    # Imported here so that `flow_loss` runs without Triton.
     from anima_fast.kernels.flow_loss import flow_loss as one_pass
 
     sigma = sigma.to(prediction.device)
@@ -302,79 +276,3 @@ def fused_flow_loss(
         c=huber_delta(settings, sigma),
         cells=cells,
     )
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Shape [B] as [B, 1, ..., 1] on the device of `like`."""
-    return values.to(like.device, torch.float32).view(-1, *[1] * (like.ndim - 1))
-
-
-TIMESTEP_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
-
-
-WEIGHTING_SCHEMES = ("uniform", "none", "sigma_sqrt", "cosmap", "logit_normal", "mode")
-
-
-LOSS_TYPES = ("l2", "l1", "huber", "smooth_l1")
-
-
-HUBER_SCHEDULES = ("constant", "exponential", "snr")
-
-
-@dataclass(frozen=True)
-class FlowSettings:
-    """Everything that shapes the noise levels and the loss; checked when it is made.
-
-    `min_timestep` and `max_timestep` are in thousandths: σ is mapped affinely into
-    [min/1000, max/1000]. Raises `UserError` for an unknown name or an impossible number.
-    """
-
-    timestep_sampling: str = "sigmoid"
-    sigmoid_scale: float = 1.0
-    discrete_flow_shift: float = 1.0
-    weighting_scheme: str = "uniform"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    mode_scale: float = 1.29
-    loss_type: str = "l2"
-    huber_schedule: str = "constant"
-    huber_c: float = 0.1
-    huber_scale: float = 1.0
-    min_timestep: float | None = None
-    max_timestep: float | None = None
-    ip_noise_gamma: float | None = None
-    ip_noise_gamma_random_strength: bool = False
-    masked_loss_normalize: bool = False
-
-    def __post_init__(self) -> None:
-        _one_of("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
-        _one_of("weighting_scheme", self.weighting_scheme, WEIGHTING_SCHEMES)
-        _one_of("loss_type", self.loss_type, LOSS_TYPES)
-        _one_of("huber_schedule", self.huber_schedule, HUBER_SCHEDULES)
-        for name in ("discrete_flow_shift", "huber_c", "huber_scale"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} is {getattr(self, name)}, expected a number above 0")
-        low, high = self.sigma_range
-        if not 0 <= low < high <= 1:
-            raise UserError(
-                f"--min_timestep {self.min_timestep} and --max_timestep {self.max_timestep}: "
-                "expected 0 <= min < max <= 1000"
-            )
-
-    @classmethod
-    def from_options(cls, options: TrainOptions) -> FlowSettings:
-        """Take the fields of the same names from the options; absent ones keep defaults."""
-        names = (name for name in cls.__dataclass_fields__ if hasattr(options, name))
-        return cls(**{name: getattr(options, name) for name in names})
-
-    @property
-    def sigma_range(self) -> tuple[float, float]:
-        """Lowest and highest σ."""
-        low = 0.0 if self.min_timestep is None else self.min_timestep / 1000
-        high = 1.0 if self.max_timestep is None else self.max_timestep / 1000
-        return low, high
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"--{name} is {value!r}, expected one of {', '.join(known)}")

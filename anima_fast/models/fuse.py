@@ -1,28 +1,27 @@
 """Installing the fused block (block.py): which tensors of an eager block it reads, and when it may.
 
-`fuse_blocks` sets `block.fused` of every block. On each call it collects the weights and adapters
-that the eager block has at that moment and hands them to the fused Function; where it cannot take
-them on, the eager block runs and the reason is logged once.
+`fuse_blocks` sets `block.fused` of every block. Each call collects the weights and adapters that
+the eager block has at that moment and hands them to the fused Function; where it does not support
+them, the eager block runs and the reason is logged once.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from anima_fast.kernels.products import stacked
-from anima_fast.models.block import GROUPS, KINDS, NAMES, FusedBlockFunction, Settings
+from anima_fast.models.block import GROUPS, KINDS, NAMES, BlockSettings, FusedBlockFunction
+from anima_fast.models.dit import AnimaDiT, Block
 from anima_fast.models.dit_layers import Shared
-from anima_fast.models.modulation import adaln_layers, pack
+from anima_fast.models.modulation import adaln_layers, attached, batched_modulation, pack
 from anima_fast.models.recompute import block_policies, recomputed
-
-if TYPE_CHECKING:
-    from anima_fast.models.dit import AnimaDiT, Block
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class NotFused(Exception):
 
 
 @dataclass(frozen=True)
-class Layer:
+class FrozenLinear:
     """A frozen linear layer and its adapter; `down` and `up` have no rows without one."""
 
     weight: Tensor
@@ -51,7 +50,7 @@ def submodule(block: nn.Module, name: str) -> nn.Module:
     return block
 
 
-class Parts:
+class BlockModules:
     """The modules of a block, looked up once: on small images a step is short."""
 
     def __init__(self, block: Block) -> None:
@@ -66,27 +65,26 @@ class Parts:
         """Refuse what the fused block does not compute.
 
         Raises:
-            NotFused: trained weights, several adapters on one layer, adapters that are no plain
-                LoRA, dropout on AdaLN adapters, or a layer whose `forward` somebody else has
-                replaced.
+            NotFused: trained weights, several adapters on one layer, adapters other than plain
+                LoRA, dropout on AdaLN adapters, or a layer whose `forward` was replaced.
         """
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
                 raise NotFused(f"{name} is trained: full fine-tuning")
         for name, linear in self.linears.items():
-            adapters = getattr(linear, "adapters", ())
+            adapters = attached(linear)
             if len(adapters) > 1:
                 raise NotFused(f"{name} has {len(adapters)} adapters")
             for adapter in adapters:
-                if adapter.network != "LoRA":
-                    raise NotFused(f"{name} has a {adapter.network} adapter")
+                if adapter.title != "LoRA":
+                    raise NotFused(f"{name} has a {adapter.title} adapter")
             if "adaln" in name and any(adapter.drops for adapter in adapters):
                 raise NotFused(f"{name}: an AdaLN adapter with dropout")
             if not adapters and "forward" in linear.__dict__:
-                raise NotFused(f"{name} has a forward of its own")
+                raise NotFused(f"{name} has a replaced forward")
 
-    def layers(self, tokens: int, rows: int, batch: int) -> dict[str, list[Layer]]:
-        """Weights and adapters, dropout drawn in the order of the eager block.
+    def layers(self, tokens: int, rows: int, batch: int) -> dict[str, list[FrozenLinear]]:
+        """Weights and adapters, with dropout drawn in the order of the eager block.
 
         Args:
             tokens, rows, batch: L, S and B.
@@ -103,14 +101,14 @@ class Parts:
         return [*self.groups.values(), self.norms]
 
 
-def _layer(linear: nn.Linear, batch: int, length: int) -> Layer:
+def _layer(linear: nn.Linear, batch: int, length: int) -> FrozenLinear:
     weight = linear.weight
-    for adapter in getattr(linear, "adapters", ()):
+    for adapter in attached(linear):
         scale, factor = adapter.draw(batch, length, weight)
         if scale:
             flat = None if factor is None else factor.reshape(batch * length, -1)
-            return Layer(weight, adapter.down, adapter.up, scale, flat)
-    return Layer(weight, weight[:0], weight[:, :0], 0.0, None)
+            return FrozenLinear(weight, adapter.down, adapter.up, scale, flat)
+    return FrozenLinear(weight, weight[:0], weight[:, :0], 0.0, None)
 
 
 def fuse_blocks(
@@ -118,37 +116,32 @@ def fuse_blocks(
 ) -> None:
     """Let every block of a DiT run fused; call it where the weights are on their device.
 
-    Weights of layers that read one input, and of all AdaLN, move into packed buffers and stay what
-    they are under their own names.
+    Weights of layers that read one input, and of all AdaLN, move into packed buffers; their names
+    and values stay the same.
 
     Args:
         dit: the model; adapters may be attached before or later.
         recompute: none, mlp, block, or a count of blocks at `block`, the rest at `none`.
-        swapped: blocks whose weights live elsewhere (memory/offload.py): they are not packed, and
-            kept whole, as their runner computes them again.
+        swapped: blocks whose weights are in host memory (memory/offload.py): they are not packed,
+            and run with policy `none`, as their runner recomputes them.
 
     Raises:
         ValueError: another `recompute`.
     """
     for index, policy in enumerate(block_policies(recompute, len(dit.blocks))):
         policy = "none" if index in swapped else policy
-        # Now, not on the first call: a swapped block then has its fetched weights in place.
-        dit.blocks[index].fused = FusedBlock(index, policy, Parts(dit.blocks[index]))
+        # Now, not on the first call: by then a swapped block holds its fetched weights.
+        dit.blocks[index].fused = FusedBlock(index, policy, BlockModules(dit.blocks[index]))
     for index, block in enumerate(dit.blocks):
         if index in swapped:
             continue
-        for layers in block.fused.parts.packable():
+        for layers in block.fused.modules.packable():
             if len(layers) > 1 and not any(layer.weight.requires_grad for layer in layers):
                 pack(layers)
     for layers in adaln_layers(dit.blocks):
         if not any(layer.weight.requires_grad for layer in layers):
             pack(layers)
-
-
-def unfuse_blocks(dit: AnimaDiT) -> None:
-    """Let every block run eagerly again."""
-    for block in dit.blocks:
-        block.fused = None
+    dit.modulate = batched_modulation
 
 
 @dataclass
@@ -157,20 +150,20 @@ class FusedBlock:
 
     Attributes:
         policy: none, mlp or block.
-        parts: the block's modules.
-        pack, unpack: with policy `block`, where x₀ waits (memory/offload.py).
+        modules: the block's modules.
+        pack, unpack: with policy `block`, how x₀ is stored (memory/offload.py).
     """
 
     index: int
     policy: str
-    parts: Parts
+    modules: BlockModules
     pack: Callable[[Tensor], Any] | None = None
     unpack: Callable[[Any], Tensor] | None = None
 
     def __call__(self, block: Block, x: Tensor, shared: Shared) -> Tensor:
-        """x₃ [B, L, D]; of the eager block where that must run, which is logged once."""
+        """x₃ [B, L, D]; from the eager block where it must run, which is logged once."""
         try:
-            self.parts.check()
+            self.modules.check()
         except NotFused as reason:
             say_once(f"fused kernels are off, the eager block runs: {reason}")
             return self.eager(block, x, shared)
@@ -184,15 +177,18 @@ class FusedBlock:
 
     def fused(self, block: Block, x: Tensor, shared: Shared) -> Tensor:
         """The fused Function on the weights and adapters of this moment."""
-        parts = self.parts
+        modules = self.modules
         batch, tokens, _ = x.shape
-        groups = parts.layers(tokens, shared.context.shape[1], batch)
-        norms = stacked([norm.weight[None] for norm in parts.norms])
+        groups = modules.layers(tokens, shared.context.shape[1], batch)
+        norms = stacked([norm.weight[None] for norm in modules.norms])
+        modulations = shared.modulations
+        assert modulations is not None
+        # The second half of the angles repeats the first.
         half = shared.cos.shape[-1] // 2
         tensors: dict[str, Tensor | None] = {
             "x0": x,
             "context": shared.context,
-            "modulation": shared.modulations[self.index],
+            "modulation": modulations[self.index],
             "cos": shared.cos[:, :half],
             "sin": shared.sin[:, :half],
             "norm.self": norms[:2],
@@ -202,7 +198,7 @@ class FusedBlock:
             for kind in KINDS:
                 values = (getattr(layer, kind) for layer in layers)
                 tensors.update(zip(NAMES[group][kind], values, strict=True))
-        settings = Settings(
+        settings = BlockSettings(
             policy=self.policy,
             attn_mode=shared.attn_mode,
             dtype=shared.dtype,
@@ -215,11 +211,7 @@ class FusedBlock:
         return FusedBlockFunction.apply(settings, list(tensors), *tensors.values())
 
 
-_said: set[str] = set()
-
-
+@functools.cache
 def say_once(text: str) -> None:
-    """Warn, the first time that this text comes."""
-    if text not in _said:
-        _said.add(text)
-        log.warning(text)
+    """Warn with this text, once."""
+    log.warning(text)

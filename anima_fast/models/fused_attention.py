@@ -1,13 +1,13 @@
-"""Attention for the fused block: forward and backward apart, with nothing kept but out and lse.
+"""Attention for the fused block: separate forward and backward, keeping only out and lse.
 
 torch        PyTorch's flash attention, which knows no zero keys: with lse' over the real keys,
              lse = log(e^{lse'} + n) and out = out'·e^{lse' − lse}. Its backward reads the lse
              and δ = do·out only, so the corrected pair makes it exact as well. Self attention is
              cuDNN's where PyTorch prefers that (data-center Hopper and Blackwell): it is faster
-             there, but plans anew, tens of milliseconds, for each count of keys
+             there, but spends tens of milliseconds planning for each new count of keys
 triton       kernels/attention.py, whose softmax starts at the zero keys; also where PyTorch has no
              flash attention: in float32, before Ampere, and in its builds for Windows
-others       xformers and flash run under autograd inside, and keep what they keep
+others       xformers and flash run under autograd inside, and keep what that keeps
 
 Where a sample leaves out zero rows that its keys end with (a batch that mixes texts above 512 rows
 with shorter ones), the first two take one sample at a time.
@@ -29,8 +29,8 @@ aten = torch.ops.aten
 
 
 @dataclass
-class Kept:
-    """What backward needs: tensors for `save_for_backward`, and what is none of them.
+class KeptAttention:
+    """What backward needs: tensors to save for backward, plus non-tensor state.
 
     Attributes:
         by: who computed it: cudnn, flash, own or graph.
@@ -68,7 +68,7 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None, mode: str) -> Kept:
+def forward(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None, mode: str) -> KeptAttention:
     """Attention without autograd.
 
     Args:
@@ -84,15 +84,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None, mode: str) -
             one, seen = slice(i, i + 1), rows.kept(i, k.shape[1])
             parts.append(forward(q[one], k[one, :seen], v[one, :seen], rows.sample(i), mode))
         out, lse = (torch.cat(x) for x in zip(*((p.out, p.lse) for p in parts), strict=True))
-        return Kept(out, lse, parts[0].rng, parts[0].by)
+        return KeptAttention(out, lse, parts[0].rng, parts[0].by)
     if by in ("cudnn", "flash"):
         return _flash_forward(q, k, v, rows, by)
     if by == "own":
-        return Kept(*attention_forward(q, k, v, rows.on_device if rows else None))
+        return KeptAttention(*attention_forward(q, k, v, rows.on_device if rows else None))
     with torch.enable_grad():
         leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
         out = attention(*leaves, zero_keys=rows, mode=mode)
-    return Kept(out.detach(), by=by, graph=(out, *leaves))
+    return KeptAttention(out.detach(), by=by, graph=(out, *leaves))
 
 
 def backward(
@@ -100,7 +100,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kept: Kept,
+    kept: KeptAttention,
     *,
     into: tuple[Tensor, Tensor, Tensor],
     rows: ZeroRows | None = None,
@@ -115,10 +115,11 @@ def backward(
         rows: as given to the forward.
     """
     if rows is not None and rows.leaves_out and kept.by != "graph":
+        assert kept.lse is not None
         for i in range(len(q)):
             one, seen = slice(i, i + 1), rows.kept(i, k.shape[1])
             dq, dk, dv = (gradient[one] for gradient in into)
-            part = Kept(kept.out[one], kept.lse[one], kept.rng, kept.by)
+            part = KeptAttention(kept.out[one], kept.lse[one], kept.rng, kept.by)
             into_part = (dq, dk[:, :seen], dv[:, :seen])
             backward(do[one], q[one], k[one, :seen], v[one, :seen], part, into=into_part)
             dk[:, seen:].zero_()
@@ -136,7 +137,9 @@ def backward(
         target.copy_(gradient)
 
 
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None, by: str) -> Kept:
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None, by: str
+) -> KeptAttention:
     heads = [t.transpose(1, 2) for t in (q, k, v)]  # [B, H, L, K]
     rng: tuple[Tensor, ...] = ()
     if not q.is_cuda:
@@ -152,10 +155,12 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None, by: s
         zeros = rows.on_device.to(lse.dtype).log()[:, None, None]  # [B, 1, 1]
         real, lse = lse, torch.logaddexp(lse, zeros)
         out = (out * (real - lse).exp().transpose(1, 2)[..., None]).to(q.dtype)
-    return Kept(out.contiguous(), lse, rng, by)
+    return KeptAttention(out.contiguous(), lse, rng, by)
 
 
-def _flash_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Kept) -> list[Tensor]:
+def _flash_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: KeptAttention
+) -> list[Tensor]:
     do, q, k, v, out = (t.transpose(1, 2) for t in (do, q, k, v, kept.out))
     # Two absent tables of sequence ends, two lengths, no dropout, no causal mask.
     plain = (None, None, q.shape[2], k.shape[2], 0.0, False)

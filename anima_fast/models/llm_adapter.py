@@ -23,9 +23,11 @@ from anima_fast.models.checkpoint import (
     DIT_PREFIXES,
     LEFTOVERS,
     Checkpoint,
+    count_blocks,
     detect_kind,
-    load_into,
+    load_network,
     open_checkpoint,
+    size_of,
     strip_prefix,
     wrong_kind,
 )
@@ -33,7 +35,7 @@ from anima_fast.models.rope import apply_rope, sequence_angles
 
 EPS = 1e-6
 PREFIXES = tuple(prefix + "llm_adapter." for prefix in DIT_PREFIXES)
-# A bundled adapter is told by the first of these, a file of its own needs both.
+# The first of these marks a bundled adapter; a separate file needs both.
 MARKERS = ("out_proj.weight", "embed.weight")
 
 
@@ -53,35 +55,25 @@ class AdapterConfig:
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> AdapterConfig:
         """Read every size from the shapes of a state dict without prefix.
 
-        Raises `UserError` when a tensor that tells a size is missing or impossible.
+        Raises `UserError` when a tensor that is needed is missing or has an impossible shape.
         """
-        layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-        vocabulary, width = _size(shapes, "embed.weight")
-        head_dim = _size(shapes, "blocks.0.self_attn.q_norm.weight")[0]
+        vocabulary, width = size_of(shapes, "embed.weight")
+        head_dim = size_of(shapes, "blocks.0.self_attn.q_norm.weight")[0]
         if head_dim % 2 or width % head_dim:
             raise UserError(f"width {width} does not divide into heads of {head_dim}")
         return cls(
             width=width,
-            source_width=_size(shapes, "blocks.0.cross_attn.k_proj.weight")[1],
-            layers=len(layers),
+            source_width=size_of(shapes, "blocks.0.cross_attn.k_proj.weight")[1],
+            layers=count_blocks(shapes),
             head_dim=head_dim,
-            hidden=_size(shapes, "blocks.0.mlp.0.weight")[0],
+            hidden=size_of(shapes, "blocks.0.mlp.0.weight")[0],
             vocabulary=vocabulary,
-            context_dim=_size(shapes, "out_proj.weight")[0],
+            context_dim=size_of(shapes, "out_proj.weight")[0],
         )
 
 
-def _size(shapes: Mapping[str, Sequence[int]], name: str) -> Sequence[int]:
-    shape = shapes.get(name)
-    if shape is None:
-        raise UserError(f"the tensor {name} is missing")
-    if len(shape) != (1 if name.endswith("norm.weight") else 2) or min(shape) < 1:
-        raise UserError(f"the tensor {name} has the impossible shape {list(shape)}")
-    return shape
-
-
 @dataclass(frozen=True)
-class Keys:
+class AttentionKeys:
     """What an attention reads besides its tokens: the key mask and the rotations."""
 
     mask: Tensor  # [B, S], true where a key counts
@@ -103,7 +95,7 @@ class AdapterNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] → the same shape in the weight's dtype."""
         if self.fused:
-            # Not at the top: triton is not on every system.
+            # Imported here so that the eager adapter runs without Triton.
             from anima_fast.kernels.rmsnorm import rmsnorm
 
             return rmsnorm(x, self.weight)
@@ -126,7 +118,7 @@ class AdapterAttention(nn.Module):
         self.k_norm = AdapterNorm(config.head_dim)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, source: Tensor, keys: Keys) -> Tensor:
+    def forward(self, x: Tensor, source: Tensor, keys: AttentionKeys) -> Tensor:
         """x [B, N, D] reads source [B, S, C] where the mask is true; without any key it gets 0."""
         heads = (-1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), keys.q_angles)  # [B, N, H, K]
@@ -160,7 +152,9 @@ class AdapterBlock(nn.Module):
         up = nn.Linear(config.width, config.hidden)
         self.mlp = nn.Sequential(up, nn.GELU(), nn.Linear(config.hidden, config.width))
 
-    def forward(self, x: Tensor, states: Tensor, t5: Keys, source: Keys) -> Tensor:
+    def forward(
+        self, x: Tensor, states: Tensor, t5: AttentionKeys, source: AttentionKeys
+    ) -> Tensor:
         """x [B, N, D] → [B, N, D]; states [B, S, C]."""
         h = self.norm_self_attn(x)
         x = x + self.self_attn(h, h, t5)
@@ -169,7 +163,7 @@ class AdapterBlock(nn.Module):
 
 
 class LLMAdapter(nn.Module):
-    """The whole adapter; see the module docstring for the formula.
+    """The adapter; see the module docstring for the formula.
 
     Attributes: `fused` says whether every norm is one kernel.
     """
@@ -213,8 +207,8 @@ class LLMAdapter(nn.Module):
         head_dim, device = self.config.head_dim, x.device
         t5_angles = sequence_angles(head_dim, x.shape[1], device)
         source_angles = sequence_angles(head_dim, states.shape[1], device)
-        t5 = Keys(t5_mask.bool(), t5_angles, t5_angles)
-        source = Keys(source_mask.bool(), t5_angles, source_angles)
+        t5 = AttentionKeys(t5_mask.bool(), t5_angles, t5_angles)
+        source = AttentionKeys(source_mask.bool(), t5_angles, source_angles)
         for block in self.blocks:
             x = block(x, states, t5, source)
         context = self.norm(self.out_proj(x))
@@ -235,7 +229,7 @@ class LLMAdapter(nn.Module):
 
 
 def adapter_tensors(checkpoint: Checkpoint) -> Checkpoint | None:
-    """The adapter's tensors, without prefix, of a DiT file or its own file; None if it has none."""
+    """The adapter's tensors, without prefix, of a DiT file or a separate file, or None."""
     keys = checkpoint.keys()
     prefix = strip_prefix(keys, PREFIXES, MARKERS, at_least=1)
     if prefix is None:
@@ -257,7 +251,7 @@ def load_llm_adapter(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> LLMAdapter:
-    """Load the LLM adapter of a DiT file, or a file of its own, frozen and in eval mode.
+    """Load the LLM adapter of a DiT file or of a separate file, frozen and in eval mode.
 
     Args:
         path_or_state_dict: keys with or without a DiT prefix and `llm_adapter.`.
@@ -278,13 +272,11 @@ def load_llm_adapter(
         )
     if checkpoint is None:
         raise wrong_kind(source, "a file with an LLM adapter")
-    try:
-        config = AdapterConfig.from_shapes(checkpoint.shapes)
-    except UserError as error:
-        raise UserError(
-            f"{source.name} holds no whole LLM adapter: {error}; download it again"
-        ) from error
-    with torch.device("meta"):
-        adapter = LLMAdapter(config)
-    load_into(adapter, checkpoint, what="the LLM adapter", device=device, dtype_of=lambda _: dtype)
-    return adapter.requires_grad_(False).eval()
+    return load_network(
+        checkpoint,
+        AdapterConfig.from_shapes,
+        LLMAdapter,
+        what="LLM adapter",
+        device=device,
+        dtype_of=lambda _: dtype,
+    )

@@ -9,18 +9,21 @@ state dict stays as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anima_fast.kernels.products import stacked
-
-if TYPE_CHECKING:
-    from anima_fast.models.dit import Block
+from anima_fast.models.dit import Block
 
 BRANCHES = ("adaln_modulation_self_attn", "adaln_modulation_cross_attn", "adaln_modulation_mlp")
+
+
+def attached(layer: nn.Module) -> Sequence[Any]:
+    """The adapters on a layer (adapters/layers.py puts them there); () without one."""
+    return getattr(layer, "adapters", ())
 
 
 def pack(layers: Sequence[nn.Module]) -> None:
@@ -65,11 +68,11 @@ def batched_modulation(
 
 def _with_deltas(y: Tensor, layers: Sequence[nn.Linear], x: Sequence[Tensor]) -> Tensor:
     """`y` [layers, B, N] and what the layers' adapters add to it."""
-    if not any(getattr(layer, "adapters", ()) for layer in layers):
+    if not any(attached(layer) for layer in layers):
         return y
     parts = []
     for part, layer, value in zip(y, layers, x, strict=True):
-        for adapter in getattr(layer, "adapters", ()):
+        for adapter in attached(layer):
             part = part + adapter.delta(value, adapter.multiplier)
         parts.append(part)
     return torch.stack(parts)

@@ -1,4 +1,4 @@
-"""How much of a block is computed again in backward, by name, and the way to do it for a block."""
+"""Recomputation in backward: how much of a block, by name, and how to do it for one block."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def recomputed(
 ) -> Tensor:
     """run(x, shared) that keeps x and computes the rest again in backward, random numbers replayed.
 
-    With `pack` and `unpack`, x waits in the form that `pack` gives it.
+    With `pack` and `unpack`, x is stored in the form that `pack` gives it.
     """
-    # Not at the top: the options read the names above, and a help page shall not wait for torch.
+    # Imported lazily: the options read POLICIES, and --help should not load torch.
     from torch.autograd.graph import saved_tensors_hooks
     from torch.utils.checkpoint import checkpoint
 

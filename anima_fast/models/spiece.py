@@ -21,7 +21,7 @@ from anima_fast.errors import UserError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# T5 adds these behind its 32,000 pieces, numbered downwards.
+# T5 adds these after its 32,000 pieces, numbered downwards.
 EXTRA_IDS = 100
 
 
@@ -66,7 +66,7 @@ def _pieces(data: bytes) -> tuple[list[tuple[str, float]], bytes]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(field number, raw bytes) of a message; varint values come as empty bytes, none is needed."""
+    """(field number, raw bytes) of a message; varints, which nobody needs, come as empty bytes."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -86,7 +86,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Value and the position behind it."""
+    """The value and the position after it."""
     value = shift = 0
     while True:
         byte = data[at]

@@ -3,7 +3,7 @@
 The architecture is read from tensor shapes, so a single file needs no config and a directory's
 `config.json` is only asked for what shapes do not show (RoPE base, norm epsilon) and compared with
 the rest. The module is built on the meta device and takes the file's tensors as they are, so the
-weights are in memory once. Loading is strict: a wrong file is named, never half accepted.
+weights are in memory once. Loading is strict: a wrong file is named and never accepted in part.
 
 Captions are padded on the right and the encoder is causal, so real tokens never see padding and no
 attention mask is needed; rows of padding are set to exact zeros afterwards.

@@ -1,9 +1,9 @@
-"""Where tokenizer files are looked for, and how they are fetched when they are nowhere.
+"""Where tokenizer files are looked for, and how they are fetched when they are not found.
 
-Order: the Qwen3 directory itself, the explicit option, a folder beside the text encoder, the models
-folder that `anima-fast download` fills, the Hugging Face hub cache, and at last (unless offline)
-the hub itself, from which only the tokenizer files are taken. An explicit path that is wrong is an
-error; it never falls through to the next place.
+Order: the Qwen3 directory itself, the explicit option, a folder next to the text encoder, the
+models folder that `anima-fast download` fills, the Hugging Face hub cache, and finally (unless
+offline) the hub itself, from which only the tokenizer files are taken. An explicit path that is
+wrong is an error; it never falls through to the next place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TokenizerMissing(UserError):
 
 
 @dataclass(frozen=True)
-class Source:
+class TokenizerSource:
     """One tokenizer: its names for users and the sets of files that define it, best first."""
 
     title: str
@@ -33,14 +33,14 @@ class Source:
     layouts: tuple[tuple[str, ...], ...]
 
 
-QWEN3 = Source(
+QWEN3 = TokenizerSource(
     "Qwen3 tokenizer",
     "--qwen3_tokenizer_path",
     "qwen3_tokenizer",
     ("Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B"),
     (("tokenizer.json",), ("vocab.json", "merges.txt", "tokenizer_config.json")),
 )
-T5 = Source(
+T5 = TokenizerSource(
     "T5 tokenizer",
     "--t5_tokenizer_path",
     "t5_tokenizer",
@@ -50,7 +50,7 @@ T5 = Source(
 
 
 def find_files(
-    source: Source,
+    source: TokenizerSource,
     qwen3_path: str | Path | None,
     explicit: str | Path | None,
     models_dir: str | Path | None,
@@ -59,8 +59,8 @@ def find_files(
 ) -> list[Path]:
     """The files of a tokenizer, in the order of their layout.
 
-    fetch: ask the hub for files that are nowhere. Raises `UserError` when the explicit path holds
-    none, and `TokenizerMissing` when they are nowhere and cannot be, or shall not be, fetched.
+    fetch: ask the hub for files found nowhere else. Raises `UserError` when the explicit path holds
+    none, and `TokenizerMissing` when they are nowhere and cannot, or should not, be fetched.
     """
     named = explicit_files(source, Path(explicit)) if explicit is not None else None
     folder = Path(qwen3_path) if qwen3_path is not None else None
@@ -78,7 +78,7 @@ def find_files(
     return _download(source, models_dir)
 
 
-def explicit_files(source: Source, path: Path) -> list[Path]:
+def explicit_files(source: TokenizerSource, path: Path) -> list[Path]:
     """The files in a folder that the user named; `UserError` when it holds none."""
     files = _files_in(source, path)
     if files is None and path.is_file() and (path.name,) in source.layouts:
@@ -90,7 +90,7 @@ def explicit_files(source: Source, path: Path) -> list[Path]:
     return files
 
 
-def _files_in(source: Source, folder: Path) -> list[Path] | None:
+def _files_in(source: TokenizerSource, folder: Path) -> list[Path] | None:
     for layout in source.layouts:
         if all((folder / name).is_file() for name in layout):
             return [folder / name for name in layout]
@@ -98,7 +98,7 @@ def _files_in(source: Source, folder: Path) -> list[Path] | None:
 
 
 def _places(
-    source: Source, qwen3_path: Path | None, models_dir: str | Path | None
+    source: TokenizerSource, qwen3_path: Path | None, models_dir: str | Path | None
 ) -> Iterator[Path]:
     if qwen3_path is not None:
         yield from (qwen3_path / source.folder, qwen3_path.parent / source.folder)
@@ -112,19 +112,20 @@ def models_folder(models_dir: str | Path | None) -> Path:
     return Path(models_dir) if models_dir is not None else cache_home() / "models"
 
 
-def _from_hub_cache(source: Source) -> list[Path] | None:
+def _from_hub_cache(source: TokenizerSource) -> list[Path] | None:
     from huggingface_hub import try_to_load_from_cache
 
     for repository in source.repositories:
         for layout in source.layouts:
             paths = [try_to_load_from_cache(repository, name) for name in layout]
             # Besides a path the hub library returns None or a marker for "known to be absent".
-            if all(isinstance(path, str) and Path(path).is_file() for path in paths):
-                return [Path(path) for path in paths]
+            found = [Path(path) for path in paths if isinstance(path, str)]
+            if len(found) == len(layout) and all(path.is_file() for path in found):
+                return found
     return None
 
 
-def _download(source: Source, models_dir: str | Path | None) -> list[Path]:
+def _download(source: TokenizerSource, models_dir: str | Path | None) -> list[Path]:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -138,7 +139,7 @@ def _download(source: Source, models_dir: str | Path | None) -> list[Path]:
         except EntryNotFoundError as error:
             # The repository lacks this layout: try the next. No connection looks the same.
             reason = error
-        # The network library below the hub client raises types of its own.
+        # The network library under the hub client raises its own types.
         except Exception as error:
             raise _missing(source, models_dir, f"fetching it failed: {error}") from error
     raise _missing(source, models_dir, f"fetching it failed: {reason}")
@@ -155,7 +156,9 @@ def _reachable(endpoint: str) -> bool:
         return False
 
 
-def _missing(source: Source, models_dir: str | Path | None, reason: str) -> TokenizerMissing:
+def _missing(
+    source: TokenizerSource, models_dir: str | Path | None, reason: str
+) -> TokenizerMissing:
     wanted = " or ".join(" + ".join(layout) for layout in source.layouts)
     place = models_folder(models_dir) / source.folder
     brief = " ".join(str(reason).split())[:200]

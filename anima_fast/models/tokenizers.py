@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from anima_fast.errors import UserError
+from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.spiece import read_spiece
 from anima_fast.models.tokenizer_files import QWEN3, T5, find_files
 
@@ -56,15 +57,16 @@ class Tokenizers:
         self.qwen, self.t5, self.identity = qwen, t5, identity
         self.qwen_pad = qwen.token_to_id("<|endoftext|>") or 0
         self.t5_pad = t5.token_to_id("<pad>") or 0
-        self.t5_end = t5.token_to_id("</s>")
-        if self.t5_end is None:
+        end = t5.token_to_id("</s>")
+        if end is None:
             raise UserError(
                 "the T5 tokenizer has no </s> token: it is not a T5 tokenizer; give another with "
                 f"{T5.option}"
             )
+        self.t5_end: int = end
 
     def encode(
-        self, captions: Sequence[str], qwen3_max: int = 512, t5_max: int = 512
+        self, captions: Sequence[str], qwen3_max: int = TEXT_ROWS, t5_max: int = TEXT_ROWS
     ) -> TokenBatch:
         """Ids and masks of captions, truncated on the right to the given lengths (tokens)."""
         if qwen3_max < 1 or t5_max < 1:
@@ -74,7 +76,7 @@ class Tokenizers:
         return TokenBatch(*_pad(qwen, self.qwen_pad), *_pad(t5, self.t5_pad))
 
     def encode_segments(self, segments: Sequence[str]) -> tuple[TokenBatch, list[int]]:
-        """One text whose segments are tokenised each by itself, whole, with one `</s>` at its end.
+        """One text whose segments are tokenised one by one, untruncated, with a `</s>` at the end.
 
         Returns:
             ids and masks [1, N], and the number of T5 tokens of each segment.
@@ -131,8 +133,9 @@ def load_tokenizers(
     """Both tokenizers, searched as `tokenizer_files` describes.
 
     qwen3_path: the text encoder, a directory or a single file. models_dir: the models folder when
-    it is not the default one. fetch: ask the hub for what is nowhere. Raises `UserError` when files
-    are missing (`tokenizer_files.TokenizerMissing` when no path was given for them) or damaged.
+    it is not the default one. fetch: ask the hub for what is not found. Raises `UserError` when
+    files are missing (`tokenizer_files.TokenizerMissing` when no path was given for them) or
+    damaged.
     """
     qwen_files = find_files(QWEN3, qwen3_path, qwen3_tokenizer_path, models_dir, fetch=fetch)
     t5_files = find_files(T5, qwen3_path, t5_tokenizer_path, models_dir, fetch=fetch)

@@ -10,7 +10,7 @@ arithmetic. `vae_checkpoint` slices the weights while loading; this file is the 
 
 With `chunk_rows` the levels above 1/8 resolution run on strips of that many image rows (see
 `vae_layers.run_stages`): the result is the same, the memory no longer grows with full-resolution
-maps. Only maps at 1/8 resolution, where attention looks at everything, are ever whole.
+maps. Only maps at 1/8 resolution, where attention looks at everything, are held in full.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ LATENT_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
+LATENT_CHANNELS = len(LATENT_MEAN)
 # Pixels per latent position, on each side.
-SCALE = 8
+LATENT_SCALE = 8
 MULTIPLIERS = (1, 2, 4, 4)
 
 
@@ -50,7 +51,7 @@ class VaeConfig:
     """What differs between VAE files: `width` channels at full resolution, `latent` channels."""
 
     width: int = 96
-    latent: int = 16
+    latent: int = LATENT_CHANNELS
 
 
 class Encoder(nn.Module):
@@ -98,7 +99,7 @@ class Decoder(nn.Module):
         """[B, Z, h, w] to [B, 3, 8h, 8w]."""
         stages = []
         for i, level in enumerate(self.levels):
-            stages += [Stage(layer, SCALE // 2**i) for layer in level.stages()]
+            stages += [Stage(layer, LATENT_SCALE // 2**i) for layer in level.stages()]
         return run_stages([*stages, Stage(self.head, 1)], self.middle(self.conv_in(z)), chunk_rows)
 
 
@@ -118,23 +119,23 @@ class VAE(nn.Module):
         """Normalised posterior mean.
 
         images: [B, 3, H, W] in [-1, 1], any float dtype and device, H and W multiples of 8.
-        chunk_rows: image rows per strip; None runs the whole image at once.
+        chunk_rows: image rows per strip; None runs the image at once.
         Returns [B, 16, H/8, W/8] float32 on the VAE's device. Raises ValueError on a wrong shape.
         """
-        _check(images, 3, SCALE, chunk_rows, "images")
+        _check(images, 3, LATENT_SCALE, chunk_rows, "images")
         mean = self.moments(images, chunk_rows)[:, : self.config.latent].float()
         return (mean - _channels(LATENT_MEAN, mean)) / _channels(LATENT_STD, mean)
 
     def moments(self, images: Tensor, chunk_rows: int | None = None) -> Tensor:
         """Mean and log variance [B, 2Z, H/8, W/8] before the normalisation, in the VAE's dtype."""
         weight = self.to_moments.weight
-        # Three channels: the one full-resolution copy that may be whole.
+        # The only full-resolution copy held in full: it has three channels.
         return self.to_moments(self.encoder(images.to(weight.device, weight.dtype), chunk_rows))
 
     def decode(self, latents: Tensor, chunk_rows: int | None = None) -> Tensor:
         """Image of normalised latents.
 
-        latents: [B, 16, h, w]. chunk_rows: image rows per strip; None runs the whole image at once.
+        latents: [B, 16, h, w]. chunk_rows: image rows per strip; None runs the image at once.
         Returns [B, 3, 8h, 8w] float32 in [-1, 1]. Raises ValueError on a wrong shape.
         """
         _check(latents, self.config.latent, 1, chunk_rows, "latents")

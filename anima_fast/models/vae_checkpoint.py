@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +23,7 @@ from anima_fast.models.checkpoint import (
     shape_problems,
     wrong_kind,
 )
-from anima_fast.models.vae import VAE
-
-if TYPE_CHECKING:
-    from anima_fast.models.vae import VaeConfig
+from anima_fast.models.vae import LATENT_CHANNELS, VAE, VaeConfig
 
 PREFIXES = ("first_stage_model.", "vae.")
 EXPECTED = "expected the Qwen-Image VAE (qwen_image_vae.safetensors) for --vae"
@@ -69,7 +66,7 @@ def _middle(side: str) -> dict[str, Names]:
 
 
 def _encoder_level(level: int) -> dict[str, Names]:
-    table = {}
+    table: dict[str, Names] = {}
     for i in range(2):
         n = 3 * level + i
         table |= _resblock(
@@ -85,7 +82,7 @@ def _encoder_level(level: int) -> dict[str, Names]:
 
 
 def _decoder_level(level: int) -> dict[str, Names]:
-    table = {}
+    table: dict[str, Names] = {}
     for i in range(3):
         table |= _resblock(
             f"decoder.levels.{level}.blocks.{i}",
@@ -109,8 +106,6 @@ def _resblock(ours: str, wan: str, theirs: str) -> dict[str, Names]:
 
 def published_names(config: VaeConfig, naming: str) -> dict[str, str]:
     """Our parameter name to the published one; naming is "wan" or "diffusers"."""
-    from anima_fast.models.vae import VAE
-
     table = module_names()
     with torch.device("meta"):
         names = list(VAE(config).state_dict())
@@ -125,8 +120,6 @@ def read_vae(
     source: str | Path | Mapping[str, Tensor], *, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[VaeConfig, dict[str, Tensor]]:
     """Configuration and 2-D tensors under our names; raises `UserError` (see `load_vae`)."""
-    from anima_fast.models.vae import VAE
-
     checkpoint = open_checkpoint(source)
     label = checkpoint.name
     stored = _stored_names(checkpoint, label)
@@ -145,7 +138,7 @@ def read_vae(
 
 
 def _stored_names(checkpoint: Checkpoint, label: str) -> dict[str, str]:
-    """Published name to the key in the file; raises `UserError` when the file is no VAE."""
+    """Published name to the key in the file; raises `UserError` when the file is not a VAE."""
     keys = checkpoint.keys()
     for prefix in PREFIXES:
         inside = {k.removeprefix(prefix): k for k in keys if k.startswith(prefix + "encoder.")}
@@ -165,17 +158,15 @@ def _stored_names(checkpoint: Checkpoint, label: str) -> dict[str, str]:
 def _read_config(
     checkpoint: Checkpoint, stored: Mapping[str, str], naming: str, label: str
 ) -> VaeConfig:
-    from anima_fast.models.vae import LATENT_MEAN, VaeConfig
-
     first = "encoder.conv1.weight" if naming == "wan" else "encoder.conv_in.weight"
     last = "conv2.weight" if naming == "wan" else "post_quant_conv.weight"
     missing = [name for name in (first, last) if name not in stored]
     if missing:
         raise UserError(f"{label} lacks the VAE tensor {missing[0]}: {EXPECTED}")
     width, latent = (checkpoint.shape(stored[name])[0] for name in (first, last))
-    if latent != len(LATENT_MEAN):
+    if latent != LATENT_CHANNELS:
         raise UserError(
-            f"{label} is a VAE with {latent} latent channels, Anima needs {len(LATENT_MEAN)}: "
+            f"{label} is a VAE with {latent} latent channels, Anima needs {LATENT_CHANNELS}: "
             f"{EXPECTED}"
         )
     return VaeConfig(width=width, latent=latent)
@@ -217,8 +208,6 @@ def load_vae(
     Base width and latent channels are read from the tensors. Frozen, in eval mode.
     Raises `UserError` when the file is another kind of model, or lacks or exceeds tensors.
     """
-    from anima_fast.models.vae_checkpoint import read_vae
-
     config, tensors = read_vae(path_or_state_dict, device=device, dtype=dtype)
     with torch.device("meta"):
         vae = VAE(config)

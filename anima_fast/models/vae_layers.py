@@ -1,10 +1,10 @@
-"""Layers of the 2-D VAE, each able to run on a whole map or on one strip of rows after another.
+"""Layers of the 2-D VAE, each able to run on a full map or strip by strip.
 
 A 3x3 convolution needs one row above and one below each output row. Fed strip by strip from top to
 bottom it therefore keeps its last two input rows, answers one row late, and sees the zero padding
 of the true border only at the first and the last strip. `RowStream` holds those kept rows for all
-layers of one pass: nothing is computed twice, no seam exists, and a full-resolution map is never in
-memory as a whole. Without a stream the same layers run on whole maps.
+layers of one pass: nothing is computed twice, there is no seam, and a full-resolution map is never
+completely in memory. Without a stream the same layers run on full maps.
 
 With gradients off, norms and activations work in place on tensors that the block itself made.
 """
@@ -40,7 +40,7 @@ class RowStream:
         return torch.cat(parts, 2) if len(parts) > 1 else x
 
     def keep(self, layer: nn.Module, rows: Tensor) -> None:
-        """Remember rows for the next strip; a copy, as a view would hold the whole strip."""
+        """Remember rows for the next strip; a copy, as a view would keep the strip alive."""
         if not self.last:
             self._kept[layer] = rows.clone()
 
@@ -112,16 +112,18 @@ class ResBlock(nn.Module):
         """[B, C, H, W] to [B, O, H, W]; with a stream two rows late."""
         h = self.conv1(self.norm1(x, silu=True), stream)
         h = self.conv2(self.norm2(h, silu=True, overwrite=True), stream)
-        skip = x if self.shortcut is None else self._project(x)
+        skip = x if self.shortcut is None else _project(self.shortcut, x)
         return h.add_(skip) if stream is None else stream.add_delayed(self, h, skip)
 
-    def _project(self, x: Tensor) -> Tensor:
-        if not x.shape[2]:
-            return x.new_empty(x.shape[0], self.shortcut.out_channels, 0, x.shape[3])
-        return self.shortcut(x)
+
+def _project(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution of x, which may have no rows."""
+    if not x.shape[2]:
+        return x.new_empty(x.shape[0], conv.out_channels, 0, x.shape[3])
+    return conv(x)
 
 
-class Attention(nn.Module):
+class SpatialAttention(nn.Module):
     """One attention head of width C over all positions, with a residual."""
 
     def __init__(self, channels: int) -> None:
@@ -145,11 +147,11 @@ class Middle(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.res_in = ResBlock(channels, channels)
-        self.attention = Attention(channels)
+        self.attention = SpatialAttention(channels)
         self.res_out = ResBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same shape; attention needs the whole map."""
+        """[B, C, H, W] to the same shape; attention needs the full map."""
         return self.res_out(self.attention(self.res_in(x)))
 
 
@@ -210,14 +212,14 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class Stage:
-    """A layer of a row pipeline and how many image rows one of its input rows stands for."""
+    """A layer of a row pipeline and how many image rows one of its input rows covers."""
 
     layer: nn.Module
     image_rows: int
 
 
 def run_stages(stages: Sequence[Stage], x: Tensor, chunk_rows: int | None) -> Tensor:
-    """All stages one after another: on the whole of x, or strip by strip when rows are given.
+    """All stages one after another: on all of x, or strip by strip when rows are given.
 
     chunk_rows counts image rows. No stage sees more than its share of them (at least one row) plus
     the two rows it kept and the zero row of the bottom border, also while the last strip flushes

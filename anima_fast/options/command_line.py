@@ -28,12 +28,12 @@ def read_words(
     Args:
         words: the words after the command's name.
         known: the options by name.
-        others: further names that are let through, with or without a value.
+        others: more names that are accepted, with or without a value.
         flags: names among `others` that never take the next word as their value.
-        word: the option whose value may also stand alone, without its name.
+        word: the option whose value may also be given alone, without its name.
     Returns:
-        name -> text, or a list of texts for list options, in the order given; of an option given
-        twice the last value counts, while lists add up.
+        name -> text, or a list of texts for list options, in the order given. The last value of an
+        option counts; lists add up.
     Raises:
         UserError: an unknown name (with the nearest one), a missing value, a stray word.
     """

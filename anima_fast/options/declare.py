@@ -1,8 +1,9 @@
-"""How one option is declared, described and read from text or TOML.
+"""How one option is declared, described and checked.
 
 An option is a dataclass field made by `option(...)`: its annotation gives the type, its metadata
 the help sentence, the help group and the limits. Everything else that knows options (flags, TOML
-keys, checks, the table in the documentation) is made from `specs(cls)`, so nothing is listed twice.
+keys, keys of the dataset file, checks, the table in the documentation) comes from `specs(cls)`, so
+nothing is listed twice.
 """
 
 from __future__ import annotations
@@ -10,27 +11,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from anima_fast.errors import UserError
+from anima_fast.options.kinds import KINDS, pair_text, shown
 
-# What each kind expects, for messages, and what the help page shows as its value.
-KINDS = {
-    "bool": ("true or false", ""),
-    "int": ("a whole number", "INT"),
-    "float": ("a number", "NUMBER"),
-    "str": ("a text", "TEXT"),
-    "size": ("a whole number or two, such as 1024 or 832,1216", "W,H"),
-    "steps": ("a number of steps, a fraction below 1 or a percentage", "STEPS"),
-    "words": ("a list of words", "WORD..."),
-    "numbers": ("a list of numbers", "NUMBER..."),
-}
-TRUE_WORDS, FALSE_WORDS = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+Made = TypeVar("Made", bound="Checked")
 
 
 def option(
@@ -41,6 +31,7 @@ def option(
     choices: tuple[str, ...] = (),
     low: float | None = None,
     high: float | None = None,
+    multiple: int = 1,
     kind: str | None = None,
     secret: bool = False,
 ) -> Any:
@@ -52,30 +43,36 @@ def option(
         help: one sentence, with the unit where there is one.
         choices: the only values allowed, if not empty.
         low, high: the allowed range of a number, both ends included.
+        multiple: what a whole number must be a multiple of.
         kind: a key of `KINDS` where the annotation does not say enough.
         secret: never written into the files of a run.
     """
     metadata = {
-        "group": group, "help": help, "choices": choices, "low": low, "high": high, "kind": kind,
-        "secret": secret,
+        "group": group, "help": help, "choices": choices, "low": low, "high": high,
+        "multiple": multiple, "kind": kind, "secret": secret,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The description of one option (see `option`); `optional` says whether None is a value."""
+    """The description of one option (see `option`).
+
+    `optional`: None is a value. `as_text`: a size or range that is checked and stays text.
+    """
 
     name: str
     kind: str
     default: Any
     help: str
     group: str
-    choices: tuple[str, ...]
-    low: float | None
-    high: float | None
-    optional: bool
-    secret: bool
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    multiple: int = 1
+    optional: bool = True
+    secret: bool = False
+    as_text: bool = False
 
     @property
     def is_list(self) -> bool:
@@ -84,29 +81,35 @@ class Spec:
 
     @property
     def metavar(self) -> str:
-        """What the help page shows in the place of the value."""
-        return "|".join(self.choices) or KINDS[self.kind][1]
+        """What the help page shows in place of the value."""
+        return "|".join(self.choices) or KINDS[self.kind].metavar
 
 
-@functools.cache
-def specs(cls: type) -> Mapping[str, Spec]:
-    """The options of a dataclass by name, in the order of declaration."""
+def _specs(cls: type) -> Mapping[str, Spec]:
     hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(Spec)}
     found = {}
     for field in dataclasses.fields(cls):
-        meta = dict(field.metadata)
-        if "help" not in meta:
+        if "help" not in field.metadata:
             continue
+        meta = {key: value for key, value in field.metadata.items() if key in known}
         kind, optional = _kind(hints[field.name])
-        meta["kind"] = meta["kind"] or kind
+        meta["as_text"] = kind == "str" and meta.get("kind") in ("size", "range")
+        meta["kind"] = meta.get("kind") or kind
         found[field.name] = Spec(name=field.name, default=field.default, optional=optional, **meta)
     return types.MappingProxyType(found)
 
 
+# The options of a dataclass by name, in the order of declaration.
+specs: Callable[[type], Mapping[str, Spec]] = functools.cache(_specs)
+
+
 def _kind(hint: Any) -> tuple[str, bool]:
+    """The kind of an annotation, and whether it allows None."""
     plain = {
-        bool: "bool", int: "int", float: "float", str: "str",
+        bool: "bool", int: "int", float: "float", str: "str", Mapping[str, Any]: "table",
         tuple[str, ...]: "words", tuple[float, ...]: "numbers",
+        tuple[int, int]: "size", tuple[float, float]: "range",
     }  # fmt: skip
     if hint in plain:
         return plain[hint], False
@@ -115,129 +118,82 @@ def _kind(hint: Any) -> tuple[str, bool]:
     return ("steps" if len(members) > 1 else plain[members[0]]), optional
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, if there is one."""
+def nearest(
+    name: str, known: Iterable[str], otherwise: str = "remove it, or see --help for the known ones"
+) -> str:
+    """The end of a message about an unknown name: the nearest known one, or `otherwise`."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else "remove it, or see --help for the known ones"
+    return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 def convert(spec: Spec, value: Any, where: str, *, text: bool = False) -> Any:
-    """One value in the type of its option.
+    """One value in the type of its option; nothing (None or "") is None where that is a value.
 
     Args:
         spec: the option.
         value: what was given: a value of the right type or, with `text`, words to be read.
-        where: how messages call the place, such as `--network_dim`.
-        text: whether numbers and booleans may be spelt as text (the command line).
+        where: what messages call the place, such as `--network_dim`.
+        text: whether numbers and booleans may be spelled as text (the command line).
     Raises:
         UserError: a wrong type, a value out of range or not among the choices.
     """
     if value is None or (value == "" and spec.optional):
         if spec.optional or value == spec.default:
             return None
-        raise UserError(f"{where}: expected {KINDS[spec.kind][0]}, got nothing")
+        raise UserError(f"{where}: expected {KINDS[spec.kind].expected}, got nothing")
+    return check_value(spec, value, where, text=text)
+
+
+def check_value(spec: Spec, value: Any, where: str, *, text: bool = False) -> Any:
+    """`convert` where nothing is not a value: in dataset files."""
     try:
-        converted = _READERS[spec.kind](value, text)
-    except (ValueError, TypeError):
-        expected = KINDS[spec.kind][0]
-        raise UserError(f"{where}: expected {expected}, got {_show(value)}") from None
-    for part in converted if spec.is_list else (converted,):
-        _check_range(spec, part, where)
+        converted = KINDS[spec.kind].read(value, text)
+    except (ValueError, TypeError, OverflowError):
+        expected = KINDS[spec.kind].expected
+        raise UserError(f"{where}: expected {expected}, got {shown(value)}") from None
+    for part in converted if isinstance(converted, tuple) else (converted,):
+        _check_number(spec, part, where)
     if spec.choices and converted not in spec.choices:
-        choices = ", ".join(spec.choices)
-        raise UserError(f"{where}: {_show(value)} is not one of {choices}: use one of these")
-    return converted
+        near = nearest(converted, spec.choices, "use one of these")
+        raise UserError(f"{where}: {shown(value)} is not one of {', '.join(spec.choices)}: {near}")
+    return pair_text(value) if spec.as_text else converted
 
 
-def _check_range(spec: Spec, value: Any, where: str) -> None:
+def _check_number(spec: Spec, value: Any, where: str) -> None:
     below = spec.low is not None and value < spec.low
     above = spec.high is not None and value > spec.high
-    if not (below or above):
-        return
-    if spec.high is None:
-        wanted = f"at least {spec.low:g}"
-    else:
-        wanted = f"from {spec.low:g} to {spec.high:g}"
-    raise UserError(f"{where}: {value:g} is out of range: use a value {wanted}")
+    if below or above:
+        wanted = f"of at least {spec.low:g}"
+        if spec.high is not None:
+            wanted = f"from {spec.low or 0:g} to {spec.high:g}"
+        raise UserError(f"{where}: {shown(value)} is out of range: use a number {wanted}")
+    if spec.multiple > 1 and value is not None and value % spec.multiple:
+        raise UserError(
+            f"{where}: {value} does not suit this model: use a multiple of {spec.multiple}"
+        )
 
 
-def _show(value: Any) -> str:
-    shown = " ".join(str(value).split()) if isinstance(value, str) else repr(value)
-    return repr(shown[:60]) if isinstance(value, str) else shown[:60]
+@dataclass(frozen=True)
+class Checked:
+    """Options that are checked (type, range, choice) when an instance is made."""
 
+    def __post_init__(self) -> None:
+        for name, spec in specs(type(self)).items():
+            self._put(name, convert(spec, getattr(self, name), f"--{name}"))
+        self._settle()
 
-def _bool(value: Any, text: bool) -> bool:
-    if text and isinstance(value, str):
-        word = value.lower()
-        if word not in TRUE_WORDS + FALSE_WORDS:
-            raise ValueError
-        return word in TRUE_WORDS
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
+    @classmethod
+    def of(cls: type[Made], values: Mapping[str, Any]) -> Made:
+        """An instance of values that `convert` has returned, which are not converted again."""
+        options = object.__new__(cls)
+        for name, spec in specs(cls).items():
+            options._put(name, values.get(name, spec.default))
+        options._settle()
+        return options
 
+    def _settle(self) -> None:
+        """What options mean together; see `rules.py`."""
 
-def _int(value: Any, text: bool) -> int:
-    if text and isinstance(value, str):
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError
-    return value
-
-
-def _float(value: Any, text: bool) -> float:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise TypeError
-    if isinstance(value, str) and not text:
-        raise TypeError
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def _str(value: Any, text: bool) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _size(value: Any, text: bool) -> str:
-    """`1024`, `[832, 1216]` or text: always text afterwards; the dataset code reads the numbers."""
-    parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
-    if isinstance(value, bool) or not 1 <= len(parts) <= 2:
-        raise TypeError
-    for part in parts:
-        _float(part, True)
-    return ",".join(str(part).strip() for part in parts)
-
-
-def _steps(value: Any, text: bool) -> int | float:
-    if isinstance(value, str) and value.strip().endswith("%"):
-        value = float(value.strip()[:-1]) / 100
-    number = _float(value, text)
-    if number >= 1 and number != int(number):
-        raise ValueError
-    return int(number) if number >= 1 or number == 0 else number
-
-
-def _words(value: Any, text: bool) -> tuple[str, ...]:
-    values = (value,) if isinstance(value, str) else tuple(value)
-    return tuple(_str(part, text) for part in values)
-
-
-def _numbers(value: Any, text: bool) -> tuple[float, ...]:
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return tuple(_float(part, text) for part in values)
-
-
-_READERS = {
-    "bool": _bool,
-    "int": _int,
-    "float": _float,
-    "str": _str,
-    "size": _size,
-    "steps": _steps,
-    "words": _words,
-    "numbers": _numbers,
-}
+    def _put(self, name: str, value: Any) -> None:
+        # The instance is frozen for everybody else.
+        object.__setattr__(self, name, value)

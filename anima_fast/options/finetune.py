@@ -1,4 +1,4 @@
-"""What full fine-tuning has beside the options that it shares with LoRA training."""
+"""The options that only full fine-tuning has."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from anima_fast.options.training import (
 _parts = partial(option, "Trained parts")
 _full = partial(option, "Full fine-tuning")
 WEIGHT_UPDATES = ("plain", "stochastic", "fp32")
-# Part of the model -> option of its rate. The first part whose mark is in a weight's name has it;
-# what no mark fits has `learning_rate`.
+# Part of the model -> mark, option of its rate. A weight belongs to the first part whose mark is in
+# its name; all others have `learning_rate`.
 PARTS = {
     "llm_adapter": ("llm_adapter", "llm_adapter_lr"),
     "self_attn": (".self_attn", "self_attn_lr"),
@@ -28,7 +28,7 @@ PARTS = {
 
 
 def part_of(name: str) -> str:
-    """The learning-rate part of a weight: the first whose mark is in its name, else base."""
+    """The learning-rate part of a weight: the first whose mark its name contains, else base."""
     return next((part for part, (mark, _) in PARTS.items() if mark in name), "base")
 
 
@@ -59,8 +59,8 @@ class FinetuneGroup:
         choices=WEIGHT_UPDATES,
     )  # fmt: skip
     fused_backward_pass: bool = _full(
-        False, "Update each weight as soon as its gradient is there, so that gradients never are "
-        "in memory together; max_grad_norm then clips each weight's gradient by itself.",
+        False, "Update each weight as soon as its gradient is ready, so that gradients are never "
+        "all in memory; max_grad_norm then clips each weight's gradient by itself.",
     )  # fmt: skip
 
 

@@ -1,47 +1,126 @@
 """`network_module` and `network_args`: which network, and its key=value settings.
 
 sd-scripts' three networks have the keys of its own files; `lycoris.kohya` has those of the LyCORIS
-package, whose `algo` names the network. Keys that only concern convolutions, of which the DiT has
-none, are accepted and said to have no effect.
+package, whose `algo` names the network. Keys that concern only convolutions are accepted with a
+notice that they have no effect: the DiT has none.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from anima_fast.errors import UserError
-from anima_fast.options.declare import FALSE_WORDS, TRUE_WORDS, nearest
+from anima_fast.models.adapter_kinds import ADAPTER_KINDS, LOKR, LORA, LYCORIS
+from anima_fast.options.declare import Spec, check_value, nearest
+from anima_fast.options.kinds import FALSE_WORDS
 from anima_fast.options.words import literal, split_words
 
 # Networks by the name of their module; that of lycoris.kohya depends on `algo`.
-KINDS = {"networks.lora_anima": "lora", "networks.loha": "loha", "networks.lokr": "lokr"}
-LYCORIS = "lycoris.kohya"
-ALGORITHMS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
+KINDS = {kind.module: kind.word for kind in ADAPTER_KINDS}
+ALGORITHMS = {name: kind.word for kind in ADAPTER_KINDS for name in kind.algorithms}
 
-# Key -> (kind of value, keyword of add_lora); an empty keyword is handled below.
-_KEYS = {
-    "train_llm_adapter": ("flag", ""),
-    "verbose": ("flag", ""),
-    "exclude_patterns": ("patterns", "exclude_patterns"),
-    "include_patterns": ("patterns", "include_patterns"),
-    "train_block_indices": ("indices", "blocks"),
-    "network_reg_dims": ("ranks", "reg_dims"),
-    "network_reg_lrs": ("rates", "reg_lrs"),
-    "rank_dropout": ("rate", "rank_dropout"),
-    "module_dropout": ("rate", "module_dropout"),
-    "loraplus_lr_ratio": ("ratio", "loraplus_ratio"),
-    "loraplus_unet_lr_ratio": ("ratio", "loraplus_unet_ratio"),
-    "loraplus_text_encoder_lr_ratio": ("ratio", "loraplus_te_ratio"),
-    "dora_wd": ("flag", ""),
-    "wd_on_output": ("flag", ""),
+Reader = Callable[[str, str], Any]
+
+
+def _one(kind: str, **limits: Any) -> Reader:
+    """A reader of one value as options have them, from its text and its place."""
+    spec = Spec("", kind, None, "", "", **limits)
+    return lambda value, where: check_value(spec, value, where, text=True)
+
+
+def _factor(value: str, where: str) -> int:
+    if not re.fullmatch(r"-?\d+", value) or int(value) == 0 or int(value) < -1:
+        raise UserError(f"{where}: expected -1 (as square as possible) or 1 and more, got {value}")
+    return int(value)
+
+
+def _indices(value: str, where: str) -> tuple[int, ...] | None:
+    """`0-5,10`, or all (None), written as in sd-scripts' networks for other models."""
+    if value.lower() == "all":
+        return None
+    found: set[int] = set()
+    for part in filter(None, (part.strip() for part in value.split(","))):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise UserError(f"{where}: expected blocks such as 14-27 or 0-3,8, got {part[:60]!r}")
+        # No DiT has this many; a typo must not fill the memory.
+        if int(match[2] or match[1]) > 999:
+            raise UserError(f"{where}: there is no block {match[2] or match[1]}")
+        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if not found:
+        raise UserError(f"{where}: expected blocks such as 14-27 or 0-3,8, or all; got none")
+    return tuple(sorted(found))
+
+
+def _patterns(value: str, where: str) -> tuple[str, ...]:
+    """A Python list of regular expressions, or one of them."""
+    parsed = literal(value)
+    patterns = tuple(parsed) if isinstance(parsed, (list, tuple)) else (value,)
+    for pattern in patterns:
+        _check_pattern(pattern, where)
+    return patterns
+
+
+def _check_pattern(pattern: Any, where: str) -> None:
+    if not isinstance(pattern, str):
+        raise UserError(f"{where}: expected regular expressions, got {pattern!r}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"{where}: {pattern!r} is not a regular expression ({error}): correct it"
+        ) from None
+
+
+def _pairs(value: str, where: str) -> dict[str, float]:
+    """`pattern=number,pattern=number`, split at commas, then at the first equals sign."""
+    found = {}
+    for part in filter(None, (part.strip() for part in value.split(","))):
+        pattern, equals, number = part.partition("=")
+        if not equals:
+            raise UserError(f"{where}: expected pattern=number, got {part[:60]!r}")
+        _check_pattern(pattern.strip(), where)
+        found[pattern.strip()] = _NUMBER(number.strip(), where)
+    return found
+
+
+def _ranks(value: str, where: str) -> dict[str, int]:
+    ranks = _pairs(value, where)
+    for pattern, rank in ranks.items():
+        if rank < 1 or rank != int(rank):
+            raise UserError(
+                f"{where}: rank {rank:g} of {pattern!r}: use a whole number of at least 1, or "
+                "exclude_patterns to leave modules out"
+            )
+    return {pattern: int(rank) for pattern, rank in ranks.items()}
+
+
+_FLAG, _NUMBER, _RATE = _one("bool"), _one("float", low=0), _one("float", low=0, high=0.99)
+
+# Key -> (reader of its value, keyword of add_lora); an empty keyword is handled below.
+_KEYS: dict[str, tuple[Reader, str]] = {
+    "train_llm_adapter": (_FLAG, ""),
+    "verbose": (_FLAG, ""),
+    "exclude_patterns": (_patterns, "exclude_patterns"),
+    "include_patterns": (_patterns, "include_patterns"),
+    "train_block_indices": (_indices, "blocks"),
+    "network_reg_dims": (_ranks, "reg_dims"),
+    "network_reg_lrs": (_pairs, "reg_lrs"),
+    "rank_dropout": (_RATE, "rank_dropout"),
+    "module_dropout": (_RATE, "module_dropout"),
+    "loraplus_lr_ratio": (_NUMBER, "loraplus_ratio"),
+    "loraplus_unet_lr_ratio": (_NUMBER, "loraplus_unet_ratio"),
+    "loraplus_text_encoder_lr_ratio": (_NUMBER, "loraplus_te_ratio"),
+    "dora_wd": (_FLAG, ""),
+    "wd_on_output": (_FLAG, ""),
 }
-_LOKR_KEYS = {
-    "factor": ("factor", ""),
-    "decompose_both": ("flag", ""),
-    "full_matrix": ("flag", ""),
+_LOKR_KEYS: dict[str, tuple[Reader, str]] = {
+    "factor": (_factor, ""),
+    "decompose_both": (_FLAG, ""),
+    "full_matrix": (_FLAG, ""),
 }
 _OF_CONVOLUTIONS = (
     "conv_dim", "conv_alpha", "use_tucker", "disable_conv_cp", "use_cp", "use_conv_cp",
@@ -50,7 +129,7 @@ _OF_CONVOLUTIONS = (
 _REFUSED = {
     "dropout": "give --network_dropout instead",
     "preset": "choose layers with include_patterns and exclude_patterns instead",
-    "use_scalar": "its scalar is no part of the file's maths; remove it",
+    "use_scalar": "its scalar is not part of the file's maths; remove it",
     "rs_lora": "give --network_alpha multiplied by the root of the rank instead",
     "train_norm": "norms are not trained in a LoRA; remove it",
     "unbalanced_factorization": "no loader can tell it from a file; remove it",
@@ -69,7 +148,7 @@ class NetworkArgs:
     Attributes:
         kind: lora, loha or lokr.
         train_llm_adapter, verbose: the flags of these names.
-        kwargs: arguments of `add_lora`, `kind` included where it is no LoRA.
+        kwargs: arguments of `add_lora`, `kind` included unless it is a LoRA.
         notices: what was accepted without effect, and why.
     """
 
@@ -80,7 +159,7 @@ class NetworkArgs:
     notices: tuple[str, ...] = ()
 
 
-def parse_network_args(words: Iterable[str], module: str = "networks.lora_anima") -> NetworkArgs:
+def parse_network_args(words: Iterable[str], module: str = LORA.module) -> NetworkArgs:
     """Parse and check `network_args` of a `network_module`.
 
     Raises:
@@ -89,7 +168,7 @@ def parse_network_args(words: Iterable[str], module: str = "networks.lora_anima"
     """
     given = split_words(words, "--network_args")
     kind = _kind(module, given)
-    known = _KEYS | (_LOKR_KEYS if kind == "lokr" else {})
+    known = _KEYS | (_LOKR_KEYS if kind == LOKR.word else {})
     parsed: dict[str, Any] = {}
     notices = []
     for key, value in given.items():
@@ -101,14 +180,14 @@ def parse_network_args(words: Iterable[str], module: str = "networks.lora_anima"
             continue
         elif key in _REFUSED:
             raise UserError(f"--network_args {key} is not supported: {_REFUSED[key]}")
-        elif key in _LOKR_KEYS and kind != "lokr":
-            raise UserError(f"--network_args {key}: only networks.lokr uses it: remove it")
+        elif key in _LOKR_KEYS and kind != LOKR.word:
+            raise UserError(f"--network_args {key}: only {LOKR.module} uses it: remove it")
         elif key not in known:
             raise UserError(f"--network_args {key}: unknown key: {nearest(key, known)}")
         else:
-            parsed[key] = _PARSERS[known[key][0]](value, f"--network_args {key}")
+            parsed[key] = known[key][0](value, f"--network_args {key}")
     kwargs = {known[key][1]: value for key, value in parsed.items() if known[key][1]}
-    if kind != "lora":
+    if kind != LORA.word:
         kwargs["kind"] = kind
     if lokr := {key: parsed[key] for key in _LOKR_KEYS if key in parsed}:
         kwargs["lokr"] = lokr
@@ -138,107 +217,3 @@ def _kind(module: str, given: dict[str, str]) -> str:
             f"--network_args algo={algorithm} is not supported: use {', '.join(ALGORITHMS)}"
         )
     return ALGORITHMS[algorithm]
-
-
-def _flag(value: str, where: str) -> bool:
-    if value.lower() not in TRUE_WORDS + FALSE_WORDS:
-        raise UserError(f"{where}: expected True or False, got {value[:60]!r}")
-    return value.lower() in TRUE_WORDS
-
-
-def _number(value: str, where: str, high: float = float("inf")) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        raise UserError(f"{where}: expected a number, got {value[:60]!r}") from None
-    # Written so that a NaN is refused too.
-    if not 0 <= number <= high or number == float("inf"):
-        limits = f"from 0 to {high:g}" if high < float("inf") else "of at least 0"
-        raise UserError(f"{where}: {value} is out of range: use a number {limits}")
-    return number
-
-
-def _rate(value: str, where: str) -> float:
-    number = _number(value, where, 1.0)
-    if number == 1:
-        raise UserError(f"{where}: 1 leaves nothing to train: use a number below 1")
-    return number
-
-
-def _factor(value: str, where: str) -> int:
-    if not re.fullmatch(r"-?\d+", value) or int(value) == 0 or int(value) < -1:
-        raise UserError(f"{where}: expected -1 (as square as possible) or 1 and more, got {value}")
-    return int(value)
-
-
-def _indices(value: str, where: str) -> tuple[int, ...] | None:
-    """`0-5,10`, or all (None), written as in sd-scripts' networks for other models."""
-    if value.lower() == "all":
-        return None
-    found: set[int] = set()
-    for part in filter(None, (part.strip() for part in value.split(","))):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise UserError(f"{where}: expected blocks such as 14-27 or 0-3,8, got {part[:60]!r}")
-        # No DiT has this many; a slip of the finger must not fill the memory.
-        if int(match[2] or match[1]) > 999:
-            raise UserError(f"{where}: there is no block {match[2] or match[1]}")
-        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
-    if not found:
-        raise UserError(f"{where}: expected blocks such as 14-27 or 0-3,8, or all; got none")
-    return tuple(sorted(found))
-
-
-def _patterns(value: str, where: str) -> tuple[str, ...]:
-    """A Python list of regular expressions, or one of them."""
-    parsed = literal(value)
-    patterns = tuple(parsed) if isinstance(parsed, (list, tuple)) else (value,)
-    for pattern in patterns:
-        _check_pattern(pattern, where)
-    return patterns
-
-
-def _check_pattern(pattern: Any, where: str) -> None:
-    if not isinstance(pattern, str):
-        raise UserError(f"{where}: expected regular expressions, got {pattern!r}")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(
-            f"{where}: {pattern!r} is no regular expression ({error}): correct it"
-        ) from None
-
-
-def _pairs(value: str, where: str) -> dict[str, float]:
-    """`pattern=number,pattern=number`, split at commas, then at the first equals sign."""
-    found = {}
-    for part in filter(None, (part.strip() for part in value.split(","))):
-        pattern, equals, number = part.partition("=")
-        if not equals:
-            raise UserError(f"{where}: expected pattern=number, got {part[:60]!r}")
-        _check_pattern(pattern.strip(), where)
-        found[pattern.strip()] = _number(number.strip(), where)
-    return found
-
-
-def _ranks(value: str, where: str) -> dict[str, int]:
-    ranks = _pairs(value, where)
-    for pattern, rank in ranks.items():
-        if rank < 1 or rank != int(rank):
-            raise UserError(
-                f"{where}: rank {rank:g} of {pattern!r}: use a whole number of at least 1, or "
-                "exclude_patterns to leave modules out"
-            )
-    return {pattern: int(rank) for pattern, rank in ranks.items()}
-
-
-_PARSERS = {
-    "flag": _flag,
-    "factor": _factor,
-    "indices": _indices,
-    "patterns": _patterns,
-    "ranks": _ranks,
-    "rates": _pairs,
-    "rate": _rate,
-    "ratio": _number,
-}

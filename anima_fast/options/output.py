@@ -26,9 +26,7 @@ class LengthOptions:
         None, "Seed of everything random (default: drawn and recorded).", low=0, high=2**63 - 1
     )
     max_bad_batches: int = _length(
-        5,
-        "Batches with a non-finite loss or gradient that are skipped before stopping.",
-        low=0,
+        5, "Batches with a non-finite loss or gradient that are skipped before stopping.", low=0
     )
 
 
@@ -40,9 +38,7 @@ class SaveOptions:
     output_name: str | None = _save(None, "Name of the saved file (default: last).")
     save_model_as: str = _save("safetensors", "File format.")
     save_precision: str | None = _save(
-        None,
-        "Type of the saved weights (default: as trained).",
-        choices=("float", "fp16", "bf16"),
+        None, "Type of the saved weights (default: as trained).", choices=("float", "fp16", "bf16")
     )
     save_every_n_epochs: int | None = _save(None, "Save every so many epochs.", low=1)
     save_every_n_steps: int | None = _save(None, "Save every so many steps.", low=1)
@@ -68,6 +64,11 @@ class SaveOptions:
         None, "State folder, output folder, or auto for the newest valid state in output_dir."
     )
 
+    @property
+    def output_stem(self) -> str:
+        """The name of the final file without its ending."""
+        return self.output_name or "last"
+
 
 @dataclass(frozen=True)
 class LogOptions:
@@ -75,7 +76,7 @@ class LogOptions:
 
     logging_dir: str | None = _log(None, "Folder of tracker logs (default: output_dir/logs).")
     log_with: str | None = _log(
-        None, "Trackers beside log.jsonl.", choices=("tensorboard", "wandb", "all")
+        None, "Trackers in addition to log.jsonl.", choices=("tensorboard", "wandb", "all")
     )
     log_prefix: str | None = _log(None, "Text before the date in the name of the log folder.")
     log_tracker_name: str | None = _log(None, "Project name (default: network_train).")
@@ -84,7 +85,7 @@ class LogOptions:
     wandb_api_key: str | None = _log(None, "Key for wandb; never written to a file.", secret=True)
     log_config: bool = _log(False, "Record the options in the tracker.")
     console_log_level: str = _log(
-        "INFO", "Least important messages shown.",
+        "INFO", "Least severe messages shown.",
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     )  # fmt: skip
     console_log_file: str | None = _log(None, "Write messages to this file too.")
@@ -96,11 +97,12 @@ class ValidationOptions:
     """Loss on images that are held out."""
 
     validation_split: float = _validation(
-        0.0, "Part of each training subset that is held out.", low=0, high=1
+        0.0, "Fraction of each training subset that is held out.", low=0, high=1
     )
     validation_seed: int | None = _validation(
-        None, "Seed of the split (default: 0) and of validation noise (default: seed)."
-    )
+        None, "Seed of the split (default: 0) and of validation noise (default: seed).",
+        low=-(2**63), high=2**64,
+    )  # fmt: skip
     validate_every_n_steps: int | None = _validation(None, "Validate every so many steps.", low=1)
     validate_every_n_epochs: int | None = _validation(
         None, "Validate every so many epochs (default: every epoch).", low=1
@@ -116,14 +118,16 @@ class ValidationOptions:
 
 @dataclass(frozen=True)
 class PreviewOptions:
-    """Pictures while it trains."""
+    """Pictures during training."""
 
     sample_prompts: str | None = _preview(
         None, "File with prompts: .txt with one a line, .toml or .json. Settings behind a prompt: "
         "--n negative, --w, --h, --d seed, --s steps, --l guidance, --fs shift; by default as in "
         "ComfyUI (1024x1024, 30 steps, guidance 4, shift 3).",
     )  # fmt: skip
-    sample_prompt: tuple[str, ...] = _preview((), "Single prompts, in quotes, written likewise.")
+    sample_prompt: tuple[str, ...] = _preview(
+        (), "Single prompts, in quotes, with settings as in the file."
+    )
     sample_every_n_steps: int = _preview(0, "Pictures every so many steps; 0 = off.")
     sample_every_n_epochs: int = _preview(
         0, "Pictures every so many epochs; 0 = off. Wins over steps."

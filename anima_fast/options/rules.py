@@ -2,35 +2,58 @@
 
 Each rule is one small function on a `Draft` of the values. A rule either sets another value (with
 a notice where the user may be surprised) or raises `UserError` with the remedy. The rules look at
-values only, never at the disk, and settled values pass them again unchanged.
+values only, never at the disk, and settled values pass them again unchanged. The rules here are
+for every run; rules_lora.py and rules_finetune.py have those of one kind of training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from anima_fast.errors import UserError
 from anima_fast.models.recompute import POLICIES
-from anima_fast.options.draft import Draft
-from anima_fast.options.rules_finetune import FINETUNE_RULES
-from anima_fast.options.rules_lora import NETWORK_RULES
+from anima_fast.options.words import parse_arguments
 
 REQUIRED = ("pretrained_model_name_or_path", "qwen3", "vae", "output_dir")
+# Options, and keys of a subset, that give other pixels at every use.
+CHANGING_PIXELS = ("color_aug", "random_crop")
 
 
-def settle(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Apply every rule.
+class Draft:
+    """Option values that rules read as attributes and change through `set`."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = dict(values)
+        self.notices: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__["values"][name]
+
+    def set(self, name: str, value: Any, notice: str | None = None) -> None:
+        """Change one value; `notice` tells the user why."""
+        self.values[name] = value
+        if notice:
+            self.notices.append(notice)
+
+
+Rule = Callable[[Draft], None]
+
+
+def settle(
+    values: Mapping[str, Any], rules: Iterable[Rule]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Apply rules in order.
 
     Args:
         values: all options of a training run by name, each of the right type and range.
+        rules: `SHARED_RULES` and those of the kind of training.
     Returns:
         the settled values and the notices for the user.
     Raises:
         UserError: for a combination that cannot work.
     """
     draft = Draft(values)
-    lora = "network_module" in values
-    rules = (*NETWORK_RULES, *SHARED_RULES) if lora else (*SHARED_RULES, *FINETUNE_RULES)
     for rule in rules:
         rule(draft)
     return draft.values, tuple(draft.notices)
@@ -40,8 +63,7 @@ def check_required(options: Any) -> None:
     """Raise `UserError` for the first option that a training run needs and does not have."""
     for name in REQUIRED:
         if not getattr(options, name):
-            command = "train" if hasattr(options, "network_module") else "finetune"
-            raise UserError(f"--{name} is required: see `anima-fast {command} --help`")
+            raise UserError(f"--{name} is required: see `anima-fast {options.command} --help`")
     if not (options.dataset_config or options.train_data_dir or options.in_json):
         raise UserError(
             "no data: give --dataset_config FILE, or --train_data_dir FOLDER with --resolution"
@@ -50,17 +72,35 @@ def check_required(options: Any) -> None:
         raise UserError("--resolution is required without --dataset_config, such as 1024")
 
 
-def _text_cache(draft: Draft) -> None:
-    if draft.cache_text_encoder_outputs_to_disk and not draft.cache_text_encoder_outputs:
-        draft.set("cache_text_encoder_outputs", True)
-    if not draft.cache_text_encoder_outputs:
-        return
-    if draft.token_warmup_step:
+def check_cacheable(keys: Mapping[str, Any], *, latents: bool, text: bool, place: str) -> None:
+    """Refuse what cannot be cached.
+
+    Args:
+        keys: options, or keys of a subset.
+        latents, text: what is cached.
+        place: what messages begin with.
+    """
+    for name in CHANGING_PIXELS:
+        if latents and keys[name]:
+            raise UserError(
+                f"{place}{name} changes images with every epoch, so it cannot work with "
+                "--cache_latents: drop one of them"
+            )
+    if text and keys["token_warmup_step"]:
         raise UserError(
-            "--token_warmup_step changes captions with every step, so it cannot work with "
+            f"{place}token_warmup_step changes captions with every step, so it cannot work with "
             "--cache_text_encoder_outputs: drop one of them"
         )
-    if draft.shuffle_caption or draft.caption_tag_dropout_rate or draft.enable_wildcard:
+
+
+def _caches(draft: Draft) -> None:
+    for name in ("cache_latents", "cache_text_encoder_outputs"):
+        if draft.values[f"{name}_to_disk"]:
+            draft.set(name, True)
+    latents, text = draft.cache_latents, draft.cache_text_encoder_outputs
+    check_cacheable(draft.values, latents=latents, text=text, place="--")
+    changing = draft.shuffle_caption or draft.caption_tag_dropout_rate or draft.enable_wildcard
+    if text and changing:
         draft.notices.append(
             f"captions that change are cached in {draft.caption_variants} renderings each "
             "(caption_variants)"
@@ -78,27 +118,11 @@ def _long_captions(draft: Draft) -> None:
             )
 
 
-def _latent_cache(draft: Draft) -> None:
-    if draft.cache_latents_to_disk and not draft.cache_latents:
-        draft.set("cache_latents", True)
-    for name in ("color_aug", "random_crop"):
-        if draft.cache_latents and draft.values[name]:
-            raise UserError(
-                f"--{name} changes images with every epoch, so it cannot work with "
-                "--cache_latents: drop one of them"
-            )
-
-
 def _data(draft: Draft) -> None:
-    if draft.bucket_reso_steps % 16:
-        raise UserError(
-            f"--bucket_reso_steps {draft.bucket_reso_steps} does not suit this model: use a "
-            "multiple of 16, such as 64"
-        )
     if draft.min_bucket_reso > draft.max_bucket_reso:
         raise UserError(
             f"--min_bucket_reso {draft.min_bucket_reso} is above --max_bucket_reso "
-            f"{draft.max_bucket_reso}: exchange them"
+            f"{draft.max_bucket_reso}: swap them"
         )
     beaten = [n for n in ("train_data_dir", "reg_data_dir", "in_json") if draft.values[n]]
     if draft.dataset_config and beaten:
@@ -132,18 +156,18 @@ def _precision(draft: Draft) -> None:
 def _memory(draft: Draft) -> None:
     if not draft.blocks_to_swap:
         draft.set("blocks_to_swap", None)
-    cpu, unsloth = draft.cpu_offload_checkpointing, draft.unsloth_offload_checkpointing
-    if cpu and unsloth:
+    offloads = ("cpu_offload_checkpointing", "unsloth_offload_checkpointing")
+    given = [name for name in offloads if draft.values[name]]
+    if len(given) == 2:
         raise UserError(
             "--cpu_offload_checkpointing and --unsloth_offload_checkpointing exclude each other: "
             "the second is the faster one"
         )
-    if draft.blocks_to_swap and (cpu or unsloth):
-        name = "cpu_offload_checkpointing" if cpu else "unsloth_offload_checkpointing"
-        raise UserError(f"--blocks_to_swap and --{name} exclude each other: drop one of them")
-    if (cpu or unsloth) and not draft.gradient_checkpointing:
-        name = "cpu_offload_checkpointing" if cpu else "unsloth_offload_checkpointing"
-        draft.set("gradient_checkpointing", True, f"{name}: gradient_checkpointing turned on")
+    for name in given:
+        if draft.blocks_to_swap:
+            raise UserError(f"--blocks_to_swap and --{name} exclude each other: drop one of them")
+        if not draft.gradient_checkpointing:
+            draft.set("gradient_checkpointing", True, f"{name}: gradient_checkpointing turned on")
     _recompute(draft)
     if draft.compile and draft.kernels == "triton":
         raise UserError(
@@ -181,6 +205,9 @@ def _attention(draft: Draft) -> None:
 
 
 def _schedule(draft: Draft) -> None:
+    # A mistake in these lists must stop the program now, not after the caches are filled.
+    for name in ("optimizer_args", "lr_scheduler_args"):
+        parse_arguments(draft.values[name], f"--{name}")
     if draft.lr_scheduler == "constant" and draft.lr_warmup_steps and not draft.lr_scheduler_type:
         raise UserError(
             "--lr_scheduler constant has no warm-up: use --lr_scheduler constant_with_warmup, or "
@@ -213,8 +240,8 @@ def _saving(draft: Draft) -> None:
     name = draft.output_name or ""
     if any(mark in name for mark in '/\\:*?"<>|') or name in (".", ".."):
         raise UserError(
-            f"--output_name {name} is no file name: put folders into --output_dir and use none of "
-            '/ \\ : * ? " < > |'
+            f"--output_name {name} is not a file name: put folders into --output_dir and use none "
+            'of / \\ : * ? " < > |'
         )
 
 
@@ -243,8 +270,7 @@ def _early_stop(draft: Draft) -> None:
         raise UserError("--early_stop_patience needs images that are held out: --validation_split")
 
 
-# For every run; network_rules.py and finetune_rules.py have those of one kind of training.
-SHARED_RULES = (
-    _text_cache, _long_captions, _latent_cache, _data, _vae, _precision, _memory, _attention,
+SHARED_RULES: tuple[Rule, ...] = (
+    _caches, _long_captions, _data, _vae, _precision, _memory, _attention,
     _schedule, _flow, _saving, _logging, _previews, _early_stop,
 )  # fmt: skip

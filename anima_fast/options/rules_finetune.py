@@ -1,14 +1,10 @@
-"""Rules between options that only full fine-tuning has; see `option_rules.py` for how they work."""
+"""Rules between options that only full fine-tuning has; `rules.py` says how they work."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from anima_fast.errors import UserError
 from anima_fast.options.finetune import PARTS
-
-if TYPE_CHECKING:
-    from anima_fast.options.draft import Draft
+from anima_fast.options.rules import Draft
 
 
 def _parts(draft: Draft) -> None:

@@ -1,14 +1,10 @@
-"""Rules between options that only LoRA training has; see `option_rules.py` for how they work."""
+"""Rules between options that only LoRA training has; `rules.py` says how they work."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from anima_fast.errors import UserError
 from anima_fast.options.network_args import parse_network_args
-
-if TYPE_CHECKING:
-    from anima_fast.options.draft import Draft
+from anima_fast.options.rules import Draft
 
 # Keywords of `add_lora` that `dim_from_weights` takes from the file, and how users write them.
 OF_THE_FILE = {
@@ -28,8 +24,8 @@ def _network(draft: Draft) -> None:
     if draft.network_dropout and arguments.kind != "lora":
         draft.set(
             "network_dropout", None,
-            f"network_dropout has no effect on {arguments.kind}: rank_dropout and module_dropout "
-            "in network_args have",
+            f"network_dropout has no effect on {arguments.kind}: use rank_dropout or "
+            "module_dropout in network_args",
         )  # fmt: skip
     if draft.scale_weight_norms and not plain:
         draft.set(
@@ -75,12 +71,12 @@ def _trained_parts(draft: Draft) -> None:
 
 
 def _text_encoder_is_frozen(draft: Draft) -> bool:
-    """By a rate of 0, as against no rate of its own."""
+    """Frozen by an explicit rate of 0 (no rate means learning_rate)."""
     return bool(draft.text_encoder_lr) and not any(draft.text_encoder_lr)
 
 
 def _format(draft: Draft) -> None:
-    """Found now and not when the finished network is to be saved."""
+    """Found now, not when the finished network is saved."""
     if draft.lora_format != "diffusers":
         return
     arguments = parse_network_args(draft.network_args, draft.network_module)

@@ -1,15 +1,15 @@
-"""Every option once: `TrainOptions` for a LoRA, `FinetuneOptions` for the whole model,
-`SampleOptions` for rendering an image.
+"""Every option once: `TrainOptions` for a LoRA, `FinetuneOptions` for the whole model.
 
-The groups in `option_groups/` declare name, type, default, help sentence and limits; flags, TOML
-keys and the documentation's table are made from them. `option_rules.py` says what implies and what
-excludes what, `option_files.py` reads and writes TOML. None means off or "decided by the program".
+The groups in this package declare name, type, default, help sentence and limits; flags, TOML keys
+and the documentation's table are made from them. `rules.py` says what implies and what excludes
+what, `files.py` reads and writes TOML. None means off or "decided by the program".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 from anima_fast.options.data import (
     CacheOptions,
@@ -19,7 +19,7 @@ from anima_fast.options.data import (
     MaskOptions,
     ModelOptions,
 )
-from anima_fast.options.declare import convert, option, specs
+from anima_fast.options.declare import Checked, option, specs
 from anima_fast.options.finetune import PARTS, FinetuneGroup
 from anima_fast.options.network_args import NetworkArgs, parse_network_args
 from anima_fast.options.output import (
@@ -30,8 +30,9 @@ from anima_fast.options.output import (
     SaveOptions,
     ValidationOptions,
 )
-from anima_fast.options.preset import PresetOptions
-from anima_fast.options.rules import settle
+from anima_fast.options.rules import SHARED_RULES, Rule, settle
+from anima_fast.options.rules_finetune import FINETUNE_RULES
+from anima_fast.options.rules_lora import NETWORK_RULES
 from anima_fast.options.training import (
     FlowOptions,
     LoRAFileOptions,
@@ -43,68 +44,30 @@ from anima_fast.options.training import (
     OptimizerOptions,
     SchedulerOptions,
 )
-from anima_fast.options.words import parse_arguments
 
 # The positions that Qwen3-0.6B was trained with.
 LONGEST_CAPTION = 32768
 
-PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_file = partial(option, "Configuration file")
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """Checks type, range and choice of every option when an instance is made."""
+class FileOptions:
+    """Options of the commands that are not part of a run."""
 
-    def __post_init__(self) -> None:
-        for name, spec in specs(type(self)).items():
-            self._put(name, convert(spec, getattr(self, name), f"--{name}"))
-
-    def _put(self, name: str, value: Any) -> None:
-        # The instance is frozen for everybody else.
-        object.__setattr__(self, name, value)
+    config_file: str | None = _file(None, "TOML file with options; the command line beats it.")
+    output_config: bool = _file(False, "Write the options to --config_file and stop.")
 
 
 @dataclass(frozen=True)
-class _Run(_Checked):
-    """What every training run has: settled rules, notices, and parsed lists."""
+class PresetOptions:
+    """Which presets a run has; their settings are options like any other."""
 
-    notices: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        values, notices = settle({name: getattr(self, name) for name in specs(type(self))})
-        for name, value in values.items():
-            self._put(name, value)
-        self._put("notices", notices)
-        # A mistake in these lists shall stop the program now, not after the caches are filled.
-        _ = self.optimizer_kwargs, self.scheduler_kwargs
-
-    @property
-    def optimizer_kwargs(self) -> dict[str, Any]:
-        """`optimizer_args` as Python values."""
-        return parse_arguments(self.optimizer_args, "--optimizer_args")
-
-    @property
-    def scheduler_kwargs(self) -> dict[str, Any]:
-        """`lr_scheduler_args` as Python values."""
-        return parse_arguments(self.lr_scheduler_args, "--lr_scheduler_args")
-
-    @property
-    def token_limits(self) -> tuple[int, int]:
-        """Tokens of Qwen3 and of T5 after which a caption is cut off."""
-        if self.long_captions == "whole":
-            return LONGEST_CAPTION, LONGEST_CAPTION
-        return self.qwen3_max_token_length, self.t5_max_token_length
-
-    @property
-    def compute_dtype(self) -> str:
-        """The name of the torch dtype of weights and arithmetic: float32, float16 or bfloat16."""
-        return PRECISIONS[self.mixed_precision]
-
-    @property
-    def output_stem(self) -> str:
-        """The name of the final file without its ending."""
-        return self.output_name or "last"
+    preset: tuple[str, ...] = _file(
+        (),
+        "Presets, several with commas or spaces: style, character or concept; 8gb, 12gb, 16gb or "
+        "24gb; or a TOML file of your own. What is given by hand wins.",
+    )
 
 
 # What both kinds of training have, before and after the options of the network. The bases come in
@@ -112,9 +75,16 @@ class _Run(_Checked):
 @dataclass(frozen=True)
 class _Data(
     LengthOptions, CacheOptions, ImageOptions, CaptionOptions, DatasetOptions, ModelOptions,
-    PresetOptions, _Run,
+    PresetOptions,
 ):  # fmt: skip
     """Model files, dataset and length."""
+
+    @property
+    def token_limits(self) -> tuple[int, int]:
+        """Tokens of Qwen3 and of T5 after which a caption is cut off."""
+        if self.long_captions == "whole":
+            return LONGEST_CAPTION, LONGEST_CAPTION
+        return self.qwen3_max_token_length, self.t5_max_token_length
 
 
 @dataclass(frozen=True)
@@ -126,21 +96,43 @@ class _Learning(
 
 
 @dataclass(frozen=True)
+class RunOptions(Checked):
+    """Applies the rules when the options of a training run are made."""
+
+    # The command that takes these options, and the rules between them.
+    command: ClassVar[str]
+    rules: ClassVar[tuple[Rule, ...]]
+
+    notices: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
+
+    def _settle(self) -> None:
+        given = {name: getattr(self, name) for name in specs(type(self))}
+        values, notices = settle(given, self.rules)
+        for name, value in {**values, "notices": notices}.items():
+            self._put(name, value)
+
+
+@dataclass(frozen=True)
 class TrainOptions(
-    _Learning, NetworkRateOptions, LoRASpeedOptions, LoRAFileOptions, NetworkOptions, _Data
+    RunOptions,
+    _Learning,
+    NetworkRateOptions,
+    LoRASpeedOptions,
+    LoRAFileOptions,
+    NetworkOptions,
+    _Data,
 ):
     """All options of a training run, flat, named as in sd-scripts.
 
-    Making an instance checks types and ranges and applies the rules of `option_rules.py`; it
-    never touches the disk. `notices` tells what the rules changed.
+    Making an instance checks types and ranges and applies the rules of `rules.py`; it never touches
+    the disk. `notices` tells what the rules changed.
 
     Raises:
         UserError: for a wrong value or a combination that cannot work.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _ = self.network_arguments
+    command = "train"
+    rules = (*NETWORK_RULES, *SHARED_RULES)
 
     @property
     def about(self) -> tuple[str, dict[str, str]]:
@@ -170,20 +162,19 @@ class TrainOptions(
 
 
 @dataclass(frozen=True)
-class FinetuneOptions(_Learning, FinetuneGroup, _Data):
+class FinetuneOptions(RunOptions, _Learning, FinetuneGroup, _Data):
     """All options of full fine-tuning: those of `TrainOptions` without the network, and its own.
 
     Checked and settled like `TrainOptions`.
     """
 
+    command = "finetune"
+    rules = (*SHARED_RULES, *FINETUNE_RULES)
+
     autosave_minutes: float = option(
         "Saving and resuming", 30.0,
         "Minutes between the states of a rolling resume folder; 0 = off.", low=0,
     )  # fmt: skip
-
-    # Of networks, read by what both kinds of training share, and never on here.
-    scale_weight_norms = None
-    ema_decay = None
 
     @property
     def about(self) -> tuple[str, dict[str, str]]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from anima_fast.errors import UserError
-from anima_fast.options.declare import option
-from anima_fast.options.run import _Checked
+from anima_fast.options.data import ModelFiles
+from anima_fast.options.declare import Checked, option
+from anima_fast.options.training import ATTN_MODES, DeviceOptions
 from anima_fast.options.words import path_and_weight
 
 _sample = partial(option, "Image")
@@ -16,16 +17,10 @@ _sample_speed = partial(option, "Memory and speed")
 
 
 @dataclass(frozen=True)
-class SampleOptions(_Checked):
+class SampleOptions(Checked, DeviceOptions, ModelFiles):
     """All options of `anima-fast sample`."""
 
     dit: str | None = _sample_model(None, "Anima DiT, one .safetensors file (required).")
-    qwen3: str | None = _sample_model(None, "Qwen3 text encoder: folder or file (required).")
-    vae: str | None = _sample_model(None, "Qwen-Image VAE (required).")
-    llm_adapter_path: str | None = _sample_model(None, "Separate LLM adapter file.")
-    qwen3_tokenizer_path: str | None = _sample_model(None, "Folder with the Qwen3 tokenizer.")
-    t5_tokenizer_path: str | None = _sample_model(None, "Folder with the T5 tokenizer.")
-    models_dir: str | None = _sample_model(None, "Models folder that `anima-fast download` fills.")
     lora: tuple[str, ...] = _sample_model((), "LoRA files, each as path or path:weight.")
     lora_weight: float = _sample_model(1.0, "Weight of LoRA files given without one.")
     prompt: str = _sample("", "What to show; (words:1.3) weigh more, as in ComfyUI.")
@@ -50,33 +45,19 @@ class SampleOptions(_Checked):
     shift: float = _sample(3.0, "Shift of the schedule.", low=1e-6)
     width: int | None = _sample(
         None, "Width in pixels, a multiple of 16 (default: 1024, or that of init_image).",
-        low=16, high=16384,
+        low=16, high=16384, multiple=16,
     )  # fmt: skip
     height: int | None = _sample(
         None, "Height in pixels, a multiple of 16 (default: 1024, or that of init_image).",
-        low=16, high=16384,
+        low=16, high=16384, multiple=16,
     )  # fmt: skip
     output: str = _sample("sample.png", "PNG file to write, or a folder; several are numbered.")
-    device: str | None = _sample_speed(None, "cuda or cpu (default: cuda where there is one).")
     dtype: str = _sample_speed(
         "bf16", "Type of weights and arithmetic.", choices=("bf16", "fp16", "fp32")
     )
-    attn_mode: str = _sample_speed(
-        "torch", "Attention backend.", choices=("torch", "triton", "xformers", "flash", "sageattn")
-    )
-    kernels: str = _sample_speed(
-        "auto", "DiT blocks: fused Triton kernels or plain PyTorch; auto is triton on CUDA.",
-        choices=("auto", "triton", "eager"),
-    )  # fmt: skip
-    vae_chunk_size: int | None = _sample_speed(
-        None, "Rows of pixels that the VAE works on at a time; None = all.", low=1
-    )
+    attn_mode: str = _sample_speed("torch", "Attention backend.", choices=ATTN_MODES)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("width", "height"):
-            if (getattr(self, name) or 0) % 16:
-                raise UserError(f"--{name} {getattr(self, name)}: use a multiple of 16")
+    def _settle(self) -> None:
         if self.vae_chunk_size and self.vae_chunk_size % 2:
             self._put("vae_chunk_size", self.vae_chunk_size + 1)
         if self.strength != 1 and not self.init_image:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+from anima_fast.models.adapter_kinds import ADAPTER_KINDS, LORA, LYCORIS, WORDS
+from anima_fast.models.flow_settings import FlowSettings
 from anima_fast.options.declare import option
+from anima_fast.options.words import parse_arguments
 
 _network = partial(option, "Network")
 _optimizer = partial(option, "Optimizer")
@@ -17,6 +21,7 @@ SCHEDULERS = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
     "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant", "adafactor",
 )  # fmt: skip
+ATTN_MODES = ("torch", "triton", "xformers", "flash", "sageattn")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -25,9 +30,9 @@ class NetworkOptions:
     """The LoRA."""
 
     network_module: str = _network(
-        "networks.lora_anima",
-        "networks.lora_anima, networks.loha, networks.lokr, or lycoris.kohya with "
-        "--network_args algo=lora, loha or lokr.",
+        LORA.module,
+        f"{', '.join(kind.module for kind in ADAPTER_KINDS)}, or {LYCORIS} with "
+        f"--network_args algo={WORDS}.",
     )
     network_dim: int = _network(4, "Rank.", low=1)
     network_alpha: float | None = _network(
@@ -55,7 +60,7 @@ class NetworkOptions:
     tlora_min_rank: int | None = _network(
         None,
         "T-LoRA: the more noise, the fewer ranks are trained, down to this many at sigma 1. Keeps "
-        "single pictures from being learnt as layouts; costs nothing, learns coarse shape slower.",
+        "layouts of single pictures from being learnt; free, but coarse shapes are learnt slower.",
         low=1,
     )
     tlora_alpha: float = _network(
@@ -63,8 +68,8 @@ class NetworkOptions:
     )
     ema_decay: float | None = _network(
         None,
-        "Keep a running mean of the LoRA, saved beside it as NAME-ema: the part of the old mean "
-        "that stays at each step, such as 0.999.",
+        "Keep a running mean of the LoRA, saved as NAME-ema too: the fraction of the old mean "
+        "kept at each step, such as 0.999.",
         low=0,
         high=1,
     )
@@ -76,7 +81,7 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class LoRAFileOptions:
-    """The form of a LoRA file."""
+    """The format of a LoRA file."""
 
     lora_format: str = _network(
         "kohya", "Names of the tensors.", choices=("kohya", "comfyui", "diffusers")
@@ -88,7 +93,7 @@ class LoRAFileOptions:
 
 @dataclass(frozen=True)
 class NetworkRateOptions:
-    """Rates of the parts that a LoRA has modules in."""
+    """Learning rates of the networks that a LoRA has modules in."""
 
     unet_lr: float | None = _optimizer(None, "Rate of the DiT (default: learning_rate).", low=0)
     text_encoder_lr: tuple[float, ...] = _optimizer(
@@ -98,7 +103,7 @@ class NetworkRateOptions:
 
 @dataclass(frozen=True)
 class LoRASpeedOptions:
-    """Speed of LoRA training alone."""
+    """Speed options that only LoRA training has."""
 
     cuda_graphs: bool | None = _memory(
         None,
@@ -121,6 +126,11 @@ class OptimizerOptions:
     )
     max_grad_norm: float = _optimizer(1.0, "Clip the gradient norm at this; 0 = off.", low=0)
 
+    @property
+    def optimizer_kwargs(self) -> dict[str, Any]:
+        """`optimizer_args` as Python values."""
+        return parse_arguments(self.optimizer_args, "--optimizer_args")
+
 
 @dataclass(frozen=True)
 class SchedulerOptions:
@@ -139,40 +149,26 @@ class SchedulerOptions:
         None, "Time scale of inverse_sqrt in steps (default: the warm-up).", low=1
     )
     lr_scheduler_min_lr_ratio: float | None = _scheduler(
-        None, "Smallest rate as a part of the full one, for schedules that have one.", low=0, high=1
+        None,
+        "Smallest rate as a fraction of the full one, for schedules that have one.",
+        low=0,
+        high=1,
     )
     lr_scheduler_type: str | None = _scheduler(
         None, "Scheduler class by dotted path, instead of lr_scheduler."
     )
     lr_scheduler_args: tuple[str, ...] = _scheduler((), "key=value arguments of that class.")
 
+    @property
+    def scheduler_kwargs(self) -> dict[str, Any]:
+        """`lr_scheduler_args` as Python values."""
+        return parse_arguments(self.lr_scheduler_args, "--lr_scheduler_args")
+
 
 @dataclass(frozen=True)
-class FlowOptions:
+class FlowOptions(FlowSettings):
     """Sampling of sigma, noise and loss."""
 
-    timestep_sampling: str = _flow(
-        "sigmoid", "Distribution of sigma.",
-        choices=("sigma", "uniform", "sigmoid", "shift", "flux_shift"),
-    )  # fmt: skip
-    sigmoid_scale: float = _flow(1.0, "Factor on the normal draw of sigmoid, shift, flux_shift.")
-    discrete_flow_shift: float = _flow(1.0, "Shift of timestep_sampling shift and sigma.", low=1e-6)
-    weighting_scheme: str = _flow(
-        "uniform", "Loss weight by sigma (logit_normal and mode change how sigma is drawn).",
-        choices=("uniform", "none", "sigma_sqrt", "cosmap", "logit_normal", "mode"),
-    )  # fmt: skip
-    logit_mean: float = _flow(0.0, "Mean of logit_normal.")
-    logit_std: float = _flow(1.0, "Standard deviation of logit_normal.", low=0)
-    mode_scale: float = _flow(1.29, "Scale of mode.")
-    min_timestep: int | None = _flow(None, "Smallest sigma, in thousandths.", low=0, high=1000)
-    max_timestep: int | None = _flow(None, "Largest sigma, in thousandths.", low=0, high=1000)
-    loss_type: str = _flow("l2", "Loss.", choices=("l2", "l1", "huber", "smooth_l1"))
-    huber_schedule: str = _flow(
-        "snr", "How the Huber threshold depends on sigma (snr acts as constant).",
-        choices=("snr", "constant", "exponential"),
-    )  # fmt: skip
-    huber_c: float = _flow(0.1, "Huber threshold.", low=1e-9)
-    huber_scale: float = _flow(1.0, "Factor on the Huber threshold.", low=1e-9)
     sigma_lowres: float | None = _flow(
         None,
         "Train batches with sigma at or above this on a smaller picture, which is cached too: "
@@ -181,19 +177,13 @@ class FlowOptions:
         high=0.99,
     )
     sigma_lowres_scale: float = _flow(
-        0.5, "Size of that picture, as a part of the full one's sides.", low=0.1, high=0.9
-    )
-    ip_noise_gamma: float | None = _flow(
-        None, "Strength of extra noise in the input that the target does not have.", low=0
-    )
-    ip_noise_gamma_random_strength: bool = _flow(
-        False, "Draw that strength between 0 and ip_noise_gamma each time."
+        0.5, "Size of that picture, as a fraction of the full one's sides.", low=0.1, high=0.9
     )
 
 
 @dataclass(frozen=True)
 class MemoryPlanOptions:
-    """What memory a run will take, known before it starts."""
+    """The memory of a run, known before it starts."""
 
     vram: float | None = _memory(
         None, "Device memory in GiB to plan for, instead of what the card has free.", low=0.1
@@ -204,10 +194,20 @@ class MemoryPlanOptions:
 
 
 @dataclass(frozen=True)
-class MemoryOptions:
-    """Precision, memory and speed."""
+class DeviceOptions:
+    """The device, and which implementation of the DiT blocks runs there."""
 
     device: str | None = _memory(None, "cuda, cuda:1 or cpu (default: cuda where there is one).")
+    kernels: str = _memory(
+        "auto", "DiT blocks: fused Triton kernels or plain PyTorch; auto is triton on CUDA.",
+        choices=("auto", "triton", "eager"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MemoryOptions(DeviceOptions):
+    """Precision, memory and speed."""
+
     mixed_precision: str = _memory(
         "bf16", "Type of weights and arithmetic.", choices=("no", "fp16", "bf16")
     )
@@ -216,23 +216,18 @@ class MemoryOptions:
     gradient_checkpointing: bool = _memory(False, "Recompute each block in the backward pass.")
     cpu_offload_checkpointing: bool = _memory(False, "Keep checkpoint inputs in host memory.")
     unsloth_offload_checkpointing: bool = _memory(
-        False, "The same with copies that do not block; turns gradient_checkpointing on."
+        False, "The same with non-blocking copies; turns gradient_checkpointing on."
     )
     blocks_to_swap: int | None = _memory(
         None, "DiT blocks that stay in host memory, at most all but two.", low=0
     )
-    kernels: str = _memory(
-        "auto", "DiT blocks: fused Triton kernels or plain PyTorch; auto is triton on CUDA.",
-        choices=("auto", "triton", "eager"),
-    )  # fmt: skip
     recompute: str | None = _memory(
         None, "What backward computes again: none, mlp (fused kernels only), block, or N: N blocks "
         "at block, the rest at none.",
     )  # fmt: skip
     attn_mode: str = _memory(
-        "torch", "Attention backend; sdpa is another name for torch.",
-        choices=("torch", "triton", "xformers", "flash", "sageattn", "sdpa"),
-    )  # fmt: skip
+        "torch", "Attention backend; sdpa is another name for torch.", choices=(*ATTN_MODES, "sdpa")
+    )
     split_attn: bool = _memory(False, "Attention for one image of the batch at a time.")
     compile: bool = _memory(False, "Compile each DiT block with torch.compile.")
     compile_backend: str = _memory("inductor", "Backend of torch.compile.")
@@ -245,4 +240,6 @@ class MemoryOptions:
         None, "Shapes that are compiled before falling back to eager.", low=1
     )
     cuda_allow_tf32: bool = _memory(False, "Allow TF32 in float32 products.")
-    cuda_cudnn_benchmark: bool = _memory(False, "Let cuDNN try its algorithms.")
+    cuda_cudnn_benchmark: bool = _memory(
+        False, "Let cuDNN try its algorithms and take the fastest."
+    )

@@ -1,4 +1,4 @@
-"""Words with parts inside options: key=value (`optimizer_args`), path:weight (`lora`)."""
+"""Option words that have parts: key=value (`optimizer_args`), path:weight (`lora`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def split_words(words: Iterable[str], where: str) -> dict[str, str]:
 def parse_arguments(words: Iterable[str], where: str) -> dict[str, Any]:
     """key=value words with the values as Python literals (`betas=0.9,0.99` is a tuple).
 
-    A value that is no literal stays text; true and false may be written in small letters.
+    A value that is not a literal stays text; true and false may be written in small letters.
     """
     return {key: literal(value) for key, value in split_words(words, where).items()}
 
@@ -41,7 +41,7 @@ def literal(value: str) -> Any:
 
 
 def path_and_weight(text: str, default: float = 1.0) -> tuple[str, float]:
-    """A word of --lora, PATH or PATH:WEIGHT; a drive letter's colon is no weight.
+    """A word of --lora, PATH or PATH:WEIGHT; a drive letter's colon does not begin a weight.
 
     A file of the whole name wins. Raises `UserError` for a weight that is not a finite number.
     """

@@ -1,16 +1,24 @@
-"""Line and bar charts as SVG text, styled by the page they stand in (see `report.STYLE`)."""
+"""Line and bar charts as SVG elements, styled by the page that holds them.
+
+This file decides where everything goes; `templates/chart.svg.j2` draws it.
+"""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-# Of a phone: letters have their size there, and three charts stand side by side at a desk.
+from markupsafe import Markup
+
+from anima_fast.reports.pages import render
+
+# The size of a phone: letters are legible there, and three charts fit side by side on a desk.
 WIDTH, HEIGHT = 340, 210
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 42, 34
-ROW = 14
+# Of a legend.
+ROW_HEIGHT = 14
 MOST_POINTS = 600
 COLORS = tuple(f"var(--{letter})" for letter in "abcdef")
 
@@ -27,50 +35,46 @@ class Series:
         """The points that can be drawn, averaged in groups where there are very many."""
         points = [(x, y) for x, y in self.points if y is not None and math.isfinite(y)]
         size = -(-len(points) // MOST_POINTS) or 1
-        groups = (points[i : i + size] for i in range(0, len(points), size))
-        return [tuple(sum(v) / len(v) for v in zip(*group, strict=True)) for group in groups]
+        groups = [points[i : i + size] for i in range(0, len(points), size)]
+        return [
+            (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
+            for group in groups
+        ]
 
 
-def chart(title: str, series: Sequence[Series], x_label: str = "step", zero: bool = False) -> str:
+def chart(
+    title: str, series: Sequence[Series], x_label: str = "step", zero: bool = False
+) -> Markup:
     """An SVG element with axes, a legend when there are several lines, and the lines.
 
     Series without a point are left out; a single point is drawn as a dot. The axis begins at 0 with
     `zero`, else near the lowest value.
     """
-    lines = [(s, points) for s in series if (points := s.known())]
-    if not lines:
-        return _nothing(title)
-    xs = [x for _, points in lines for x, _ in points]
-    ys = [y for _, points in lines for _, y in points]
-    x_marks = ticks(min(xs), max(xs), 5)
+    drawn = [(one, points) for one in series if (points := one.known())]
+    if not drawn:
+        return _empty(title)
+    xs = [x for _, points in drawn for x, _ in points]
+    ys = [y for _, points in drawn for _, y in points]
+    first, last = min(xs), max(xs)
+    legend, rows = _legend([one for one, _ in drawn]) if len(drawn) > 1 else ([], 1)
+    plot = _Plot(title, ticks(min(0, *ys) if zero else min(ys), max(ys), 5), rows)
+
+    def across(x: float) -> float:
+        share = (x - first) / ((last - first) or 1)
+        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+
     # There is no half step.
-    x_marks = [x for x in x_marks if min(xs) <= x <= max(xs) and x == int(x)] or [min(xs)]
-    legend, rows = _legend([one for one, _ in lines]) if len(lines) > 1 else ([], 0)
-    frame = _Frame(title, ticks(min(0, *ys) if zero else min(ys), max(ys), 5), max(0, rows - 1))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - min(xs)) / ((max(xs) - min(xs)) or 1)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), frame.height_of(y)
-
-    parts = [*frame.parts, *legend]
-    parts += [frame.below(place(x, 0)[0], f"{x:.6g}") for x in x_marks]
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{frame.bottom + 29}" text-anchor="middle">'
-        f"{html.escape(x_label)}</text>"
-    )
-    for i, (one, points) in enumerate(lines):
-        color, faint = COLORS[i % len(COLORS)], ' class="faint"' if one.faint else ""
-        placed = [place(x, y) for x, y in points]
-        if len(placed) == 1:
-            (x, y), *_ = placed
-            parts.append(f'<circle{faint} cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}"/>')
-        else:
-            text = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-            parts.append(f'<polyline{faint} stroke="{color}" points="{text}"/>')
-    return "".join([*parts, "</svg>"])
+    marks = [x for x in ticks(first, last, 5) if first <= x <= last and x == int(x)] or [first]
+    below = [plot.below(across(x), f"{x:.6g}") for x in marks]
+    below.append(((LEFT + WIDTH - RIGHT) / 2, plot.bottom + 29, "middle", x_label))
+    lines = [
+        (color(i), one.faint, [(across(x), plot.height_of(y)) for x, y in points])
+        for i, (one, points) in enumerate(drawn)
+    ]
+    return plot.draw(legend=legend, below=below, lines=lines)
 
 
-def bars(title: str, labels: Sequence[str], values: Sequence[float | None]) -> str:
+def bars(title: str, labels: Sequence[str], values: Sequence[float | None]) -> Markup:
     """An SVG element with a bar for each value; None leaves its place empty.
 
     Args:
@@ -80,57 +84,49 @@ def bars(title: str, labels: Sequence[str], values: Sequence[float | None]) -> s
     """
     known = [v for v in values if v is not None and math.isfinite(v)]
     if not known:
-        return _nothing(title)
-    frame = _Frame(title, ticks(0.0, max(known) or 1.0, 5))
+        return _empty(title)
+    plot = _Plot(title, ticks(0.0, max(known) or 1.0, 5))
     step = (WIDTH - LEFT - RIGHT) / len(values)
-    parts = [*frame.parts]
+    below, drawn = [], []
     for i, (label, value) in enumerate(zip(labels, values, strict=True)):
         x = LEFT + i * step
-        parts.append(frame.below(x + step / 2, label))
+        below.append(plot.below(round(x + step / 2, 1), label))
         if value is not None and math.isfinite(value):
-            top = frame.height_of(value)
-            parts.append(
-                f'<rect x="{x + 2:.1f}" y="{top:.1f}" width="{step - 4:.1f}" '
-                f'height="{frame.bottom - top:.1f}" fill="{COLORS[0]}">'
-                f"<title>{value:.5g}</title></rect>"
-            )
-    return "".join([*parts, "</svg>"])
+            y = plot.height_of(value)
+            width, height = round(step - 4, 1), round(plot.bottom - y, 1)
+            drawn.append((round(x + 2, 1), y, width, height, f"{value:.5g}"))
+    return plot.draw(below=below, bars=drawn)
 
 
-class _Frame:
-    """Title, lines and numbers of the vertical axis, and where a value stands.
+class _Plot:
+    """A title, the vertical axis, and the place of each value.
 
     Args:
         title: above all.
         marks: of the axis, from its lowest value to its highest.
-        extra_rows: of the legend, beyond its first.
+        legend_rows: lines of the legend; more than one make the chart higher.
     """
 
-    def __init__(self, title: str, marks: Sequence[float], extra_rows: int = 0) -> None:
-        self.low, self.high = marks[0], marks[-1]
-        self.top = TOP + extra_rows * ROW
-        height = HEIGHT + extra_rows * ROW
-        self.bottom = height - BOTTOM
-        self.parts = [_head(title, height)]
-        for mark in marks:
-            at, text = self.height_of(mark), axis_number(mark)
-            self.parts.append(
-                f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-                f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>'
-            )
+    def __init__(self, title: str, marks: Sequence[float], legend_rows: int = 1) -> None:
+        self.title, self.marks = title, marks
+        more = (legend_rows - 1) * ROW_HEIGHT
+        self.top, self.height = TOP + more, HEIGHT + more
+        self.bottom = self.height - BOTTOM
 
     def height_of(self, value: float) -> float:
         """The y of a value."""
-        up = (value - self.low) / (self.high - self.low)
-        return self.bottom - up * (self.bottom - self.top)
+        share = (value - self.marks[0]) / (self.marks[-1] - self.marks[0])
+        return round(self.bottom - share * (self.bottom - self.top), 1)
 
-    def below(self, x: float, text: str) -> str:
-        """A number of the horizontal axis; the last one ends where the chart does."""
+    def below(self, x: float, text: str) -> tuple[float, int, str, str]:
+        """Place and anchor of a text under the plot; the last one ends where the chart does."""
         anchor = "end" if x > WIDTH - 4 * len(text) else "middle"
-        return (
-            f'<text x="{x:.1f}" y="{self.bottom + 16}" text-anchor="{anchor}">'
-            f"{html.escape(text)}</text>"
-        )
+        return x, self.bottom + 16, anchor, text
+
+    def draw(self, **parts: Any) -> Markup:
+        """The SVG element with `legend`, `below`, `lines` and `bars`."""
+        grid = [(self.height_of(mark), axis_number(mark)) for mark in self.marks]
+        return _draw(self.title, self.height, grid=grid, **parts)
 
 
 def axis_number(value: float) -> str:
@@ -141,38 +137,37 @@ def axis_number(value: float) -> str:
     return f"{float(mantissa):g}e{int(power)}"
 
 
-def _head(title: str, height: int) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">'
-        f'<text class="title" x="2" y="14">{html.escape(title)}</text>'
-    )
+def color(place: int) -> str:
+    """The colour of a line by its place."""
+    return COLORS[place % len(COLORS)]
 
 
-def _nothing(title: str) -> str:
-    middle = f'x="{WIDTH / 2:g}" y="{HEIGHT / 2:g}" text-anchor="middle"'
-    return f"{_head(title, HEIGHT)}<text {middle}>not known</text></svg>"
+def _empty(title: str) -> Markup:
+    return _draw(title, HEIGHT, below=[(WIDTH / 2, HEIGHT / 2, "middle", "not known")])
 
 
-def _legend(series: Sequence[Series]) -> tuple[list[str], int]:
-    """Names with their colours, and the number of rows that they need."""
-    parts, x, row = [], 2, 0
+def _draw(title: str, height: int, **parts: Any) -> Markup:
+    nothing: dict[str, Any] = dict.fromkeys(("grid", "legend", "below", "lines", "bars"), ())
+    size = {"width": WIDTH, "height": height, "left": LEFT, "right": WIDTH - RIGHT}
+    return render("chart.svg.j2", title=title, color=COLORS[0], **size, **{**nothing, **parts})
+
+
+def _legend(series: Sequence[Series]) -> tuple[list[tuple[int, int, str, bool, str]], int]:
+    """Place, colour and name of each line, and the number of rows that they need."""
+    entries, x, row = [], 2, 0
     for i, one in enumerate(series):
         width = 24 + 6 * len(one.name)
         if x > 2 and x + width > WIDTH:
             x, row = 2, row + 1
-        y, faint = 29 + row * ROW, ' class="faint"' if one.faint else ""
-        parts.append(
-            f'<rect x="{x}" y="{y - 8}" width="9" height="9" fill="{COLORS[i % len(COLORS)]}"'
-            f'{faint}/><text x="{x + 13}" y="{y}">{html.escape(one.name)}</text>'
-        )
+        entries.append((x, 29 + row * ROW_HEIGHT, color(i), one.faint, one.name))
         x += width
-    return parts, row + 1
+    return entries, row + 1
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) from below `low` to above `high`."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        # A constant, give or take its last bits: a scale around it whose width belongs to its size.
+        # A constant, give or take its last bits: the scale around it is as wide as it is large.
         room = abs(low) * 0.1 or 1.0
         low, high = low - room, high + room
     rough = (high - low) / most

@@ -1,70 +1,102 @@
-"""A run as one HTML page: curves from `log.jsonl`, facts and pictures, readable without a network.
-
-Curves are inline SVG and pictures are embedded, so the file can be moved, mailed or opened years
-later. There is no script in it.
-"""
+"""A run as one HTML page: curves from `log.jsonl`, facts and pictures."""
 
 from __future__ import annotations
 
-import base64
-import html
-import json
-from collections.abc import Mapping, Sequence
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+from markupsafe import Markup
+from PIL import Image
 
 from anima_fast import __version__
 from anima_fast.files import write_text
-from anima_fast.reports.run_parts import curves, preview_grid
-from anima_fast.reports.watch.reading import number
+from anima_fast.reports.charts import Series, bars, chart
+from anima_fast.reports.pages import data_url, render
+from anima_fast.reports.reading import number, picture_prompt, read_log
 
-if TYPE_CHECKING:
-    from anima_fast.options.run import TrainOptions
-    from anima_fast.training.run import TrainResult
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2330; --soft: #667085; --line: #d9dee7; --page: #fff;
-  --a: #1f6feb; --b: #d9480f; --c: #2b8a3e; --d: #862e9c; --e: #b8326f; --f: #0e7490; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #343b48;
-  --page: #14181f; --a: #79b0ff; --b: #ff9f6b; --c: #7ddc91; --d: #dba6ef; --e: #ff8fbd;
-  --f: #5fd0e3; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
-  max-width: 1080px; margin: 0 auto; padding: 24px 16px 48px; }
-h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 32px 0 8px; }
-p.lead { color: var(--soft); margin: 0 0 16px; }
-table { border-collapse: collapse; } th { text-align: left; font-weight: 500; color: var(--soft);
-  padding: 2px 20px 2px 0; vertical-align: top; white-space: nowrap; }
-td { padding: 2px 0; overflow-wrap: anywhere; }
-@media (max-width: 460px) { .facts th { white-space: normal; padding-right: 12px; width: 40%; } }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr));
-  gap: 16px; }
-.charts svg { box-sizing: border-box; width: 100%; height: auto; display: block; padding: 12px;
-  border: 1px solid var(--line); border-radius: 12px; }
-svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
-svg text.title { font-size: 13px; font-weight: 600; fill: var(--ink); }
-svg .grid { stroke: var(--line); stroke-width: 1; } svg polyline { fill: none; stroke-width: 1.6; }
-svg .faint { opacity: .35; stroke-width: 1; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(44%, 200px), 1fr));
-  gap: 12px; }
-figure { margin: 0; } figure img { display: block; width: 100%; border-radius: 6px; }
-figcaption { font-size: 13px; color: var(--soft); }
-.over-time { overflow-x: auto; } .over-time td { padding: 0 8px 0 0; vertical-align: top; }
-.over-time img { display: block; border-radius: 8px; height: auto;
-  width: clamp(150px, calc((min(100vw, 1080px) - 32px) / var(--times) - 8px), 320px); }
-.over-time th { font-size: 13px; padding: 2px 8px 6px 0; }
-.over-time th.prompt { padding-top: 14px; white-space: normal; color: var(--ink); }
-.prompt span { position: sticky; left: 0; display: inline-block; overflow-wrap: anywhere;
-  max-width: calc(min(100vw, 1080px) - 32px); }
-"""
+# Columns of the table of previews, and the longer side of a picture in it.
+MOST_COLUMNS = 12
+SIDE = 320
+# Of a prompt above its row.
+MOST_LETTERS = 160
+LogRecord = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG or JPEG file and what stands below it."""
+    """A PNG or JPEG file and the text below it."""
 
     caption: str
     path: Path
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A picture inside the page, and the text below it or in its place."""
+
+    text: str
+    url: str
+
+
+@dataclass(frozen=True)
+class PreviewTable:
+    """Previews over time: for each prompt a picture at each step, or None where it is gone."""
+
+    steps: list[int]
+    rows: list[tuple[str, list[Embedded | None]]]
+    # Steps that have no column.
+    left_out: int
+
+
+def report_run(
+    name: str,
+    *,
+    kind: str,
+    facts: Mapping[str, str],
+    base_model: str | Path,
+    optimizer: str,
+    precision: str,
+    output: Path,
+    log: Path,
+    steps: int,
+    loss: float | None,
+    interrupted_by: int | None = None,
+) -> Path:
+    """Write `report.html` for a run that has ended, into the folder of its log.
+
+    Args:
+        name: of the run.
+        kind: what was trained, "LoRA training" say.
+        facts: further rows of the table.
+        base_model, optimizer, precision: as the options name them.
+        output, log: the saved file and the run's `log.jsonl`.
+        steps, loss: how many were made, and the average loss of the last epoch, if there is one.
+        interrupted_by: the signal that stopped the run.
+
+    Raises:
+        UserError: the page cannot be written.
+    """
+    state = f"stopped by signal {interrupted_by}" if interrupted_by else "finished"
+    return write_report(
+        log.parent / "report.html",
+        title=name,
+        lead=f"{kind} with anima_fast {__version__}, {state}.",
+        facts={
+            "saved file": output.name,
+            "steps": str(steps),
+            "loss (average over an epoch)": "-" if loss is None else f"{loss:.4f}",
+            "base model": Path(base_model).name,
+            **facts,
+            "optimizer": optimizer,
+            "precision": precision,
+            "all options": f"{name}.toml",
+        },
+        log=log,
+    )
 
 
 def write_report(
@@ -91,91 +123,140 @@ def write_report(
     Raises:
         UserError: the page cannot be written.
     """
-    escape = html.escape
-    rows = "\n".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>"
-        for name, value in facts.items()
-    )
-    shown = "\n".join(
-        f'<h2>{escape(heading)}</h2>\n<div class="gallery">\n{_figures(pictures)}\n</div>'
-        for heading, pictures in (galleries or {}).items()
-    )
     records = read_log(log)
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-<p class="lead">{escape(lead)}</p>
-<table class="facts">
-{rows}
-</table>
-<h2>Curves</h2>
-<div class="charts">
-{curves(records)}
-</div>
-{preview_grid(records, Path(log).parent)}
-{shown}
-</body>
-</html>
-"""
+    shown = {
+        heading: [_embedded(one) for one in pictures]
+        for heading, pictures in (galleries or {}).items()
+    }
+    page = render(
+        "run.html.j2",
+        title=title,
+        lead=lead,
+        facts=facts,
+        charts=run_charts(records),
+        previews=preview_table(records, Path(log).parent),
+        galleries=shown,
+    )
     write_text(Path(path), page)
     return Path(path)
 
 
-def report_run(options: TrainOptions, result: TrainResult) -> Path:
-    """Write `report.html` into the output folder of a run that has ended.
+def run_charts(records: Sequence[LogRecord]) -> list[Markup]:
+    """The charts of a log's records; none when there is no step."""
+    steps = _of_kind(records, "step")
+    if not steps:
+        return []
+    rates = sorted({name for record in steps for name in record.get("lr") or {}})
+    loss = [
+        Series("each step", _points(steps, "loss"), faint=True),
+        Series("average over an epoch", _points(steps, "loss_avg")),
+        Series("validation", _points(_of_kind(records, "validation"), "loss")),
+    ]
+    # The first step reads, compiles and allocates: next to the others it would hide them.
+    seconds = [Series("seconds", _points(steps[1:] or steps, "step_s"))]
+    return [
+        chart("Loss", loss),
+        chart("Learning rate", _parts_of(steps, "lr", rates), zero=True),
+        chart("Seconds per step", seconds, zero=True),
+        _memory(steps),
+        *_by_noise(records),
+    ]
 
-    Raises `UserError` when the page cannot be written.
+
+def _memory(steps: Sequence[LogRecord]) -> Markup:
+    """Peak memory, in GiB as soon as there is one."""
+    points = _points(steps, "memory_mib")
+    unit, size = ("MiB", 1) if max((y or 0 for _, y in points), default=0) < 1024 else ("GiB", 1024)
+    scaled = [(x, None if y is None else y / size) for x, y in points]
+    return chart(f"Peak memory in {unit}", [Series("memory", scaled)], zero=True)
+
+
+def _by_noise(records: Sequence[LogRecord]) -> list[Markup]:
+    """Bars of the last epoch's training loss by sigma, and validation loss of each sigma."""
+    found = []
+    filled = [r for r in _of_kind(records, "sigma_bins") if any(r.get("counts") or [])]
+    if filled:
+        means = filled[-1].get("means") or []
+        labels = [f"{(i + 0.5) / len(means):.2f}" for i in range(len(means))]
+        found.append(bars("Training loss by sigma, last epoch", labels, means))
+    validations = [r for r in _of_kind(records, "validation") if r.get("per_sigma")]
+    if validations:
+        sigmas = sorted({name for r in validations for name in r["per_sigma"]})
+        lines = _parts_of(validations, "per_sigma", sigmas, label="sigma {}")
+        found.append(chart("Validation loss by sigma", lines))
+    return found
+
+
+def preview_table(records: Sequence[LogRecord], folder: Path) -> PreviewTable | None:
+    """The previews of a run over time, at most `MOST_COLUMNS` of them; None without any.
+
+    Args:
+        records: of the log.
+        folder: the output folder; names of files are relative to it.
     """
-    state = f"stopped by signal {result.interrupted_by}" if result.interrupted_by else "finished"
-    kind, facts = options.about
-    return write_report(
-        Path(options.output_dir) / "report.html",
-        title=options.output_stem,
-        lead=f"{kind} with anima_fast {__version__}, {state}.",
-        facts={
-            "saved file": result.output.name,
-            "steps": str(result.steps),
-            "loss (average over an epoch)": "-" if result.loss is None else f"{result.loss:.4f}",
-            "base model": Path(options.pretrained_model_name_or_path).name,
-            **facts,
-            "optimizer": options.optimizer_type,
-            "precision": options.mixed_precision,
-            "all options": f"{options.output_stem}.toml",
-        },
-        log=result.log,
-    )
+    previews = [r for r in _of_kind(records, "preview") if r.get("files")]
+    if not previews:
+        return None
+    shown = _spread(previews, MOST_COLUMNS)
+    # The file of prompts may change during a run, so rows follow the text and not the place.
+    rows: dict[tuple[str, int], list[Embedded | None]] = {}
+    for column, record in enumerate(shown):
+        seen: Counter[str] = Counter()
+        for path in (folder / name for name in record["files"]):
+            prompt, picture = _preview(path)
+            if prompt is not None:
+                row = rows.setdefault((prompt, seen[prompt]), [None] * len(shown))
+                row[column] = picture
+                seen[prompt] += 1
+    labelled = [(_label(prompt), pictures) for (prompt, _), pictures in rows.items()]
+    return PreviewTable([r["step"] for r in shown], labelled, len(previews) - len(shown))
 
 
-def read_log(path: str | Path) -> list[dict]:
-    """The records of a `log.jsonl`; lines that a crash cut off or broke are left out."""
-    records = []
-    path = Path(path)
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and number(record.get("step")) is not None:
-            records.append(record)
-    return records
+def _spread(items: Sequence[LogRecord], most: int) -> list[LogRecord]:
+    """At most so many of them, evenly spread, the first and the last included."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def _figures(pictures: Sequence[Picture]) -> str:
-    return "\n".join(
-        f'<figure><img src="{_data_url(picture.path)}" alt="{html.escape(picture.caption)}">'
-        f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
-        for picture in pictures
-    )
+def _label(prompt: str) -> str:
+    first = prompt.split("\n")[0]
+    return first if len(first) <= MOST_LETTERS else f"{first[:MOST_LETTERS]}…"
 
 
-def _data_url(path: Path) -> str:
-    kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _preview(path: Path) -> tuple[str | None, Embedded | None]:
+    """The prompt in a picture and a small JPEG of it; None for what cannot be read."""
+    prompt = None
+    try:
+        with Image.open(path) as image:
+            prompt = picture_prompt(getattr(image, "text", {}).get("parameters"))
+            image.thumbnail((SIDE, SIDE))
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "JPEG", quality=85)
+    # Pillow raises many kinds for damaged files, SyntaxError among them.
+    except Exception:
+        return prompt, None
+    return prompt, Embedded(path.stem, data_url(buffer.getvalue()))
+
+
+def _embedded(picture: Picture) -> Embedded:
+    kind = "jpeg" if picture.path.suffix.lower() in (".jpg", ".jpeg") else "png"
+    return Embedded(picture.caption, data_url(picture.path.read_bytes(), kind))
+
+
+def _of_kind(records: Sequence[LogRecord], kind: str) -> list[LogRecord]:
+    return [record for record in records if record.get("kind") == kind]
+
+
+def _points(records: Iterable[LogRecord], name: str) -> list[tuple[float, float | None]]:
+    return [(record["step"], number(record.get(name))) for record in records]
+
+
+def _parts_of(
+    records: Sequence[LogRecord], name: str, parts: Sequence[str], label: str = "{}"
+) -> list[Series]:
+    """A line for each entry of the table `name` in the records."""
+    return [
+        Series(label.format(part), [(r["step"], (r.get(name) or {}).get(part)) for r in records])
+        for part in parts
+    ]

@@ -7,11 +7,13 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from anima_fast.errors import UserError
-from anima_fast.sampling.jobs import MULTIPLE, Job
+from anima_fast.sampling.jobs import Job
+from anima_fast.sampling.prompts import MULTIPLE
 
 NUMBERS: dict[str, Callable[[str], float]] = {
     "seed": int, "steps": int, "width": int, "height": int, "cfg": float, "shift": float,
@@ -23,34 +25,39 @@ LIMITS = {
     "weight": (-1e6, 1e6),
 }  # fmt: skip
 GAP = 8
-# Height of letters, and the part of a cell's width that they have where that is more: a sheet of
-# large cells is looked at from further away.
+# Smallest height of letters, and their height as a share of a cell's width: a sheet of large cells
+# is looked at from further away.
 FONT_SIZE, FONT_PART = 16, 1 / 24
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting and its values; `index` numbers the LoRA of weight1, weight2, ..."""
+    """A setting and its values.
+
+    `index` is the LoRA file of weight1, weight2, ..., counted from 0, and for `lora` the first file
+    of the axis; None stands for all files.
+    """
 
     name: str
-    values: tuple
+    values: tuple[Any, ...]
     index: int | None = None
 
-    def apply(self, job: Job, value: object) -> Job:
+    def apply(self, job: Job, value: Any) -> Job:
         """The job with this setting at a value."""
         if self.name == "prompt":
             return replace(job, text=job.text.replace(self.values[0], str(value)))
         if self.name == "lora":
-            chosen = self.values.index(value) + self.index
-            weights = [w if i == chosen or i < self.index else 0.0 for i, w in _each(job)]
+            first = self.index or 0
+            chosen = first + self.values.index(value)
+            weights = (w if i == chosen or i < first else 0.0 for i, w in enumerate(job.weights))
             return replace(job, weights=tuple(weights))
         if self.name == "weight":
-            weights = [value if self.index in (None, i) else w for i, w in _each(job)]
+            weights = (value if self.index in (None, i) else w for i, w in enumerate(job.weights))
             return replace(job, weights=tuple(weights))
         return replace(job, **{self.name: value})
 
-    def label(self, value: object) -> str:
-        """What stands beside a column or row."""
+    def label(self, value: Any) -> str:
+        """What is written next to a column or row."""
         if self.name == "prompt":
             return str(value)
         if self.name == "lora":
@@ -59,16 +66,12 @@ class Axis:
         return f"{self.name}{number} {value:g}" if self.name != "seed" else f"seed {value}"
 
 
-def _each(job: Job) -> enumerate:
-    return enumerate(job.weights)
-
-
 def read_axes(words: Sequence[str], loras: int, texts: Sequence[str]) -> list[Axis]:
     """The axes of `--grid`, columns first.
 
     Args:
         words: such as weight=0,0.5,1, seed=1,2,3, prompt=cat|dog, lora=a.safetensors,b.safetensors.
-        loras: number of LoRA files given besides.
+        loras: number of LoRA files given by --lora.
         texts: the prompts, in which the first alternative of a prompt axis must be.
 
     Raises:
@@ -129,28 +132,28 @@ def _number(name: str, text: str) -> float:
 
 
 def expand(job: Job, axes: Sequence[Axis]) -> list[list[Job]]:
-    """Rows of jobs: a column for each value of the first axis, a row for each of the second."""
+    """Rows of jobs: one column for each value of the first axis, one row for each of the second."""
     columns = [(axes[0], value) for value in axes[0].values]
     rows = [[(axes[1], value)] for value in axes[1].values] if len(axes) > 1 else [[]]
     return [[_cell(job, [column, *row]) for column in columns] for row in rows]
 
 
-def _cell(job: Job, settings: Sequence[tuple[Axis, object]]) -> Job:
-    # Axes of one file come last: those of all files would undo them.
+def _cell(job: Job, settings: Sequence[tuple[Axis, Any]]) -> Job:
+    # Axes of one file are applied last: an axis of all files would overwrite them.
     for axis, value in sorted(settings, key=lambda setting: setting[0].index is not None):
         job = axis.apply(job, value)
     return replace(job, title=", ".join(axis.label(value) for axis, value in settings))
 
 
 def compose(rows: Sequence[Sequence[Image.Image]], axes: Sequence[Axis]) -> Image.Image:
-    """One picture of all cells with a label for each column and row; cells keep their sizes."""
+    """One sheet of all cells with a label for each column and row; cells keep their sizes."""
     widths = [max(row[i].width for row in rows) for i in range(len(rows[0]))]
     heights = [max(image.height for image in row) for row in rows]
     letter = max(FONT_SIZE, round(max(widths) * FONT_PART))
     font, side, space = ImageFont.load_default(letter), 9 * letter, letter // 4
 
     def wrapped(text: str, width: int) -> list[str]:
-        # Lines that fit a width in pixels, in letters of the average width.
+        # Lines that fit a width in pixels, by the average width of a letter.
         return textwrap.wrap(text, max(6, int(width / (letter * 0.56)))) or [""]
 
     tops = [wrapped(axes[0].label(v), w) for v, w in zip(axes[0].values, widths, strict=True)]

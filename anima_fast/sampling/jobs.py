@@ -1,53 +1,41 @@
-"""What is to be rendered: one `Job` a picture, from the options of `anima-fast sample`."""
+"""What to render: one `Job` for each picture, from the options of `anima-fast sample`."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from anima_fast.errors import UserError
-from anima_fast.sampling.prompts import Prompt, read_prompts, say_ignored
-
-if TYPE_CHECKING:
-    from anima_fast.options.sample import SampleOptions
+from anima_fast.options.sample import SampleOptions
+from anima_fast.sampling.prompts import MULTIPLE, Prompt, read_prompts, say_ignored
 
 SIDE = 1024
-MULTIPLE = 16
 
 
 @dataclass(frozen=True)
-class Job:
-    """One picture.
+class Job(Prompt):
+    """One picture: a prompt whose seed is drawn, and what only `sample` has.
 
     Attributes:
-        text, negative: prompts, escapes not yet replaced.
-        width, height: in pixels.
         strength: of image to image; 1 starts from noise.
-        weights: of the LoRA files, in their order; 0 leaves one out.
+        weights: of the LoRA files, in their order; 0 omits one.
         title: of the cell in a grid.
     """
 
-    text: str
-    negative: str
-    seed: int
-    steps: int
-    cfg: float
-    shift: float
-    width: int
-    height: int
+    seed: int = 0
     strength: float = 1.0
     weights: tuple[float, ...] = ()
     title: str = ""
 
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The texts that need encoding."""
-        return (self.text,) if self.cfg == 1 else (self.text, self.negative)
+    @classmethod
+    def of(cls, prompt: Prompt, seed: int, **more: Any) -> Job:
+        """The picture of a prompt; `more` are strength and weights."""
+        return cls(**{**vars(prompt), "seed": seed, **more})
 
     def goes_with(self, other: Job) -> bool:
-        """Whether both can be made in one batch: they differ in seed and title only."""
+        """Whether both fit into one batch: they differ in seed and title only."""
         return replace(self, seed=other.seed, title=other.title) == other
 
 
@@ -57,7 +45,7 @@ def make_jobs(
     image_size: tuple[int, int] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Job]:
-    """The pictures of all prompts, `count` of each with seeds that follow each other.
+    """The pictures of all prompts, `count` of each with consecutive seeds.
 
     Args:
         options: of the command.
@@ -78,33 +66,22 @@ def make_jobs(
         options.negative_prompt,
         options.width or width,
         options.height or height,
-        None,
-        options.steps,
-        options.cfg,
-        options.shift,
+        steps=options.steps,
+        cfg=options.cfg,
+        shift=options.shift,
     )
     prompts = read_prompts(options.prompts, defaults) if options.prompts else [defaults]
     say_ignored(prompts, say)
+    shared: dict[str, Any] = {"strength": options.strength, "weights": tuple(weights)}
     return [
-        Job(
-            prompt.text,
-            prompt.negative,
-            (first if prompt.seed is None else prompt.seed) + i,
-            prompt.steps,
-            prompt.cfg,
-            prompt.shift,
-            prompt.width,
-            prompt.height,
-            options.strength,
-            tuple(weights),
-        )
+        Job.of(prompt, (first if prompt.seed is None else prompt.seed) + i, **shared)
         for prompt in prompts
         for i in range(options.count)
     ]
 
 
 def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """Neighbours that can be made together, at most `size` each."""
+    """Neighbours that can be rendered together, at most `size` in each batch."""
     found: list[list[Job]] = []
     for job in jobs:
         if found and len(found[-1]) < size and found[-1][0].goes_with(job):

@@ -1,4 +1,4 @@
-"""LoRA files on the models that make a picture; beside the weights, never merged into them.
+"""LoRA files on the models that make a picture: attached to the weights, never merged into them.
 
 So a half-precision model does not round them away, and their strength can change between pictures.
 """
@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from anima_fast.adapters import names
+from anima_fast.adapters.deltas import Delta
 from anima_fast.adapters.formats import read_lora
 from anima_fast.adapters.lora import add_lora
 from anima_fast.adapters.network import LoRANetwork
-from anima_fast.adapters.parts import Part
 from anima_fast.errors import UserError
 from anima_fast.models.dit import AnimaDiT
 
@@ -27,7 +27,7 @@ class LoRAFile:
 
     path: Path
     weight: float
-    parts: dict[str, Part]
+    deltas: dict[str, Delta]
 
     @classmethod
     def read(cls, path: str | Path, weight: float = 1.0) -> LoRAFile:
@@ -38,14 +38,14 @@ class LoRAFile:
 def check_fit(loras: Iterable[LoRAFile], shapes: Mapping[str, Sequence[int]]) -> None:
     """Refuse files that do not fit a DiT of these shapes, before a model is loaded for them."""
     for lora in loras:
-        for name, part in lora.parts.items():
+        for name, delta in lora.deltas.items():
             shape = shapes.get(f"{name}.weight")
-            if _owner(name) == "" and (shape is None or tuple(shape) != part.shape):
+            if _owner(name) == "" and (shape is None or tuple(shape) != delta.shape):
                 has = "none" if shape is None else f"one of {list(shape)}"
                 raise UserError(
                     f"{lora.path} does not fit this DiT: {name} is for a weight of "
-                    f"{list(part.shape)}, the DiT has {has} (`anima-fast remap` moves a network to "
-                    "another depth)"
+                    f"{list(delta.shape)}, the DiT has {has} (`anima-fast remap` moves a network "
+                    "to another depth)"
                 )
 
 
@@ -56,26 +56,26 @@ def attach_lora(
     llm_adapter: nn.Module | None = None,
     text_encoder: nn.Module | None = None,
 ) -> LoRANetwork | None:
-    """Let models compute with the parts of a LoRA file that belong to them.
+    """Let models compute with the modules of a LoRA file that belong to them.
 
-    Returns the network, or None when the file has no part for the models given. Raises `UserError`
-    when such a part has no module, or one of another size.
+    Returns the network, or None when the file has none for the models given. Raises `UserError`
+    when a model has no such layer, or one of another size.
     """
     owners = {names.TEXT_ENCODER: text_encoder, names.ADAPTER: llm_adapter, "": dit}
-    parts = {n: p for n, p in lora.parts.items() if owners[_owner(n)] is not None}
-    if not parts:
+    deltas = {n: d for n, d in lora.deltas.items() if owners[_owner(n)] is not None}
+    if not deltas:
         return None
     example = next(model for model in owners.values() if model is not None)
     weight = next(example.parameters())
-    plain = all(part.network == "LoRA" for part in parts.values())
+    plain = all(delta.is_plain_lora for delta in deltas.values())
     try:
         network = add_lora(
             dit,
             train_dit=dit is not None,
             llm_adapter=llm_adapter,
             text_encoder=text_encoder,
-            modules_from=parts,
-            # Products of LoHa and LoKr and norms of DoRA are taken of what was trained.
+            modules_from=deltas,
+            # LoHa and LoKr multiply factors and DoRA takes norms in the precision of training.
             dtype=weight.dtype if plain else torch.float32,
         )
     except UserError as error:

@@ -5,29 +5,21 @@ A text file has one prompt a line; `#` begins a comment; settings follow the tex
     --n negative prompt   --w width   --h height   --d seed   --s steps   --l guidance   --fs shift
 
 A TOML file has `[prompt]` with settings for all and `[[prompt.subset]]` with those of each prompt,
-which win; a JSON file is a list of such tables or of text lines. What is not given is as in
-ComfyUI's template for Anima (30 steps, guidance 4, shift 3), not as in sd-scripts.
+which win; a JSON file is a list of such tables or of text lines. Settings that are not given are
+those of ComfyUI's template for Anima (30 steps, guidance 4, shift 3), not those of sd-scripts.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from anima_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from anima_fast.options.run import TrainOptions
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from anima_fast.files import parse_config
+from anima_fast.options.output import PreviewOptions
 
 # Flag -> field, with its type.
 FLAGS = {
@@ -44,18 +36,19 @@ IGNORED = ("g", "ss", "cn", "ctr", "ctd", "l2", "cg", "f", "am", "ow", "of", "rs
 IGNORED_KEYS = ("sample_sampler", "guidance_scale", "controlnet_image", "enum", "prompt_dict")
 LEAST_SIDE = 64
 MULTIPLE = 16
+ESCAPES = re.compile(r"\\n|\\t|(?:\\u[0-9a-fA-F]{4})+")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One picture to make.
+    """A prompt with its settings.
 
     Attributes:
-        text, negative: what to show and what to avoid.
+        text, negative: what to show and what to avoid, escapes not yet replaced.
         width, height: in pixels, multiples of 16.
-        seed: None means drawn anew each time.
+        seed: None means drawn each time.
         steps, cfg, shift: of the sampler; cfg 1 makes no second pass.
-        ignored: settings that have no meaning here.
+        ignored: settings that have no effect on Anima.
 
     Raises `UserError` for textual inversion.
     """
@@ -117,19 +110,15 @@ def _read(path: Path, defaults: Prompt) -> Iterable[Prompt]:
             for i, line in lines
             if line and not line.startswith("#")
         ]
-    try:
-        content = tomllib.loads(text) if suffix == ".toml" else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid {suffix[1:].upper()}: {error}") from None
-    return _from_tables(content, defaults, str(path))
+    return _from_tables(parse_config(text, path, suffix[1:].upper()), defaults, str(path))
 
 
 def parse_prompt(line: str, defaults: Prompt | None = None, where: str = "prompt") -> Prompt:
-    """One prompt with its settings behind it.
+    """One prompt followed by its settings.
 
     Raises `UserError` for a setting that cannot be read.
     """
-    # A flag is one to three letters with space around, or "=" behind: dashes inside words are text.
+    # A flag is one to three letters between spaces or before "=": dashes inside words are text.
     text, *found = re.split(r"(?:^|\s)--([a-z][a-z0-9]{0,2})(?==|\s|$)", line, flags=re.I)
     prompt = replace(defaults or Prompt(""), text=text.strip())
     for name, value in zip(found[::2], found[1::2], strict=True):
@@ -137,14 +126,31 @@ def parse_prompt(line: str, defaults: Prompt | None = None, where: str = "prompt
     return prompt
 
 
+def unescape(prompt: str) -> str:
+    r"""Replace \n, \t and \uXXXX by what they stand for; all other text stays as it is."""
+
+    def replace(match: re.Match) -> str:
+        word = match[0]
+        if word in (r"\n", r"\t"):
+            return "\n" if word == r"\n" else "\t"
+        units = bytes.fromhex(word.replace(r"\u", ""))
+        try:
+            # Two surrogates make one character; a lone one is not text.
+            return units.decode("utf-16-be")
+        except UnicodeDecodeError:
+            return word
+
+    return ESCAPES.sub(replace, prompt)
+
+
 def say_ignored(prompts: Sequence[Prompt], say: Callable[[str], None]) -> None:
-    """Say which settings have no effect."""
+    """Report settings that have no effect."""
     ignored = sorted({name for prompt in prompts for name in prompt.ignored})
     if ignored:
         say(f"without effect on Anima, in the prompts: {', '.join(ignored)}")
 
 
-def collect_prompts(options: TrainOptions) -> list[Prompt]:
+def collect_prompts(options: PreviewOptions) -> list[Prompt]:
     """The prompts of the file and of the command line; raises `UserError` for wrong ones."""
     prompts = read_prompts(options.sample_prompts) if options.sample_prompts else []
     return prompts + [parse_prompt(text, where="--sample_prompt") for text in options.sample_prompt]
@@ -180,7 +186,7 @@ def _from_table(table: Mapping[str, Any], defaults: Prompt, where: str) -> Promp
         raise UserError(f"{where}: prompt is missing: give the text")
     prompt = replace(defaults, text=table["prompt"].strip())
     for key, value in table.items():
-        # JSON's null is a setting not given.
+        # A null of JSON means: not given.
         if key in KEYS and value is not None:
             prompt = _with(prompt, KEYS[key], str(value), where)
         elif key in IGNORED_KEYS:
@@ -191,7 +197,7 @@ def _from_table(table: Mapping[str, Any], defaults: Prompt, where: str) -> Promp
 
 
 def _with(prompt: Prompt, flag: str, value: str, where: str) -> Prompt:
-    """The prompt with one setting more."""
+    """The prompt with one more setting."""
     if flag in IGNORED:
         return replace(prompt, ignored=(*prompt.ignored, f"--{flag}"))
     if flag not in FLAGS:

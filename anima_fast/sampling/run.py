@@ -8,39 +8,63 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from anima_fast.adapters.network import LoRANetwork
-from anima_fast.device import choose_device, set_backends, uses_fused_blocks
+from anima_fast.data.encode_models import load_run_tokenizers
+from anima_fast.device import DTYPES, choose_device, set_backends, uses_fused_blocks
 from anima_fast.errors import UserError
 from anima_fast.memory.free import free_memory
 from anima_fast.memory.offload import install_block_runner
+from anima_fast.models import text_encoder
 from anima_fast.models.checkpoint import Checkpoint
-from anima_fast.models.dit import AnimaDiT, dit_tensors, load_dit
+from anima_fast.models.dit import dit_tensors, load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.models.model_files import check_model_files
 from anima_fast.models.vae_checkpoint import load_vae
+from anima_fast.options.sample import SampleOptions
 from anima_fast.progress import Progress
-from anima_fast.sampling.euler import euler_sample, start_noise
+from anima_fast.sampling.euler import sample_jobs
 from anima_fast.sampling.grid import compose, expand, read_axes
 from anima_fast.sampling.jobs import Job, batches, make_jobs
 from anima_fast.sampling.loras import LoRAFile, attach_lora, check_fit
-from anima_fast.sampling.outputs import Outputs
-from anima_fast.sampling.pictures import describe, save_png, to_image, unescape
-from anima_fast.sampling.start import load_start, picture_size
-from anima_fast.sampling.texts import encode_prompts, zero_keys
-from anima_fast.sampling.workflow import comfyui_prompt
+from anima_fast.sampling.pictures import (
+    PicturePaths,
+    comfyui_prompt,
+    generation_parameters,
+    load_start,
+    picture_size,
+    save_png,
+    to_image,
+)
+from anima_fast.sampling.prompts import unescape
+from anima_fast.sampling.texts import encode_prompts
 
-if TYPE_CHECKING:
-    from anima_fast.options.sample import SampleOptions
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # A context belongs to a text and, where LoRA files change the text path, to their weights.
 Contexts = dict[tuple[str, tuple[float, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class ModelPaths:
+    """The model files of a command."""
+
+    dit: str
+    qwen3: str
+    vae: str
+    llm_adapter: str
+
+    @classmethod
+    def of(cls, options: SampleOptions) -> ModelPaths:
+        """Those of the options; raises `UserError` when one is missing or does not fit."""
+        check_model_files(
+            options.dit, options.qwen3, options.vae, options.llm_adapter_path, dit_option="dit"
+        )
+        assert options.dit and options.qwen3 and options.vae
+        adapter = options.llm_adapter_path or options.dit
+        return cls(options.dit, options.qwen3, options.vae, adapter)
 
 
 @dataclass
@@ -48,6 +72,7 @@ class Session:
     """What the phases of a command share."""
 
     options: SampleOptions
+    models: ModelPaths
     device: torch.device
     dtype: torch.dtype
     loras: list[LoRAFile]
@@ -58,7 +83,7 @@ class Session:
     interrupted: bool = False
 
     @property
-    def paths(self) -> list[str]:
+    def lora_paths(self) -> list[str]:
         """Paths of the LoRA files."""
         return [str(lora.path) for lora in self.loras]
 
@@ -77,9 +102,9 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
     Raises:
         UserError: missing or wrong files, a LoRA that does not fit, no memory, a folder that
             cannot be written, or numbers that are not finite.
-        KeyboardInterrupt: as it came; the pictures that were sampled before are written.
+        KeyboardInterrupt: passed on; the pictures that were sampled before it are written.
     """
-    check_model_files(options)
+    models = ModelPaths.of(options)
     given = list(options.loras)
     notices: list[str] = []
     size = picture_size(options.init_image) if options.init_image else None
@@ -90,20 +115,20 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
             given += [(path, options.lora_weight) for path in axis.values]
         if axis.name == "strength" and not options.init_image:
             raise UserError("--grid strength needs --init_image FILE")
-    device, dtype = choose_device(options), DTYPES[options.dtype]
+    device, dtype = choose_device(options.device), DTYPES[options.dtype]
     set_backends()
     for path, weight in given:
         if not math.isfinite(weight):
             raise UserError(f"--lora {path}:{weight}: use a finite weight")
     loras = [LoRAFile.read(path, weight) for path, weight in given]
-    check_fit(loras, dit_tensors(Checkpoint.open(options.dit)).shapes)
+    check_fit(loras, dit_tensors(Checkpoint.open(models.dit)).shapes)
     jobs = [replace(job, weights=tuple(weight for _, weight in given)) for job in jobs]
     sheets = [expand(job, axes) for job in jobs] if axes else []
     if sheets:
         jobs = [job for rows in sheets for row in rows for job in row]
     if options.init_image and Path(options.init_image).resolve() == Path(options.output).resolve():
         raise UserError(f"--output {options.output} is --init_image itself: give another name")
-    outputs = Outputs(options.output, len(jobs), grid=bool(axes))
+    outputs = PicturePaths(options.output, len(jobs), grid=bool(axes))
     with Progress() as progress, torch.no_grad():
         say = (lambda text: None) if quiet else progress.say
         for notice in notices:
@@ -114,43 +139,49 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
             say(
                 "--init_image gives its size only with --strength 1: use a smaller one, such as 0.6"
             )
-        session = Session(options, device, dtype, loras, jobs, say, None if quiet else progress)
+        shown = None if quiet else progress
+        session = Session(options, models, device, dtype, loras, jobs, say, shown)
         images = _render(session, outputs)
         if session.interrupted:
             raise KeyboardInterrupt
         for number, rows in enumerate(sheets):
             cells = iter(images[number * len(rows) * len(rows[0]) :])
             sheet = compose([[next(cells) for _ in row] for row in rows], axes)
-            path = outputs.grid(number)
-            save_png(path, sheet, describe(rows[0][0], options.dit, session.paths))
-            say(f"wrote {path}")
+            target = outputs.grid(number)
+            facts = generation_parameters(rows[0][0], models.dit, session.lora_paths)
+            save_png(target, sheet, facts)
+            say(f"wrote {target}")
     return outputs.grid(0) if sheets else outputs.picture(0)
 
 
-def _render(session: Session, outputs: Outputs) -> list[Image.Image]:
-    """All pictures, written one by one; returned for grids."""
-    options = session.options
-    if any(job.strength != 1 for job in session.jobs):
+def _render(session: Session, outputs: PicturePaths) -> list[Image.Image]:
+    """Render all pictures and write them one by one; returns them for grids."""
+    options, models = session.options, session.models
+    if options.init_image and any(job.strength != 1 for job in session.jobs):
         sizes = {(job.width, job.height) for job in session.jobs}
         session.say("encoding the picture to start from")
-        session.start = load_start(options, sizes, session.device)
+        session.start = load_start(
+            options.init_image, models.vae, sizes, device=session.device,
+            chunk_rows=options.vae_chunk_size,
+        )  # fmt: skip
     contexts = _encode(session)
     latents = _sample(session, contexts)
     session.say("decoding")
     images = []
     with _enough_memory("use a smaller --vae_chunk_size, such as 64"):
-        # In half precision flat areas of the decoded picture show steps.
-        vae = load_vae(options.vae, device=session.device, dtype=torch.float32)
+        # In half precision flat areas of the decoded picture show banding.
+        vae = load_vae(models.vae, device=session.device, dtype=torch.float32)
         # Fewer latents than jobs after Ctrl-C.
         for number, (job, latent) in enumerate(zip(session.jobs, latents, strict=False)):
             pixels = vae.decode(latent[None].to(session.device), chunk_rows=options.vae_chunk_size)
             image = to_image(pixels[0])
             nodes = comfyui_prompt(
-                job, dit=options.dit, qwen3=options.qwen3, vae=options.vae, loras=session.paths,
+                job, dit=models.dit, qwen3=models.qwen3, vae=models.vae, loras=session.lora_paths,
                 init_image=options.init_image, weighted=not options.no_prompt_weights,
             )  # fmt: skip
             path = outputs.picture(number)
-            save_png(path, image, describe(job, options.dit, session.paths), nodes)
+            facts = generation_parameters(job, models.dit, session.lora_paths)
+            save_png(path, image, facts, nodes)
             session.say(f"wrote {path}")
             if options.grid:
                 images.append(image)
@@ -159,19 +190,11 @@ def _render(session: Session, outputs: Outputs) -> list[Image.Image]:
 
 def _encode(session: Session) -> Contexts:
     """Text phase: every text that is needed, once for each set of weights that changes it."""
-    from anima_fast.models.text_encoder import load_text_encoder
-    from anima_fast.models.tokenizers import load_tokenizers
-
     options, device, dtype = session.options, session.device, session.dtype
     session.say("encoding the prompt")
-    tokenizers = load_tokenizers(
-        options.qwen3,
-        qwen3_tokenizer_path=options.qwen3_tokenizer_path,
-        t5_tokenizer_path=options.t5_tokenizer_path,
-        models_dir=options.models_dir,
-    )
-    encoder = load_text_encoder(options.qwen3, device=device, dtype=dtype)
-    adapter = load_llm_adapter(options.llm_adapter_path or options.dit, device=device, dtype=dtype)
+    tokenizers = load_run_tokenizers(options)
+    encoder = text_encoder.load_text_encoder(session.models.qwen3, device=device, dtype=dtype)
+    adapter = load_llm_adapter(session.models.llm_adapter, device=device, dtype=dtype)
     attached = [
         attach_lora(lora, text_encoder=encoder, llm_adapter=adapter) for lora in session.loras
     ]
@@ -185,7 +208,7 @@ def _encode(session: Session) -> Contexts:
                     [unescape(text)], tokenizers, encoder, adapter, device=device,
                     weighted=not options.no_prompt_weights,
                 )[0]  # fmt: skip
-    # Files without a part for the text path make one context serve all weights.
+    # Where no file has modules for the text path, one context serves all weights.
     found = {
         (text, job.weights): contexts[text, _text_weights(job, attached)]
         for job in session.jobs
@@ -211,9 +234,11 @@ def _sample(session: Session, contexts: Contexts) -> list[Tensor]:
     """Sampling phase: latents [16, h, w] float32 on the CPU, in the order of the jobs."""
     options, device = session.options, session.device
     session.say("loading the DiT")
-    dit = load_dit(options.dit, device=device, dtype=session.dtype, attn_mode=options.attn_mode)
+    dit = load_dit(
+        session.models.dit, device=device, dtype=session.dtype, attn_mode=options.attn_mode
+    )
     attached = [attach_lora(lora, dit=dit) for lora in session.loras]
-    if uses_fused_blocks(options, device):
+    if uses_fused_blocks(options.kernels, device):
         install_block_runner(dit, fused=True)
     groups = batches(session.jobs, options.batch_size)
     first = session.jobs[0]
@@ -231,7 +256,10 @@ def _sample(session: Session, contexts: Contexts) -> list[Tensor]:
         for group in groups:
             _set_weights(attached, group[0].weights)
             with _enough_memory("use a smaller --width, --height or --batch_size"):
-                latents = _sample_group(session, dit, group, contexts, on_step)
+                job = group[0]
+                texts = [contexts[text, job.weights] for text in job.texts]
+                start = session.start.get((job.width, job.height))
+                latents = sample_jobs(dit, group, texts, start=start, on_step=on_step)
             if not torch.isfinite(latents).all():
                 wider = {"fp16": ", or --dtype bf16", "bf16": ", or --dtype fp32"}
                 raise UserError(
@@ -249,35 +277,8 @@ def _sample(session: Session, contexts: Contexts) -> list[Tensor]:
     return found
 
 
-def _sample_group(
-    session: Session,
-    dit: AnimaDiT,
-    group: Sequence[Job],
-    contexts: Contexts,
-    on_step: Callable[[], None] | None,
-) -> Tensor:
-    """Latents [B, 16, 1, h, w] of jobs that differ in their seed only."""
-    job, count = group[0], len(group)
-    texts = [contexts[text, job.weights] for text in job.texts]
-    expanded = [context.expand(count, -1, -1) for context in texts]
-    return euler_sample(
-        dit,
-        torch.cat([start_noise(one.seed, one.width, one.height) for one in group]),
-        expanded[0],
-        expanded[1] if len(expanded) > 1 else None,
-        steps=job.steps,
-        shift=job.shift,
-        guidance=job.cfg,
-        zero_keys=zero_keys(texts[0]),
-        negative_zero_keys=zero_keys(texts[-1]),
-        start=session.start.get((job.width, job.height)),
-        strength=job.strength,
-        on_step=on_step,
-    )
-
-
 def _stepper(progress: Progress) -> Callable[[], None]:
-    """Shows each finished step with the seconds that it took."""
+    """Shows each finished step and the seconds it took."""
     last, done = time.perf_counter(), 0
 
     def step() -> None:

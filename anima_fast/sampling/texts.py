@@ -1,12 +1,19 @@
-"""Prompts → what the DiT's cross attention reads.
+r"""Prompts → what the DiT's cross attention reads.
 
-Each weighted part of a prompt is tokenised by itself and the ids are put together, as ComfyUI does.
-Qwen3 knows no weights; a T5 token's weight multiplies its row of the LLM adapter's output.
-Nothing is cut off: 512 is the least number of text rows, not the most.
+Each weighted part of a prompt is tokenised on its own and the ids are concatenated, as ComfyUI
+does. Qwen3 knows no weights; a T5 token's weight multiplies its row of the LLM adapter's output.
+Nothing is cut off: 512 is the smallest number of text rows, not the largest.
+
+Weights are written as in ComfyUI: (words), (words:1.3), nesting, and \( \) as they are. A group in
+parentheses weighs 1.1 times what surrounds it; with `:number` at its end it weighs exactly that
+number. An item is a group when it begins with "(" and ends with ")", wherever parentheses are not
+balanced; everything else is text. Source: `token_weights` and `parse_parentheses` of ComfyUI's
+comfy/sd1_clip.py. Training captions are never read this way.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,13 +21,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anima_fast.data.batches import PADDED_ROWS
-from anima_fast.sampling.prompt_weights import weighted_segments
+from anima_fast.errors import UserError
+from anima_fast.models.dit_config import TEXT_ROWS
 
 if TYPE_CHECKING:
     from anima_fast.models.llm_adapter import LLMAdapter
     from anima_fast.models.text_encoder import TextEncoder
     from anima_fast.models.tokenizers import TokenBatch, Tokenizers
+
+
+EMPHASIS = 1.1
+# Replace escaped parentheses while a prompt is taken apart.
+OPEN, CLOSE = "\x00\x02", "\x00\x01"
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ def adapt(tokens: PromptTokens, states: Tensor, adapter: LLMAdapter) -> Tensor:
 
 def zero_keys(context: Tensor) -> int:
     """Zero text rows beyond a context [B, S, C]."""
-    return max(0, PADDED_ROWS - context.shape[1])
+    return max(0, TEXT_ROWS - context.shape[1])
 
 
 @torch.no_grad()
@@ -78,3 +90,65 @@ def encode_prompts(
         tokens = tokenize_prompt(tokenizers, prompt, weighted=weighted)
         contexts.append(adapt(tokens, encode_states(tokens, encoder, device), adapter))
     return contexts
+
+
+def weighted_segments(prompt: str) -> list[tuple[str, float]]:
+    """A prompt as texts with their weights, in order; at least one.
+
+    Raises `UserError` for hundreds of nested parentheses.
+    """
+    text = prompt.replace(r"\)", CLOSE).replace(r"\(", OPEN)
+    try:
+        segments = _segments(text, 1.0)
+    except RecursionError:
+        raise UserError(
+            f"the prompt {prompt[:40]!r} nests its parentheses too deeply: write (words:1.3)"
+        ) from None
+    found = [(text.replace(CLOSE, ")").replace(OPEN, "("), weight) for text, weight in segments]
+    return found or [("", 1.0)]
+
+
+def _segments(text: str, weight: float) -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for item in _items(text):
+        if len(item) < 2 or item[0] != "(" or item[-1] != ")":
+            found.append((item, weight))
+            continue
+        inner, own = item[1:-1], weight * EMPHASIS
+        colon = inner.rfind(":")
+        number = _number(inner[colon + 1 :]) if colon > 0 else None
+        if number is not None:
+            inner, own = inner[:colon], number
+        found += _segments(inner, own)
+    return found
+
+
+def _number(text: str) -> float | None:
+    """A finite number; None for a colon that belongs to the text."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _items(text: str) -> list[str]:
+    """Groups and the texts between them; parentheses inside a group stay in it."""
+    items, current, depth = [], "", 0
+    for character in text:
+        if character == "(":
+            if depth == 0:
+                if current:
+                    items.append(current)
+                current = ""
+            current += character
+            depth += 1
+        elif character == ")":
+            depth -= 1
+            current += character
+            if depth == 0:
+                items.append(current)
+                current = ""
+        else:
+            current += character
+    return [*items, current] if current else items

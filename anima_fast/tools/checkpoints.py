@@ -1,4 +1,4 @@
-"""Model files by module: where the weight of each layer stands, under whatever prefix."""
+"""Model files by module: the key of each layer's weight, under whatever prefix."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from anima_fast.models.checkpoint import (
 )
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Tensors that quantised files keep beside their weights.
+# Tensors that quantised files keep next to their weights.
 QUANTISED = re.compile(
     r".*\.(scale_weight|weight_scale(_2)?|scale_input|input_scale|comfy_quant|absmax|quant_map"
     r"|nested_absmax|quant_state\..*|SCB|qweight|qzeros|scales)|scaled_fp8"
 )
-# The parts of the model by the prefix of their dotted module names, as messages call them.
-PARTS = {"": "the DiT", names.ADAPTER: "the LLM adapter", names.TEXT_ENCODER: "the text encoder"}
-# Both are told by a name that the DiT does not have.
+# The models by the prefix of their dotted module names, as messages call them.
+MODELS = {"": "the DiT", names.ADAPTER: "the LLM adapter", names.TEXT_ENCODER: "the text encoder"}
+# Both are recognised by a name that the DiT does not have.
 LAYER_OF_QWEN3 = re.compile(r"(.*?)layers\.\d+\.self_attn\.q_norm\.weight")
 LAYER_OF_ADAPTER = re.compile(r"((.*\.)?llm_adapter\.|)blocks\.\d+\.norm_cross_attn\.weight")
 
@@ -38,8 +38,8 @@ class ModelFile:
 
     Attributes:
         checkpoint: its tensors.
-        prefixes: what stands before the names of each part that the file has, by the part's prefix
-            in dotted module names ("" is the DiT).
+        prefixes: what precedes the names of each model in the file, by the model's prefix in dotted
+            module names ("" is the DiT).
     """
 
     checkpoint: Checkpoint
@@ -47,7 +47,7 @@ class ModelFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> ModelFile:
-        """Open a model file; raises `UserError` when it is none that networks are made for."""
+        """Open a model file; raises `UserError` when networks are not made for such a file."""
         checkpoint = Checkpoint.open(path)
         kind = detect_kind(checkpoint)
         if kind not in ("dit", "llm_adapter", "qwen3"):
@@ -61,33 +61,33 @@ class ModelFile:
 
     def key(self, module: str) -> str | None:
         """The key of a module's weight by its dotted name; None when the file has none."""
-        part = part_of_module(module)
-        if part not in self.prefixes:
+        model = model_of_module(module)
+        if model not in self.prefixes:
             return None
-        key = f"{self.prefixes[part]}{module[len(part) :]}.weight"
+        key = f"{self.prefixes[model]}{module[len(model) :]}.weight"
         return key if key in self.checkpoint.shapes else None
 
-    def part_of_key(self, key: str) -> str | None:
-        """The part that a tensor belongs to; None for leftovers and other models."""
+    def model_of_key(self, key: str) -> str | None:
+        """The model that a tensor belongs to; None for leftovers and foreign models."""
         # The adapter's names begin like those of the DiT around it.
-        for part in sorted(self.prefixes, key=lambda part: -len(self.prefixes[part])):
-            name = key.removeprefix(self.prefixes[part])
-            if not key.startswith(self.prefixes[part]) or LEFTOVERS.fullmatch(name):
+        for model in sorted(self.prefixes, key=lambda model: -len(self.prefixes[model])):
+            name = key.removeprefix(self.prefixes[model])
+            if not key.startswith(self.prefixes[model]) or LEFTOVERS.fullmatch(name):
                 continue
-            if part or not FOREIGN.fullmatch(name):
-                return part
+            if model or not FOREIGN.fullmatch(name):
+                return model
         return None
 
-    def named(self, *parts: str) -> Checkpoint:
-        """The tensors of some parts under their dotted names, such as `blocks.0.mlp.layer1.weight`.
+    def named(self, *models: str) -> Checkpoint:
+        """The tensors of some models by dotted name, such as `blocks.0.mlp.layer1.weight`.
 
-        Parts that the file does not have give none.
+        Models that the file does not have are skipped.
         """
         found = {}
         for key in self.checkpoint.shapes:
-            part = self.part_of_key(key)
-            if part in parts:
-                found[part + key.removeprefix(self.prefixes[part])] = key
+            model = self.model_of_key(key)
+            if model in models:
+                found[model + key.removeprefix(self.prefixes[model])] = key
         return self.checkpoint.renamed(found)
 
     def _refuse_quantised(self) -> None:
@@ -99,8 +99,8 @@ class ModelFile:
             )
 
 
-def part_of_module(name: str) -> str:
-    """The part of a dotted module name: "", `names.ADAPTER` or `names.TEXT_ENCODER`."""
+def model_of_module(name: str) -> str:
+    """The model of a dotted module name: "", `names.ADAPTER` or `names.TEXT_ENCODER`."""
     return next((p for p in (names.TEXT_ENCODER, names.ADAPTER) if name.startswith(p)), "")
 
 
@@ -110,13 +110,13 @@ def _prefixes(checkpoint: Checkpoint) -> dict[str, str]:
     dit = strip_prefix(keys)
     if dit is not None:
         found[""] = dit
-    for part, pattern in (
+    for model, pattern in (
         (names.ADAPTER, LAYER_OF_ADAPTER),
         (names.TEXT_ENCODER, LAYER_OF_QWEN3),
     ):
         match = next((m for key in keys if (m := pattern.fullmatch(key))), None)
         if match:
-            found[part] = match[1]
+            found[model] = match[1]
     return found
 
 

@@ -2,7 +2,7 @@
 
 Each target layer's difference is replaced by its best approximation of the chosen rank, shared
 evenly by the two matrices, with alpha = rank. What differs outside the targets (norms, biases,
-layers that no pattern includes) cannot be in the LoRA and is told.
+layers that no pattern includes) cannot be in the LoRA and is reported.
 """
 
 from __future__ import annotations
@@ -16,22 +16,20 @@ import torch
 from torch import Tensor
 
 from anima_fast.adapters import names
-from anima_fast.adapters.hashes import legacy_file_hash
-from anima_fast.adapters.parts import LoRAPart
+from anima_fast.adapters.deltas import LoRADelta
+from anima_fast.adapters.metadata import legacy_file_hash
 from anima_fast.adapters.targets import find_targets
-from anima_fast.data.encode_progress import EncodeProgress
 from anima_fast.errors import UserError
 from anima_fast.files import cached_sha256
 from anima_fast.models.checkpoint import Checkpoint, shape_problems
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.dit_config import DitConfig
 from anima_fast.models.llm_adapter import AdapterConfig, LLMAdapter
-from anima_fast.tools.checkpoints import PARTS, ModelFile, check_floats
-from anima_fast.tools.convert import check_output
+from anima_fast.progress import ItemProgress
+from anima_fast.tools.checkpoints import MODELS, ModelFile, check_floats
 from anima_fast.tools.low_rank import Dense
-from anima_fast.tools.networks import dtype_of, new_metadata, write_network
-from anima_fast.tools.ranks import RankRule
-from anima_fast.tools.report import Loss
+from anima_fast.tools.networks import check_output, dtype_of, new_metadata, write_network
+from anima_fast.tools.ranks import ModuleLoss, RankRule
 
 
 @dataclass
@@ -40,11 +38,11 @@ class Extracted:
 
     Attributes:
         losses: of the modules in the LoRA, the rounding of their matrices included.
-        same: target modules that do not differ, which the LoRA leaves out.
-        outside: relative change of tensors that differ and are in no target, by dotted name.
+        same: target modules that do not differ and are left out of the LoRA.
+        outside: relative change, by dotted name, of tensors that differ and are in no target.
     """
 
-    losses: list[Loss] = field(default_factory=list)
+    losses: list[ModuleLoss] = field(default_factory=list)
     same: int = 0
     outside: dict[str, float] = field(default_factory=dict)
 
@@ -86,23 +84,23 @@ def extract_lora(
     old, new = _open(base), _open(tuned)
     _check_same_shape(old, new)
     targets = _targets(old, new, include, exclude, llm_adapter)
-    found, parts = Extracted(), {}
-    with EncodeProgress("extracted", len(targets), "modules", say) as progress:
+    found, deltas = Extracted(), {}
+    with ItemProgress("extracted", len(targets), "modules", say) as progress:
         for name in targets:
             difference = _difference(old, new, f"{name}.weight").to(device)
             if difference.any():
-                parts[name], loss = _part(name, difference, rule, dtype)
+                deltas[name], loss = _closest(name, difference, rule, dtype)
                 found.losses.append(loss)
             else:
                 found.same += 1
             progress.advance(1)
-    if not parts:
+    if not deltas:
         raise UserError(
             f"{tuned} and {base} do not differ in any target layer: there is nothing to extract"
         )
     found.outside = _outside(old, new, {f"{name}.weight" for name in targets})
     metadata = _metadata(Path(base), Path(tuned), Path(output).stem, rule)
-    write_network(output, parts, metadata, dialect)
+    write_network(output, deltas, metadata, dialect)
     return found
 
 
@@ -110,7 +108,7 @@ def _open(path: str | os.PathLike) -> Checkpoint:
     """The DiT of a file, and its LLM adapter if there is one, under dotted names."""
     model = ModelFile.open(path)
     if "" not in model.prefixes:
-        held = " and ".join(PARTS[part] for part in model.prefixes)
+        held = " and ".join(MODELS[name] for name in model.prefixes)
         raise UserError(f"{path} holds {held} but no DiT: give two DiT files")
     return model.named("", names.ADAPTER)
 
@@ -179,14 +177,15 @@ def _difference(old: Checkpoint, new: Checkpoint, name: str) -> Tensor:
     return difference
 
 
-def _part(
-    name: str, difference: Tensor, rule: RankRule, dtype: torch.dtype
-) -> tuple[LoRAPart, Loss]:
+def _closest(
+    name: str, difference: Tensor, rule: RankRule, dtype: torch.dtype | None
+) -> tuple[LoRADelta, ModuleLoss]:
+    """The LoRA that is closest to a difference at the rank that a rule chooses."""
     matrix = Dense(difference)
     spectrum = matrix.spectrum()
     up, down = (t.to(dtype).contiguous() for t in spectrum.cut(rule.choose(spectrum.values)))
-    loss = Loss(name, matrix.norm(), matrix.distance(up, down), len(down))
-    return LoRAPart(down.cpu(), up.cpu(), torch.tensor(float(len(down)))), loss
+    loss = ModuleLoss(name, matrix.norm(), matrix.distance(up, down), len(down))
+    return LoRADelta(down.cpu(), up.cpu(), alpha=torch.tensor(float(len(down)))), loss
 
 
 def _outside(old: Checkpoint, new: Checkpoint, targets: Collection[str]) -> dict[str, float]:

@@ -6,10 +6,8 @@ digits of small singular values, which leaves 8 of float64's 16: as many as floa
 At 2048 x 8192 on one core of a server that takes 2 to 3 s, torch.linalg.svd 11 s in float32 (2026).
 
 A product L·R of thin factors is never built: L = Q₁T₁ and Rᵀ = Q₂T₂ leave the small core T₁T₂ᵀ.
-The Hadamard product of a LoHa and the Kronecker product of a LoKr are such products too:
-
-    (a₁b₁) ∘ (a₂b₂) = (a₁ • a₂)(b₁ • b₂)       • pairs every column of a₁ with every one of a₂
-    (a₁b₁) ⊗ (a₂b₂) = (a₁ ⊗ a₂)(b₁ ⊗ b₂)
+The Hadamard product of a LoHa and the Kronecker product of a LoKr are such products too (`factors`
+in adapters/deltas.py).
 """
 
 from __future__ import annotations
@@ -20,23 +18,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anima_fast.adapters.parts import LoHaPart, LoKrPart, LoRAPart, Part
+from anima_fast.adapters.deltas import Delta
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A matrix seen along its singular vectors.
+    """The singular values of a matrix and the vectors of one side.
 
     Attributes:
         values: singular values [k], falling, float64.
-        vectors: those of the outputs [m, k]; of the inputs [n, k] when `turned`.
-        matrix: the matrix, or its transpose when `turned`.
+        vectors: those of the outputs [m, k]; of the inputs [n, k] when `transposed`.
+        matrix: the matrix, or its transpose when `transposed`.
     """
 
     values: Tensor
     vectors: Tensor
     matrix: Dense | Product
-    turned: bool = False
+    transposed: bool = False
 
     def cut(self, rank: int) -> tuple[Tensor, Tensor]:
         """The best approximation of a rank: up [m, R] and down [R, n], float64, of equal norms."""
@@ -45,7 +43,7 @@ class Spectrum:
         root = rows.norm(dim=1).sqrt()
         # A component of norm 0 stays 0.
         rows, columns = rows / torch.where(root > 0, root, 1.0)[:, None], vectors * root
-        return (rows.T, columns.T) if self.turned else (columns, rows)
+        return (rows.T, columns.T) if self.transposed else (columns, rows)
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,10 @@ class Dense:
     def spectrum(self) -> Spectrum:
         """All min(m, n) singular values."""
         m, n = self.matrix.shape
-        wide = self.matrix if m <= n else self.matrix.T
-        squares, vectors = torch.linalg.eigh(wide @ wide.T)
+        matrix = self.matrix if m <= n else self.matrix.T
+        squares, vectors = torch.linalg.eigh(matrix @ matrix.T)
         values = squares.flip(0).clamp_min(0).sqrt()
-        return Spectrum(values, vectors.flip(1), Dense(wide), turned=m > n)
+        return Spectrum(values, vectors.flip(1), Dense(matrix), transposed=m > n)
 
 
 @dataclass(frozen=True)
@@ -107,57 +105,25 @@ class Product:
 Matrix = Dense | Product
 
 
-def weighted_sum(terms: Sequence[tuple[float, Part]], device: torch.device | str = "cpu") -> Matrix:
+def weighted_sum(
+    terms: Sequence[tuple[float, Delta]], device: torch.device | str = "cpu"
+) -> Matrix:
     """Σ weight · product, without alpha: fold it into the weights.
 
     Factors are kept where all of them together have at most half as many columns as the matrix has
     on its shorter side; beyond, they would cost more than the matrix itself.
 
     Raises:
-        ValueError: parts of different shapes.
+        ValueError: terms of different shapes.
     """
-    shapes = {part.shape for _, part in terms}
+    shapes = {delta.shape for _, delta in terms}
     if len(shapes) != 1:
         raise ValueError(f"parts for layers of different sizes: {sorted(shapes)}")
     limit = min(shapes.pop()) // 2
-    terms = [(weight, part.map(lambda t: t.to(device).double())) for weight, part in terms]
-    if sum(_columns(part) for _, part in terms) <= limit:
-        pairs = [(weight, *_factors(part)) for weight, part in terms]
+    terms = [(weight, delta.map(lambda t: t.to(device).double())) for weight, delta in terms]
+    if sum(delta.columns for _, delta in terms) <= limit:
+        pairs = [(weight, *delta.factors()) for weight, delta in terms]
         left = torch.cat([weight * left for weight, left, _ in pairs], 1)
         return Product(left, torch.cat([right for _, _, right in pairs]))
-    return Dense(sum(weight * part.product() for weight, part in terms))
-
-
-def _columns(part: Part) -> int:
-    """Columns of the factors that `_factors` gives."""
-    if isinstance(part, LoKrPart):
-        counts = [min(a.shape) if b is None else a.shape[1] for a, b in _halves(part)]
-        return counts[0] * counts[1]
-    return part.rank**2 if isinstance(part, LoHaPart) else part.rank
-
-
-def _factors(part: Part) -> tuple[Tensor, Tensor]:
-    """left [out, k] and right [k, in] whose product is the part's."""
-    if isinstance(part, LoRAPart):
-        return part.up, part.down
-    if isinstance(part, LoHaPart):
-        left = (part.w1_a[:, :, None] * part.w2_a[:, None, :]).flatten(1)
-        return left, (part.w1_b[:, None, :] * part.w2_b[None, :, :]).flatten(0, 1)
-    (a1, b1), (a2, b2) = (_split(a, b) for a, b in _halves(part))
-    return torch.kron(a1, a2), torch.kron(b1, b2)
-
-
-def _halves(part: LoKrPart) -> tuple[tuple[Tensor, Tensor | None], ...]:
-    """Each factor of a LoKr as (whole, None) or (a, b)."""
-    first = (part.w1_a, part.w1_b) if part.w1 is None else (part.w1, None)
-    second = (part.w2_a, part.w2_b) if part.w2 is None else (part.w2, None)
-    return first, second
-
-
-def _split(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A whole matrix as a product with the identity on its shorter side."""
-    if b is not None:
-        return a, b
-    rows, columns = a.shape
-    unit = torch.eye(min(rows, columns), dtype=a.dtype, device=a.device)
-    return (unit, a) if rows <= columns else (a, unit)
+    first, *rest = (weight * delta.product() for weight, delta in terms)
+    return Dense(sum(rest, first))

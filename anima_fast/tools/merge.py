@@ -2,9 +2,9 @@
 
     W ← W + s₁Δ₁ + s₂Δ₂ + …      in float32, rounded once to the dtype of the output
 
-Networks are built in one after the other, so a DoRA normalises the weight with those before it in
-it, as adapters that are stacked on a layer do. Weights are read, merged and written one at a time.
-Names, prefix and the other tensors of the file stay, so whatever opened it opens the result.
+Networks are built in one after the other, so a DoRA normalises the weight with those before it
+included, as adapters that are stacked on a layer do. Weights are read, merged and written one at a
+time. Names, prefix and other tensors stay, so whatever loads the old file loads the new one.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from torch import Tensor
 
 from anima_fast import __version__
 from anima_fast.adapters import names
+from anima_fast.adapters.deltas import Delta, adapted_weight, upcast
 from anima_fast.adapters.metadata import IMPLEMENTATION
-from anima_fast.adapters.parts import Part, adapted_weight, wide
-from anima_fast.data.encode_progress import EncodeProgress
 from anima_fast.errors import UserError
 from anima_fast.files import LazyTensor, save_safetensors
 from anima_fast.models.dit_config import DitConfig
-from anima_fast.tools.checkpoints import FLOATS, PARTS, ModelFile, check_floats, part_of_module
-from anima_fast.tools.convert import check_output
-from anima_fast.tools.networks import PRECISIONS, Network
+from anima_fast.progress import ItemProgress
+from anima_fast.tools.checkpoints import FLOATS, MODELS, ModelFile, check_floats, model_of_module
+from anima_fast.tools.networks import PRECISIONS, NetworkFile, check_output
 
 KEEP = "keep"
 MERGED = "anima_fast.merged_networks"
-# Hashes of the tensors, which change.
+# Hashes of the tensors, which a merge changes.
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
@@ -80,51 +79,51 @@ def merge_into_checkpoint(
         raise UserError(f"--precision {precision}: use {', '.join(PRECISIONS)} or {KEEP}")
     check_output(output, [checkpoint, *(path for path, _ in networks)])
     model = ModelFile.open(checkpoint)
-    plan: dict[str, list[tuple[float, Part]]] = {}
+    plan: dict[str, list[tuple[float, Delta]]] = {}
     merged = Merged()
-    read = [Network.read(path, strength) for path, strength in networks]
+    read = [NetworkFile.read(path, strength) for path, strength in networks]
     for network in read:
         keys = _keys(model, network, merged.notes)
         for name, key in keys.items():
-            plan.setdefault(key, []).append((network.strength, network.parts[name]))
+            plan.setdefault(key, []).append((network.strength, network.deltas[name]))
         merged.used.append(len(keys))
     merged.weights = len(plan)
-    with EncodeProgress("merged", len(plan), "weights", say) as progress:
+    with ItemProgress("merged", len(plan), "weights", say) as progress:
         tensors = _tensors(model, plan, precision, progress.advance)
         metadata = _metadata(model, read, Path(output).stem)
         save_safetensors(tensors, output, metadata, keep_order=True)
     return merged
 
 
-def _keys(model: ModelFile, network: Network, notes: list[str]) -> dict[str, str]:
-    """{module: key} of the parts that belong to the model; notes tell of the others."""
+def _keys(model: ModelFile, network: NetworkFile, notes: list[str]) -> dict[str, str]:
+    """{module: key} of the modules that belong to the file's models; notes name the others."""
     shapes, found = model.checkpoint.shapes, {}
     absent: Counter[str] = Counter()
-    for name, part in network.parts.items():
-        owner = part_of_module(name)
+    for name, delta in network.deltas.items():
+        owner = model_of_module(name)
         if owner not in model.prefixes:
             absent[owner] += 1
             continue
         key = model.key(name)
-        if key is None or tuple(shapes[key]) != part.shape:
+        if key is None or tuple(shapes[key]) != delta.shape:
             raise _misfit(model, network, name, key)
         found[name] = key
     if not found:
-        wanted = " and ".join(PARTS[owner] for owner in absent)
+        wanted = " and ".join(MODELS[owner] for owner in absent)
         raise UserError(
             f"{network.path} is for {wanted}, which {model.checkpoint.name} does not hold: give "
             "the file that does as CHECKPOINT"
         )
     notes += [
-        f"{network.path.name}: {count} modules of {PARTS[owner]} are not merged, this checkpoint "
+        f"{network.path.name}: {count} modules of {MODELS[owner]} are not merged, this checkpoint "
         "does not hold it; merge them into its own file"
         for owner, count in absent.items()
     ]
     return found
 
 
-def _misfit(model: ModelFile, network: Network, name: str, key: str | None) -> UserError:
-    out, into = network.parts[name].shape
+def _misfit(model: ModelFile, network: NetworkFile, name: str, key: str | None) -> UserError:
+    out, into = network.deltas[name].shape
     if key is not None:
         shape = list(model.checkpoint.shapes[key])
         return UserError(
@@ -143,20 +142,20 @@ def _misfit(model: ModelFile, network: Network, name: str, key: str | None) -> U
 
 def _tensors(
     model: ModelFile,
-    plan: dict[str, list[tuple[float, Part]]],
+    plan: dict[str, list[tuple[float, Delta]]],
     precision: str,
     advance: Callable[[int], None],
 ) -> dict[str, LazyTensor]:
-    """Every tensor of the output under its old name, made when it is written."""
+    """Every tensor of the output under its old name, computed when it is written."""
     checkpoint = model.checkpoint
     for key in plan:
         check_floats(checkpoint, key)
-    # The text encoder of an all-in-one file stays in its dtype, as all that is not the DiT.
+    # In an all-in-one file the text encoder keeps its dtype, like everything but the DiT.
     converted = {"", names.ADAPTER} if "" in model.prefixes else set(model.prefixes)
     tensors = {}
     for key, shape in checkpoint.shapes.items():
         dtype = checkpoint.dtype(key)
-        own = model.part_of_key(key) in converted and dtype in FLOATS
+        own = model.model_of_key(key) in converted and dtype in FLOATS
         target = PRECISIONS.get(precision, dtype) if own else dtype
 
         def read(key: str = key, dtype: torch.dtype = target) -> Tensor:
@@ -170,13 +169,13 @@ def _tensors(
 
 @torch.no_grad()
 def _converted(
-    model: ModelFile, key: str, parts: list[tuple[float, Part]], dtype: torch.dtype
+    model: ModelFile, key: str, deltas: list[tuple[float, Delta]], dtype: torch.dtype
 ) -> Tensor:
     weight = model.checkpoint.get(key)
-    if not parts and weight.dtype == dtype:
+    if not deltas and weight.dtype == dtype:
         return weight
-    for strength, part in parts:
-        weight = adapted_weight(wide(weight), part, strength)
+    for strength, delta in deltas:
+        weight = adapted_weight(upcast(weight), delta, strength)
     found = weight.to(dtype)
     if not torch.isfinite(found).all():
         kind = str(dtype).removeprefix("torch.")
@@ -187,20 +186,20 @@ def _converted(
     return found
 
 
-def entries(networks: Sequence[Network]) -> list[dict]:
+def entries(networks: Sequence[NetworkFile]) -> list[dict]:
     """What a merged file says of the networks in it."""
     return [
         {
             "file": network.path.name,
             "weight": network.strength,
-            "network": "/".join(sorted(network.kinds)),
+            "network": "/".join(sorted(network.titles)),
             **{k: network.metadata[k] for k in ("sshs_model_hash",) if k in network.metadata},
         }
         for network in networks
     ]
 
 
-def _metadata(model: ModelFile, networks: Sequence[Network], name: str) -> dict[str, str]:
+def _metadata(model: ModelFile, networks: Sequence[NetworkFile], name: str) -> dict[str, str]:
     """The checkpoint's own metadata, and what was merged into it."""
     old = {k: v for k, v in model.checkpoint.metadata.items() if k not in STALE}
     told = [*_earlier(old), *entries(networks)]
@@ -216,7 +215,7 @@ def _metadata(model: ModelFile, networks: Sequence[Network], name: str) -> dict[
         "modelspec.title": name,
         "modelspec.date": datetime.datetime.now().replace(microsecond=0).isoformat(),
         "modelspec.merged_from": ", ".join(
-            [model.checkpoint.path.stem, *(network.path.stem for network in networks)]
+            [Path(model.checkpoint.name).stem, *(network.path.stem for network in networks)]
         ),
     }
 

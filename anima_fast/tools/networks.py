@@ -1,4 +1,4 @@
-"""Network files (LoRA, LoHa, LoKr, DoRA) as they are read and written again."""
+"""Network files (LoRA, LoHa, LoKr, DoRA) as the tools read and write them."""
 
 from __future__ import annotations
 
@@ -13,76 +13,78 @@ from pathlib import Path
 import torch
 
 from anima_fast import __version__
+from anima_fast.adapters.deltas import Delta
 from anima_fast.adapters.formats import FOLDED, read_lora, unfold, write_lora
 from anima_fast.adapters.metadata import IMPLEMENTATION
 from anima_fast.adapters.names import DIALECTS
-from anima_fast.adapters.parts import Part
+from anima_fast.device import DTYPES
 from anima_fast.errors import UserError
+from anima_fast.files import check_folder, remove_leftovers
+from anima_fast.models.adapter_kinds import LORA, module_of
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {name: DTYPES[name] for name in ("fp32", "fp16", "bf16")}
 # What sd-scripts' tools write where modules differ.
 SEVERAL = "Dynamic"
-MODULES = {"lora": "networks.lora_anima", "loha": "networks.loha", "lokr": "networks.lokr"}
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkFile:
     """A network file that has been read.
 
     Attributes:
-        parts: by dotted module name, with their alphas (of a folded file too).
+        deltas: Δ by dotted module name, with its alpha (of a folded file too).
         dialect: that of its names.
-        folded: whether alpha / rank stood in the weights.
+        folded: whether alpha / rank was multiplied into the weights.
         strength: at which a merge uses it.
     """
 
     path: Path
-    parts: dict[str, Part]
+    deltas: dict[str, Delta]
     dialect: str
     metadata: dict[str, str]
     folded: bool
     strength: float = 1.0
 
     @classmethod
-    def read(cls, path: str | os.PathLike, strength: float = 1.0) -> Network:
+    def read(cls, path: str | os.PathLike, strength: float = 1.0) -> NetworkFile:
         """Read a file of any dialect.
 
         Raises `UserError` when it is no network of this model, or holds numbers that are not
         finite.
         """
-        parts, dialect, metadata = read_lora(path)
-        for name, part in parts.items():
-            if not all(torch.isfinite(tensor).all() for tensor in part.fields().values()):
+        deltas, dialect, metadata = read_lora(path)
+        for name, delta in deltas.items():
+            if not all(torch.isfinite(tensor).all() for tensor in delta.fields().values()):
                 raise UserError(
                     f"{path}: {name} holds numbers that are not finite: its training failed, take "
                     "an earlier file"
                 )
         folded = FOLDED in metadata
-        return cls(Path(path), unfold(parts, metadata), dialect, metadata, folded, strength)
+        return cls(Path(path), unfold(deltas, metadata), dialect, metadata, folded, strength)
 
     @property
-    def kinds(self) -> set[str]:
+    def titles(self) -> set[str]:
         """LoRA, LoHa, LoKr, DoRA: those that occur."""
-        return {part.network for part in self.parts.values()}
+        return {delta.title for delta in self.deltas.values()}
 
     def write(
         self,
         path: str | os.PathLike,
-        parts: Mapping[str, Part],
+        deltas: Mapping[str, Delta],
         metadata: Mapping[str, str],
         precision: str | None = None,
     ) -> None:
-        """Write parts in this file's dialect and form; None keeps the dtype of each matrix.
+        """Write modules in this file's dialect and form; None keeps the dtype of each matrix.
 
         A dialect that can only be read becomes kohya. Raises `UserError` when the disk refuses.
         """
         dialect = self.dialect if self.dialect in DIALECTS else "kohya"
-        write_network(path, parts, metadata, dialect, precision, fold_alpha=self.folded)
+        write_network(path, deltas, metadata, dialect, precision, fold_alpha=self.folded)
 
 
 def write_network(
     path: str | os.PathLike,
-    parts: Mapping[str, Part],
+    deltas: Mapping[str, Delta],
     metadata: Mapping[str, str],
     dialect: str = "kohya",
     precision: str | None = None,
@@ -94,9 +96,28 @@ def write_network(
     Raises `UserError` for an unknown precision, values that are not finite in it, or a full disk.
     """
     if dtype := dtype_of(precision):
-        parts = {name: part.map(lambda t: t.to(dtype)) for name, part in parts.items()}
-    metadata = {**metadata, **network_keys(parts)}
-    write_lora(path, parts, dialect, metadata=metadata, fold_alpha=fold_alpha)
+        deltas = {name: delta.map(lambda t: t.to(dtype)) for name, delta in deltas.items()}
+    metadata = {**metadata, **network_keys(deltas)}
+    write_lora(path, deltas, dialect, metadata=metadata, fold_alpha=fold_alpha)
+
+
+def check_output(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> Path:
+    """The output path; raises `UserError` when it cannot be written or is one of the inputs.
+
+    What a killed run left half-written there is deleted.
+    """
+    output = Path(output)
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder: give the name of a file")
+    if output.suffix.lower() != ".safetensors":
+        raise UserError(f"--output {output}: the name must end with .safetensors")
+    for path in inputs:
+        if Path(path).resolve() == output.resolve():
+            raise UserError(f"--output {output} is one of the inputs: give another name")
+    # Checked first, as decompositions take minutes; made only when there is something to write.
+    check_folder(next(folder for folder in output.absolute().parents if folder.exists()))
+    remove_leftovers(output)
+    return output
 
 
 def dtype_of(precision: str | None) -> torch.dtype | None:
@@ -108,21 +129,20 @@ def dtype_of(precision: str | None) -> torch.dtype | None:
     return PRECISIONS[precision]
 
 
-def network_keys(parts: Mapping[str, Part]) -> dict[str, str]:
-    """`ss_network_dim` and `ss_network_alpha` of parts."""
-    alphas = (part.rank if part.alpha is None else part.alpha.item() for part in parts.values())
+def network_keys(deltas: Mapping[str, Delta]) -> dict[str, str]:
+    """`ss_network_dim` and `ss_network_alpha` of a network."""
+    alphas = (d.rank if d.alpha is None else d.alpha.item() for d in deltas.values())
     return {
-        "ss_network_dim": _one(part.rank for part in parts.values()),
+        "ss_network_dim": _one(delta.rank for delta in deltas.values()),
         "ss_network_alpha": _one(alphas),
     }
 
 
-def module_key(parts: Mapping[str, Part]) -> dict[str, str]:
-    """`ss_network_module` of parts that are not what their metadata says any more."""
-    if any(part.dora_scale is not None for part in parts.values()):
-        return {"ss_network_module": "lycoris.kohya"}
-    kinds = Counter(part.kind for part in parts.values())
-    return {"ss_network_module": MODULES[kinds.most_common(1)[0][0]]}
+def module_key(deltas: Mapping[str, Delta]) -> dict[str, str]:
+    """`ss_network_module` of a network that is no longer what its metadata says."""
+    dora = any(delta.dora_scale is not None for delta in deltas.values())
+    (kind, _), *_ = Counter(delta.kind for delta in deltas.values()).most_common(1)
+    return {"ss_network_module": module_of(kind, dora=dora)}
 
 
 def _one(values: Iterable[float | None]) -> str:
@@ -132,7 +152,7 @@ def _one(values: Iterable[float | None]) -> str:
 
 
 def new_metadata(title: str, comment: str, **modelspec: str) -> dict[str, str]:
-    """The metadata of a LoRA that no training run wrote."""
+    """The metadata of a LoRA that was not trained."""
     spec = {
         "sai_model_spec": "1.0.1",
         "architecture": "anima-preview/lora",
@@ -146,7 +166,7 @@ def new_metadata(title: str, comment: str, **modelspec: str) -> dict[str, str]:
     return {
         "ss_v2": "False",
         "ss_base_model_version": "anima",
-        "ss_network_module": MODULES["lora"],
+        "ss_network_module": LORA.module,
         "ss_network_args": json.dumps({}),
         "ss_training_comment": comment,
         "ss_output_name": title,

@@ -1,8 +1,10 @@
-"""How many singular values a module keeps."""
+"""How many singular values each module keeps, and what that loses."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class RankRule:
-    """At most `rank`, or what a method keeps of the singular values; both: whichever is less."""
+    """At most `rank`, or what a method keeps of the singular values; with both, the lesser."""
 
     rank: int | None = None
     method: str | None = None
@@ -60,7 +62,7 @@ class RankRule:
         shares = values.square() if self.method == "sv_fro" else values
         target = self.parameter**2 if self.method == "sv_fro" else self.parameter
         sums = torch.cumsum(shares, 0)
-        # The rounding of a sum must not cost a component when everything is to be kept.
+        # Rounding of the sum must not cost a component when everything is to be kept.
         return int((sums < target * sums[-1] * (1 - 1e-12)).sum()) + 1
 
     def __str__(self) -> str:
@@ -84,3 +86,57 @@ def _parse(text: str) -> tuple[str, float]:
         example = "sv_ratio:20" if method == "sv_ratio" else f"{method}:0.9"
         raise UserError(f"--dynamic {text}: {method} takes {wanted}, such as {example}")
     return method, parameter
+
+
+@dataclass(frozen=True)
+class ModuleLoss:
+    """One module: Frobenius norms of what was to be kept and of what was lost, and its ranks."""
+
+    name: str
+    norm: float
+    lost: float
+    rank: int
+    old_rank: int | None = None
+
+    @property
+    def error(self) -> float:
+        """The share of the norm that was lost."""
+        return self.lost / self.norm if self.norm else 0.0
+
+
+def total_error(losses: Iterable[ModuleLoss]) -> float:
+    """The lost share of all modules together."""
+    losses = list(losses)
+    norm = math.hypot(*(loss.norm for loss in losses))
+    return math.hypot(*(loss.lost for loss in losses)) / norm if norm else 0.0
+
+
+def loss_table(losses: Sequence[ModuleLoss], *, verbose: bool = False) -> list[str]:
+    """Lines of errors by kind of layer (by module with `verbose`), the largest and the total."""
+    groups: dict[str, list[ModuleLoss]] = {}
+    for loss in losses:
+        kind = loss.name if verbose else re.sub(r"(blocks|layers)\.\d+\.", r"\1.*.", loss.name)
+        groups.setdefault(kind, []).append(loss)
+    width = max(map(len, groups))
+    head = f"{'layer':<{width}}  modules  {'rank':>9}  error"
+    rows = [
+        f"{kind:<{width}}  {len(own):>7}  {_ranks(own):>9}  {percent(total_error(own))}"
+        for kind, own in groups.items()
+    ]
+    worst = max(losses, key=lambda loss: loss.error)
+    return [
+        head,
+        *rows,
+        f"largest error: {percent(worst.error)} in {worst.name}",
+        f"error of the whole: {percent(total_error(losses))} of the norm",
+    ]
+
+
+def _ranks(losses: Sequence[ModuleLoss]) -> str:
+    ranks = {loss.rank for loss in losses}
+    return f"{min(ranks)}" if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+
+
+def percent(share: float) -> str:
+    """A share as text: 12.3 %, 0.0042 %."""
+    return f"{100 * share:.3g} %"

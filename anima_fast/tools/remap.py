@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from anima_fast.adapters.parts import Part
+from anima_fast.adapters.deltas import Delta
 from anima_fast.errors import UserError
 from anima_fast.models.dit_config import DitConfig
 from anima_fast.tools.block_maps import DEPTHS, MOST_BLOCKS, BlockMap, given_map, known_map
-from anima_fast.tools.checkpoints import ModelFile, part_of_module
-from anima_fast.tools.convert import check_output
-from anima_fast.tools.networks import Network, with_comment
+from anima_fast.tools.checkpoints import ModelFile, model_of_module
+from anima_fast.tools.networks import NetworkFile, check_output, with_comment
 
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 REMAPPED = "anima_fast.remapped"
@@ -33,9 +32,9 @@ class Remapped:
 
     Attributes:
         map: the map of all blocks.
-        used: {block of the target: block of the source} of blocks that got modules.
-        copied: the same of blocks that got a copy, at the strength `duplicate`.
-        dropped: blocks of the network that no block of the target is.
+        used: {block of the target: block of the source} for blocks that got modules.
+        copied: the same for blocks that got a copy, at the strength `duplicate`.
+        dropped: blocks of the network that have no counterpart in the target.
         modules: number of modules written.
         others: modules outside the DiT's blocks, which stay as they are.
     """
@@ -63,9 +62,9 @@ def remap_file(
 
     Args:
         src, dst: files; `dst` is replaced atomically.
-        to: number of blocks of the target; `model`: a checkpoint that tells it, and whose layers
-            the modules are held against.
-        source: number of blocks that the network is for; None tells it from the highest block.
+        to: number of blocks of the target.
+        model: a checkpoint that has this number, and whose layers the modules must fit.
+        source: number of blocks that the network is for; None infers it from the highest block.
         mapping: pairs or a file, see `given_map`; None is the published or an even map.
         duplicate: strength of Δ in blocks that were copied from another; 0 leaves them out.
 
@@ -79,33 +78,33 @@ def remap_file(
             raise UserError(f"{option} {blocks}: use a number of blocks from 1 to {MOST_BLOCKS}")
     if not math.isfinite(duplicate):
         raise UserError(f"--duplicate {duplicate}: use a finite strength, such as 0.5")
-    network = Network.read(src)
+    network = NetworkFile.read(src)
     target = None if model is None else ModelFile.open(model)
     to = _depth(target, to) if target is not None else to
-    blocks = _blocks(network)
-    source = _source(network, blocks, source)
+    used_blocks = _blocks(network)
+    depth = _source_depth(network, used_blocks, source)
     if mapping is not None:
-        found = given_map(mapping, source, to)
+        found = given_map(mapping, depth, to)
     elif to is None:
         raise UserError("give --to (a number of blocks), --model (a checkpoint) or --map")
-    elif to == source:
-        raise UserError(f"{src} is for {source} blocks already (--from says otherwise, if need be)")
+    elif to == depth:
+        raise UserError(f"{src} is for {depth} blocks already (--from says otherwise, if need be)")
     else:
-        found = known_map(source, to)
+        found = known_map(depth, to)
     if to is not None and found.target != to:
         raise UserError(f"--map leads to {found.target} blocks, not to {to}")
-    parts = _moved(network, found, duplicate)
+    deltas = _moved(network, found, duplicate)
     if target is not None:
-        _check_fit(parts, network, target)
+        _check_fit(deltas, network, target)
     change = f"{found.source} to {found.target}"
     metadata = with_comment(network.metadata, f"remapped by anima_fast from {change} blocks")
     metadata[REMAPPED] = change
-    network.write(dst, parts, metadata)
-    used = {t: s for t, s in sorted(found.same.items()) if s in blocks}
-    copies = {t: s for t, s in sorted(found.copies.items()) if s in blocks and duplicate}
-    dropped = [block for block in found.dropped if block in blocks]
-    others = sum(BLOCK.fullmatch(name) is None for name in parts)
-    return Remapped(found, used, copies, duplicate, dropped, len(parts), others)
+    network.write(dst, deltas, metadata)
+    used = {t: s for t, s in sorted(found.same.items()) if s in used_blocks}
+    copies = {t: s for t, s in sorted(found.copies.items()) if s in used_blocks and duplicate}
+    dropped = [block for block in found.dropped if block in used_blocks]
+    others = sum(BLOCK.fullmatch(name) is None for name in deltas)
+    return Remapped(found, used, copies, duplicate, dropped, len(deltas), others)
 
 
 def _depth(model: ModelFile, to: int | None) -> int:
@@ -117,15 +116,15 @@ def _depth(model: ModelFile, to: int | None) -> int:
     return blocks
 
 
-def _blocks(network: Network) -> set[int]:
-    found = {int(m[1]) for name in network.parts if (m := BLOCK.fullmatch(name))}
+def _blocks(network: NetworkFile) -> set[int]:
+    found = {int(m[1]) for name in network.deltas if (m := BLOCK.fullmatch(name))}
     if not found:
         raise UserError(f"{network.path} has no module in a block of the DiT: nothing to remap")
     return found
 
 
-def _source(network: Network, blocks: set[int], given: int | None) -> int:
-    """The depth that a network is for: as given, else the least published one that holds it."""
+def _source_depth(network: NetworkFile, blocks: set[int], given: int | None) -> int:
+    """The depth that a network is for: as given, or the smallest published one that holds it."""
     needed = max(blocks) + 1
     if given is not None:
         if given < needed:
@@ -134,52 +133,52 @@ def _source(network: Network, blocks: set[int], given: int | None) -> int:
     return next((depth for depth in DEPTHS if depth >= needed), needed)
 
 
-def _moved(network: Network, found: BlockMap, duplicate: float) -> dict[str, Part]:
-    by_block: dict[int, dict[str, Part]] = {}
-    parts = {}
-    for name, part in network.parts.items():
+def _moved(network: NetworkFile, found: BlockMap, duplicate: float) -> dict[str, Delta]:
+    by_block: dict[int, dict[str, Delta]] = {}
+    deltas = {}
+    for name, delta in network.deltas.items():
         if match := BLOCK.fullmatch(name):
-            by_block.setdefault(int(match[1]), {})[match[2]] = part
+            by_block.setdefault(int(match[1]), {})[match[2]] = delta
         else:
-            parts[name] = part
+            deltas[name] = delta
     for block, (origin, strength) in sorted(found.pairs(duplicate).items()):
-        for layer, part in by_block.get(origin, {}).items():
-            if part.dora_scale is not None and (strength != 1 or block in found.copies):
+        for layer, delta in by_block.get(origin, {}).items():
+            if delta.dora_scale is not None and (strength != 1 or block in found.copies):
                 raise UserError(
                     f"{network.path} is a DoRA, whose magnitudes belong to the weights of one "
                     f"block: block {block} can get no share of block {origin}"
                 )
-            scaled = part if strength == 1 else part.times(strength)
-            parts[f"blocks.{block}.{layer}"] = _copy(scaled)
-    if not any(BLOCK.fullmatch(name) for name in parts):
+            scaled = delta if strength == 1 else delta.times(strength)
+            deltas[f"blocks.{block}.{layer}"] = _copy(scaled)
+    if not any(BLOCK.fullmatch(name) for name in deltas):
         raise UserError(
             f"none of the blocks of {network.path} is in the target: nothing would be left"
         )
-    return parts
+    return deltas
 
 
-def _copy(part: Part) -> Part:
-    """Tensors of its own: a file holds none twice, and one block may go to several."""
-    alpha = None if part.alpha is None else part.alpha.clone()
-    return replace(part.map(torch.clone), alpha=alpha)
+def _copy(delta: Delta) -> Delta:
+    """With its own tensors: a file holds no tensor twice, and one block may go to several."""
+    alpha = None if delta.alpha is None else delta.alpha.clone()
+    return replace(delta.map(torch.clone), alpha=alpha)
 
 
-def _check_fit(parts: dict[str, Part], network: Network, target: ModelFile) -> None:
-    for name, part in parts.items():
-        if part_of_module(name) not in target.prefixes:
+def _check_fit(deltas: dict[str, Delta], network: NetworkFile, target: ModelFile) -> None:
+    for name, delta in deltas.items():
+        if model_of_module(name) not in target.prefixes:
             continue
         key = target.key(name)
         shape = None if key is None else tuple(target.checkpoint.shapes[key])
-        if shape != part.shape:
+        if shape != delta.shape:
             has = f"one of {list(shape)}" if shape else "none"
             raise UserError(
                 f"{network.path} does not fit {target.checkpoint.name}: {name} is for a weight of "
-                f"{list(part.shape)}, the model has {has}"
+                f"{list(delta.shape)}, the model has {has}"
             )
 
 
-def describe(done: Remapped) -> list[str]:
-    """What went where, for people."""
+def remap_lines(done: Remapped) -> list[str]:
+    """What went where, as lines of text."""
     found = done.map
     lines = [
         f"{found.source} to {found.target} blocks ({found.origin}):",

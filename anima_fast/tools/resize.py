@@ -1,8 +1,8 @@
 """A network of lower rank: `anima-fast resize`.
 
-Each module's Δ is replaced by its best approximation of the new rank. The scale alpha / rank of a
-LoRA stays what it was, so alpha changes with the rank; a module whose rank does not fall is written
-as it is. LoHa and LoKr become plain LoRA with alpha = rank. Magnitudes of a DoRA stay.
+Each module's Δ is replaced by its best approximation of the new rank. A LoRA keeps its scale
+alpha / rank, so alpha changes with the rank; a module whose rank does not fall is written as it is.
+LoHa and LoKr become plain LoRA with alpha = rank. A DoRA keeps its magnitudes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from collections.abc import Callable
 
 import torch
 
-from anima_fast.adapters.parts import LoRAPart, Part
-from anima_fast.data.encode_progress import EncodeProgress
+from anima_fast.adapters.deltas import Delta, LoRADelta
 from anima_fast.errors import UserError
-from anima_fast.tools.convert import check_output
+from anima_fast.models.adapter_kinds import LORA
+from anima_fast.progress import ItemProgress
 from anima_fast.tools.low_rank import weighted_sum
-from anima_fast.tools.networks import Network, dtype_of, module_key, with_comment
-from anima_fast.tools.ranks import RankRule
-from anima_fast.tools.report import Loss
+from anima_fast.tools.networks import (
+    NetworkFile,
+    check_output,
+    dtype_of,
+    module_key,
+    with_comment,
+)
+from anima_fast.tools.ranks import ModuleLoss, RankRule
 
 
 def resize_file(
@@ -30,7 +35,7 @@ def resize_file(
     precision: str | None = None,
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = lambda text: None,
-) -> list[Loss]:
+) -> list[ModuleLoss]:
     """Write a network of lower rank in the dialect of the old one.
 
     Args:
@@ -48,55 +53,55 @@ def resize_file(
     """
     check_output(dst, [src])
     dtype_of(precision)
-    network = Network.read(src)
+    network = NetworkFile.read(src)
     _check_rank(network, rule)
-    parts, losses = {}, []
-    with EncodeProgress("resized", len(network.parts), "modules", say) as progress:
-        for name, part in network.parts.items():
-            parts[name], loss = resize_part(name, part, rule, precision, device)
+    deltas, losses = {}, []
+    with ItemProgress("resized", len(network.deltas), "modules", say) as progress:
+        for name, delta in network.deltas.items():
+            deltas[name], loss = resize_delta(name, delta, rule, precision, device)
             losses.append(loss)
             progress.advance(1)
     metadata = with_comment(network.metadata, f"resized by anima_fast to {rule}")
-    if any(part.kind != "lora" for part in network.parts.values()):
-        metadata |= module_key(parts) | {"ss_network_args": "{}"}
-    network.write(dst, parts, metadata, precision)
+    if any(delta.kind is not LORA for delta in network.deltas.values()):
+        metadata |= module_key(deltas) | {"ss_network_args": "{}"}
+    network.write(dst, deltas, metadata, precision)
     return losses
 
 
-def resize_part(
+def resize_delta(
     name: str,
-    part: Part,
+    delta: Delta,
     rule: RankRule,
     precision: str | None = None,
     device: torch.device | str = "cpu",
-) -> tuple[Part, Loss]:
+) -> tuple[Delta, ModuleLoss]:
     """One module at the rank that a rule chooses, and what it lost."""
-    matrix = weighted_sum([(part.scale, part)], device)
+    matrix = weighted_sum([(delta.scale, delta)], device)
     norm, spectrum = matrix.norm(), matrix.spectrum()
     rank = rule.choose(spectrum.values)
-    if part.kind == "lora" and rank >= part.rank:
-        return part, Loss(name, norm, 0.0, part.rank, part.rank)
+    if isinstance(delta, LoRADelta) and rank >= delta.rank:
+        return delta, ModuleLoss(name, norm, 0.0, delta.rank, delta.rank)
     up, down = spectrum.cut(rank)
-    alpha, scale = part.alpha, 1.0
+    alpha, scale = delta.alpha, 1.0
     if alpha is not None:
-        alpha = torch.full_like(alpha, rank * (part.scale if part.kind == "lora" else 1.0))
+        alpha = torch.full_like(alpha, rank * (delta.scale if delta.kind is LORA else 1.0))
         # Read back: an alpha of few bits cannot hold every product of rank and scale.
         scale = alpha.item() / rank or 1.0
     root = abs(scale) ** 0.5
-    dtype = dtype_of(precision) or next(iter(part.matrices().values())).dtype
+    dtype = dtype_of(precision) or next(iter(delta.matrices().values())).dtype
     up, down = (t.to("cpu", dtype).contiguous() for t in (up * root / scale, down / root))
     lost = matrix.distance(scale * up.to(device).double(), down.to(device))
-    return LoRAPart(down, up, alpha, part.dora_scale), Loss(name, norm, lost, rank, part.rank)
+    resized = LoRADelta(down, up, alpha=alpha, dora_scale=delta.dora_scale)
+    return resized, ModuleLoss(name, norm, lost, rank, delta.rank)
 
 
-def _check_rank(network: Network, rule: RankRule) -> None:
+def _check_rank(network: NetworkFile, rule: RankRule) -> None:
     """Refuse a fixed rank that no module would be reduced to."""
-    parts = network.parts.values()
-    if rule.method is not None or any(part.kind != "lora" for part in parts):
+    ranks = [delta.rank for delta in network.deltas.values() if isinstance(delta, LoRADelta)]
+    if rule.rank is None or rule.method is not None or len(ranks) < len(network.deltas):
         return
-    highest = max(part.rank for part in parts)
-    if rule.rank >= highest:
+    if rule.rank >= max(ranks):
         raise UserError(
-            f"{network.path} has rank {highest} already: give a --rank below it (a higher one "
+            f"{network.path} has rank {max(ranks)} already: give a --rank below it (a higher one "
             "would add nothing but size)"
         )

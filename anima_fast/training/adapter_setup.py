@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from anima_fast.adapters.formats import merge_lora, named_tensors, read_lora
-from anima_fast.adapters.lora import add_lora
+from anima_fast.adapters.formats import named_tensors, read_lora
+from anima_fast.adapters.lora import add_lora, merge_lora
 from anima_fast.adapters.network import LoRANetwork
 from anima_fast.adapters.targets import find_targets
 from anima_fast.data.conditioning import Conditioning
 from anima_fast.device import DTYPES
 from anima_fast.errors import UserError
+from anima_fast.models.adapter_kinds import LORA
 from anima_fast.models.dit import AnimaDiT
+from anima_fast.training.checks import given
 
 if TYPE_CHECKING:
     from anima_fast.models.dit_config import DitConfig
     from anima_fast.options.run import TrainOptions
+    from anima_fast.options.training import NetworkOptions
 
 
 def build_network(
@@ -34,7 +37,7 @@ def build_network(
 ) -> LoRANetwork:
     """Merge `base_weights`, attach the LoRA, load `network_weights`."""
     merge_base_weights(options, dit, conditioning, say=say)
-    given = options.network_weights
+    start = options.network_weights
     layers = [name for name, module in dit.named_modules() if isinstance(module, nn.Linear)]
     network = add_lora(
         dit,
@@ -52,21 +55,21 @@ def build_network(
         if options.full_bf16 or options.full_fp16
         else torch.float32,
         seed=seed,
-        modules_from=read_lora(given)[0] if given and options.dim_from_weights else None,
+        modules_from=read_lora(start)[0] if start and options.dim_from_weights else None,
         device="meta" if dit.x_embedder.proj[1].weight.is_meta else "cpu",
         **options.network_kwargs,
     )
-    if given:
-        ignored = network.load(given)
-        say(f"started from {given}" + (f"; {len(ignored)} keys ignored" if ignored else ""))
-    # A format that cannot hold it shall be refused now, and not when it is finished.
-    parts = {name: adapter.part() for name, adapter in network.modules_by_name.items()}
-    named_tensors(parts, options.lora_format)
+    if start:
+        ignored = network.load(start)
+        say(f"started from {start}" + (f"; {len(ignored)} keys ignored" if ignored else ""))
+    # A format that cannot hold this network must be refused now, not when training is over.
+    deltas = {name: adapter.as_delta() for name, adapter in network.modules_by_name.items()}
+    named_tensors(deltas, options.lora_format)
     if options.tlora_min_rank is not None:
         network.tlora = (options.tlora_min_rank, options.tlora_alpha)
-    for text in unmatched_patterns(options, {*layers, *network.modules_by_name}):
+    for text in unmatched_patterns(options.network_kwargs, {*layers, *network.modules_by_name}):
         say(text)
-    modules = Counter(adapter.network for adapter in network.adapters)
+    modules = Counter(adapter.title for adapter in network.adapters)
     for kind, count in modules.items():
         say(f"{count} {kind} modules")
     if whole := sum(adapter.rank is None for adapter in network.adapters):
@@ -75,16 +78,20 @@ def build_network(
     return network
 
 
-def base_files(options: TrainOptions) -> list[tuple[str, float]]:
+def base_files(options: NetworkOptions) -> list[tuple[str, float]]:
     """The files of `base_weights` and their strengths."""
     multipliers = [*options.base_weights_multiplier, *[1.0] * len(options.base_weights)]
     return list(zip(options.base_weights, multipliers, strict=False))
 
 
 def merge_base_weights(
-    options: TrainOptions, dit: AnimaDiT, conditioning: Conditioning, *, say: Callable[[str], None]
+    options: NetworkOptions,
+    dit: AnimaDiT,
+    conditioning: Conditioning,
+    *,
+    say: Callable[[str], None],
 ) -> None:
-    """Build the files of `base_weights` into the frozen models, each at its strength."""
+    """Merge the files of `base_weights` into the frozen models, each at its strength."""
     for path, multiplier in base_files(options):
         left = merge_lora(
             dit,
@@ -104,11 +111,11 @@ def merge_base_weights(
 def check_network(options: TrainOptions, sizes: DitConfig) -> None:
     """Refuse a network that does not fit the DiT, before anything is encoded.
 
-    The network is made on a DiT without values. Where the text path is trained too its models would
-    be needed: there only blocks are looked at.
+    The network is made on a DiT without values. Where the text path is trained too, its models
+    would be needed, so only the choice of blocks is checked.
 
-    Raises `UserError` as `build_network` does, and for options that the file of
-    `dim_from_weights` cannot follow.
+    Raises `UserError` as `build_network` does, and for options that do not go with
+    the file of `dim_from_weights`.
     """
     if options.dim_from_weights:
         check_kinds(options)
@@ -121,15 +128,15 @@ def check_network(options: TrainOptions, sizes: DitConfig) -> None:
     build_network(options, dit, no_text, seed=0, say=lambda text: None)
 
 
-def check_kinds(options: TrainOptions) -> None:
-    """Refuse options of plain LoRA where `dim_from_weights` takes another network from a file."""
-    parts = read_lora(options.network_weights)[0].values()
+def check_kinds(options: NetworkOptions) -> None:
+    """Refuse options of plain LoRA where `dim_from_weights` loads another kind of network."""
+    deltas = read_lora(given(options.network_weights))[0].values()
     for name, fits in (
-        ("scale_weight_norms", lambda part: part.network == "LoRA"),
-        ("tlora_min_rank", lambda part: part.kind == "lora"),
-        ("network_dropout", lambda part: part.kind == "lora"),
+        ("scale_weight_norms", lambda delta: delta.is_plain_lora),
+        ("tlora_min_rank", lambda delta: delta.kind is LORA),
+        ("network_dropout", lambda delta: delta.kind is LORA),
     ):
-        other = next((part.network for part in parts if not fits(part)), None)
+        other = next((delta.title for delta in deltas if not fits(delta)), None)
         if getattr(options, name) and other:
             raise UserError(
                 f"--{name} is for LoRA, and --dim_from_weights takes a {other} from "
@@ -137,12 +144,17 @@ def check_kinds(options: TrainOptions) -> None:
             )
 
 
-def unmatched_patterns(options: TrainOptions, names: Iterable[str]) -> Iterator[str]:
-    """A line for each pattern of `network_args` that matches none of the layers."""
+def unmatched_patterns(arguments: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
+    """A line for each pattern of `network_args` that matches no layer.
+
+    Args:
+        arguments: of the network.
+        names: of its layers.
+    """
     keys = {"exclude_patterns": "exclude_patterns", "include_patterns": "include_patterns"}
     keys |= {"reg_dims": "network_reg_dims", "reg_lrs": "network_reg_lrs"}
     for key, shown in keys.items():
-        for pattern in options.network_kwargs.get(key, ()):
+        for pattern in arguments.get(key, ()):
             if not any(re.fullmatch(pattern, name) for name in names):
                 yield (
                     f"network_args {shown}: {pattern} matches no layer; it must match a whole "

@@ -1,4 +1,4 @@
-"""Non-finite numbers: find the image and the stage, skip the batch, stop when it goes on."""
+"""Non-finite numbers: find the image and the stage, skip the batch, stop if it keeps happening."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from anima_fast.errors import UserError
 
 if TYPE_CHECKING:
     from anima_fast.data.batches import Batch
-    from anima_fast.options.run import TrainOptions
 
-# Bad batches are counted among so many recent ones per bad batch allowed: a single bad image of a
-# small set stops the run, with its name, while one in a hundred is skipped for ever.
+# Bad batches are counted among this many recent ones per bad batch allowed: a single bad image of a
+# small set stops the run and is named, while one in a hundred is always skipped.
 WINDOW_PER_BATCH = 20
 SHOWN_IMAGES = 5
 
@@ -26,13 +25,12 @@ class BadBatchTracker:
     """Decides per optimizer step whether its gradient may be used.
 
     Args:
-        options: reads `max_bad_batches` (bad ones skipped before the run stops), `mixed_precision`
-            and `learning_rate` (for the diagnosis).
+        limit: bad batches that are skipped before the run stops.
+        precision, learning_rate: of the run, for the diagnosis.
     """
 
-    def __init__(self, options: TrainOptions) -> None:
-        self.options = options
-        self.limit = options.max_bad_batches
+    def __init__(self, limit: int, *, precision: str, learning_rate: float) -> None:
+        self.limit, self.precision, self.learning_rate = limit, precision, learning_rate
         self.recent: deque[tuple[str, list[str]] | None] = deque(
             maxlen=WINDOW_PER_BATCH * max(1, self.limit)
         )
@@ -47,14 +45,14 @@ class BadBatchTracker:
         *,
         say: Callable[[str], None],
     ) -> bool:
-        """Whether to make the step; False means skip it, and `say` has told why.
+        """Whether to make the step; if not, `say` has told why.
 
         Args:
             group: the batches of this step, each with its per-sample losses [B].
             loss: their mean loss.
             norm: the norm of the gradient.
-            scaler: an enabled one may overflow in the gradient; it then skips the step by itself
-                and lowers its scale, which is no defect of the batch.
+            scaler: if enabled, the gradient may overflow; the scaler then skips the step itself
+                and lowers its scale, and the batch is not at fault.
             say: gets one line per skipped batch.
 
         Raises:
@@ -83,7 +81,7 @@ class BadBatchTracker:
         return [entry for entry in self.recent if entry is not None]
 
     def diagnosis(self) -> str:
-        """What went wrong, where, and what to try, in one line."""
+        """One line: what went wrong, where, and what to try."""
         bad = self._bad
         stages = [stage for stage, _ in bad]
         stage = max(set(stages), key=stages.count)
@@ -94,7 +92,7 @@ class BadBatchTracker:
         )
 
     def _hints(self, stage: str) -> list[str]:
-        precision = self.options.mixed_precision
+        precision = self.precision
         if stage == "latents":
             return [
                 "look at these images, delete their latent caches and encode again"
@@ -105,7 +103,7 @@ class BadBatchTracker:
         hints = []
         if precision == "fp16":
             hints.append("fp16 overflows easily: use --mixed_precision bf16, or no")
-        hints.append(f"lower --learning_rate (now {self.options.learning_rate:g}) to a tenth")
+        hints.append(f"lower --learning_rate (now {self.learning_rate:g}) to a tenth")
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
         if version < (2, 5):
             hints.append(f"PyTorch {torch.__version__} gives NaN here: install 2.5 or newer")
@@ -115,7 +113,7 @@ class BadBatchTracker:
 
 
 def find_fault(group: Sequence[tuple[Batch, Tensor]]) -> tuple[str, list[str]]:
-    """The first stage that is not finite and the images it concerns.
+    """The first stage that is not finite, and its images.
 
     Returns:
         "latents", "text context", "loss" or "gradient", and image paths as text.

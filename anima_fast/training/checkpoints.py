@@ -1,9 +1,8 @@
 """Names, saving and clean-up of the files and resume states of one run.
 
 NAME-000004.safetensors after epoch 4, NAME-step00000500.safetensors after step 500,
-NAME.safetensors at the end; where a running mean is kept, each has a NAME...-ema beside it.
-States carry the same stem plus `-state`. A rolling state `NAME-autosave-state` is kept besides, so
-that a killed run can go on.
+NAME.safetensors at the end; with a running mean each has a NAME...-ema next to it. States have the
+same stem plus `-state`. A rolling state `NAME-autosave-state` lets a killed run go on.
 """
 
 from __future__ import annotations
@@ -13,27 +12,24 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anima_fast.adapters.metadata import training_metadata
-from anima_fast.training.finetune.full_network import FullNetwork
-from anima_fast.training.finetune.start import model_metadata
 from anima_fast.training.optimizers.build import averaged_weights
 from anima_fast.training.state import save_state
 from anima_fast.training.state_checks import class_name
 
 if TYPE_CHECKING:
-    from anima_fast.options.run import TrainOptions
+    from anima_fast.options.output import SaveOptions
     from anima_fast.training.position import Position
     from anima_fast.training.run import Run
 
 # Ends the name of the file that holds the running mean.
 EMA_MARK = "-ema"
-SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -46,14 +42,14 @@ class Checkpoints:
     session_id: int = field(default_factory=lambda: secrets.randbits(32))
 
     @property
-    def options(self) -> TrainOptions:
-        """The run's options."""
+    def options(self) -> SaveOptions:
+        """What is saved, and when."""
         return self.run.options
 
     @property
     def folder(self) -> Path:
         """The output folder."""
-        return Path(self.options.output_dir)
+        return self.run.folder
 
     def after_step(self, position: Position) -> None:
         """Step checkpoints, their clean-up, and the timed autosave."""
@@ -73,7 +69,7 @@ class Checkpoints:
             self._drop_old_epochs(finished_epoch, every)
 
     def final(self, position: Position) -> Path:
-        """The finished file, its state when asked for, and no autosave any more."""
+        """Save the finished file, its state if asked for, and remove the autosave."""
         stem = self._name("last")
         path = self.save_weights(stem, position)
         if self.options.save_state or self.options.save_state_on_train_end:
@@ -83,11 +79,11 @@ class Checkpoints:
         return path
 
     def best(self, position: Position) -> Path:
-        """The weights of the lowest validation loss so far, NAME-best.safetensors."""
+        """Save the weights of the lowest validation loss so far, NAME-best.safetensors."""
         return self.save_weights(f"{self._name('last')}-best", position)
 
     def interrupted(self, position: Position) -> Path:
-        """On Ctrl-C or SIGTERM: the weights as they are and the state to go on from."""
+        """After Ctrl-C or SIGTERM: save the weights and a state to go on from."""
         path = self.save_weights(f"{self._name('at')}-step{position.step:08d}", position)
         self.autosave(position)
         return path
@@ -98,41 +94,25 @@ class Checkpoints:
         return f"{self._name('last')}-autosave-state"
 
     def autosave(self, position: Position) -> None:
-        """Write the rolling state; the one before it stays until the new one is whole.
-
-        A LoRA's stays beside the new one after that too; of a whole model it would be gigabytes.
-        """
-        self.save_state(self.autosave_name, position, keep_previous=not self.whole_model)
+        """Write the rolling state; the previous one stays until the new one is complete."""
+        # A LoRA's stays even after that; a whole model's would take gigabytes.
+        keep_previous = not self.run.training.saves_whole_model
+        self.save_state(self.autosave_name, position, keep_previous=keep_previous)
         self.last_autosave = time.monotonic()
-
-    @property
-    def whole_model(self) -> bool:
-        """Whether files and states hold the model itself."""
-        return isinstance(self.run.network, FullNetwork)
 
     def save_weights(self, stem: str, position: Position) -> Path:
         """Write the LoRA, or the whole model, in the format and precision asked for."""
         with averaged_weights(self.run.optimizer):
             path = self._write(stem, position)
-        if self.run.ema is not None:
-            # The mean of the steps themselves: a schedule-free optimizer's average is its own.
-            with self.run.ema.in_place():
+        if self.run.training.ema is not None:
+            # The mean over the steps themselves, not over a schedule-free optimizer's averages.
+            with self.run.training.ema.in_place():
                 self._write(f"{stem}{EMA_MARK}", position)
         return path
 
     def _write(self, stem: str, position: Position) -> Path:
         path = self.folder / f"{stem}.safetensors"
-        network, dtype = self.run.network, SAVE_DTYPES[self.options.save_precision]
-        if self.whole_model:
-            network.save(path, dtype=dtype, metadata=model_metadata(self.options))
-        else:
-            network.save(
-                path,
-                dialect=self.options.lora_format,
-                dtype=dtype,
-                metadata=self._metadata(position),
-                fold_alpha=self.options.fold_alpha,
-            )
+        self.run.training.save(path, self.run.plan, self._facts(position))
         return path
 
     def save_state(self, name: str, position: Position, *, keep_previous: bool = False) -> None:
@@ -147,31 +127,31 @@ class Checkpoints:
             position={**position.as_dict(), "sigma_bins": run.sigma_bins.copy().tolist()},
             seed=run.seed,
             fingerprint=run.fingerprint,
-            ema=run.ema,
+            ema=run.training.ema,
             keep_previous=keep_previous,
         )
 
-    def _metadata(self, position: Position) -> dict[str, str]:
-        length, now = self.run.length, time.time()
-        facts = {
+    def _facts(self, position: Position) -> dict[str, Any]:
+        """What the metadata of a file says about this moment."""
+        length = self.run.length
+        return {
             "session_id": self.session_id,
             "started_at": self.started_at,
-            "finished_at": now,
+            "finished_at": time.time(),
             "seed": self.run.seed,
             "steps": position.step,
             "epoch": position.last_epoch,
             "num_epochs": length.epochs,
             "max_train_steps": length.steps,
             "num_batches_per_epoch": length.batches_per_epoch,
-            "optimizer": describe_optimizer(self.run.optimizer, self.options),
+            "optimizer": describe_optimizer(self.run.optimizer, self.run.options.optimizer_kwargs),
         }
-        return training_metadata(self.options, self.run.plan.summary(), facts)
 
     def _save(self, stem: str, position: Position) -> None:
         self.save_weights(stem, position)
         if self.options.save_state:
             self.save_state(f"{stem}-state", position)
-        if self.options.autosave_minutes and not self.whole_model:
+        if self.options.autosave_minutes and not self.run.training.saves_whole_model:
             self.autosave(position)
 
     def _name(self, default: str) -> str:
@@ -210,22 +190,22 @@ class Checkpoints:
         shutil.rmtree(self.folder / f"{stem}-state", ignore_errors=True)
 
 
-def remove_leftovers(options: TrainOptions) -> None:
-    """Delete what a kill left half-written in the output folder; a whole model is gigabytes."""
+def remove_leftovers(options: SaveOptions) -> None:
+    """Delete half-written files, of gigabytes perhaps, that a kill left in the output folder."""
     names = re.escape(options.output_name) if options.output_name else "last|epoch|at"
     pattern = re.compile(
         rf"\.(?:{names})(?:-\d{{6}}|-step\d{{8}}|-best|-autosave)?(?:{EMA_MARK})?"
         r"(?:\.safetensors|-state)\.[0-9a-f]{8}\.tmp"
     )
-    # A folder that is missing or cannot be read is the matter of `check_start`.
+    # A folder that is missing or cannot be read is reported by `check_start`.
     with contextlib.suppress(OSError):
         for path in list(Path(options.output_dir or "").iterdir()):
             if pattern.fullmatch(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def describe_optimizer(optimizer: torch.optim.Optimizer, options: TrainOptions) -> str:
+def describe_optimizer(optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> str:
     """Class and arguments in one text: `torch.optim.adamw.AdamW(weight_decay=0.1)`."""
-    arguments = ",".join(f"{k}={v}" for k, v in options.optimizer_kwargs.items())
+    arguments = ",".join(f"{k}={v}" for k, v in given.items())
     name = class_name(optimizer)
     return f"{name}({arguments})" if arguments else name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -17,33 +19,49 @@ from anima_fast.files import check_folder
 from anima_fast.memory.offload import check_graphs, check_policies
 from anima_fast.memory.swap import swapped_indices
 from anima_fast.models.attention import check_attn_mode
-from anima_fast.models.model_files import check_lora_files, check_model_files
+from anima_fast.models.model_files import check_model_files
 from anima_fast.sampling.prompts import collect_prompts
-from anima_fast.training.optimizers.names import find_optimizer
+from anima_fast.training.optimizers.recipes import find_optimizer
 
 if TYPE_CHECKING:
-    from anima_fast.models.dit_config import DitConfig
-    from anima_fast.options.run import TrainOptions
+    from anima_fast.options.output import SaveOptions, ValidationOptions
+    from anima_fast.options.run import FinetuneOptions, TrainOptions
+    from anima_fast.training.kind import Training
 
 
-def check_start(options: TrainOptions, device: torch.device) -> DitConfig:
-    """What can be refused before anything is encoded, and backend switches.
+T = TypeVar("T")
 
-    Returns the sizes of the DiT.
+
+def given(value: T | None) -> T:
+    """A value that earlier checks have found to be there."""
+    assert value is not None
+    return value
+
+
+def check_start(
+    options: TrainOptions | FinetuneOptions, training: Training, device: torch.device
+) -> Path:
+    """Refuse what can be refused before anything is encoded, and set the backend switches.
+
+    Returns the output folder.
     """
     check_torch_version()
     dtype = DTYPES[options.mixed_precision]
     check_attn_mode(options.attn_mode, training=True, device=device, dtype=dtype)
-    fused = uses_fused_blocks(options, device)
-    dit = check_model_files(options)
-    if hasattr(options, "network_weights"):
-        check_lora_files(options)
+    fused = uses_fused_blocks(options.kernels, device, compiled=options.compile)
+    dit = check_model_files(
+        options.pretrained_model_name_or_path,
+        options.qwen3,
+        options.vae,
+        options.llm_adapter_path,
+    )
+    training.check(dit)
     find_optimizer(options.optimizer_type)
     collect_prompts(options)
     swapped_indices(dit.num_blocks, options.blocks_to_swap or 0)
     check_policies(options.recompute or "none", dit.num_blocks, fused=fused)
     check_graphs(
-        getattr(options, "cuda_graphs", False),
+        training.cuda_graphs,
         fused=fused,
         moves=options.blocks_to_swap
         or options.cpu_offload_checkpointing
@@ -56,13 +74,26 @@ def check_start(options: TrainOptions, device: torch.device) -> DitConfig:
                 "this card has no bfloat16 units: use --mixed_precision fp16 (the residual stream "
                 "stays in fp32) or no"
             )
-    check_output_folder(options)
+    folder = check_output_folder(options)
     set_backends(tf32=options.cuda_allow_tf32, benchmark=options.cuda_cudnn_benchmark)
-    return dit
+    return folder
 
 
-def check_output_folder(options: TrainOptions) -> None:
+def check_output_folder(options: SaveOptions) -> Path:
     """Prove now, not after an hour, that the output folder can be written."""
     if not options.output_dir:
         raise UserError("--output_dir is required: the folder for files, log and states")
     check_folder(options.output_dir)
+    return Path(options.output_dir)
+
+
+def check_validation(options: ValidationOptions, say: Callable[[str], None]) -> None:
+    """What options of validation mean where no image is held out."""
+    if options.early_stop_patience:
+        raise UserError(
+            "--early_stop_patience needs a validation loss, and no image is held out: set "
+            "validation_split in the dataset file, or drop it"
+        )
+    for name in ("validate_every_n_steps", "validate_every_n_epochs"):
+        if getattr(options, name):
+            say(f"{name} has no effect: no image is held out (validation_split)")

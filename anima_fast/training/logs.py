@@ -3,46 +3,35 @@
 Each line of `log.jsonl` is one JSON object with `kind` and `step`; a number that is not finite is
 null. Kinds: step; epoch; validation (`loss`, `divergence`, `per_sigma`); sigma_bins (`means` and
 `counts` of the training loss in ten bins of sigma); preview (`files`); event (`text`: what changed
-how the run goes on). The file never holds the same step twice: when a run resumes, the lines after
-the resumed step are dropped first.
+the way the run continues). The file never holds the same step twice: when a run resumes, the lines
+after the resumed step are dropped first.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from anima_fast.errors import UserError
 from anima_fast.files import disk_error, write_text
+from anima_fast.training.trackers import open_trackers
 
 if TYPE_CHECKING:
-    from anima_fast.options.run import TrainOptions
+    from anima_fast.options.output import LogOptions
 
 LOG_FILE = "log.jsonl"
-PROJECT = "network_train"
-
-
-class Tracker(Protocol):
-    """A place for scalars by name."""
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Record the values of a step."""
-
-    def close(self) -> None:
-        """Finish and flush."""
 
 
 class RunLog:
     """The log of one run, a context manager.
 
     Args:
-        options: `output_dir` and the logging options.
+        folder: the output folder.
+        options: of trackers.
+        config: all options of the run, which trackers record with `log_config`.
         first_step: steps already made; 0 for a fresh run, which moves an older log aside to
             `log.previous.jsonl`.
 
@@ -50,9 +39,15 @@ class RunLog:
         UserError: a tracker's package is missing, or the folder cannot be written.
     """
 
-    def __init__(self, options: TrainOptions, first_step: int = 0) -> None:
-        self.options = options
-        self.path = Path(options.output_dir) / LOG_FILE
+    def __init__(
+        self,
+        folder: Path,
+        options: LogOptions,
+        *,
+        config: Mapping[str, Any],
+        first_step: int = 0,
+    ) -> None:
+        self.path = folder / LOG_FILE
         self._written: set[tuple[str, int]] = set()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +59,7 @@ class RunLog:
         except OSError as error:
             raise disk_error(error, self.path) from error
         try:
-            self.trackers = open_trackers(options)
+            self.trackers = open_trackers(folder, options, config)
         except BaseException:
             self._file.close()
             raise
@@ -101,11 +96,20 @@ class RunLog:
         loss: float,
         loss_average: float | None = None,
         per_sigma: Mapping[str, float] | None = None,
+        *,
+        per: str = "epoch",
     ) -> None:
-        """Log a validation loss; its divergence is the distance from the training average."""
+        """Log a validation loss; its divergence is the distance from the training average.
+
+        Args:
+            step, epoch: of the run.
+            loss: of the validation images.
+            loss_average: of training, if there is one.
+            per_sigma: the loss at each noise level.
+            per: step or epoch, whichever validation is due by.
+        """
         divergence = None if loss_average is None else loss - loss_average
-        per = "step" if self.options.validate_every_n_steps else "epoch"
-        record = {"epoch": epoch, "loss": loss, "divergence": divergence}
+        record: dict[str, Any] = {"epoch": epoch, "loss": loss, "divergence": divergence}
         record |= {"per_sigma": dict(per_sigma)} if per_sigma else {}
         scalars = {
             f"loss/validation/{per}_average": loss,
@@ -123,7 +127,7 @@ class RunLog:
         self._write("preview", step, {"epoch": epoch, "files": files}, {})
 
     def event(self, step: int, text: str) -> None:
-        """Log something that changed how the run goes on."""
+        """Log something that changed the way the run continues."""
         self._write("event", step, {"text": text}, {})
 
     def close(self) -> None:
@@ -136,8 +140,8 @@ class RunLog:
     def _write(
         self, kind: str, step: int, record: Mapping, scalars: Mapping[str, float | None]
     ) -> None:
-        # The end of an epoch is repeated when a run resumes from a state saved just there.
-        # Events are another matter: several may belong to a step.
+        # The end of an epoch comes again when a run resumes from a state saved just there.
+        # Events differ: a step may have several.
         if kind != "event" and (kind, step) in self._written:
             return
         self._written.add((kind, step))
@@ -152,7 +156,7 @@ class RunLog:
             tracker.scalars(known, step)
 
     def _keep_until(self, last_step: int) -> None:
-        """Drop lines after `last_step` and a line that a kill cut off."""
+        """Drop the lines after `last_step`, and one that a kill cut off."""
         if not self.path.exists():
             return
         kept = []
@@ -177,106 +181,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
-
-
-def open_trackers(options: TrainOptions) -> list[Tracker]:
-    """The trackers of `--log_with`; TensorBoard when only `--logging_dir` is given."""
-    chosen = options.log_with or ("tensorboard" if options.logging_dir else None)
-    if chosen is None:
-        return []
-    base = Path(options.logging_dir or Path(options.output_dir) / "logs")
-    stamp = datetime.datetime.now().strftime("%Y%m%d%H%M%S")
-    folder = base / f"{options.log_prefix or ''}{stamp}"
-    extra = _tracker_arguments(options)
-    trackers: list[Tracker] = []
-    if chosen in ("tensorboard", "all"):
-        trackers.append(TensorBoard(options, folder, extra.get("tensorboard", {})))
-    if chosen in ("wandb", "all"):
-        trackers.append(Wandb(options, folder, extra.get("wandb", {})))
-    return trackers
-
-
-class TensorBoard:
-    """Event files in `LOGGING_DIR/PREFIXyyyymmddHHMMSS/PROJECT`."""
-
-    def __init__(self, options: TrainOptions, folder: Path, arguments: Mapping[str, Any]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                '--log_with tensorboard needs the package: pip install "anima-fast[tensorboard]"'
-            ) from error
-        folder = folder / (options.log_tracker_name or PROJECT)
-        try:
-            self.writer = SummaryWriter(str(folder), **arguments)
-        except OSError as error:
-            raise disk_error(error, folder) from error
-        if options.log_config:
-            text = json.dumps(public_options(options), indent=1, default=str)
-            self.writer.add_text("options", f"```\n{text}\n```")
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Record the values of a step."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Finish and flush."""
-        self.writer.close()
-
-
-class Wandb:
-    """A run of Weights & Biases."""
-
-    def __init__(self, options: TrainOptions, folder: Path, arguments: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                '--log_with wandb needs the package: pip install "anima-fast[wandb]"'
-            ) from error
-        if options.wandb_api_key:
-            wandb.login(key=options.wandb_api_key)
-        folder.mkdir(parents=True, exist_ok=True)
-        defaults = {
-            "project": options.log_tracker_name or PROJECT,
-            "name": options.wandb_run_name,
-            "dir": str(folder),
-            "config": public_options(options) if options.log_config else None,
-        }
-        self.run = wandb.init(**{**defaults, **arguments})
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Record the values of a step."""
-        self.run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        """Finish and flush."""
-        self.run.finish()
-
-
-def public_options(options: TrainOptions) -> dict[str, Any]:
-    """The options by name, without secrets."""
-    return {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(options)
-        if not field.metadata.get("secret")
-    }
-
-
-def _tracker_arguments(options: TrainOptions) -> dict[str, dict]:
-    """`--log_tracker_config`: a TOML file with a table per tracker."""
-    if not options.log_tracker_config:
-        return {}
-    try:
-        import tomllib
-    except ModuleNotFoundError:
-        import tomli as tomllib
-    path = Path(options.log_tracker_config)
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--log_tracker_config {path} is no readable TOML file ({' '.join(str(error).split())})"
-            ": give tables named tensorboard or wandb"
-        ) from error

@@ -12,41 +12,43 @@ one would have.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from anima_fast.console import ConsoleLog
+from anima_fast.data.batches import Batch
 from anima_fast.errors import UserError
-from anima_fast.models.flow import FlowSettings
 from anima_fast.progress import Progress
 from anima_fast.reports.run_page import report_run
 from anima_fast.training.bad_batches import BadBatchTracker
-from anima_fast.training.checkpoints import Checkpoints, remove_leftovers
+from anima_fast.training.checkpoints import remove_leftovers
+from anima_fast.training.events import Events, StopSignal
 from anima_fast.training.logs import RunLog
-from anima_fast.training.oom import MemoryPolicies, one_line_out_of_memory, run_group
-from anima_fast.training.optimizer_step import optimizer_step, step_record
+from anima_fast.training.oom import MemoryPolicies, one_line_out_of_memory
 from anima_fast.training.optimizers.build import train_mode
 from anima_fast.training.position import Position
+from anima_fast.training.resume import resolve_resume, state_seed
 from anima_fast.training.run import Run, TrainResult
 from anima_fast.training.run_files import RunFile
 from anima_fast.training.setup import choose_seed, prepare, resume_run, show_dataset, write_run_file
-from anima_fast.training.signals import StopSignal
-from anima_fast.training.state import resolve_resume, state_seed
-from anima_fast.training.validation import validate_or_skip
+from anima_fast.training.step import forward_backward, optimizer_step
+from anima_fast.training.trackers import public_options
 
 if TYPE_CHECKING:
-    from anima_fast.options.run import TrainOptions
+    from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 
-def train(options: TrainOptions) -> TrainResult | None:
-    """Train a LoRA and save it.
+def train(options: TrainOptions | FinetuneOptions) -> TrainResult | None:
+    """Train a LoRA, or the whole model, and save it.
 
     Args:
         options: the resolved options; `anima-fast train --help` lists them all.
 
     Returns:
-        `TrainResult`: the LoRA file, `log.jsonl`, the number of optimizer steps made, the smoothed
+        `TrainResult`: the saved file, `log.jsonl`, the number of optimizer steps made, the smoothed
         loss, and the signal number when Ctrl-C or SIGTERM ended the run early. None with
         `debug_dataset`, which lists the first epoch and trains nothing.
 
@@ -55,10 +57,11 @@ def train(options: TrainOptions) -> TrainResult | None:
     """
     state = resolve_resume(options.resume, options.output_dir, options.output_stem)
     saved_seed = state_seed(state) if state else None
-    seed = choose_seed(options) if saved_seed is None else saved_seed
+    seed = choose_seed(options.seed) if saved_seed is None else saved_seed
     folder = None if options.debug_dataset else options.output_dir
     console = ConsoleLog(folder, fresh=state is None)
-    with console, one_line_out_of_memory(), Progress(options, log=console) as progress:
+    progress = Progress(simple=options.console_log_simple, log=console)
+    with console, one_line_out_of_memory(), progress:
         if options.debug_dataset:
             show_dataset(options, seed, say=progress.say)
             return None
@@ -72,173 +75,94 @@ def train(options: TrainOptions) -> TrainResult | None:
         # Ctrl-C while encoding ends the program at once: every finished cache file stays.
         run = prepare(options, seed=seed, say=progress.say)
         position = resume_run(run, state, say=progress.say) if state else Position()
-        write_run_file(options)
+        write_run_file(run)
         with (
             RunFile(run, position.step) as file,
-            RunLog(options, first_step=position.step) as log,
+            RunLog(
+                run.folder, options, config=public_options(options), first_step=position.step
+            ) as log,
             StopSignal() as stop,
         ):
-            outcome = run_steps(run, position, log=log, progress=progress, stop=stop)
+            events = Events(run, position, log=log, progress=progress, stop=stop)
+            outcome = run_steps(run, position, events)
             file.finish(outcome)
         try:
-            report_run(options, outcome)
+            kind, facts = options.about
+            report_run(
+                options.output_stem,
+                kind=kind,
+                facts=facts,
+                base_model=options.pretrained_model_name_or_path or "",
+                optimizer=options.optimizer_type,
+                precision=options.mixed_precision,
+                output=outcome.output,
+                log=outcome.log,
+                steps=outcome.steps,
+                loss=outcome.loss,
+                interrupted_by=outcome.interrupted_by,
+            )
         except UserError as error:
-            # The LoRA is saved: a page that cannot be written is no failed run.
+            # The file is saved: a page that cannot be written does not make the run a failure.
             progress.say(f"no report: {error}")
         return outcome
 
 
-def run_steps(
-    run: Run, position: Position, *, log: RunLog, progress: Progress, stop: StopSignal
-) -> TrainResult:
+def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
     """Every step from `position` to the end of the run: the loop itself."""
-    options, length, network = run.options, run.length, run.network
-    settings = FlowSettings.from_options(options)
-    bad_batches = BadBatchTracker(options)
-    checkpoints, policies = Checkpoints(run), MemoryPolicies(run)
-
-    def tell(text: str) -> None:
-        progress.say(text)
-        log.event(position.step, text)
-
-    network.train()
+    options, length, stop = run.options, run.length, events.stop
+    bad_batches = BadBatchTracker(
+        options.max_bad_batches,
+        precision=options.mixed_precision,
+        learning_rate=options.learning_rate,
+    )
+    policies = MemoryPolicies(run, events.tell)
+    run.network.train()
     train_mode(run.optimizer)
-    previews = run.previews
-    if previews and previews.due_at_first(position):
-        log_previews(run, "000000", position, log, progress, stop)
-    progress.start(position.step, length.steps)
-
+    events.start()
     while position.step < length.steps:
         order = run.plan.epoch_batches(position.epoch, run.seed)
-        batches = run.batches.iterate(
-            order[position.batch :], epoch=position.epoch, first_step=position.batch
-        )
-        waiting, started = [], time.perf_counter()
-        for batch in batches:
-            waiting.append(batch)
-            full = len(waiting) == length.accumulation
-            if not full and position.batch + len(waiting) < len(order):
-                continue
-
-            # Forward and backward of each micro-batch; gradients add up in the flat buffer.
+        started = time.perf_counter()
+        for batches in step_batches(run, order, position):
+            # Noise, σ, forward and backward of each micro-batch; gradients add up.
             try:
-                group = run_group(run, waiting, settings, policies, step=position.step, tell=tell)
+                group = forward_backward(run, batches, run.flow, policies, step=position.step)
             except UserError:
-                # Nothing of this step is done: whoever has a remedy can go on from here.
-                if not getattr(options, "fused_backward_pass", False):
-                    checkpoints.autosave(position)
+                # This step has changed nothing: with a remedy the run can go on from here.
+                if not run.training.updates_in_backward:
+                    events.checkpoints.autosave(position)
                 raise
-            position.batch += len(waiting)
-
-            # Clip, step, schedule, zero; then log, save, validate, and stop when asked to.
-            facts = optimizer_step(run, group, bad_batches, say=progress.say)
-            position.step += 1
-            position.record_loss(facts["loss"], slots=length.updates_per_epoch)
-            record = step_record(run, position, group, facts, time.perf_counter() - started)
-            log.step(record)
-            progress.step(record)
-            if is_due(position.step, options.validate_every_n_steps):
-                log_validation(run, settings, position, log, progress, checkpoints)
-            checkpoints.after_step(position)
-            if previews and previews.due_after_step(position.step):
-                log_previews(run, f"{position.step:06d}", position, log, progress, stop)
+            # Clip, step, schedule, zero.
+            facts = optimizer_step(run, group, bad_batches, say=events.say)
+            position.advance(len(batches), facts["loss"], slots=length.updates_per_epoch)
+            # Log, validate, save, preview.
+            events.after_step(group, facts, time.perf_counter() - started)
             if stop.received or position.step >= length.steps:
                 break
-            if ends_early(run, position, log, progress):
-                batches.close()
-                return finish(run, position, checkpoints, log, progress)
-            waiting, started = [], time.perf_counter()
-        batches.close()
+            if events.ends_early():
+                return events.finished()
+            started = time.perf_counter()
 
         if stop.received and position.step < length.steps:
-            path = checkpoints.interrupted(position)
-            progress.say(f"stopped by signal {stop.received}; saved {path.name} and a resume state")
-            progress.say("go on with the same command and --resume auto")
-            return result(position, path, log, interrupted_by=stop.received)
+            return events.interrupted()
         if position.batch >= len(order):
-            if options.validate_every_n_steps is None and is_due(
-                position.epoch, options.validate_every_n_epochs or 1
-            ):
-                log_validation(run, settings, position, log, progress, checkpoints)
-            log.epoch(position.step, position.epoch, position.loss_average)
-            log.sigma_bins(position.step, position.epoch, run.sigma_bins.take())
-            # A state saved here goes on with the next epoch.
-            position.next_epoch()
-            finished = position.epoch - 1
-            checkpoints.after_epoch(position, finished_epoch=finished)
-            if previews and previews.due_after_epoch(finished):
-                log_previews(run, f"e{finished:06d}", position, log, progress, stop)
-            if position.step < length.steps and ends_early(run, position, log, progress):
+            events.after_epoch()
+            if position.step < length.steps and events.ends_early():
                 break
-    return finish(run, position, checkpoints, log, progress)
+    return events.finished()
 
 
-def finish(
-    run: Run, position: Position, checkpoints: Checkpoints, log: RunLog, progress: Progress
-) -> TrainResult:
-    """Save the final file and name it."""
-    log.sigma_bins(position.step, position.last_epoch, run.sigma_bins.take())
-    path = checkpoints.final(position)
-    progress.say(f"saved {path}")
-    return result(position, path, log)
+def step_batches(run: Run, order: list[list[int]], position: Position) -> Iterator[list[Batch]]:
+    """The rest of an epoch: the micro-batches of each optimizer step.
 
-
-def is_due(count: int, every: int | None) -> bool:
-    """Whether something done every `every` steps or epochs is due after `count` of them."""
-    return bool(every) and count % every == 0
-
-
-def log_validation(
-    run: Run,
-    settings: FlowSettings,
-    position: Position,
-    log: RunLog,
-    progress: Progress,
-    checkpoints: Checkpoints,
-) -> None:
-    """Compute, log and print the validation loss, if anything is held out."""
-    found = validate_or_skip(run, settings, progress.say)
-    if found is None:
-        return
-    average, options = position.loss_average, run.options
-    log.validation(position.step, position.epoch, found.loss, average, found.per_sigma)
-    progress.say(f"step {position.step}: validation loss {found.loss:.4f}")
-    best = position.record_validation(found.loss, options.early_stop_min_delta)
-    if best and options.early_stop_patience:
-        checkpoints.best(position)
-
-
-def ends_early(run: Run, position: Position, log: RunLog, progress: Progress) -> bool:
-    """Whether the validation loss has stopped falling, which is said."""
-    patience = run.options.early_stop_patience
-    if not patience or position.stale < patience:
-        return False
-    text = f"stopped early: {position.stale} validations without a "
-    if position.best_loss is None:
-        text += "finite loss"
-    else:
-        text += (
-            f"better loss than {position.best_loss:.4f} at step {position.best_step}, whose "
-            f"weights are in {run.options.output_stem}-best.safetensors"
-        )
-    progress.say(text)
-    log.event(position.step, text)
-    return True
-
-
-def log_previews(
-    run: Run, stage: str, position: Position, log: RunLog, progress: Progress, stop: StopSignal
-) -> None:
-    """Render, log and name the previews of this moment."""
-    files = run.previews.make(run, stage, say=progress.say, stopped=lambda: bool(stop.received))
-    if files:
-        log.preview(position.step, position.last_epoch, files)
-        what = "a preview" if len(files) == 1 else f"{len(files)} previews"
-        progress.say(f"{what} in {run.options.output_dir}/sample")
-
-
-def result(
-    position: Position, path: Path, log: RunLog, interrupted_by: int | None = None
-) -> TrainResult:
-    """The `TrainResult` of this run."""
-    return TrainResult(path, log.path, position.step, position.loss_average, interrupted_by)
+    Args:
+        run: the run.
+        order: all batches of the epoch, as indices of images.
+        position: how far the run has got.
+    """
+    loader = run.batches.iterate(
+        order[position.batch :], epoch=position.epoch, first_step=position.batch
+    )
+    # Closing it ends the thread that loads ahead.
+    with closing(loader):
+        while batches := list(islice(loader, run.length.accumulation)):
+            yield batches

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from anima_fast.data.caption_tokens import count_tokens, renderings
-from anima_fast.data.conditioning import load_conditioning
+from anima_fast.data.conditioning import Conditioning
 from anima_fast.data.encode import choose_image_mode, choose_text_mode
-from anima_fast.data.encode_models import load_run_tokenizers
+from anima_fast.data.encode_models import adapter_path, load_run_tokenizers
 from anima_fast.data.items import DatasetPlan
 from anima_fast.data.plan import build_plan
 from anima_fast.device import DTYPES, choose_device, uses_fused_blocks
@@ -25,14 +25,18 @@ from anima_fast.memory.fit import describe_need, does_not_fit, memory_plan
 from anima_fast.memory.lora import LoRANeeds, Models
 from anima_fast.memory.plan import Asks, LargestBatch, Modes, Needs
 from anima_fast.models.dit import load_dit
+from anima_fast.models.dit_config import TEXT_ROWS
+from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.models.model_files import check_lora_files, check_model_files
+from anima_fast.models.text_encoder import load_text_encoder
 from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.options.run import FinetuneOptions, TrainOptions
 from anima_fast.sampling.prompts import collect_prompts
 from anima_fast.training.adapter_setup import build_network
+from anima_fast.training.checks import given
 from anima_fast.training.finetune.start import base_tensors, looks_at_all
-from anima_fast.training.optimizers.names import find_optimizer
 from anima_fast.training.optimizers.probe import network_state_bytes, state_bytes
+from anima_fast.training.optimizers.recipes import find_optimizer
 from anima_fast.training.optimizers.weight_updates import CHUNK
 
 if TYPE_CHECKING:
@@ -67,10 +71,15 @@ def check_memory(
 
 def show_memory(options: Options, *, say: Callable[[str], None]) -> None:
     """Say what a run would take, for `--plan_memory`, without loading any model."""
-    device = choose_device(options)
-    check_model_files(options)
+    device = choose_device(options.device)
+    check_model_files(
+        options.pretrained_model_name_or_path,
+        options.qwen3,
+        options.vae,
+        options.llm_adapter_path,
+    )
     if isinstance(options, TrainOptions):
-        check_lora_files(options)
+        check_lora_files((options.network_weights, *options.base_weights))
     plan = build_plan(options)
     for line in memory_plan(options, memory_needs(options, plan, device), device):
         say(line)
@@ -89,13 +98,11 @@ def finetune_needs(
     options: FinetuneOptions, batch: LargestBatch, device: torch.device
 ) -> FinetuneNeeds:
     """The predictor of full fine-tuning."""
-    model = options.pretrained_model_name_or_path
-    assert model is not None
-
+    base, _ = base_tensors(given(options.pretrained_model_name_or_path), options.llm_adapter_path)
     return FinetuneNeeds(
         batch,
         device,
-        base_tensors(model, options.llm_adapter_path)[0].shapes,
+        base.shapes,
         Asks(modes, lambda run: state_bytes(cast(FinetuneOptions, run), device)),
         looks_at_all=lambda run: looks_at_all(find_optimizer(run.optimizer_type)[0]),
         chunk=CHUNK,
@@ -123,7 +130,7 @@ def lora_needs(options: TrainOptions, batch: LargestBatch, device: torch.device)
 
 def modes(options: Options) -> Modes:
     """How images and texts come to a step."""
-    return Modes(choose_image_mode(options), choose_text_mode(options))
+    return Modes(choose_image_mode(options), choose_text_mode(cast(TrainOptions, options)))
 
 
 def plans_fused_blocks(options: TrainOptions, device: torch.device) -> bool:
@@ -131,18 +138,23 @@ def plans_fused_blocks(options: TrainOptions, device: torch.device) -> bool:
     elsewhere = options.vram is not None and options.device is None and device.type == "cpu"
     if elsewhere and options.kernels == "auto":
         return not options.compile
-    return uses_fused_blocks(options, device)
+    return uses_fused_blocks(options.kernels, device, compiled=options.compile)
 
 
 def meta_models(options: TrainOptions) -> Models:
     """The models of a run without values, the network attached to them."""
-    dtype = DTYPES[options.mixed_precision]
-    assert options.pretrained_model_name_or_path is not None and options.vae is not None
-    dit = load_dit(options.pretrained_model_name_or_path, device=META, dtype=dtype)
-    conditioning = load_conditioning(options, choose_text_mode(options), device=META, dtype=dtype)
+    dtype, mode = DTYPES[options.mixed_precision], choose_text_mode(options)
+    dit = load_dit(given(options.pretrained_model_name_or_path), device=META, dtype=dtype)
+    conditioning = Conditioning(META, dtype)
+    if mode != "context":
+        conditioning.adapter = load_llm_adapter(adapter_path(options), device=META, dtype=dtype)
+    if mode == "live":
+        conditioning.text_encoder = load_text_encoder(
+            given(options.qwen3), device=META, dtype=dtype
+        )
     network = build_network(options, dit, conditioning, seed=0, say=lambda text: None)
     vae_dtype = torch.float32 if options.no_half_vae else dtype
-    vae = load_vae(options.vae, device=META, dtype=vae_dtype)
+    vae = load_vae(given(options.vae), device=META, dtype=vae_dtype)
     return Models(dit, network, vae, conditioning.adapter, conditioning.text_encoder)
 
 
@@ -156,9 +168,15 @@ def largest_batch(plan: DatasetPlan) -> LargestBatch:
 
 
 def longest_caption(options: TrainOptions, plan: DatasetPlan) -> tuple[int, int]:
-    """The most T5 and the most Qwen3 tokens of a caption, as far as it is not cut off."""
-    texts = renderings(plan.items, options)
-    tokens = count_tokens(plan.items, texts, load_run_tokenizers(options), options)
+    """The most T5 and the most Qwen3 tokens of a caption, as far as it is not cut off.
+
+    The model's usual number of rows where the tokenizers are not there yet.
+    """
+    try:
+        tokenizers = load_run_tokenizers(options, fetch=False)
+    except UserError:
+        return TEXT_ROWS, TEXT_ROWS
     qwen, t5 = options.token_limits
-    found = tokens.lengths.values()
+    texts = renderings(plan.items, options)
+    found = count_tokens(plan.items, texts, tokenizers, (qwen, t5)).lengths.values()
     return min(max(n.t5 for n in found), t5), min(max(n.qwen for n in found), qwen)

@@ -1,4 +1,4 @@
-"""Where a run stands: the few numbers that a resume state must hold."""
+"""How far a run has got: the few numbers that a resume state must hold."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 class Position:
     """Counters of a run.
 
-    `step` counts optimizer steps made, `epoch` counts from 1, `batch` counts the batches of this
-    epoch already used, `losses` holds the last loss of each step slot of an epoch (their mean is
-    the smoothed loss that is shown). `best_loss` is the lowest validation loss and `best_step` its
-    step, `stale` counts the validations since.
+    `step` counts the optimizer steps made, `epoch` counts from 1, `batch` counts the batches of
+    this epoch already used. `losses` holds the last loss of each step of an epoch (their mean is
+    the smoothed loss that is shown). `best_loss` is the lowest validation loss, `best_step` its
+    step, and `stale` counts the validations since.
     """
 
     step: int = 0
@@ -35,10 +35,16 @@ class Position:
         """The epoch of the last step, 0 before the first."""
         return self.epoch if self.batch else self.epoch - 1
 
-    def record_loss(self, loss: float, slots: int) -> None:
-        """Put the loss of a step into its slot of the epoch (`slots` steps an epoch).
+    def advance(self, batches: int, loss: float, slots: int) -> None:
+        """Count an optimizer step over `batches` micro-batches with this mean loss."""
+        self.batch += batches
+        self.step += 1
+        self.record_loss(loss, slots)
 
-        A loss that is not finite (a skipped batch) leaves the average alone.
+    def record_loss(self, loss: float, slots: int) -> None:
+        """Record the loss of a step in its slot of the epoch (`slots` steps an epoch).
+
+        A loss that is not finite (a skipped batch) does not change the average.
         """
         if not math.isfinite(loss):
             return
@@ -49,7 +55,7 @@ class Position:
         self.slot = (self.slot + 1) % slots
 
     def record_validation(self, loss: float, min_delta: float) -> bool:
-        """Count a validation; whether it is the best so far, by more than `min_delta`.
+        """Count a validation and return whether it is the best so far, by more than `min_delta`.
 
         A loss that is not finite is never the best.
         """
@@ -61,9 +67,9 @@ class Position:
         return False
 
     def next_epoch(self) -> None:
-        """The next batch is the first of the next epoch."""
+        """Go to the first batch of the next epoch."""
         self.epoch, self.batch = self.epoch + 1, 0
 
     def as_dict(self) -> dict:
-        """For the resume state; `Position(**d)` is the way back."""
+        """For the resume state; `Position(**d)` restores it."""
         return asdict(self)

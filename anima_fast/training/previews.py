@@ -1,9 +1,7 @@
 """Pictures while it trains: the same as `anima-fast sample` makes with the LoRA of that moment.
 
-Texts are encoded at the start, with the models that the captions need anyway; what is trained of
-the text path runs again at each preview. Dropouts are off, schedule-free optimizers show their
-averaged weights, the random state is put back, and whatever goes wrong is one warning: training
-goes on.
+Dropout is off, schedule-free optimizers show their averaged weights, the random state is put back,
+and whatever goes wrong is one warning: training goes on.
 
 Files: OUTPUT_DIR/sample/ + [NAME_] + e000004 or 000500 + _IDX_TIMESTAMP[_SEED].png
 """
@@ -12,61 +10,48 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from anima_fast.adapters.network import LoRANetwork
-from anima_fast.data.encode_models import TextModels, load_run_tokenizers
 from anima_fast.device import set_backends
-from anima_fast.errors import UserError
+from anima_fast.errors import UserError, reason
 from anima_fast.memory.free import free_memory, is_out_of_memory
 from anima_fast.models.vae_checkpoint import load_vae
-from anima_fast.sampling.euler import euler_sample, start_noise
+from anima_fast.sampling.euler import sample_jobs
 from anima_fast.sampling.jobs import Job
-from anima_fast.sampling.pictures import describe, save_png, to_image, unescape
-from anima_fast.sampling.prompts import Prompt, collect_prompts, say_ignored
-from anima_fast.sampling.texts import (
-    PromptTokens,
-    adapt,
-    encode_states,
-    tokenize_prompt,
-    zero_keys,
-)
-from anima_fast.training.checkpoints import SAVE_DTYPES
+from anima_fast.sampling.pictures import generation_parameters, save_png, to_image
+from anima_fast.sampling.prompts import Prompt
+from anima_fast.training.checks import given
+from anima_fast.training.kind import Say
 from anima_fast.training.optimizers.build import averaged_weights
+from anima_fast.training.preview_prompts import PreviewPrompts
 
 if TYPE_CHECKING:
-    from anima_fast.options.run import TrainOptions
-    from anima_fast.training.position import Position
+    from anima_fast.options.output import PreviewOptions
     from anima_fast.training.run import Run
 
 FOLDER = "sample"
-Say = Callable[[str], None]
 
 
-@dataclass
 class Previews:
-    """The prompts of a run and their encoded texts.
+    """Makes the pictures of a run.
 
-    Attributes:
-        prompts: as read at the start.
-        texts: what the text path needs, by text; empty where it runs whole at each preview.
+    Args:
+        run: pictures are made with its network as it is at the time.
+        prompts: with their encoded texts.
     """
 
-    options: TrainOptions
-    prompts: list[Prompt]
-    texts: Mapping[str, PreviewText] = field(default_factory=dict)
-    live: bool = False
+    def __init__(self, run: Run, prompts: PreviewPrompts) -> None:
+        self.run, self.prompts = run, prompts
+        self.options: PreviewOptions = run.options
 
-    def due_at_first(self, position: Position) -> bool:
+    def due_at_first(self, step: int) -> bool:
         """Whether pictures are wanted before the first step."""
-        return self.options.sample_at_first and position.step == 0
+        return self.options.sample_at_first and step == 0
 
     def due_after_step(self, step: int) -> bool:
         """Whether pictures are wanted now; epochs win where both are given."""
@@ -79,12 +64,11 @@ class Previews:
         return bool(every) and epoch % every == 0
 
     def make(
-        self, run: Run, stage: str, *, say: Say, stopped: Callable[[], bool] = lambda: False
+        self, stage: str, *, say: Say, stopped: Callable[[], bool] = lambda: False
     ) -> list[str]:
         """Render every prompt.
 
         Args:
-            run: the run, whose network is used as it is now.
             stage: e000004 after epoch 4, 000500 after step 500.
             say: gets one line for each picture that went wrong.
             stopped: asked between pictures.
@@ -92,179 +76,60 @@ class Previews:
         Returns:
             The files made, relative to the output folder.
         """
-        made = []
+        made: list[str] = []
+        run = self.run
         run.network.eval()
         run.network.multiplier = 1.0
         try:
             devices = [run.device] if run.device.type == "cuda" else []
             weights, rounding = averaged_weights(run.optimizer), computed_as_sample(run)
-            random = torch.random.fork_rng(devices)
-            with random, weights, weights_as_saved(run), rounding, torch.no_grad():
-                for index, prompt in enumerate(self.current(say)):
+            random, saved = torch.random.fork_rng(devices), run.training.preview_weights()
+            with random, weights, saved, rounding, torch.no_grad():
+                for index, prompt in enumerate(self.prompts.current(self.options, say)):
                     if stopped():
                         break
                     try:
-                        made.append(self._make_one(run, prompt, stage, index))
+                        made.append(self._make_one(prompt, stage, index))
                     except Exception as error:
-                        say(f"no preview of prompt {index + 1}: {one_line(error)}")
-        # A preview is a help, and no reason to lose a run.
+                        say(f"no preview of prompt {index + 1}: {explain(error)}")
+        # No preview is worth losing a run.
         except Exception as error:
-            say(f"no preview: {one_line(error)}")
+            say(f"no preview: {explain(error)}")
         finally:
             run.network.train()
             free_memory(run.device, keep_cached=run.options.highvram)
         return made
 
-    def current(self, say: Say) -> list[Prompt]:
-        """The prompts as they are in their file now; what cannot be had is said and left out."""
-        try:
-            prompts = collect_prompts(self.options)
-        except UserError as error:
-            say(f"the prompts of the start are used: {error}")
-            prompts = self.prompts
-        if self.live:
-            return prompts
-        known = [p for p in prompts if all(unescape(text) in self.texts for text in p.texts)]
-        if len(known) < len(prompts):
-            say(f"{len(prompts) - len(known)} prompts are new: they are shown when the run resumes")
-        return known
-
-    def _make_one(self, run: Run, prompt: Prompt, stage: str, index: int) -> str:
+    def _make_one(self, prompt: Prompt, stage: str, index: int) -> str:
         seed = secrets.randbelow(2**32) if prompt.seed is None else prompt.seed
-        job = Job(
-            prompt.text, prompt.negative, seed, prompt.steps, prompt.cfg, prompt.shift,
-            prompt.width, prompt.height,
-        )  # fmt: skip
-        pixels = decode(run, self._sample(run, job))
+        job, run = Job.of(prompt, seed), self.run
+        contexts = [self.prompts.context(run.conditioning, text) for text in job.texts]
+        pixels = decode(run, sample_jobs(run.dit, [job], contexts))
         stamp = time.strftime("%Y%m%d%H%M%S")
         name = f"{stage}_{index:02d}_{stamp}"
-        name = f"{self.options.output_name}_{name}" if self.options.output_name else name
+        name = f"{run.options.output_name}_{name}" if run.options.output_name else name
         name = name if prompt.seed is None else f"{name}_{seed}"
-        path = Path(self.options.output_dir) / FOLDER / f"{name}.png"
+        path = run.folder / FOLDER / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = describe(job, self.options.pretrained_model_name_or_path)
+        facts = generation_parameters(job, given(run.options.pretrained_model_name_or_path))
         save_png(path, to_image(pixels), facts)
         return f"{FOLDER}/{path.name}"
-
-    def _sample(self, run: Run, job: Job) -> Tensor:
-        contexts = [self._context(run, text) for text in job.texts]
-        return euler_sample(
-            run.dit,
-            start_noise(job.seed, job.width, job.height),
-            contexts[0],
-            contexts[1] if len(contexts) > 1 else None,
-            steps=job.steps,
-            shift=job.shift,
-            guidance=job.cfg,
-            zero_keys=zero_keys(contexts[0]),
-            negative_zero_keys=zero_keys(contexts[-1]),
-        )
-
-    def _context(self, run: Run, text: str) -> Tensor:
-        """What the DiT reads, on the device, through whatever is trained of the text path."""
-        parts, text = run.conditioning, unescape(text)
-        if self.live:
-            tokens = tokenize_prompt(parts.tokenizers, text)
-            states = encode_states(tokens, parts.text_encoder, run.device)
-            return adapt(tokens, states.to(parts.dtype), parts.adapter)
-        found = self.texts[text]
-        if found.context is not None:
-            return found.context.to(run.device, parts.dtype)
-        return adapt(found.tokens, found.states.to(run.device, parts.dtype), parts.adapter)
-
-
-@contextmanager
-def weights_as_saved(run: Run) -> Iterator[None]:
-    """Inside the block a LoRA has the weights of its file, where that holds fewer digits.
-
-    A whole model is not copied for it.
-    """
-    dtype = SAVE_DTYPES[run.options.save_precision]
-    if dtype is None or not isinstance(run.network, LoRANetwork):
-        yield
-        return
-    flat = run.network.flat
-    own = flat.detach().clone()
-    with torch.no_grad():
-        flat.copy_(own.to(dtype))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            flat.copy_(own)
 
 
 @contextmanager
 def computed_as_sample(run: Run) -> Iterator[None]:
     """Inside the block the card rounds as in `sample`, whatever the run allows for speed."""
     options, adapter = run.options, run.conditioning.adapter
-    fused = adapter is not None and adapter.fused
+    fused = adapter if adapter is not None and adapter.fused else None
     set_backends()
-    if fused:
-        adapter.fuse_norms(False)
+    if fused is not None:
+        fused.fuse_norms(False)
     try:
         yield
     finally:
         set_backends(tf32=options.cuda_allow_tf32, benchmark=options.cuda_cudnn_benchmark)
-        if fused:
-            adapter.fuse_norms()
-
-
-@dataclass(frozen=True)
-class PreviewText:
-    """A text before what is trained: its context [1, S, C], or its states [1, N, C]; on the CPU."""
-
-    tokens: PromptTokens
-    states: Tensor | None = None
-    context: Tensor | None = None
-
-
-def prepare_previews(
-    options: TrainOptions, text_mode: str, *, device: torch.device, dtype: torch.dtype, say: Say
-) -> Previews | None:
-    """Read the prompts and encode their texts; None when no previews are asked for.
-
-    Args:
-        options: of the run.
-        text_mode: of `load_conditioning`: context, states or live.
-        device, dtype: of the text models.
-        say: gets notices.
-
-    Raises:
-        UserError: prompts that cannot be read.
-    """
-    prompts = collect_prompts(options)
-    if not prompts:
-        return None
-    say_ignored(prompts, say)
-    if text_mode == "live":
-        return Previews(options, prompts, live=True)
-    say("encoding the prompts of previews")
-    texts = [unescape(text) for prompt in prompts for text in prompt.texts]
-    encoded = encode_texts(options, list(dict.fromkeys(texts)), text_mode, device, dtype)
-    return Previews(options, prompts, encoded)
-
-
-@torch.no_grad()
-def encode_texts(
-    options: TrainOptions,
-    texts: list[str],
-    text_mode: str,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, PreviewText]:
-    """Each text as far as nothing of it is trained."""
-    tokenizers, models = load_run_tokenizers(options), TextModels(options, device, dtype)
-    found = {}
-    for text in texts:
-        tokens = tokenize_prompt(tokenizers, text)
-        states = encode_states(tokens, models.encoder(), device)
-        if text_mode == "states":
-            found[text] = PreviewText(tokens, states=states.cpu())
-        else:
-            found[text] = PreviewText(tokens, context=adapt(tokens, states, models.adapter()).cpu())
-    models.free()
-    return found
+        if fused is not None:
+            fused.fuse_norms()
 
 
 def decode(run: Run, latents: Tensor) -> Tensor:
@@ -272,12 +137,12 @@ def decode(run: Run, latents: Tensor) -> Tensor:
     if not torch.isfinite(latents).all():
         raise UserError("the sampled latents are not finite")
     # In half precision flat areas of the picture show steps, so it is float32 as in `sample`.
-    vae = load_vae(run.options.vae, device=run.device, dtype=torch.float32)
+    vae = load_vae(given(run.options.vae), device=run.device, dtype=torch.float32)
     return vae.decode(latents.squeeze(2), chunk_rows=run.options.vae_chunk_size)[0]
 
 
-def one_line(error: BaseException) -> str:
-    """What went wrong, for a line at the console."""
+def explain(error: BaseException) -> str:
+    """What went wrong with a picture, for a line at the console."""
     if is_out_of_memory(error):
         return "out of memory: use smaller --w and --h in the prompts, or --vae_chunk_size 64"
-    return f"{' '.join(str(error).split())[:300] or type(error).__name__}"
+    return reason(error)

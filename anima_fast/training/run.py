@@ -14,18 +14,16 @@ from anima_fast.data.conditioning import Conditioning
 from anima_fast.data.items import DatasetPlan
 from anima_fast.data.length import Length
 from anima_fast.models.dit import AnimaDiT
-from anima_fast.options.run import FinetuneOptions
-from anima_fast.training.adapter_setup import base_files
-from anima_fast.training.network import Network
-from anima_fast.training.optimizers.ema import Ema
+from anima_fast.models.flow import FlowSettings
+from anima_fast.training.kind import Network, Training
 from anima_fast.training.optimizers.weight_updates import WeightUpdates
-from anima_fast.training.previews import Previews
+from anima_fast.training.preview_prompts import PreviewPrompts
 from anima_fast.training.sigma_bins import SigmaBins
-from anima_fast.training.state import dataset_fingerprint
+from anima_fast.training.state_checks import dataset_fingerprint
 
 if TYPE_CHECKING:
     from anima_fast.models.vae import VAE
-    from anima_fast.options.run import TrainOptions
+    from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 
 class LossScaler(torch.amp.GradScaler):
@@ -42,23 +40,38 @@ class Run:
     """All that the loop works with, on the device and ready for the first step."""
 
     options: TrainOptions | FinetuneOptions
+    folder: Path
+    training: Training
     device: torch.device
     seed: int
     plan: DatasetPlan
     batches: Batches
     length: Length
     dit: AnimaDiT
-    vae: VAE | None
     conditioning: Conditioning
-    network: Network
-    optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
+    # Where latents are not cached.
+    vae: VAE | None = None
+    # Where previews are asked for.
+    prompts: PreviewPrompts | None = None
     # Whether blocks, loss and optimizer run through the project's kernels.
     fused: bool = False
-    # The running mean of the weights.
-    ema: Ema | None = None
-    previews: Previews | None = None
+
+    @property
+    def network(self) -> Network:
+        """What is trained."""
+        return self.training.network
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What trains it."""
+        return self.training.optimizer
+
+    @cached_property
+    def flow(self) -> FlowSettings:
+        """How noise levels are drawn and losses weighted."""
+        return FlowSettings.from_options(self.options)
 
     @cached_property
     def sigma_bins(self) -> SigmaBins:
@@ -68,16 +81,8 @@ class Run:
     @property
     def fingerprint(self) -> dict:
         """What a run that resumes must share with the one that was saved."""
-        found = dataset_fingerprint(self.plan, self.length.accumulation)
-        if not trains_all(self.options) and self.options.base_weights:
-            files = base_files(self.options)
-            found["base_weights"] = [f"{Path(path).name} {strength:g}" for path, strength in files]
-        return found
-
-
-def trains_all(options: TrainOptions | FinetuneOptions) -> bool:
-    """Full fine-tuning, as against a network beside the model."""
-    return isinstance(options, FinetuneOptions)
+        dataset = dataset_fingerprint(self.plan, self.length.accumulation)
+        return dataset | self.training.fingerprint()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""What a run tells others through plain files beside `log.jsonl`: `run.json` and `console.log`.
+"""What a run tells other programs in a plain file next to `log.jsonl`: `run.json`.
 
-`anima-fast watch` and whoever else likes reads them; nothing reads them back here. A disk that
-refuses them is no reason to stop: the run goes on without.
+`anima-fast watch` reads it; training itself never does. If the disk refuses it, the run goes on
+without it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from anima_fast import __version__
 from anima_fast.console import describe_error
 from anima_fast.errors import UserError
 from anima_fast.files import write_json
+from anima_fast.training.checks import given
 
 if TYPE_CHECKING:
     from anima_fast.training.run import Run, TrainResult
@@ -34,12 +35,12 @@ class RunFile:
 
     def __init__(self, run: Run, first_step: int) -> None:
         options, length = run.options, run.length
-        self.path = Path(options.output_dir) / RUN_FILE
+        self.path = run.folder / RUN_FILE
         now = time.time()
         self.facts: dict[str, Any] = {
             "version": __version__,
             "output_name": options.output_stem,
-            "method": options.about[0],
+            "method": run.training.description[0],
             "pid": os.getpid(),
             "started_at": now,
             "updated_at": now,
@@ -50,7 +51,7 @@ class RunFile:
             "batches_per_epoch": length.batches_per_epoch,
             "images": len(run.plan.items),
             "device": str(run.device),
-            "base_model": Path(options.pretrained_model_name_or_path).name,
+            "base_model": Path(given(options.pretrained_model_name_or_path)).name,
             "final": None,
             "error": None,
         }
@@ -60,7 +61,7 @@ class RunFile:
         return self
 
     def finish(self, result: TrainResult) -> None:
-        """How the run ended, when it ended by itself or by a signal."""
+        """Record how the run ended, by itself or by a signal."""
         state = "interrupted" if result.interrupted_by else "finished"
         self.facts |= {"state": state, "final": result.output.name}
 

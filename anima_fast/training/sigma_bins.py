@@ -1,4 +1,4 @@
-"""Training loss by noise level: means in ten bins of σ, gathered on the device without waiting."""
+"""Training loss by noise level: means in ten bins of σ, summed on the device without waiting."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ class SigmaBins:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Row 0: sums of losses, row 1: how many.
+        # Row 0: sums of losses; row 1: counts.
         self._sums = torch.zeros(2, BINS, device=device)
 
     def copy(self) -> Tensor:
-        """What was gathered since the last `take`, for `restore`."""
+        """The sums since the last `take`, for `restore`."""
         return self._sums.clone()
 
     def restore(self, copy: Tensor) -> None:
-        """Back to what `copy` gave."""
+        """Go back to what `copy` returned."""
         self._sums.copy_(copy)
 
     @torch.no_grad()
     def add(self, sigma: Tensor, losses: Tensor) -> None:
-        """Take in the losses [B] of samples at σ [B]; what is not finite is left out."""
+        """Add the losses [B] of samples at σ [B]; those that are not finite are left out."""
         good = torch.isfinite(losses)
         bins = (sigma.float() * BINS).long().clamp(0, BINS - 1)
         values = torch.where(good, losses.float(), 0.0)
         self._sums.index_add_(1, bins, torch.stack([values, good.float()]))
 
     def take(self) -> dict[str, list]:
-        """Means (None for an empty bin) and counts of the ten bins; starts anew."""
+        """Means (None for an empty bin) and counts of the ten bins; starts again from zero."""
         sums, counts = self._sums.tolist()
         self._sums.zero_()
         means = [s / n if n else None for s, n in zip(sums, counts, strict=True)]

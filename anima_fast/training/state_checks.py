@@ -1,4 +1,4 @@
-"""Whether a resume state fits the run that wants to go on from it, and if not, what differs."""
+"""Whether a resume state fits the run that resumes from it, and if not, what differs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from anima_fast.errors import UserError
 from anima_fast.files import dtype_code, read_safetensors_header
@@ -17,17 +19,41 @@ from anima_fast.training.state_files import NETWORK_FILE, tensors_of
 
 # States written before own classes had a `saved_name` hold the module where the class was.
 FORMER_NAMES = {
-    f"anima_fast.training.optimizers.schedules.{name}": f"anima_fast.{name}"
+    f"anima_fast.training.schedules.{name}": f"anima_fast.{name}"
     for name in ("Schedule", "AdafactorSchedule")
 }
 
 if TYPE_CHECKING:
     from anima_fast.data.items import DatasetPlan
-    from anima_fast.training.network import Network
+
+
+@dataclass(frozen=True)
+class Remedies:
+    """What messages about a resume state that does not fit advise, by the kind of training.
+
+    Attributes:
+        start_over: how to use the weights of a state without the rest; {weights} is their file.
+        same_network: what to give so that the network is that of the state.
+        compares_dtypes: a network of other dtypes does not fit either.
+    """
+
+    start_over: str
+    same_network: str
+    compares_dtypes: bool = False
+
+    def start_over_from(self, folder: Path) -> str:
+        """`start_over` for a state."""
+        return self.start_over.format(weights=folder / NETWORK_FILE)
+
+
+LORA_REMEDIES = Remedies(
+    start_over="start again from its weights with --network_weights {weights}",
+    same_network="the --network_dim, --network_alpha and --network_args of that run",
+)
 
 
 def dataset_fingerprint(plan: DatasetPlan, accumulation: int = 1) -> dict:
-    """What a resumed run must share with the one before, from its `DatasetPlan`.
+    """What a resumed run must share with the saved one, from its `DatasetPlan`.
 
     File names, buckets, repeats and batch sizes decide the order of the batches; captions and
     folders may change.
@@ -46,11 +72,11 @@ def dataset_fingerprint(plan: DatasetPlan, accumulation: int = 1) -> dict:
     }
 
 
-def check_fingerprint(folder: Path, saved: dict, now: Mapping | None, network: Network) -> None:
-    """The same dataset and batches (None = not to be compared)."""
+def check_fingerprint(folder: Path, saved: dict, now: Mapping | None, remedies: Remedies) -> None:
+    """The same dataset and batches (None skips the comparison)."""
     if now is None:
         return
-    # Through JSON, as the saved one went: tuples are lists there.
+    # Through JSON like the saved one, where tuples are lists.
     now = json.loads(json.dumps(dict(now)))
     changed = [
         f"{name} was {saved.get(name)}, is {now.get(name)}"
@@ -60,20 +86,20 @@ def check_fingerprint(folder: Path, saved: dict, now: Mapping | None, network: N
     if changed:
         raise UserError(
             f"{folder} belongs to another run: {'; '.join(changed)}. Restore that, or "
-            f"{_start_from_weights(folder, network)}"
+            f"{remedies.start_over_from(folder)}"
         )
 
 
-def _start_from_weights(folder: Path, network: Network) -> str:
-    """How to use the weights of a state without the rest."""
-    lora = f"start anew from its weights with --network_weights {folder / NETWORK_FILE}"
-    return getattr(network, "start_from_weights", lora)
+def check_network(folder: Path, now: Mapping[str, Tensor], remedies: Remedies) -> None:
+    """Same tensors, shapes and alphas (of full fine-tuning: and dtypes), or an explanation.
 
-
-def check_network(folder: Path, network: Network) -> None:
-    """Same tensors, shapes and alphas (of full fine-tuning: and dtypes), or an explanation."""
+    Args:
+        folder: the state.
+        now: the tensors of the network of this run.
+        remedies: what to advise.
+    """
     path = folder / NETWORK_FILE
-    saved, now = read_safetensors_header(path), network.state_tensors()
+    saved = read_safetensors_header(path)
     saved.pop("__metadata__", None)
     gone, new = sorted(saved.keys() - now.keys()), sorted(now.keys() - saved.keys())
     differences = []
@@ -91,15 +117,14 @@ def check_network(folder: Path, network: Network) -> None:
         if name in alphas and alphas[name].item() != here.item():
             differences.append(f"{name} was {alphas[name].item():g}, is {here.item():g}")
             break
-        if hasattr(network, "same_network") and was["dtype"] != dtype_code(here.dtype, name):
+        if remedies.compares_dtypes and was["dtype"] != dtype_code(here.dtype, name):
             kind = str(here.dtype).removeprefix("torch.")
             differences.append(f"{name} was {was['dtype']}, is {kind}")
             break
     if differences:
-        lora = "the --network_dim, --network_alpha and --network_args of that run"
         raise UserError(
             f"{folder} holds another network: {'; '.join(differences)}. Give "
-            f"{getattr(network, 'same_network', lora)}"
+            f"{remedies.same_network}"
         )
 
 
@@ -107,14 +132,14 @@ def check_optimizer(
     folder: Path,
     record: dict,
     optimizer: torch.optim.Optimizer,
-    network: Network,
+    remedies: Remedies,
 ) -> None:
     """The same class with as many groups and parameters."""
     name = class_name(optimizer)
     if record["optimizer"] != name:
         raise UserError(
             f"{folder} was made with the optimizer {record['optimizer']}, this run has {name}: "
-            f"give the same --optimizer_type, or {_start_from_weights(folder, network)}"
+            f"give the same --optimizer_type, or {remedies.start_over_from(folder)}"
         )
     groups = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))["dict"]
     saved = [dict(group["dict"]) for group in dict(groups)["param_groups"]["list"]]
@@ -129,7 +154,7 @@ def check_optimizer(
 def check_scheduler(
     folder: Path, schedule: dict, scheduler: torch.optim.lr_scheduler.LRScheduler
 ) -> None:
-    """The same kind of scheduler; a named schedule may be another one."""
+    """The same kind of scheduler; named schedules may differ."""
     saved = FORMER_NAMES.get(schedule["class"], schedule["class"])
     if saved != class_name(scheduler):
         raise UserError(
@@ -142,7 +167,7 @@ def check_scheduler(
 def tell_changed_rates(
     optimizer: torch.optim.Optimizer, new_rates: list[float | None], say: Callable[[str], None]
 ) -> None:
-    """One line for each group whose own rate is not the saved one."""
+    """Say which groups now have another learning rate."""
     for group, new in zip(optimizer.param_groups, new_rates, strict=True):
         was = group.get("initial_lr")
         if None not in (was, new) and was != new:
@@ -153,11 +178,11 @@ def tell_changed_rates(
 def tell_kept_arguments(
     optimizer: torch.optim.Optimizer, fresh: Mapping, say: Callable[[str], None]
 ) -> None:
-    """One line for each argument whose saved value stays though another one is given.
+    """Say which arguments keep their saved value although another one was given.
 
     Args:
         optimizer: with the saved state.
-        fresh: its first group before. What is no argument of its class is state.
+        fresh: its first group before that. What the class does not take as an argument is state.
     """
     kept, cls = optimizer.param_groups[0], getattr(optimizer, "stands_for", type(optimizer))
     for name in inspect.signature(cls).parameters:
@@ -167,9 +192,9 @@ def tell_kept_arguments(
 
 
 def class_name(thing: object) -> str:
-    """The name by which saved files know a thing's class, or the class that it stands for.
+    """The name that saved files use for a thing's class, or for the class that it stands for.
 
-    A class of this package carries a `saved_name`, which stays when its module moves.
+    A class of this package has a `saved_name`, which stays the same when its module moves.
     """
     cls = getattr(thing, "stands_for", type(thing))
     return getattr(cls, "saved_name", f"{cls.__module__}.{cls.__qualname__}")

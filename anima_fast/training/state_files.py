@@ -1,8 +1,8 @@
 """The files of a resume state: nested optimizer state as safetensors and JSON, and checksums.
 
 No pickle anywhere: a state folder from somebody else cannot run code. `state.json` is written last
-and holds the SHA-256 of every other file and of itself, so that any damage is found before anything
-is loaded.
+and holds the SHA-256 of every other file and of itself, so that damage is found before anything is
+loaded.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FORMAT = 1
 
 
 def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """Turn nested state into JSON, moving its tensors into `tensors` under their path.
+    """Turn nested state into JSON; its tensors go into `tensors` under their path.
 
     Containers become `{"dict": [[key, value], ...]}`, `{"list": [...]}` or `{"tuple": [...]}`, so
-    that integer keys and tuples survive; a tensor becomes `{"tensor": name}`. `unpack` is the way
-    back, bit for bit. Raises `UserError` for an object that neither JSON nor safetensors can hold.
+    that integer keys and tuples survive; a tensor becomes `{"tensor": name}`. `unpack` restores it
+    bit for bit. Raises `UserError` for an object that neither JSON nor safetensors can hold.
     """
     if isinstance(value, Tensor):
         tensors[path] = value.detach()
@@ -52,7 +52,7 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
 
 
 def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The nested state that `pack` took apart."""
+    """Restore nested state from what `pack` returned."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -72,13 +72,13 @@ def write_packed(folder: Path, name: str, value: Any) -> None:
 
 
 def read_packed(folder: Path, name: str) -> Any:
-    """Read what `write_packed` wrote; the tensors own their memory."""
+    """Read what `write_packed` wrote."""
     packed = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     return unpack(packed, tensors_of(folder / f"{name}.safetensors"))
 
 
 def tensors_of(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Tensors of a safetensors file (all of them without `names`), in memory of their own."""
+    """Tensors of a safetensors file (all of them without `names`), copied into memory."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -90,15 +90,15 @@ def tensors_of(path: Path, names: Iterable[str] | None = None) -> dict[str, Tens
 
 
 def seal(folder: Path, record: dict) -> None:
-    """Write `state.json`: the record, and the checksum of every file of the folder."""
+    """Write `state.json`: the record and the checksum of every file in the folder."""
     sums = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
-    # Through JSON once, so that the checksum is of what a reader will get.
+    # Through JSON once, so that the checksum covers what a reader will get.
     record = json.loads(json.dumps({"format": FORMAT, **record, "files": sums}))
     write_json(folder / STATE_FILE, {**record, "checksum": _checksum(record)})
 
 
 def read_record(folder: Path) -> tuple[dict, str | None]:
-    """The content of `state.json` and what is wrong with that file (None = nothing)."""
+    """The content of `state.json` and what is wrong with it (None: nothing)."""
     try:
         record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         checksum = record.pop("checksum")
@@ -110,7 +110,7 @@ def read_record(folder: Path) -> tuple[dict, str | None]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a state folder, in a few words; None when every file is as written."""
+    """What is wrong with a state folder, in a few words; None if every file is intact."""
     record, problem = read_record(folder)
     if problem:
         return problem
@@ -132,7 +132,7 @@ def _checksum(record: dict) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that decide whether a continuation is bit-identical."""
+    """Versions of the libraries on which bit-identical continuation depends."""
     import importlib.metadata
 
     found = {"torch": torch.__version__}

@@ -1,7 +1,15 @@
-"""One micro-step: a batch in, per-sample losses out. Shared by training and validation."""
+"""One optimizer step, in the order in which it happens.
+
+    each micro-batch: noise and σ, forward, loss, backward      `forward_backward`
+    all of them:      clip, step, schedule, zero                `optimizer_step`
+
+Validation shares `batch_latents` and `batch_loss`.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +17,7 @@ from torch import Tensor
 
 from anima_fast.data.batches import Batch
 from anima_fast.data.seeding import seeded
+from anima_fast.memory.free import is_out_of_memory
 from anima_fast.models.flow import (
     FlowSettings,
     flow_loss,
@@ -19,7 +28,50 @@ from anima_fast.models.flow import (
 )
 
 if TYPE_CHECKING:
+    from anima_fast.training.bad_batches import BadBatchTracker
+    from anima_fast.training.oom import MemoryPolicies
     from anima_fast.training.run import Run
+
+# The micro-batches of an optimizer step, each with its losses [B], detached.
+Group = list[tuple[Batch, Tensor]]
+
+
+def forward_backward(
+    run: Run,
+    batches: Sequence[Batch],
+    settings: FlowSettings,
+    policies: MemoryPolicies,
+    *,
+    step: int,
+) -> Group:
+    """Forward and backward of the micro-batches of one optimizer step; gradients add up.
+
+    When memory runs out all of them are done again at the next lower memory policy.
+
+    Args:
+        run: the run.
+        batches: the micro-batches.
+        settings: of noise and loss.
+        policies: what can still be given up.
+        step: optimizer steps made before.
+
+    Raises:
+        UserError: memory ran out and nothing is left to give up.
+    """
+    bins = run.sigma_bins.copy()
+    while True:
+        try:
+            return [
+                (batch, backward(run, micro_step(run, batch, settings, step=step, micro=micro)))
+                for micro, batch in enumerate(batches)
+            ]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out here the frames that held the tensors of the failed attempt are gone.
+        run.network.zero_grad_flat()
+        run.sigma_bins.restore(bins)
+        policies.lower()
 
 
 def micro_step(run: Run, batch: Batch, settings: FlowSettings, *, step: int, micro: int) -> Tensor:
@@ -44,6 +96,7 @@ def batch_latents(run: Run, batch: Batch) -> Tensor:
     """Clean latents [B, 16, h, w] fp32 on the device, encoded now when they were not cached."""
     if batch.latents is not None:
         return batch.latents.to(run.device, non_blocking=True)
+    assert batch.pixels is not None and run.vae is not None
     with torch.no_grad():
         pixels = batch.pixels.to(run.device)
         latents = run.vae.encode(pixels, chunk_rows=run.options.vae_chunk_size).float()
@@ -64,3 +117,43 @@ def batch_loss(
     if run.fused:
         return fused_flow_loss(velocity, latents, noise, sigma, settings, masks=masks)
     return flow_loss(velocity, velocity_target(latents, noise), sigma, settings, masks=masks)
+
+
+def backward(run: Run, losses: Tensor) -> Tensor:
+    """Add the gradients of the losses [B] of one micro-batch; returns the losses, detached."""
+    # Module dropout may have left out everything that is trained: then the gradient is zero.
+    if losses.requires_grad:
+        run.scaler.scale(losses.mean() / run.length.accumulation).backward()
+    return losses.detach()
+
+
+def optimizer_step(
+    run: Run, group: Group, bad_batches: BadBatchTracker, *, say: Callable[[str], None]
+) -> dict:
+    """Clip, step unless something is not finite, schedule, zero.
+
+    Args:
+        run: the run.
+        group: the micro-batches whose gradients have been added up.
+        bad_batches: decides whether the gradients may be used.
+        say: gets a line about a batch that is skipped.
+
+    Returns:
+        `loss` (mean), `grad_norm` (before clipping), and `max_norm` with `scale_weight_norms`.
+    """
+    run.scaler.unscale_(run.optimizer)
+    norm = run.training.clip(run.options.max_grad_norm)
+    loss = torch.stack([losses.mean() for _, losses in group]).mean()
+    # The one wait for the device in a step: both numbers come back together.
+    loss, norm = torch.stack([loss, norm]).tolist()
+    facts: dict = {"loss": loss, "grad_norm": norm}
+    if bad_batches.accepts(group, loss, norm, run.scaler, say=say):
+        run.scaler.step(run.optimizer)
+        facts |= run.training.after_step()
+    run.scaler.update()
+    with warnings.catch_warnings():
+        # A skipped batch moves the schedule without a step of the optimizer, on purpose.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        run.scheduler.step()
+    run.network.zero_grad_flat()
+    return facts

@@ -1,8 +1,8 @@
 """Validation loss: held-out images at four fixed noise levels.
 
 σ = 0.2, 0.4, 0.6, 0.8 with noise that depends only on the seed and the batch, the network in eval
-mode (no dropout), no caption dropout and no `ip_noise_gamma`, so that two numbers differ only
-because the LoRA does.
+mode (no dropout), no caption dropout and no `ip_noise_gamma`, so that two losses differ only
+because the weights do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 
 from anima_fast.data.seeding import seeded
 from anima_fast.memory.free import free_memory, is_out_of_memory
-from anima_fast.models.flow import FlowSettings
 from anima_fast.training.optimizers.build import averaged_weights
 from anima_fast.training.step import batch_latents, batch_loss
 
@@ -33,13 +32,11 @@ class Validation:
     per_sigma: dict[str, float]
 
 
-def validate_or_skip(
-    run: Run, settings: FlowSettings, say: Callable[[str], None]
-) -> Validation | None:
-    """`validate`; None too, which is said, when memory is out: no reason to end a run that fits."""
+def validate_or_skip(run: Run, say: Callable[[str], None]) -> Validation | None:
+    """`validate`, or None with a message if memory runs out, which must not end a run that fits."""
     for _ in range(2):
         try:
-            return validate(run, settings)
+            return validate(run)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -50,14 +47,14 @@ def validate_or_skip(
 
 
 @torch.no_grad()
-def validate(run: Run, settings: FlowSettings) -> Validation | None:
-    """The validation loss of the present weights; None when nothing is held out."""
+def validate(run: Run) -> Validation | None:
+    """The validation loss of the current weights; None if nothing is held out."""
     indices = run.plan.validation_batches()[: run.options.max_validation_steps]
     if not indices:
         return None
     seed = run.options.validation_seed
     seed = run.seed if seed is None else seed
-    settings = replace(settings, ip_noise_gamma=None)
+    settings = replace(run.flow, ip_noise_gamma=None)
     run.network.eval()
     losses = []
     try:

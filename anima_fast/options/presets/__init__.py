@@ -3,31 +3,31 @@
     --preset character --preset 12gb        or        preset = ["character", "12gb"]
 
 Options at the top or in any section are for both commands, those in `[train]` and `[finetune]` for
-one. What is given by hand wins over all presets, a later preset over an earlier one, and options
-that would contradict what is given by hand are left out with it.
+one. What is given by hand wins over all presets, and a later preset over an earlier one. An option
+of a preset that contradicts one given by hand is left out.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from anima_fast.errors import UserError
+from anima_fast.files import parse_config, read_text
+from anima_fast.options.dataset_keys import KEYS
 from anima_fast.options.declare import convert, nearest, specs
-from anima_fast.options.run import FinetuneOptions, TrainOptions
-
-try:
-    import tomllib
-except ModuleNotFoundError:
-    import tomli as tomllib
+from anima_fast.options.rules import CHANGING_PIXELS
+from anima_fast.options.run import FinetuneOptions, RunOptions, TrainOptions
 
 FOLDER = Path(__file__).parent
-COMMANDS = {"train": TrainOptions, "finetune": FinetuneOptions}
-# Option of a preset -> options that leave no room for it when they are given by hand.
+COMMANDS: dict[str, type[RunOptions]] = {
+    cls.command: cls for cls in (TrainOptions, FinetuneOptions)
+}
+# Option of a preset -> options that rule it out when given by hand.
 RIVALS = {
     "gradient_checkpointing": ("recompute", "cpu_offload_checkpointing"),
     "recompute": (
@@ -45,8 +45,8 @@ RIVALS = {
     "optimizer_args": ("optimizer_type",),
     "sigmoid_scale": ("timestep_sampling",),
     "discrete_flow_shift": ("timestep_sampling",),
-    "cache_latents": ("color_aug", "random_crop"),
-    "cache_latents_to_disk": ("color_aug", "random_crop", "cache_latents"),
+    "cache_latents": CHANGING_PIXELS,
+    "cache_latents_to_disk": (*CHANGING_PIXELS, "cache_latents"),
     "cache_text_encoder_outputs": ("network_train_text_encoder_only", "token_warmup_step"),
     "cache_text_encoder_outputs_to_disk": (
         "network_train_text_encoder_only", "token_warmup_step", "cache_text_encoder_outputs",
@@ -104,15 +104,8 @@ def load_preset(name: str) -> Preset:
             raise UserError(
                 f"--preset {name} is unknown: {hint}use one of {known}, or the path of a .toml file"
             )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        tables = tomllib.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"--preset {name} does not exist: check the path") from None
-    except OSError as error:
-        raise UserError(f"cannot read --preset {name}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"--preset {name} is not valid TOML: {error}") from error
+    text = read_text(path, "--preset")
+    tables = parse_config(text, f"--preset {name}")
     reasons, about = _comments(text)
     settings = tuple(_settings(tables, "", reasons, path.name))
     return Preset(path.stem if path.parent == FOLDER else name, about, settings, text)
@@ -131,7 +124,7 @@ def _settings(
         spec = next((specs(cls)[name] for cls in classes if name in specs(cls)), None)
         if spec is None or name == "preset":
             known = [n for cls in classes for n in specs(cls)]
-            raise UserError(f"{file}: {key} is no option of a run: {nearest(name, known)}")
+            raise UserError(f"{file}: {key} is not an option of a run: {nearest(name, known)}")
         converted = convert(spec, value, f"{file}: {name}")
         yield Setting(name, converted, reasons.get((section, key), ""), command)
 
@@ -159,7 +152,7 @@ def _comments(text: str) -> tuple[dict[tuple[str, str], str], str]:
 
 
 def split_names(words: Iterable[str]) -> list[str]:
-    """`["character,12gb"]` as names; a path with a comma in it is left whole."""
+    """`["character,12gb"]` as names; a path with a comma in it is not split."""
     names = []
     for word in words:
         whole = word.lower().endswith(".toml") and Path(word).exists()
@@ -168,7 +161,7 @@ def split_names(words: Iterable[str]) -> list[str]:
 
 
 def apply_presets(
-    words: Iterable[str], by_hand: Mapping[str, Any], cls: type
+    words: Iterable[str], by_hand: Mapping[str, Any], cls: type[RunOptions]
 ) -> tuple[dict[str, Any], list[str]]:
     """The options that presets set, and a line for the user about each.
 
@@ -188,13 +181,15 @@ def apply_presets(
 
 
 def _apply(
-    preset: Preset, chosen: dict[str, tuple[Any, str]], by_hand: Mapping[str, Any], cls: type
+    preset: Preset,
+    chosen: dict[str, tuple[Any, str]],
+    by_hand: Mapping[str, Any],
+    cls: type[RunOptions],
 ) -> list[str]:
-    command = next(name for name, kind in COMMANDS.items() if kind is cls)
     lines, foreign = [], []
     for setting in preset.settings:
         name, value = setting.name, _for_this_machine(setting, by_hand)
-        if setting.command not in ("", command):
+        if setting.command not in ("", cls.command):
             continue
         if name not in specs(cls):
             foreign.append(name)
@@ -211,7 +206,7 @@ def _apply(
             reason = f" ({setting.reason})" if setting.reason else ""
             lines.append(f"{name} = {shown(value)}{over}{reason}")
     if foreign:
-        lines.append(f"{', '.join(foreign)}: no options of {command}, left out")
+        lines.append(f"{', '.join(foreign)}: not options of {cls.command}, left out")
     return [f"preset {preset.name}: {line}" for line in lines or ["nothing is left to set"]]
 
 
@@ -223,7 +218,7 @@ def _same(name: str, value: Any, by_hand: Mapping[str, Any]) -> bool:
 
 
 def _replace(name: str, value: Any, preset: str, chosen: dict[str, tuple[Any, str]]) -> str:
-    """Set an option; tells what of an earlier preset it takes the place of."""
+    """Set an option; returns what it replaces of earlier presets, for the line about it."""
     beaten = [n for n in chosen if name in RIVALS.get(n, ()) and chosen[n][1] != preset]
     if name in chosen and chosen[name][0] != value:
         beaten.insert(0, name)
@@ -236,29 +231,32 @@ def _replace(name: str, value: Any, preset: str, chosen: dict[str, tuple[Any, st
 
 def _below_the_dataset_file(name: str, by_hand: Mapping[str, Any]) -> str:
     """A dataset file is given by hand too, and its keys beat options."""
-    from anima_fast.options.dataset_keys import KEYS
-
-    key = next((key.name for key in KEYS.values() if key.option == name), None)
-    named = key is not None and by_hand.get("dataset_config")
-    return f", unless the dataset file has {key}" if named else ""
+    key = next((key for key in KEYS.values() if key.option == name), None)
+    if key is None or not by_hand.get("dataset_config"):
+        return ""
+    return f", unless the dataset file has {key.spec.name}"
 
 
 def _for_this_machine(setting: Setting, by_hand: Mapping[str, Any]) -> Any:
     """`mlp` is a policy of the fused kernels: without them a preset means `block`."""
     if setting.name != "recompute" or setting.value != "mlp":
         return setting.value
-    return "mlp" if _fused_kernels_run(by_hand) else "block"
+    return "mlp" if _fused_blocks_run(by_hand) else "block"
 
 
-def _fused_kernels_run(by_hand: Mapping[str, Any]) -> bool:
-    if by_hand.get("kernels") == "triton":
-        return True
-    device = str(by_hand.get("device") or "cuda")
-    if by_hand.get("kernels") == "eager" or by_hand.get("compile") or "cuda" not in device:
-        return False
+def _fused_blocks_run(by_hand: Mapping[str, Any]) -> bool:
+    kernels = by_hand.get("kernels", "auto")
+    if kernels != "auto":
+        # The run itself refuses kernels that this machine does not have.
+        return kernels == "triton"
     import torch
 
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    from anima_fast.device import uses_fused_blocks
+
+    asked = str(by_hand.get("device") or "cuda")
+    card = asked.startswith("cuda") and torch.cuda.is_available()
+    wanted = SimpleNamespace(kernels=kernels, compile=by_hand.get("compile", False))
+    return uses_fused_blocks(wanted, torch.device("cuda" if card else "cpu"))  # type: ignore[arg-type]
 
 
 def shown(value: Any) -> str:

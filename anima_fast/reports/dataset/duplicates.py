@@ -1,8 +1,8 @@
 """Images that are the same, and images that look nearly the same.
 
 Two images look alike when few bits of their difference hashes differ (the order of brightness
-between neighbouring cells, which scaling, compression and small changes of tone leave alone) and
-their mean colours agree. Of those with equal size the decoded pixels are then compared exactly.
+between neighbouring cells, which scaling, compression and small changes of tone do not change) and
+their mean colours agree. Those of equal size are then compared exactly, pixel by pixel.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from anima_fast.reports.dataset.pixels import Look
 MOST_BITS = 16
 # Mean difference of the colours of a 4x4 grid, of 255.
 MOST_TINT = 18.0
-# Rows of the distance matrix at a time, and pairs of likes.
+# Rows of the distance matrix at a time, and pairs of similar images.
 _ROWS, _PAIRS = 2048, 65536
+_NO_PAIRS = np.zeros((0, 2), np.int32)
 
 
 def find_duplicates(
@@ -40,12 +41,17 @@ def find_duplicates(
     Returns:
         (exact, near). Of images with the same pixels only the first appears in `near`.
     """
-    paths = sorted(path for path, look in looks.items() if look.signature is not None)
-    pairs = _alike([looks[path] for path in paths])
+    known = {
+        path: (look.signature, look.tint)
+        for path, look in sorted(looks.items())
+        if look.signature is not None and look.tint is not None
+    }
+    paths = list(known)
+    pairs = _alike(*zip(*known.values(), strict=True)) if len(known) > 1 else _NO_PAIRS
     area = np.array([sizes[path] for path in paths]).reshape(-1, 2)
     alike = pairs[(area[pairs[:, 0]] == area[pairs[:, 1]]).all(1)]
     exact = _exact_groups([paths[i] for i in np.unique(alike)])
-    # Of images with the same pixels the first stands for all.
+    # Of images with the same pixels the first represents all.
     place = {path: i for i, path in enumerate(paths)}
     first = np.arange(len(paths))
     for group in exact:
@@ -55,22 +61,19 @@ def find_duplicates(
     return exact, _groups([(paths[a], paths[b]) for a, b in near])
 
 
-def _alike(looks: Sequence[Look]) -> np.ndarray:
+def _alike(signatures: Sequence[np.ndarray], tints: Sequence[np.ndarray]) -> np.ndarray:
     """Index pairs a < b of images that look alike: [N, 2]."""
-    found = [np.zeros((0, 2), np.int32)]
-    if len(looks) < 2:
-        return found[0]
-    bits = np.stack([look.signature for look in looks])
     # With ±1 for bits, the number of equal minus different ones is a product.
-    signs = bits.astype(np.float32) * 2 - 1
-    tints = np.stack([look.tint for look in looks])
-    length = bits.shape[1]
-    for start in range(0, len(looks), _ROWS):
+    signs = np.stack(signatures).astype(np.float32) * 2 - 1
+    colours = np.stack(tints)
+    count, length = signs.shape
+    found = [_NO_PAIRS]
+    for start in range(0, count, _ROWS):
         distance = (length - signs[start : start + _ROWS] @ signs[start:].T) / 2
         near = np.argwhere(distance <= MOST_BITS).astype(np.int32)
         pairs = near[near[:, 0] < near[:, 1]] + np.int32(start)
         for some in (pairs[i : i + _PAIRS] for i in range(0, len(pairs), _PAIRS)):
-            gaps = np.abs(tints[some[:, 0]] - tints[some[:, 1]]).mean((1, 2, 3))
+            gaps = np.abs(colours[some[:, 0]] - colours[some[:, 1]]).mean((1, 2, 3))
             found.append(some[gaps <= MOST_TINT])
     return np.concatenate(found)
 
@@ -79,7 +82,7 @@ def _exact_groups(paths: Sequence[Path]) -> list[list[Path]]:
     """Files with the same pixels, of `paths` in order."""
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
         contents = list(pool.map(_file_digest, paths))
-        # Copies of a file need not be decoded to be told the same.
+        # Copies of a file need not be decoded to be known as the same.
         distinct = dict(zip(contents, paths, strict=True))
         pixels = dict(zip(distinct, pool.map(_pixel_digest, distinct.values()), strict=True))
     groups: dict[bytes, list[Path]] = defaultdict(list)
@@ -102,7 +105,7 @@ def _pixel_digest(path: Path) -> bytes:
     except UserError:
         return str(path).encode("utf-8", "surrogateescape")
     digest = hashlib.blake2b(str(pixels.shape).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     return digest.digest()
 
 

@@ -1,4 +1,4 @@
-"""Files in and beside the image folders that no subset uses, and masks that do not fit."""
+"""Files in the image folders that no subset uses, and masks that do not fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from anima_fast.data.items import ImageItem
     from anima_fast.data.subset import Dataset, Subset
 
-# Endings that people expect to be read as images.
+# Extensions that people expect to be read as images.
 _OTHER_IMAGES = (
     ".gif", ".tif", ".tiff", ".heic", ".heif", ".psd", ".jfif", ".jp2", ".svg", ".tga", ".ico",
     ".avif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".arw", ".exr",
@@ -86,7 +86,7 @@ def _caption_endings(extension: str | None) -> tuple[str, ...]:
 
 
 def _has_image(name: str, endings: tuple[str, ...], stems: set[str]) -> bool:
-    """Whether an image has this caption, also one whose own name goes on with a face box."""
+    """Whether an image has this caption, also one whose name continues with a face box."""
     stem = next(name[: -len(ending)] for ending in endings if name.endswith(ending))
     if stem in stems:
         return True

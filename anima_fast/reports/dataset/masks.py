@@ -1,8 +1,8 @@
 """The loss masks drawn over their images, as the loss sees them.
 
-An image is cut to its bucket as for training; its mask is cut alike and averaged over each latent
-cell (8x8 pixels). What is left out is darkened and red, in proportion; a yellow line runs between
-cells that count more than half and those that count less.
+An image is cut to its bucket as for training; its mask is cut the same way and averaged over each
+latent cell (8x8 pixels). What is left out is darkened and reddened, in proportion; a yellow line
+runs between cells that count more than half and those that count less.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
 
 from anima_fast.data import images
@@ -21,16 +22,17 @@ from anima_fast.data.cache import LATENT_SCALE
 from anima_fast.data.problems import Problem
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write
-from anima_fast.reports.dataset.survey import DrawnMask
+from anima_fast.models.flow import resize_mask
+from anima_fast.reports.dataset.survey import DrawnMask, OnProgress, Survey
 
 if TYPE_CHECKING:
     from anima_fast.data.items import ImageItem
-    from anima_fast.reports.dataset.survey import OnProgress, Survey
 
-# Each holds a few images of full size in memory.
+# Each thread holds a few full-size images in memory.
 _THREADS = 4
-_RED, _YELLOW = np.float32([150, 20, 40]), np.uint8([255, 220, 0])
-# What is left of the picture where nothing is trained.
+_RED = np.array([150, 20, 40], np.float32)
+_YELLOW = np.array([255, 220, 0], np.uint8)
+# How much of the picture remains where nothing is trained.
 _FAINT = 0.3
 
 
@@ -93,24 +95,21 @@ def _draw(item: ImageItem, *, folder: Path, several: bool) -> DrawnMask | Proble
         mask = images.load_mask(item) if item.mask_path is not None else alpha
     except images.ImageError as error:
         return Problem("unreadable", str(item.path), error.reason)
+    # `draw_masks` gives only items that have one of the two.
+    assert mask is not None
     cells = loss_cells(mask)
     rgb = np.rint((pixels.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
     subset = item.subset
     if several:
         folder = folder / f"{subset.dataset_index}.{subset.index} {subset.name}"
-    target = folder / f"{item.path.name}.jpg"
-    with atomic_write(target) as file:
+    with atomic_write(folder / f"{item.path.name}.jpg") as file:
         Image.fromarray(overlay(rgb, cells)).save(file, "JPEG", quality=92)
     source = "alpha" if item.mask_path is None else item.mask_path.name
-    return DrawnMask(item.path, source, float(cells.mean()), target)
+    return DrawnMask(item.path, source, float(cells.mean()))
 
 
 def loss_cells(mask: np.ndarray) -> np.ndarray:
-    """The factors [h / 8, w / 8] by which the loss multiplies, of a pixel mask [h, w] 0..1."""
-    import torch
-
-    from anima_fast.models.flow import resize_mask
-
+    """The loss factors [h / 8, w / 8] of a pixel mask [h, w] with values 0..1."""
     height, width = mask.shape
     pixels = torch.from_numpy(np.ascontiguousarray(mask, np.float32))[None]
     return resize_mask(pixels, (height // LATENT_SCALE, width // LATENT_SCALE))[0, 0].numpy()
@@ -124,6 +123,6 @@ def _of_mask(mask: DrawnMask) -> Iterable[Problem]:
     text = f"mask {mask.source}"
     if mask.area == 0:
         yield Problem("empty mask", str(mask.image), text)
-    # An image without transparency is a finding of its own.
+    # An image without transparency is another finding.
     elif mask.area == 1 and mask.source != "alpha":
         yield Problem("full mask", str(mask.image), text)

@@ -1,7 +1,7 @@
-"""What only the pixels of an image tell: damage, transparency, colour form, looks and likeness.
+"""What only the pixels of an image show: damage, transparency, colour mode, hashes, thumbnails.
 
-JPEG files are decoded at a fraction of their size where the format offers it (libjpeg scales while
-decoding, still reading the whole file), so thousands of photographs take seconds to minutes.
+JPEG files are decoded at a fraction of their size (libjpeg scales while decoding, still reading the
+whole file), so thousands of photographs take seconds to minutes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image
 
 from anima_fast.data import images
 
-# Longest side of what likeness is computed from, and of a thumbnail.
+# Longest side of the image that hashes are computed from, and of a thumbnail.
 _SMALL, THUMBNAIL = 256, 176
 # dHash: this many comparisons along each axis, in both directions.
 _SIDE = 8
@@ -32,8 +32,8 @@ _OTHER_COLOURS = {"CMYK": "CMYK", "LAB": "L*a*b*", "HSV": "HSV"}
 class Look:
     """One decoded image.
 
-    damage: why it cannot be decoded, None when it can. colours: the name of a form that is
-    converted to 8-bit RGB with a visible effect, else None. transparent: the share of pixels that
+    damage: why it cannot be decoded, None when it can. colours: the name of a mode that is
+    visibly changed by the conversion to 8-bit RGB, else None. transparent: the share of pixels that
     are not opaque. has_alpha: whether the file stores alpha at all. signature: bits of the
     difference hash [128] bool. tint: mean colours [4, 4, 3] float32. thumbnail: a JPEG file.
     """
@@ -79,24 +79,29 @@ def look_at(
 
 
 def look(path: Path, *, thumbnail: bool = False, turned: bool = False) -> Look:
-    """Decode one image; damage is told, never raised."""
+    """Decode one image; damage is returned, never raised."""
     try:
         with images.opened(path) as image:
-            facts = {
-                "colours": _colours(image),
-                # Phones store a second picture in a JPEG file; that is no animation.
-                "animated": bool(getattr(image, "is_animated", False)) and image.format != "MPO",
-            }
+            colours = _colours(image)
+            # Phones store a second picture in a JPEG file; that is no animation.
+            animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
             image.draft(image.mode, (_SMALL, _SMALL))
             image.load()
-            facts |= _alpha(image)
+            has_alpha, transparent = _alpha(image)
             small = _to_rgb(images.upright(image) if turned else image)
             small.thumbnail((_SMALL, _SMALL), Image.Resampling.BOX, reducing_gap=2.0)
     except images.ImageError as error:
         return Look(damage=error.reason)
     tint = np.asarray(small.resize((4, 4), Image.Resampling.BOX), np.float32)
-    data = _jpeg(small) if thumbnail else None
-    return Look(**facts, signature=difference_hash(small), tint=tint, thumbnail=data)
+    return Look(
+        colours=colours,
+        animated=animated,
+        has_alpha=has_alpha,
+        transparent=transparent,
+        signature=difference_hash(small),
+        tint=tint,
+        thumbnail=_jpeg(small) if thumbnail else None,
+    )
 
 
 def difference_hash(image: Image.Image) -> np.ndarray:
@@ -114,11 +119,12 @@ def _colours(image: Image.Image) -> str | None:
     return _OTHER_COLOURS.get(image.mode)
 
 
-def _alpha(image: Image.Image) -> dict[str, object]:
+def _alpha(image: Image.Image) -> tuple[bool, float]:
+    """Whether the file stores alpha, and the share of pixels that are not opaque."""
     if not images.has_alpha(image):
-        return {}
+        return False, 0.0
     alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-    return {"has_alpha": True, "transparent": float((alpha < _OPAQUE).mean())}
+    return True, float((alpha < _OPAQUE).mean())
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The whole of `anima-fast dataset`: survey, tables or JSON, page, mask pictures."""
+"""All of `anima-fast dataset`: survey, tables or JSON, page, pictures of masks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder
-from anima_fast.reports.dataset.records import records
+from anima_fast.reports.dataset.masks import draw_masks
+from anima_fast.reports.dataset.page import write_page
+from anima_fast.reports.dataset.record import make_record
 from anima_fast.reports.dataset.survey import OnProgress, survey_dataset
-from anima_fast.reports.dataset.terminal import show_survey
+from anima_fast.reports.dataset.terminal import show_record
 
 if TYPE_CHECKING:
     from anima_fast.options.run import TrainOptions
@@ -33,7 +35,7 @@ def report_dataset(
     masks: str | None = None,
     headers_only: bool = False,
 ) -> bool:
-    """Look at the data of a run and tell what there is; True when no problem was found.
+    """Report on the data of a run; True when no problem was found.
 
     Args:
         options: those of a training run.
@@ -42,6 +44,7 @@ def report_dataset(
         json: print JSON instead of tables.
         masks: folder of pictures of the loss masks.
         headers_only: decode no image.
+
     Raises:
         UserError: a broken configuration, a missing folder, or a place that cannot be written.
     """
@@ -56,26 +59,24 @@ def report_dataset(
         )
         written = []
         if masks is not None:
-            from anima_fast.reports.dataset.masks import draw_masks
-
             written.append(draw_masks(survey, Path(masks), on_progress=on_progress))
+        record = make_record(survey)
         if html is not None:
-            from anima_fast.reports.dataset.page import write_page
-
             most = HTML_IMAGES if html_images is None else html_images
-            written.append(f"wrote {write_page(survey, Path(html), most_images=most)}")
+            page = write_page(record, survey.thumbnails(), Path(html), most_images=most)
+            written.append(f"wrote {page}")
     if json:
-        print(json_text.dumps(records(survey), indent=1, ensure_ascii=False))
+        print(json_text.dumps(record, indent=1, ensure_ascii=False))
     else:
         console = Console(highlight=False)
-        show_survey(survey, console)
+        show_record(record, console)
         for line in written:
             console.print(line, soft_wrap=True)
-    return not survey.problems
+    return not record["problems"]
 
 
 def _check_targets(html: str | None, masks: str | None) -> None:
-    """Refuse places that cannot be what they are named for, before minutes of reading."""
+    """Refuse targets that cannot be written, before minutes of reading."""
     if html is not None and Path(html).is_dir():
         raise UserError(f"--html {html} is a folder: give the name of a file, such as data.html")
     if html is not None and Path(html).suffix.lower() not in (".html", ".htm"):
@@ -99,7 +100,7 @@ def _progress() -> Iterator[OnProgress]:
         console=Console(stderr=True),
         transient=True,
     )
-    tasks: dict[str, int] = {}
+    tasks: dict[str, TaskID] = {}
 
     def show(what: str, done: int, total: int) -> None:
         if what not in tasks:

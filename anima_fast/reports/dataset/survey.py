@@ -1,39 +1,44 @@
-"""Everything that is known about a dataset before it is trained, gathered in one object."""
+"""Looking at a dataset before it is trained: the plan, the captions and the pixels.
+
+The plan is that of `data/plan.py`, which training uses too. No model is loaded.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anima_fast.data.problems import Problem
-
-if TYPE_CHECKING:
-    from anima_fast.data.items import ImageItem
-    from anima_fast.reports.dataset.survey import OnProgress, Survey
-
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import field, replace
-from typing import TYPE_CHECKING
-
+from anima_fast.data.cache_folders import printable
+from anima_fast.data.caption_tokens import CaptionTokens, count_tokens, renderings
 from anima_fast.data.findings import plan_problems
 from anima_fast.data.items import DatasetPlan, ImageItem
+from anima_fast.data.length import Length, run_length
 from anima_fast.data.plan import build_plan
-from anima_fast.data.problems import KINDS
+from anima_fast.data.problems import Problem
 from anima_fast.data.tags import count_tags, spelling_variants
+from anima_fast.models.tokenizer_files import QWEN3, T5, TokenizerMissing, explicit_files
+from anima_fast.models.tokenizers import Tokenizers, load_tokenizers
 from anima_fast.reports.dataset.duplicates import find_duplicates
 from anima_fast.reports.dataset.folders import folder_problems, mask_problems
 from anima_fast.reports.dataset.pixels import Look, look_at
 
 if TYPE_CHECKING:
-    from anima_fast.data.caption_tokens import CaptionTokens
-    from anima_fast.data.length import Length
-    from anima_fast.models.tokenizers import Tokenizers
     from anima_fast.options.run import TrainOptions
 
 # Called with what is being done, the number done and the number of all.
 OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class DrawnMask:
+    """One mask: its image, where it comes from, and the mean of its cells."""
+
+    image: Path
+    source: str
+    area: float
 
 
 @dataclass
@@ -62,30 +67,10 @@ class Survey:
     lost_text: dict[str, str] = field(default_factory=dict)
     masks: list[DrawnMask] = field(default_factory=list)
 
-    @property
-    def notices(self) -> list[str]:
-        """What the plan says beside the problems of single files."""
-        return self.plan.notices
-
-    @property
-    def stops(self) -> list[Problem]:
-        """Problems with which training refuses to start."""
-        return [problem for problem in self.problems if problem.stops]
-
-    def by_kind(self) -> dict[str, list[Problem]]:
-        """Problems by kind, those that stop training first, in the order of `KINDS`."""
-        groups: dict[str, list[Problem]] = {}
-        order = sorted(KINDS, key=lambda kind: not KINDS[kind].stops)
-        for kind in order:
-            if mine := [problem for problem in self.problems if problem.kind == kind]:
-                groups[kind] = mine
-        return groups
-
-    def uses(self) -> dict[int, str]:
-        """What each item (by `id`) is for: training, regularisation, validation or unused."""
-        kinds = {id(i): "regularisation" if i.is_reg else "training" for i in self.plan.items}
-        kinds |= {id(item): "validation" for item in self.plan.validation_items}
-        return kinds | {id(item): "unused" for item in self.plan.unused}
+    def thumbnails(self) -> dict[str, bytes]:
+        """The thumbnail of each image that could be read, by its name in the record."""
+        pictures = {path: look.thumbnail for path, look in self.looks.items()}
+        return {printable(str(path)): data for path, data in pictures.items() if data is not None}
 
 
 def survey_dataset(
@@ -102,14 +87,12 @@ def survey_dataset(
         options: those of a training run; no model file is opened but the tokenizers.
         decode: look at the pixels too: damage, duplicates, transparency.
         thumbnails: keep a small picture of each image.
-        masked: count mask folders also where `masked_loss` is off.
+        masked: read mask folders even if `masked_loss` is off.
         on_progress: see `OnProgress`.
     Raises:
         UserError: a broken configuration, or a folder that is missing or holds no image. Single
             files that are wrong become problems instead.
     """
-    from anima_fast.data.length import run_length
-
     problems: list[Problem] = []
     unmasked = masked and not options.masked_loss
     plan = build_plan(replace(options, masked_loss=True) if unmasked else options, problems)
@@ -142,14 +125,18 @@ def _title(options: TrainOptions) -> str:
 
 
 def _count_tokens(survey: Survey, options: TrainOptions) -> None:
-    from anima_fast.data.caption_tokens import count_tokens, renderings
-
     texts = renderings(survey.items, options)
     survey.texts = [rendered[0] for rendered in texts]
     tokenizers, survey.token_note = _tokenizers(options)
     if tokenizers is None:
         return
-    survey.tokens = tokens = count_tokens(survey.items, texts, tokenizers, options)
+    survey.tokens = tokens = count_tokens(
+        survey.items,
+        texts,
+        tokenizers,
+        options.token_limits,
+        whole=options.long_captions == "whole",
+    )
     survey.texts = [max(t, key=lambda text: tokens.lengths[text].longest) for t in texts]
     long = {str(caption.file) for caption in tokens.long}
     for item, text in zip(survey.items, survey.texts, strict=True):
@@ -159,17 +146,14 @@ def _count_tokens(survey: Survey, options: TrainOptions) -> None:
 
 
 def _tokenizers(options: TrainOptions) -> tuple[Tokenizers | None, str]:
-    """The tokenizers where they are at hand, else a sentence that says how to get counts."""
-    from anima_fast.models.tokenizer_files import QWEN3, T5, TokenizerMissing, explicit_files
-    from anima_fast.models.tokenizers import load_tokenizers
-
-    # A wrong path is an error also where the other tokenizer is nowhere.
+    """The tokenizers if they are available, else a sentence that says how to get counts."""
+    # A wrong path is an error even when the other tokenizer is missing.
     named = ((QWEN3, options.qwen3_tokenizer_path), (T5, options.t5_tokenizer_path))
     for source, path in named:
         if path:
             explicit_files(source, Path(path))
     if options.qwen3 and not Path(options.qwen3).exists():
-        # The data can be looked at before the model files are there.
+        # The data can be checked before the model files are there.
         return None, f"not counted: --qwen3 {options.qwen3} does not exist"
     try:
         return load_tokenizers(
@@ -226,13 +210,3 @@ def _of_look(path: Path, look: Look, is_masked: bool) -> list[Problem]:
     if look.animated:
         found.append(Problem("animated", file))
     return found
-
-
-@dataclass(frozen=True)
-class DrawnMask:
-    """One mask: the image, where the mask comes from, the mean of its cells, the picture drawn."""
-
-    image: Path
-    source: str
-    area: float
-    picture: Path

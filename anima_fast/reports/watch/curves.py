@@ -1,8 +1,8 @@
 """Curves of any length in a bounded number of points.
 
 A table holds one row for every `stride` records. When it is full, neighbouring rows are joined and
-the stride doubles, so a log of a million steps takes the memory and the time to send of two
-thousand. A row keeps the mean, the lowest and the highest value of each column: spikes stay.
+the stride doubles, so a log of a million steps takes as much memory, and as long to send, as one
+of two thousand. A row keeps the mean, the lowest and the highest value of each column: spikes stay.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# Between half of them and all of them are there once the log is longer.
+# A longer log fills between half of them and all of them.
 MOST_ROWS = 2000
 # Further columns (groups with rates of their own) are not kept.
 MOST_COLUMNS = 64
@@ -81,12 +81,12 @@ class CurveTable:
         return len(self.steps)
 
     def add(self, step: float, values: Mapping[str, float | None], epoch: float | None) -> bool:
-        """Add a record; one whose step does not come after the last one is left out.
+        """Add a record; one whose step is not after the last one is left out.
 
         Args:
             step: the x value.
             values: a finite number, or None where nothing is known, for each column.
-            epoch: shown beside the step.
+            epoch: shown with the step.
 
         Returns:
             Whether it was added.

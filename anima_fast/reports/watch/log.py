@@ -1,19 +1,25 @@
-"""What `log.jsonl` says, read as it grows."""
+"""What `log.jsonl` and `console.log` say, read as they grow."""
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from anima_fast.reports.reading import (
+    Tail,
+    changed_at,
+    log_record,
+    moment,
+    number,
+    open_shared,
+)
 from anima_fast.reports.watch.curves import CurveTable
-from anima_fast.reports.watch.reading import number
-from anima_fast.reports.watch.tail import Tail
 
-# Of one call: parsing that much takes well below a second.
+# Of one call: parsing this much takes well under a second.
 BYTES_AT_ONCE = 8 << 20
 MOST_EVENTS = 500
 MOST_EPOCH_MARKS = 2000
@@ -23,6 +29,9 @@ MOST_BINS = 100
 _RECENT = 50
 _SCALARS = ("loss", "loss_avg", "grad_norm", "step_s", "images_per_s", "memory_mib")
 _GROUPS = ("lr", "d_lr", "max_norm")
+# Of a console log: read at once, and kept.
+CONSOLE_BYTES = 256 << 10
+CONSOLE_LINES = 1000
 
 
 class LogView:
@@ -33,7 +42,7 @@ class LogView:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything, as the log began anew."""
+        """Forget everything: the log started over."""
         self.steps = CurveTable()
         self.validation = CurveTable()
         self.events: deque[dict] = deque(maxlen=MOST_EVENTS)
@@ -43,13 +52,13 @@ class LogView:
         self.sigma_bins: list[dict] = []
         self.last: dict[str, Any] = {}
         self.not_finite = 0
-        # Counts the records that are no steps.
+        # Counts the records that are not steps.
         self.marks = 0
         self._seconds: deque[float] = deque(maxlen=_RECENT)
         self._generation = self.tail.generation
 
     def refresh(self) -> None:
-        """Read what was added, at most `BYTES_AT_ONCE`; `tail.behind` tells whether more waits."""
+        """Read what was added, at most `BYTES_AT_ONCE`; `tail.behind` says if there is more."""
         lines = self.tail.read(BYTES_AT_ONCE)
         if self.tail.generation != self._generation:
             self.clear()
@@ -58,7 +67,7 @@ class LogView:
 
     @property
     def key(self) -> str:
-        """Changes when the rows sent before no longer stand at their places."""
+        """Changes when the rows sent before are no longer at the same places."""
         return f"{self._generation}.{self.steps.stride}"
 
     @property
@@ -80,13 +89,10 @@ class LogView:
         }
 
     def _take(self, line: bytes) -> None:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+        record = log_record(line)
+        if record is None:
             return
-        step = number(record.get("step")) if isinstance(record, dict) else None
-        if step is None:
-            return
+        step = float(record["step"])
         step = int(step) if step.is_integer() else step
         kind = record.get("kind")
         if kind == "step":
@@ -150,3 +156,70 @@ class LogView:
         }
         at = {"step": step, "epoch": number(record.get("epoch"))}
         self.sigma_bins = [*self.sigma_bins[:1], {**at, **bins}]
+
+
+class ConsoleView:
+    """The newest lines of a console log, each of which begins with its time."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.tail = Tail(path)
+        self.lines: deque[str] = deque(maxlen=CONSOLE_LINES)
+        # Of all lines read, including those no longer kept.
+        self.count = 0
+        # The times on the first and the last line, in some time zone.
+        self._times: tuple[float, float] | None = None
+        self._generation = 0
+
+    @property
+    def key(self) -> str:
+        """Changes when the file starts over."""
+        return str(self._generation)
+
+    def refresh(self) -> None:
+        """Read what was added; of a long file only the end."""
+        lines = self.tail.read(CONSOLE_BYTES, start_at_end=True)
+        if self.tail.generation != self._generation:
+            self._generation = self.tail.generation
+            self.lines.clear()
+            self.count, self._times = 0, None
+        self.lines.extend(line.decode("utf-8", "replace") for line in lines)
+        self.count += len(lines)
+        times = (moment(line[:19].decode("ascii", "replace")) for line in reversed(lines))
+        last = next((time for time in times if time is not None), None)
+        if last is not None:
+            first = self._times[0] if self._times else _first_moment(self.tail.path)
+            self._times = (last if first is None else first, last)
+
+    def began(self) -> float | None:
+        """When the first line was written, in seconds since 1970.
+
+        The file says when the last line was written, the lines only how much earlier the first
+        one was: they may come from a container or a machine in another time zone.
+        """
+        written = changed_at(self.tail.path)
+        if written is None or self._times is None:
+            return None
+        first, last = self._times
+        return written - max(0.0, last - first)
+
+    def last_words(self) -> str | None:
+        """The last line without its time."""
+        if not self.lines:
+            return None
+        line = self.lines[-1]
+        return line if moment(line[:19]) is None else line[20:]
+
+    def answer(self, seen: int) -> dict[str, Any]:
+        """The lines after the first `seen`; `first` is the number of the first one sent."""
+        fresh = min(len(self.lines), max(0, self.count - seen))
+        lines = list(self.lines)[len(self.lines) - fresh :]
+        return {"first": self.count - fresh, "lines": lines}
+
+
+def _first_moment(path: Path) -> float | None:
+    """The time at the beginning of a console log, in seconds since 1970."""
+    try:
+        with open_shared(path) as file:
+            return moment(file.read(19).decode("ascii"))
+    except (OSError, ValueError):
+        return None

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anima_fast.reports.watch.reading import open_shared, read_whole
+from anima_fast.reports.reading import open_shared, picture_prompt, read_whole
 
 FOLDER = "sample"
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
-# The newest ones; more would be a heavy page.
+# The newest ones; more would make the page heavy.
 MOST_PICTURES = 1000
 MOST_PICTURE_BYTES = 256 << 20
 MOST_PROMPT = 2000
@@ -25,7 +25,7 @@ _NAME = re.compile(
 
 
 @dataclass(frozen=True)
-class Picture:
+class PictureFile:
     """A file of the folder: name, seconds since 1970, and what changes with its contents."""
 
     name: str
@@ -39,12 +39,12 @@ class Pictures:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out / FOLDER
-        self.found: list[Picture] = []
+        self.found: list[PictureFile] = []
         self.total = 0
-        self._headers: dict[Picture, dict | None] = {}
+        self._headers: dict[PictureFile, dict | None] = {}
 
     def refresh(self) -> None:
-        """List the folder anew; `found` is the newest pictures, oldest first."""
+        """List the folder again; `found` is the newest pictures, oldest first."""
         entries = sorted(self._list(), key=lambda one: (one.time, one.name))
         self.total = len(entries)
         self.found = entries[-MOST_PICTURES:]
@@ -52,10 +52,10 @@ class Pictures:
 
     @property
     def version(self) -> str:
-        """Changes when a picture comes, goes or is written anew."""
+        """Changes when a picture is added, removed or rewritten."""
         return f"{len(self.found)}.{hash(tuple(self.found)) & 0xFFFFFFFF:x}"
 
-    def answer(self, place: Callable[[Picture, dict], dict]) -> dict[str, Any]:
+    def answer(self, place: Callable[[PictureFile, dict], dict]) -> dict[str, Any]:
         """All pictures that can be read, as JSON holds them.
 
         Args:
@@ -93,7 +93,7 @@ class Pictures:
         path = (self.folder / name).resolve(strict=True)
         return path if path.is_relative_to(self.out.resolve()) else None
 
-    def _list(self) -> list[Picture]:
+    def _list(self) -> list[PictureFile]:
         found = []
         try:
             if self._inside("") is None:
@@ -108,7 +108,7 @@ class Pictures:
                 ):
                     stat = entry.stat()
                     stamp = (stat.st_mtime_ns, stat.st_size)
-                    found.append(Picture(entry.name, stat.st_mtime, stamp))
+                    found.append(PictureFile(entry.name, stat.st_mtime, stamp))
             except OSError:
                 continue
         return found
@@ -126,7 +126,7 @@ def is_picture(name: str) -> bool:
 
 
 def name_facts(name: str) -> dict[str, Any]:
-    """`label`, `index`, `seed`, and `epoch` or `step`, as the name of a preview tells them.
+    """`label`, `index`, `seed`, and `epoch` or `step`, from the name of a preview.
 
     A picture with another name has none of them.
     """
@@ -149,16 +149,8 @@ def read_header(path: Path) -> dict[str, Any] | None:
     try:
         with open_shared(path) as file, Image.open(file) as image:
             width, height = image.size
-            prompt = image.info.get("parameters")
+            prompt = picture_prompt(image.info.get("parameters"))[:MOST_PROMPT]
     # Pillow raises many kinds for damaged files, SyntaxError among them.
     except Exception:
         return None
-    return {"width": width, "height": height, "prompt": _prompt(prompt)}
-
-
-def _prompt(parameters: Any) -> str | None:
-    """The prompt in the text that A1111's viewers read: what stands before the settings."""
-    if not isinstance(parameters, str):
-        return None
-    prompt = re.split(r"\n(?:Negative prompt|Steps):", "\n" + parameters, maxsplit=1)[0]
-    return prompt.strip()[:MOST_PROMPT] or None
+    return {"width": width, "height": height, "prompt": prompt or None}

@@ -1,4 +1,4 @@
-"""One run as the page shows it: every file of the output folder, and what follows from them."""
+"""One run as the page shows it: every file of the output folder, and the state they show."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ import os
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from anima_fast import __version__
-from anima_fast.reports.watch.log import LogView
-from anima_fast.reports.watch.pictures import Picture, Pictures
-from anima_fast.reports.watch.reading import JsonFile, changed_at, moment, number, open_shared
-from anima_fast.reports.watch.state import ENDED, describe_state
-from anima_fast.reports.watch.tail import Tail
+from anima_fast.reports.reading import JsonFile, changed_at, moment, number
+from anima_fast.reports.watch.log import ConsoleView, LogView
+from anima_fast.reports.watch.pictures import PictureFile, Pictures
 
-CONSOLE_BYTES = 256 << 10
-CONSOLE_LINES = 1000
-# File systems and the console log round times.
+# File systems and the console log round their times.
 _CLOCK_S = 2.0
-# What a run still says after it wrote how it ended comes within this time.
+# After a run writes how it ended, its last words come within this time.
 _AFTERWORD_S = 30.0
+# A run without any news for this long is called stalled. Loading and caching say little.
+QUIET_S, QUIET_BEFORE_STEPS_S = 300.0, 900.0
+# Slow steps get this many times their own length.
+_QUIET_STEPS = 10
+ENDED = {
+    "finished": "The run is complete.",
+    "interrupted": "The run was stopped and saved; the same command with --resume auto goes on.",
+    "failed": "The run ended with an error",
+}
+# Last lines of a console log whose run ended while reading data and models: run.json says nothing.
+_ERROR, _STOPPED = "error: ", "interrupted"
 
 
 class WatchedRun:
@@ -37,25 +43,20 @@ class WatchedRun:
     def __init__(self, out: str | os.PathLike, clock: Any = time.time) -> None:
         self.out = Path(out).absolute()
         self.clock = clock
-        # Differs after a restart of the server, whose tokens begin anew.
+        # Differs after a restart of the server, which starts its tokens over.
         self.session = secrets.token_hex(4)
         self.log = LogView(self.out / "log.jsonl")
         self.run_file = JsonFile(self.out / "run.json")
         self.dataset_file = JsonFile(self.out / "dataset.json")
         self.pictures = Pictures(self.out)
-        self.console = Tail(self.out / "console.log")
-        self.console_lines: deque[str] = deque(maxlen=CONSOLE_LINES)
-        self.console_count = 0
-        # The times on the first and the last line of the console log, in some time zone.
-        self._console_times: tuple[float, float] | None = None
-        self._console_generation = 0
+        self.console = ConsoleView(self.out / "console.log")
         self._lock = threading.Lock()
 
     def answer(self, known: Mapping[str, str]) -> dict[str, Any]:
         """Everything that changed, as JSON holds it.
 
         Args:
-            known: `tokens` of the answer before; with none of them the answer is whole.
+            known: `tokens` of the previous answer; without them the answer is complete.
         """
         with self._lock:
             self._refresh()
@@ -63,8 +64,8 @@ class WatchedRun:
             log, started = self.log, moment(run.get("started_at"))
             is_new = self.next_run_prepares()
             if is_new:
-                # What is known of the run before says nothing about this one.
-                run, log, started = {}, LogView(self.log.tail.path), self.console_began()
+                # What is known about the previous run says nothing about this one.
+                run, log, started = {}, LogView(self.log.tail.path), self.console.began()
             same = known if known.get("session") == self.session else {}
             updated = self._updated_at(run)
             return {
@@ -78,7 +79,7 @@ class WatchedRun:
                     step=log.last.get("step"),
                     step_s=log.step_s,
                     quiet_s=None if updated is None else max(0.0, self.clock() - updated),
-                    says=self._last_words(),
+                    says=self.console.last_words(),
                     goes_on=self._goes_on(),
                 ),
                 "updated_at": updated,
@@ -92,43 +93,24 @@ class WatchedRun:
             }
 
     def next_run_prepares(self) -> bool:
-        """Whether `run.json` and the log are still those of the run before.
+        """Whether `run.json` and the log are still those of the previous run.
 
-        A run moves the console log of the one before aside when it begins, but writes `run.json`
+        A run moves the console log of the previous one aside when it begins, but writes `run.json`
         and its own log only when data and models are read.
         """
-        began = self.console_began()
+        began = self.console.began()
         started = moment((self.run_file.value or {}).get("started_at"))
         if began is None or (started is not None and began <= started + _CLOCK_S):
             return False
         logged = changed_at(self.log.tail.path)
         return logged is not None and logged < began - _CLOCK_S
 
-    def console_began(self) -> float | None:
-        """When the first line of the console log was written, in seconds since 1970.
-
-        The file tells when the last line was written, the lines only how long before that the
-        first one was: they may be of a container or a machine in another time zone.
-        """
-        written = changed_at(self.console.path)
-        if written is None or self._console_times is None:
-            return None
-        first, last = self._console_times
-        return written - max(0.0, last - first)
-
-    def _last_words(self) -> str | None:
-        """The last line of the console log without its time."""
-        if not self.console_lines:
-            return None
-        line = self.console_lines[-1]
-        return line if moment(line[:19]) is None else line[20:]
-
     def _goes_on(self) -> bool:
         """Whether the console says more since `run.json` was written: an ended run is resumed.
 
         Both times are the files': all files of a copied folder may be new.
         """
-        wrote, said = changed_at(self.run_file.path), changed_at(self.console.path)
+        wrote, said = changed_at(self.run_file.path), changed_at(self.console.tail.path)
         return wrote is not None and said is not None and said > wrote + _AFTERWORD_S
 
     def _refresh(self) -> None:
@@ -136,20 +118,7 @@ class WatchedRun:
         self.dataset_file.refresh()
         self.log.refresh()
         self.pictures.refresh()
-        lines = self.console.read(CONSOLE_BYTES, start_at_end=True)
-        if self.console.generation != self._console_generation:
-            self._console_generation = self.console.generation
-            self.console_lines.clear()
-            self.console_count = 0
-            self._console_times = None
-        self.console_lines.extend(line.decode("utf-8", "replace") for line in lines)
-        times = (moment(line[:19].decode("ascii", "replace")) for line in reversed(lines))
-        last = next((time for time in times if time is not None), None)
-        if last is not None:
-            known = self._console_times
-            first = known[0] if known else first_moment(self.console.path)
-            self._console_times = (last if first is None else first, last)
-        self.console_count += len(lines)
+        self.console.refresh()
 
     def _parts(
         self,
@@ -159,7 +128,7 @@ class WatchedRun:
         log_key: str,
         known: Mapping[str, str],
     ) -> dict[str, Any]:
-        """What is sent only when it changed, and the tokens that tell."""
+        """What is sent only when it changed, and the tokens that show that."""
         tokens = {
             "session": self.session,
             "log": log_key,
@@ -167,8 +136,8 @@ class WatchedRun:
             "row": str(max(0, len(log.steps) - 1)),
             "marks": f"{log_key}.{log.marks}",
             "pictures": f"{self.pictures.version}.{log_key}.{log.marks}.{self.run_file.version}",
-            "console": str(self._console_generation),
-            "line": str(self.console_count),
+            "console": self.console.key,
+            "line": str(self.console.count),
             "dataset": str(self.dataset_file.version),
         }
         first = _whole(known.get("row")) if known.get("log") == log_key else 0
@@ -176,7 +145,7 @@ class WatchedRun:
         parts: dict[str, Any] = {
             "tokens": tokens,
             "log": log.steps.answer(first),
-            "console": self._console_answer(_whole(known.get("line")) if follows else 0),
+            "console": self.console.answer(_whole(known.get("line")) if follows else 0),
         }
         if known.get("marks") != tokens["marks"]:
             parts["marks"] = log.marks_answer()
@@ -189,38 +158,23 @@ class WatchedRun:
             parts["dataset"] = self.dataset_file.value
         return parts
 
-    def _console_answer(self, seen: int) -> dict[str, Any]:
-        """The lines after the first `seen`; `first` is the number of the first one sent."""
-        fresh = min(len(self.console_lines), max(0, self.console_count - seen))
-        lines = list(self.console_lines)[len(self.console_lines) - fresh :]
-        return {"first": self.console_count - fresh, "lines": lines}
-
     def _updated_at(self, run: Mapping[str, Any]) -> float | None:
         """When the run ended, or last wrote something, in seconds since 1970."""
         ended = moment(run.get("updated_at")) if str(run.get("state")) in ENDED else None
         if ended is not None and not self._goes_on():
             return ended
-        files = (self.run_file.path, self.console.path, self.log.tail.path)
+        files = (self.run_file.path, self.console.tail.path, self.log.tail.path)
         times = [moment(run.get("updated_at")), *map(changed_at, files)]
         times += [one.time for one in self.pictures.found[-1:]]
         return max((t for t in times if t is not None), default=None)
 
 
-def first_moment(path: Path) -> float | None:
-    """The time at the beginning of a console log, in seconds since 1970."""
-    try:
-        with open_shared(path) as file:
-            return moment(file.read(19).decode("ascii"))
-    except (OSError, ValueError):
-        return None
-
-
 def _place(
-    one: Picture, facts: Mapping[str, Any], log: LogView, since: float | None
+    one: PictureFile, facts: Mapping[str, Any], log: LogView, since: float | None
 ) -> dict[str, Any]:
-    """When a picture was made: the log's word, else what its name and time tell.
+    """When a picture was made: from the log, else from its name and time.
 
-    `earlier` ones were there before the run began at `since`.
+    `earlier` pictures are older than the run, which began at `since`.
     """
     step, epoch = log.previews.get(one.name, (facts.get("step"), facts.get("epoch")))
     if step is None and epoch is not None:
@@ -232,3 +186,57 @@ def _place(
 def _whole(text: str | None) -> int:
     """A row or line number from a URL; 0 for anything else."""
     return int(text) if text and text.isascii() and text.isdigit() and len(text) < 16 else 0
+
+
+def describe_state(
+    run: Mapping[str, Any],
+    *,
+    step: float | None,
+    step_s: float | None,
+    quiet_s: float | None,
+    says: str | None = None,
+    goes_on: bool = False,
+) -> dict[str, str]:
+    """`name` (for the badge) and `text` (a sentence) of a run.
+
+    Args:
+        run: `run.json`, empty when there is none.
+        step: the last step in the log.
+        step_s: seconds per step.
+        quiet_s: seconds since the run last wrote anything.
+        says: the last line of the console log; None when there is none.
+        goes_on: whether an ended run writes again.
+    """
+    said = str(run.get("state"))
+    if said in ENDED and goes_on:
+        step = None
+    elif said == "failed":
+        return _failed(run.get("error"))
+    elif said in ENDED:
+        return {"name": said, "text": ENDED[said]}
+    if says is not None and says.startswith(_ERROR):
+        return _failed(says.removeprefix(_ERROR))
+    if says == _STOPPED:
+        return {"name": "interrupted", "text": "The run was stopped before it made a step."}
+    if not run and step is None and says is None:
+        return {"name": "waiting", "text": "No run has written here yet."}
+    limit = QUIET_S if step is not None else QUIET_BEFORE_STEPS_S
+    if quiet_s is not None and quiet_s > max(limit, _QUIET_STEPS * (step_s or 0.0)):
+        return _stalled(quiet_s, has_run_file=bool(run))
+    if step is None:
+        return {"name": "preparing", "text": "Reading data and models; no step was made yet."}
+    return {"name": "running", "text": "Training."}
+
+
+def _failed(error: object) -> dict[str, str]:
+    reason = f": {error}" if error else "."
+    return {"name": "failed", "text": f"{ENDED['failed']}{reason}"}
+
+
+def _stalled(quiet_s: float, has_run_file: bool) -> dict[str, str]:
+    minutes = int(quiet_s // 60)
+    since = f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"
+    if has_run_file:
+        text = f"No update for {since}: it hangs, or was killed. Its console may say more."
+        return {"name": "stalled", "text": text}
+    return {"name": "ended", "text": f"No update for {since}, and no run.json that says why."}

@@ -1,8 +1,8 @@
-"""The web server of the page: this machine only, reading only.
+"""`anima-fast watch` and the web server of its page: this machine only, reading only.
 
 It listens on 127.0.0.1 and answers only requests that name this machine as their host, so that a
-web page elsewhere cannot reach it through a name of its own that it makes point here (DNS
-rebinding). It gives out the files of the page, one JSON answer, and the pictures in `OUT/sample`.
+web page elsewhere cannot reach it through a name of its own that points here (DNS
+rebinding). It serves the files of the page, one JSON answer, and the pictures in `OUT/sample`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import os
 import re
 import socketserver
 import sys
+import threading
+import webbrowser
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -25,7 +28,7 @@ from anima_fast.errors import UserError
 from anima_fast.reports.watch.run import WatchedRun
 
 ADDRESS = "127.0.0.1"
-# Known from other local tools; where one of them runs, the next free port is taken.
+# As other local tools use it; if one of them is running, the next free port is taken.
 DEFAULT_PORT = 7860
 PORTS_TRIED = 20
 _OWN_HOST = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?")
@@ -46,7 +49,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-# A connection that stays without a word is closed.
+# An idle connection is closed.
 _IDLE_S = 60
 
 
@@ -171,7 +174,7 @@ class WatchServer(ThreadingHTTPServer):
         self.server_name, self.server_port = ADDRESS, self.port
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that leaves in the middle of an answer is no error."""
+        """A browser that leaves in the middle of an answer is not an error."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
@@ -199,3 +202,53 @@ def open_server(run: WatchedRun, port: int | None = None) -> WatchServer:
         f"port {port} is in use ({last.strerror}): choose another --port, or --port 0 for any "
         "free one"
     )
+
+
+def watch(
+    out: Path, *, port: int | None, open_browser: bool, say: Callable[[str], None] = print
+) -> None:
+    """Serve the page of a run until Ctrl-C.
+
+    Args:
+        out: the run's output folder; it may be created later.
+        port: None for the default one or the next that is free, 0 for any.
+        open_browser: show the page in the system's browser.
+        say: takes each line for the console.
+
+    Raises:
+        UserError: `out` is a file, or the port cannot be had.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give the output folder of the run ({out.parent})")
+    with open_server(WatchedRun(out), port) as server:
+        for line in greeting(out, port, server):
+            say(line)
+        if open_browser:
+            # A browser in the terminal returns only when it is closed.
+            threading.Thread(target=show, args=(server.url, say), daemon=True).start()
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return
+
+
+def show(url: str, say: Callable[[str], None]) -> None:
+    """Open the page in the system's browser, or say that there is none."""
+    if not webbrowser.open(url):
+        say("no browser could be opened: open the address yourself")
+
+
+def greeting(out: Path, port: int | None, server: WatchServer) -> list[str]:
+    """The lines printed at the start."""
+    lines = [f"watching {out}: {server.url} (Ctrl-C ends it, the run goes on)"]
+    if not out.is_dir():
+        lines.append(f"{out} does not exist yet: the page waits for a run")
+    elif not (out / "console.log").exists() and (below := list(out.glob("*/log.jsonl"))):
+        newest = max(below, key=lambda path: path.stat().st_mtime).parent
+        lines.append(f"{out} holds no run yet, but {newest} does")
+    if port is None and server.port != DEFAULT_PORT:
+        lines.append(f"port {DEFAULT_PORT} is in use, {server.port} is not")
+    if os.environ.get("SSH_CONNECTION"):
+        tunnel = f"ssh -L {server.port}:127.0.0.1:{server.port} HOST"
+        lines.append(f"from your own machine: {tunnel}, then open the same address there")
+    return lines

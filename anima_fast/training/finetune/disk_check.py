@@ -17,14 +17,14 @@ import torch
 from anima_fast.errors import UserError
 from anima_fast.memory.finetune import model_sizes
 from anima_fast.memory.plan import GIB
+from anima_fast.training.checks import given
 from anima_fast.training.finetune.full_network import ADAPTER
 from anima_fast.training.finetune.start import base_tensors, training_dtype
+from anima_fast.training.kind import SAVE_DTYPES
 from anima_fast.training.optimizers.probe import state_bytes
 
 if TYPE_CHECKING:
     from anima_fast.options.run import FinetuneOptions
-
-SAVED_BYTES = {"float": 4, "fp16": 2, "bf16": 2}
 
 
 def check_disk(
@@ -35,8 +35,8 @@ def check_disk(
     Raises:
         UserError: too little room, or an output file that is the base model itself.
     """
-    target = Path(options.output_dir) / f"{options.output_stem}.safetensors"
-    if target.exists() and target.samefile(options.pretrained_model_name_or_path):
+    target = Path(given(options.output_dir)) / f"{options.output_stem}.safetensors"
+    if target.exists() and target.samefile(given(options.pretrained_model_name_or_path)):
         raise UserError(
             f"{target} is the base model itself: give another --output_name or --output_dir"
         )
@@ -59,19 +59,21 @@ def check_disk(
 
 def model_bytes(options: FinetuneOptions) -> int:
     """Of the saved file."""
-    base, bundled = base_tensors(options.pretrained_model_name_or_path, options.llm_adapter_path)
+    base, bundled = base_tensors(
+        given(options.pretrained_model_name_or_path), options.llm_adapter_path
+    )
     saves_adapter = bundled or options.trains_llm_adapter
     numbers = sum(
         math.prod(shape)
         for name, shape in base.shapes.items()
         if saves_adapter or not name.startswith(ADAPTER)
     )
-    return numbers * SAVED_BYTES.get(options.save_precision, training_dtype(options).itemsize)
+    return numbers * (SAVE_DTYPES[options.save_precision] or training_dtype(options)).itemsize
 
 
 def resume_bytes(options: FinetuneOptions, device: torch.device) -> int:
     """Of a resume state: the trained weights as they are kept, and the optimizer's state."""
-    base, _ = base_tensors(options.pretrained_model_name_or_path, options.llm_adapter_path)
+    base, _ = base_tensors(given(options.pretrained_model_name_or_path), options.llm_adapter_path)
     trained = model_sizes(options, base.shapes, adapter_stays=options.trains_llm_adapter).trained
     wide = options.mixed_precision == "no" or options.weight_update == "fp32"
     return int(trained * ((4 if wide else 2) + state_bytes(options, device)))

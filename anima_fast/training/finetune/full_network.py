@@ -1,8 +1,4 @@
-"""Full fine-tuning behind the interface that the loop uses (training/network.py).
-
-Nothing is attached to the model: its own weights are trained, those of a part with rate 0 stay
-frozen.
-"""
+"""The network of full fine-tuning: the model's own weights; a part with rate 0 stays frozen."""
 
 from __future__ import annotations
 
@@ -35,14 +31,12 @@ class FullNetwork:
     Attributes:
         weights: in the order of the groups.
         rates: the learning rate of each part by name.
-        multiplier: of LoRA networks; has no effect.
-        frozen: the published names and lazy tensors of what is saved and not trained.
-        dtype: of saved files, when none is asked for.
+        multiplier: for LoRA networks; ignored here.
+        frozen: tensors that are saved but not trained, lazily read, by published name.
+        dtype: of saved files, unless another is asked for.
     """
 
-    # What messages about a resume state that does not fit advise.
-    start_from_weights = "start anew with --pretrained_model_name_or_path and a saved model"
-    same_network = "the learning rates of that run (0 freezes), --full_bf16 and --weight_update"
+    _updates: WeightUpdates
 
     def __init__(
         self,
@@ -55,7 +49,6 @@ class FullNetwork:
         self.weights, self.rates, self.frozen, self.order = weights, dict(rates), frozen, order
         self.dtype = dtype
         self.multiplier = 1.0
-        self._updates: WeightUpdates | None = None
         self._by_place = {
             tuple(weight.name.split(".", 2)[1:]): weight
             for weight in weights
@@ -63,19 +56,19 @@ class FullNetwork:
         }
 
     def attach(self, updates: WeightUpdates) -> None:
-        """Tell the network its optimizer, which has the gradients."""
+        """Set the optimizer, which holds the gradients."""
         self._updates = updates
 
     def train(self) -> FullNetwork:
-        """Nothing: the model has no layer that acts differently in training."""
+        """Do nothing: no layer of the model acts differently in training."""
         return self
 
     def eval(self) -> FullNetwork:
-        """Nothing, as `train`."""
+        """Do nothing, like `train`."""
         return self
 
     def at_noise(self, sigma: Tensor) -> None:
-        """Nothing: rank masks are of LoRA networks."""
+        """Do nothing: only LoRA networks have rank masks."""
 
     def param_groups(self, flat: bool = False) -> list[dict]:
         """Groups for an optimizer: {"params", "lr", "name"}; always the tensors themselves."""
@@ -99,7 +92,7 @@ class FullNetwork:
             self._updates.gradients.take(self._by_place[str(index), name], grad)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The trained weights as they are, by published name with `net.`; no copies."""
+        """The trained weights by published name with `net.`; not copied."""
         wait_for_copies()
         return {PREFIX + weight.name: weight.truth for weight in self.weights}
 
@@ -125,18 +118,14 @@ class FullNetwork:
         trained = {weight.name: weight for weight in self.weights}
         tensors = {}
         for name in self.order:
-            if name in trained:
-                source = trained[name].truth
-                read = partial(_finite, path, name, lambda source=source: source, dtype)
-            else:
-                source = self.frozen[name]
-                read = partial(_finite, path, name, source.read, dtype)
+            source = trained[name].truth if name in trained else self.frozen[name]
+            read = partial(_finite, path, name, source, dtype)
             tensors[PREFIX + name] = LazyTensor(tuple(source.shape), dtype, read)
         save_safetensors(tensors, path, metadata)
 
     @torch.no_grad()
     def load(self, path: str | os.PathLike) -> list[str]:
-        """Take the trained weights from a file, with or without prefix.
+        """Load the trained weights from a file, with or without prefix.
 
         Returns:
             Names in the file that are not trained here.
@@ -158,15 +147,15 @@ class FullNetwork:
 
 
 def wait_for_copies() -> None:
-    """Swapped weights are in host memory when this returns."""
+    """Wait until swapped weights have arrived in host memory."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def _finite(
-    path: str | os.PathLike, name: str, read: Callable[[], Tensor], dtype: torch.dtype
+    path: str | os.PathLike, name: str, source: Tensor | LazyTensor, dtype: torch.dtype
 ) -> Tensor:
-    tensor = read().to(dtype)
+    tensor = (source.read() if isinstance(source, LazyTensor) else source).to(dtype)
     if not torch.isfinite(tensor).all():
         raise UserError(
             f"{path} is not written: {name} holds numbers that are not finite in "
@@ -176,23 +165,25 @@ def _finite(
 
 
 def published_tensors(checkpoint: Checkpoint) -> Checkpoint:
-    """DiT and adapter tensors of a file under their published names without `net.`.
-
-    A file of trained weights only (a resume state) is taken by its own prefix.
-    """
+    """DiT and adapter tensors of a file under their published names without `net.`."""
     keys = checkpoint.keys()
+    # A resume state may hold too few tensors for the kind of model to be recognised.
     if all(key.startswith(PREFIX) for key in keys):
         return checkpoint.renamed({key.removeprefix(PREFIX): key for key in keys})
-    dit, adapter = dit_tensors(checkpoint), adapter_tensors(checkpoint)
-    shapes = dict(dit.shapes)
-    if adapter is not None:
-        shapes |= {ADAPTER + name: shape for name, shape in adapter.shapes.items()}
+    return joined(dit_tensors(checkpoint), adapter_tensors(checkpoint))
+
+
+def joined(dit: Checkpoint, adapter: Checkpoint | None) -> Checkpoint:
+    """The tensors of a DiT and, under `llm_adapter.`, those of an adapter."""
+    if adapter is None:
+        return dit
+    shapes = {ADAPTER + name: shape for name, shape in adapter.shapes.items()}
 
     def get(name: str) -> Tensor:
         own = name.startswith(ADAPTER)
         return adapter.get(name.removeprefix(ADAPTER)) if own else dit.get(name)
 
-    return Checkpoint(shapes, get, path=checkpoint.path)
+    return Checkpoint(dit.shapes | shapes, get, path=dit.path)
 
 
 def train_everything(
@@ -204,18 +195,18 @@ def train_everything(
     saves_adapter: bool,
     dtype: torch.dtype = torch.float32,
 ) -> FullNetwork:
-    """Make the weights of all parts with a rate trainable.
+    """Make the weights of every part with a learning rate trainable.
 
     Args:
         dit: from `load_dit`.
-        adapter: from `load_llm_adapter`, when it is trained.
-        rates: of each part, `base` among them; 0 leaves it frozen.
-        base: the published tensors that `dit` came from; frozen ones are saved from it.
-        saves_adapter: whether the saved file holds the adapter (it was in the base, or is trained).
-        dtype: of saved files, when none is asked for.
+        adapter: from `load_llm_adapter`, if it is trained.
+        rates: of each part, including `base`; 0 freezes it.
+        base: the published tensors that `dit` was loaded from; frozen ones are saved from it.
+        saves_adapter: whether the saved file holds the adapter (the base had it, or it is trained).
+        dtype: of saved files, unless another is asked for.
 
     Raises:
-        UserError: nothing is left to train.
+        UserError: every part is frozen.
     """
     named: dict[str, nn.Parameter] = dict(dit.named_parameters())
     order = list(named)
@@ -250,16 +241,16 @@ def keep_masters(network: FullNetwork, source_of: Callable[[str], Tensor]) -> No
     """Keep a float32 master of every 16-bit weight.
 
     Args:
-        network: whose swapped weights are in host memory already.
-        source_of: gives the loaded tensor of a name, which may be more exact than the weight.
+        network: its swapped weights are already in host memory.
+        source_of: returns the tensor of the model file, which may be more exact than the weight.
     """
     for weight in network.weights:
         if weight.param.dtype != torch.float32:
             weight.keep_master(source_of(weight.name))
 
 
-def describe(network: FullNetwork) -> str:
-    """How many numbers are trained, by part."""
+def trained_counts(network: FullNetwork) -> str:
+    """How many parameters are trained, by part."""
     counts: dict[str, int] = {}
     for weight in network.weights:
         counts[weight.part] = counts.get(weight.part, 0) + weight.param.numel()

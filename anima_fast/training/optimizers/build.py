@@ -1,42 +1,46 @@
 """Optimizers by the names that sd-scripts knows, any class of `torch.optim`, or a dotted path.
 
 Elementwise optimizers get the network's flat buffer, one parameter per learning-rate group, so that
-a step is one launch per group however many LoRA modules there are. Optimizers that look at a
-matrix's shape (AdaFactor, CAME, Muon, any unknown class) get the matrices themselves, which are
-views of the same buffer.
+a step is one launch per group however many LoRA modules there are. Optimizers for which a matrix's
+shape matters (AdaFactor, CAME, Muon, any unknown class) get the matrices, views of that buffer.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from anima_fast.errors import UserError
-from anima_fast.training.optimizers.names import (
+from anima_fast.errors import UserError, reason
+from anima_fast.options.words import parse_arguments
+from anima_fast.training.optimizers.recipes import (
     Recipe,
     find_optimizer,
     import_class,
-    one_line,
 )
 
 if TYPE_CHECKING:
-    from anima_fast.adapters.network import LoRANetwork
-    from anima_fast.options.run import TrainOptions
+    from anima_fast.options.training import OptimizerOptions
+
+
+class Trainable(Protocol):
+    """A network as an optimizer sees it."""
+
+    def param_groups(self, flat: bool = True) -> list[dict]:
+        """Groups for an optimizer: {"params", "lr", "name"}; `flat` allows one tensor a group."""
 
 
 def build_optimizer(
-    options: TrainOptions, network: LoRANetwork, *, fused: bool = False
+    options: OptimizerOptions, network: Trainable, lr_scheduler: str = "constant"
 ) -> tuple[torch.optim.Optimizer, list[str]]:
     """The optimizer of a run over the network's parameter groups.
 
     Args:
-        options: reads `optimizer_type`, `optimizer_kwargs`, `learning_rate`, `lr_scheduler` and
-            `max_grad_norm`.
-        network: gives `param_groups(flat)` with the rate and the name of each group.
-        fused: plain AdamW runs as the project's own kernel (training/flat_adamw.py).
+        options: its type, arguments, rate and clipping.
+        network: what is trained.
+        lr_scheduler: the schedule of the run; some optimizers do not go with every one.
 
     Returns:
         The optimizer, in training mode, and notices for the user.
@@ -50,37 +54,36 @@ def build_optimizer(
     groups = network.param_groups(flat=recipe.flat)
     device = groups[0]["params"][0].device
     notices = _adaptive_notices(recipe, kind, groups) if recipe.adaptive else []
-    arguments = {"lr": options.learning_rate, **recipe.defaults, **options.optimizer_kwargs}
+    arguments = optimizer_arguments(options, recipe)
     if recipe.name == "Adafactor" and recipe.module.startswith("transformers"):
-        notices += _prepare_adafactor(options, arguments, groups)
+        notices += _prepare_adafactor(options, arguments, groups, lr_scheduler)
     if recipe.module == "bitsandbytes.optim" and device.type != "cuda":
         cls, more = _bitsandbytes_off_cuda(cls, kind, device)
         notices += more
-    if fused and cls is torch.optim.AdamW:
-        # Not at the top: triton is not on every system.
-        from anima_fast.training.optimizers.flat_adamw import FlatAdamW, fits
-
-        flat = network.flat[: network.buffer.trained]
-        if fits(cls, arguments, groups, flat):
-            return FlatAdamW(groups, flat, network.flat_grad, **arguments), notices
     if cls in (torch.optim.AdamW, torch.optim.Adam) and not {"fused", "foreach"} & set(arguments):
         arguments["fused"] = _supports_fused(cls, groups)
     try:
         optimizer = cls(groups, **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--optimizer_type {kind} refused its arguments {arguments}: {one_line(error)}; "
+            f"--optimizer_type {kind} refused its arguments {arguments}: {reason(error)}; "
             "correct --optimizer_args"
         ) from error
     if is_schedule_free(optimizer):
         train_mode(optimizer)
-        if options.lr_scheduler not in ("", "constant"):
+        if lr_scheduler not in ("", "constant"):
             notices.append(f"{kind} schedules itself: --lr_scheduler is not used")
     return optimizer, notices
 
 
+def optimizer_arguments(options: OptimizerOptions, recipe: Recipe) -> dict[str, Any]:
+    """The arguments of an optimizer's class: the rate, its recipe's, and the user's."""
+    given = parse_arguments(options.optimizer_args, "--optimizer_args")
+    return {"lr": options.learning_rate, **recipe.defaults, **given}
+
+
 def _adaptive_notices(recipe: Recipe, kind: str, groups: list[dict]) -> list[str]:
-    """What D-Adaptation and Prodigy users trip over."""
+    """Notices for D-Adaptation and Prodigy, which find the rate themselves."""
     rates = {group["lr"] for group in groups}
     if len(rates - {0}) > 1:
         shown = ", ".join(f"{rate:g}" for rate in sorted(rates))
@@ -93,8 +96,10 @@ def _adaptive_notices(recipe: Recipe, kind: str, groups: list[dict]) -> list[str
     return [f"{kind} finds the learning rate itself: about 1 is meant, {max(rates):g} is given"]
 
 
-def _prepare_adafactor(options: TrainOptions, arguments: dict, groups: list[dict]) -> list[str]:
-    """AdaFactor's two ways: its own relative step (the default), or a given rate."""
+def _prepare_adafactor(
+    options: OptimizerOptions, arguments: dict, groups: list[dict], lr_scheduler: str
+) -> list[str]:
+    """Set AdaFactor up for its own relative step (the default) or for a given rate."""
     notices = []
     relative = arguments.setdefault("relative_step", True)
     if arguments.get("warmup_init") and not relative:
@@ -109,7 +114,7 @@ def _prepare_adafactor(options: TrainOptions, arguments: dict, groups: list[dict
             "--lr_scheduler are not used; --optimizer_args relative_step=False uses them"
         )
         return notices
-    if options.lr_scheduler != "constant_with_warmup":
+    if lr_scheduler != "constant_with_warmup":
         notices.append("AdaFactor with a given rate works best with constant_with_warmup")
     if options.max_grad_norm:
         notices.append("AdaFactor clips its own updates: --max_grad_norm 0 is advised")
@@ -119,10 +124,10 @@ def _prepare_adafactor(options: TrainOptions, arguments: dict, groups: list[dict
 def _bitsandbytes_off_cuda(
     cls: type[torch.optim.Optimizer], kind: str, device: torch.device
 ) -> tuple[type[torch.optim.Optimizer], list[str]]:
-    """The class without paging, which only CUDA has, proved to step on this device.
+    """The class without paging, which needs CUDA, after a trial step on this device.
 
-    Not every version of bitsandbytes has kernels for the CPU, and it says so at the first step,
-    which would be after the caches are filled.
+    Not every version of bitsandbytes has CPU kernels, and it fails only at the first step, which
+    would be after the caches are filled.
     """
     notices = []
     if cls.__name__.startswith("Paged"):
@@ -137,7 +142,7 @@ def _bitsandbytes_off_cuda(
     except Exception as error:
         raise UserError(
             f"--optimizer_type {kind}: the installed bitsandbytes cannot step on {device.type} "
-            f"({one_line(error)}); upgrade it (pip install -U bitsandbytes), use a CUDA card or "
+            f"({reason(error)}); upgrade it (pip install -U bitsandbytes), use a CUDA card or "
             "--optimizer_type AdamW"
         ) from error
     return cls, notices
@@ -171,20 +176,20 @@ def effective_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer keeps an average that is used for everything but training."""
+    """Whether the optimizer keeps an average for everything but training."""
     return callable(getattr(optimizer, "train", None)) and callable(
         getattr(optimizer, "eval", None)
     )
 
 
 def train_mode(optimizer: torch.optim.Optimizer) -> None:
-    """Put the training point of a schedule-free optimizer into the parameters; else nothing."""
+    """Put the training point of a schedule-free optimizer into the parameters."""
     if is_schedule_free(optimizer):
         optimizer.train()
 
 
 def eval_mode(optimizer: torch.optim.Optimizer) -> None:
-    """Put the average of a schedule-free optimizer into the parameters; else nothing."""
+    """Put the average of a schedule-free optimizer into the parameters."""
     if is_schedule_free(optimizer):
         optimizer.eval()
 
@@ -193,8 +198,8 @@ def eval_mode(optimizer: torch.optim.Optimizer) -> None:
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside the block the parameters hold what is to be saved, sampled or validated.
 
-    Switching a schedule-free optimizer to its average and back rounds; here the training point is
-    copied and put back bit for bit, so that saving more often does not change the result.
+    Switching a schedule-free optimizer to its average and back rounds, so the training point is
+    copied and put back bit for bit: saving more often does not change the result.
     """
     if not is_schedule_free(optimizer):
         yield
@@ -212,23 +217,14 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 @torch.no_grad()
-def clip_flat_grad(
-    network: LoRANetwork, max_norm: float, optimizer: torch.optim.Optimizer | None = None
-) -> torch.Tensor:
-    """Scale `network.flat_grad` in place so that its norm is at most `max_norm` (0 = off).
-
-    An `optimizer` that clips in its own launch (`FlatAdamW`) is told the norm instead; one that
-    has the gradients (`WeightUpdates`) clips them by itself.
+def clip_flat_grad(flat_grad: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """Scale the gradients [P] in place so that their norm is at most `max_norm` (0 = off).
 
     Returns:
         The norm before clipping, a float32 scalar on the device; reading it is up to the caller, so
         nothing waits for the device here.
     """
-    if hasattr(optimizer, "clip_gradients"):
-        return optimizer.clip_gradients(max_norm)
-    norm = torch.linalg.vector_norm(network.flat_grad, dtype=torch.float32)
-    if max_norm and hasattr(optimizer, "clip_next_step"):
-        optimizer.clip_next_step(norm, max_norm)
-    elif max_norm:
-        network.flat_grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(network.flat_grad))
+    norm = torch.linalg.vector_norm(flat_grad, dtype=torch.float32)
+    if max_norm:
+        flat_grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(flat_grad))
     return norm

@@ -36,14 +36,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the present weights in; call it after each optimizer step."""
+        """Add the current weights to the mean; called after each optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.mean.lerp_(self.weights.to(self.mean.dtype), 1 - decay)
         self.updates += 1
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Start again from the present weights."""
+        """Start again from the current weights."""
         self.mean.copy_(self.weights)
         self.updates = 0
 
@@ -53,7 +53,7 @@ class Ema:
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
-        """Take what `state_tensors` gave.
+        """Restore what `state_tensors` returned.
 
         Raises:
             UserError: a mean of another network.
@@ -66,7 +66,7 @@ class Ema:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The network computes with, and saves, the mean inside this context."""
+        """Inside the block the network computes with the mean, and saves it."""
         with torch.no_grad():
             own = self.weights.detach().clone()
             self.weights.copy_(self.mean)

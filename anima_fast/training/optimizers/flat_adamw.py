@@ -1,22 +1,28 @@
 """AdamW over the network's flat buffer in one launch (kernels/adamw.py), clipping included.
 
-`torch.optim.AdamW` in all but its step: the same groups, states and state dict, so a run goes on
-with either. The moments of all groups lie in two buffers like the parameters.
+Everything but the step is that of `torch.optim.AdamW`: the same groups, state and state dict, so a
+run can resume with either. The moments of all groups are in two buffers like the parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from anima_fast.kernels.adamw import adamw
+from anima_fast.training.optimizers.build import optimizer_arguments
+from anima_fast.training.optimizers.recipes import find_optimizer
+
+if TYPE_CHECKING:
+    from anima_fast.adapters.network import LoRANetwork
+    from anima_fast.options.training import OptimizerOptions
 
 
 class FlatAdamW(torch.optim.AdamW):
-    """AdamW whose groups are neighbouring slices of one float32 buffer.
+    """AdamW whose groups are adjacent slices of one float32 buffer.
 
     Args:
         groups: as for `torch.optim.AdamW`; each has one parameter, a slice of `flat`, in order.
@@ -25,7 +31,7 @@ class FlatAdamW(torch.optim.AdamW):
         arguments: lr, betas, eps, weight_decay.
     """
 
-    # What a resume state names, so that it fits either (training/state_checks.py).
+    # The class that resume states name, so that they fit either (training/state_checks.py).
     stands_for = torch.optim.AdamW
 
     def __init__(
@@ -45,7 +51,7 @@ class FlatAdamW(torch.optim.AdamW):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _adopt(self) -> None:
-        """Put the moments of every group into the buffers and let its state view them."""
+        """Move the moments of every group into the buffers, of which its state becomes views."""
         first = 0
         for p in self._parameters():
             state, place = self.state[p], slice(first, first + len(p))
@@ -55,9 +61,15 @@ class FlatAdamW(torch.optim.AdamW):
                 state[name] = buffer[place]
             first += len(p)
 
-    def clip_next_step(self, norm: Tensor, max_norm: float) -> None:
-        """Scale the gradients of the next step, whose norm is `norm`, down to `max_norm`."""
-        self._clip = (norm, max_norm)
+    @torch.no_grad()
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale the gradients down to `max_norm` (0 = off) in the next step.
+
+        Returns their norm before, a float32 scalar on the device, without waiting for it.
+        """
+        norm = torch.linalg.vector_norm(self._flat_grad, dtype=torch.float32)
+        self._clip = (norm, max_norm) if max_norm else (None, 0.0)
+        return norm
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -88,13 +100,23 @@ class FlatAdamW(torch.optim.AdamW):
         )
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As `torch.optim.AdamW`; the moments go into the buffers."""
+        """Like `torch.optim.AdamW`; the moments go into the buffers."""
         super().load_state_dict(state_dict)
         self._adopt()
 
 
+def build_flat_adamw(options: OptimizerOptions, network: LoRANetwork) -> FlatAdamW | None:
+    """The optimizer of a run where it is plain AdamW over a float32 network, else None."""
+    recipe, cls = find_optimizer(options.optimizer_type or "AdamW")
+    arguments, groups = optimizer_arguments(options, recipe), network.param_groups()
+    flat = network.flat[: network.buffer.trained]
+    if not fits(cls, arguments, groups, flat):
+        return None
+    return FlatAdamW(groups, flat, network.flat_grad, **arguments)
+
+
 def fits(cls: type, arguments: dict[str, Any], groups: list[dict], flat: Tensor) -> bool:
-    """Whether `FlatAdamW` can stand for an optimizer: plain AdamW in float32 on neighbours."""
+    """Whether `FlatAdamW` can replace it: plain AdamW over adjacent float32 slices of `flat`."""
     plain = set(arguments) <= {"lr", "betas", "eps", "weight_decay"}
     if cls is not torch.optim.AdamW or not plain or flat.dtype != torch.float32:
         return False

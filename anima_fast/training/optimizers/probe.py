@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from anima_fast.options.training import OptimizerOptions
 from anima_fast.training.optimizers.build import build_optimizer
-from anima_fast.training.optimizers.names import find_optimizer
+from anima_fast.training.optimizers.recipes import find_optimizer
 
 if TYPE_CHECKING:
     from anima_fast.adapters.network import LoRANetwork
-    from anima_fast.options.run import FinetuneOptions, TrainOptions
+    from anima_fast.options.run import FinetuneOptions
 
 # Side of the matrix on which the state of full fine-tuning is measured.
 SIDE = 512
@@ -36,7 +37,9 @@ def state_bytes(options: FinetuneOptions, device: torch.device) -> float:
     return _measure((SIDE, SIDE), _settings(options), dtype, device) / SIDE**2
 
 
-def network_state_bytes(options: TrainOptions, network: LoRANetwork, device: torch.device) -> float:
+def network_state_bytes(
+    options: OptimizerOptions, network: LoRANetwork, device: torch.device
+) -> float:
     """Bytes that the optimizer of a LoRA keeps.
 
     Args:
@@ -56,7 +59,7 @@ def network_state_bytes(options: TrainOptions, network: LoRANetwork, device: tor
 Settings = tuple[str, tuple[str, ...], float]
 
 
-def _settings(options: TrainOptions | FinetuneOptions) -> Settings:
+def _settings(options: OptimizerOptions) -> Settings:
     return options.optimizer_type, options.optimizer_args, options.learning_rate or 1e-4
 
 
@@ -76,13 +79,10 @@ def _state(
 def _measure(
     shape: tuple[int, ...], settings: Settings, dtype: torch.dtype, device: torch.device
 ) -> int:
-    # Here, not at the top: the options are imported without torch.
-    from anima_fast.options.run import FinetuneOptions
-
     kind, arguments, rate = settings
     param = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
     param.grad = torch.ones_like(param)
-    options = FinetuneOptions(optimizer_type=kind, optimizer_args=arguments, learning_rate=rate)
+    options = OptimizerOptions(kind, rate, arguments)
     optimizer, _ = build_optimizer(options, _OneTensor(param, rate))
     optimizer.step()
     values = [value for state in optimizer.state.values() for value in state.values()]

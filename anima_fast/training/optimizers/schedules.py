@@ -12,23 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from anima_fast.errors import UserError
+from anima_fast.errors import UserError, reason
+from anima_fast.options.words import parse_arguments
 from anima_fast.training.optimizers.build import is_schedule_free
-from anima_fast.training.optimizers.names import import_class, one_line
+from anima_fast.training.optimizers.recipes import import_class
 
 if TYPE_CHECKING:
-    from anima_fast.options.run import TrainOptions
+    from anima_fast.options.training import SchedulerOptions
 
 Curve = Callable[[int], float]
-NAMES = (
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
-    "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant", "adafactor",
-)  # fmt: skip
 POLYNOMIAL_END_RATE = 1e-7
 
 
@@ -95,39 +92,37 @@ class AdafactorSchedule(LRScheduler):
 
 
 def build_scheduler(
-    options: TrainOptions, optimizer: torch.optim.Optimizer, total_steps: int
+    options: SchedulerOptions,
+    optimizer: torch.optim.Optimizer,
+    total_steps: int,
+    *,
+    learning_rate: float,
 ) -> LRScheduler:
     """The schedule of a run.
 
     Args:
-        options: the `lr_*` options and `learning_rate`.
+        options: the `lr_*` options.
         optimizer: a schedule-free one keeps its rate constant, whatever `lr_scheduler` says.
         total_steps: T, in optimizer steps.
+        learning_rate: what AdaFactor's own schedule reports before its first step.
 
     Raises:
-        UserError: unknown name, warm-up with `constant`, wrong numbers, an unusable class.
+        UserError: unknown name, wrong numbers, an unusable class.
     """
     if options.lr_scheduler_type:
-        return _custom_schedule(options, optimizer)
+        return _custom_schedule(options.lr_scheduler_type, options, optimizer)
     if any(group.get("relative_step") for group in optimizer.param_groups):
-        return AdafactorSchedule(optimizer, options.learning_rate)
+        return AdafactorSchedule(optimizer, learning_rate)
     name = options.lr_scheduler or "constant"
     if name == "adafactor":
         raise UserError(
             "--lr_scheduler adafactor works only with --optimizer_type AdaFactor and its "
             "relative_step: choose another schedule"
         )
-    if name not in NAMES:
-        raise UserError(f"--lr_scheduler {name} is unknown: use one of {', '.join(NAMES)}")
     if is_schedule_free(optimizer):
         name, warmup = "constant", 0
     else:
         warmup = step_count(options.lr_warmup_steps, total_steps, "--lr_warmup_steps")
-    if name == "constant" and warmup:
-        raise UserError(
-            f"--lr_warmup_steps {options.lr_warmup_steps} does not go with --lr_scheduler "
-            "constant: use --lr_scheduler constant_with_warmup, or no warm-up"
-        )
     rates = [group["lr"] for group in optimizer.param_groups]
     curves = [named_curve(name, options, total_steps, warmup, rate) for rate in rates]
     return Schedule(optimizer, name, curves, total_steps)
@@ -152,7 +147,7 @@ def step_count(value: int | float | str | None, total_steps: int, option: str) -
 
 
 def named_curve(
-    name: str, options: TrainOptions, total_steps: int, warmup: int, rate: float
+    name: str, options: SchedulerOptions, total_steps: int, warmup: int, rate: float
 ) -> Curve:
     """The function of the optimizer step that multiplies a group's `rate`."""
     if name == "piecewise_constant":
@@ -168,9 +163,9 @@ def named_curve(
         )
     if name == "warmup_stable_decay":
         return _stable_decay(options, total_steps, warmup)
-    shapes = {
+    shapes: dict[str, Callable[[float], float]] = {
         "linear": lambda p: 1 - p,
-        "cosine": lambda p: _half_cosine(p),
+        "cosine": _half_cosine,
         "cosine_with_restarts": partial(_restarts, cycles=options.lr_scheduler_num_cycles),
         "polynomial": partial(_polynomial, power=options.lr_scheduler_power, rate=rate),
         "cosine_with_min_lr": partial(
@@ -206,7 +201,7 @@ def _polynomial(p: float, power: float, rate: float) -> float:
     return ((rate - POLYNOMIAL_END_RATE) * (1 - p) ** power + POLYNOMIAL_END_RATE) / rate
 
 
-def _stable_decay(options: TrainOptions, total_steps: int, warmup: int) -> Curve:
+def _stable_decay(options: SchedulerOptions, total_steps: int, warmup: int) -> Curve:
     """Warm-up, then full rate, then a cosine over the last `lr_decay_steps`."""
     decay = step_count(options.lr_decay_steps, total_steps, "--lr_decay_steps")
     if warmup + decay > total_steps:
@@ -225,9 +220,9 @@ def _stable_decay(options: TrainOptions, total_steps: int, warmup: int) -> Curve
     return partial(_warm, warmup=warmup, after=after, low=low)
 
 
-def _piecewise(options: TrainOptions) -> Curve:
+def _piecewise(options: SchedulerOptions) -> Curve:
     """`step_rules=1:10,0.1:20,0.01`: factor 1 up to step 10, 0.1 up to step 20, then 0.01."""
-    rules = str(options.scheduler_kwargs.get("step_rules", ""))
+    rules = str(scheduler_arguments(options).get("step_rules", ""))
     *pairs, last = rules.split(",")
     try:
         levels = sorted((int(end), float(factor)) for factor, end in (p.split(":") for p in pairs))
@@ -240,22 +235,28 @@ def _piecewise(options: TrainOptions) -> Curve:
     return lambda step: next((factor for end, factor in levels if step < end), final)
 
 
-def _custom_schedule(options: TrainOptions, optimizer: torch.optim.Optimizer) -> LRScheduler:
+def _custom_schedule(
+    kind: str, options: SchedulerOptions, optimizer: torch.optim.Optimizer
+) -> LRScheduler:
     """A scheduler class by dotted path (or a name of `torch.optim.lr_scheduler`)."""
-    kind = options.lr_scheduler_type
     module, _, name = kind.rpartition(".")
     option = f"--lr_scheduler_type {kind}"
     cls = import_class(module or "torch.optim.lr_scheduler", name, option)
     if not issubclass(cls, LRScheduler) or cls.__name__ == "ReduceLROnPlateau":
         raise UserError(f"{option} is no scheduler that counts steps: choose another class")
-    arguments = options.scheduler_kwargs
+    arguments = scheduler_arguments(options)
     try:
         return cls(optimizer, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{option} refused its arguments {arguments}: {one_line(error)}; correct "
+            f"{option} refused its arguments {arguments}: {reason(error)}; correct "
             "--lr_scheduler_args"
         ) from error
+
+
+def scheduler_arguments(options: SchedulerOptions) -> dict[str, Any]:
+    """`lr_scheduler_args` as Python values."""
+    return parse_arguments(options.lr_scheduler_args, "--lr_scheduler_args")
 
 
 def restore_scheduler(scheduler: LRScheduler, saved: dict) -> list[str]:
@@ -274,7 +275,7 @@ def restore_scheduler(scheduler: LRScheduler, saved: dict) -> list[str]:
             "the resume state was made with another kind of learning-rate scheduler: give the same "
             "--lr_scheduler_type, --lr_scheduler and --optimizer_type"
         )
-    notices = []
+    notices: list[str] = []
     if not ours:
         scheduler.load_state_dict(saved)
         return notices

@@ -1,8 +1,8 @@
 """Any optimizer over weights that are not float32 tensors on the device.
 
-The optimizer sees its own parameters, a few at a time: for the length of its step a parameter's
-data is the weight in float32 and its gradient is scaled and in float32, on the device; then the
-result goes back to where the weight lives.
+The optimizer sees its own parameters, a few at a time. During its step a parameter's data is the
+weight in float32 on the device, and its gradient is scaled and in float32; then the result goes
+back to where the weight lives.
 
     float32 weight     the step works on it in place
     float32 master     the step works on the master, the model gets it rounded (fp32)
@@ -35,14 +35,14 @@ class WeightUpdates(torch.optim.Optimizer):
     """An optimizer of `weights`, stepped a chunk at a time.
 
     Args:
-        inner: made over the weights' own parameters; its groups, its state and its rates are also
-            those of this object.
+        inner: made over the weights' own parameters; its groups, state and rates are also those
+            of this object.
         weights: in the order of the groups.
         device: where steps are computed.
-        update: plain, stochastic or fp32, see the module docstring.
+        update: plain, stochastic or fp32; see the module docstring.
         seed: of the run.
         together: all weights take one step together, for optimizers that look at all of them.
-        fused: each weight is updated when its gradient comes; `step` only counts.
+        fused: each weight is updated as soon as its gradient is there; `step` only counts.
         max_grad_norm: of each gradient, when fused; 0 is off.
         wide_gradients: see `Gradients`.
     """
@@ -71,31 +71,31 @@ class WeightUpdates(torch.optim.Optimizer):
         self.gradients = Gradients(weights, device, wide=wide_gradients, use=use)
         self._factor: Tensor | None = None
         self._loss_scale: Tensor | None = None
-        # Of a fused backward pass: whether its first gradient was finite, None before it.
+        # In a fused backward pass: whether its first gradient was finite; None before it.
         self._sound: bool | None = None
 
     @property
     def stands_for(self) -> type:
-        """The class that a resume state names."""
+        """The class that resume states name."""
         return getattr(self.inner, "stands_for", type(self.inner))
 
     @property
     def param_groups(self) -> list[dict]:
-        """Those of the optimizer itself."""
+        """Those of `inner`."""
         return self.inner.param_groups
 
     @property
     def state(self) -> dict:
-        """That of the optimizer itself."""
+        """That of `inner`."""
         return self.inner.state
 
     @property
     def defaults(self) -> dict:
-        """Those of the optimizer itself."""
+        """Those of `inner`."""
         return self.inner.defaults
 
     def __getattr__(self, name: str) -> Any:
-        # Schedule-free optimizers are told by having these two.
+        # A schedule-free optimizer is recognised by these two.
         if name in ("train", "eval"):
             return getattr(self.inner, name)
         raise AttributeError(name)
@@ -119,7 +119,7 @@ class WeightUpdates(torch.optim.Optimizer):
 
     @torch.no_grad()
     def unscale(self, inverse_scale: Tensor, found_inf: Tensor) -> dict[torch.device, Tensor]:
-        """What `torch.amp.GradScaler` does to gradients, done in the next step instead."""
+        """Remember the scale for the next step, where `torch.amp.GradScaler` would scale now."""
         self._loss_scale = inverse_scale.to(self.device)
         found_inf.copy_(~torch.isfinite(self.gradients.norm()))
         return {self.device: found_inf}
@@ -157,7 +157,8 @@ class WeightUpdates(torch.optim.Optimizer):
     def _chunks(self) -> Iterator[tuple[dict, list[Weight]]]:
         """The weights with gradients, of one group and up to `CHUNK` elements at a time."""
         for group in list(self.param_groups):
-            some, size = [], 0
+            some: list[Weight] = []
+            size = 0
             for weight in (self.weights[param] for param in group["params"]):
                 if weight not in self.gradients.kept:
                     continue
@@ -183,13 +184,13 @@ class WeightUpdates(torch.optim.Optimizer):
         """The step of one weight, inside backward."""
         norm = self.gradients.norms[weight]
         if self._sound is None:
-            # One wait for the device a step: a loss that is not finite is so in its first gradient,
-            # and nothing of this batch is used.
+            # The one wait for the device in a step: a loss that is not finite shows in the first
+            # gradient, and then nothing of this batch is used.
             self._sound = bool(torch.isfinite(norm))
         if not self._sound:
             return
-        # A later gradient that is not finite changes nothing but what the optimizer remembers; the
-        # loop counts the batch as bad by the norm.
+        # A later gradient that is not finite changes only the optimizer's state; the loop sees by
+        # the norm that the batch is bad.
         factor = torch.isfinite(norm).to(torch.float32)
         if self.max_grad_norm:
             factor = factor * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -199,7 +200,7 @@ class WeightUpdates(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def _opened(self, weights: list[Weight]) -> Iterator[None]:
-        """Inside the block the parameters are what the optimizer works on."""
+        """Inside the block the parameters hold what the optimizer works on."""
         computed = [weight.param.data for weight in weights]
         try:
             for weight in weights:
@@ -215,7 +216,7 @@ class WeightUpdates(torch.optim.Optimizer):
     def _open(self, weight: Weight) -> None:
         truth = weight.truth
         dtype = truth.dtype if self.update == "plain" else torch.float32
-        # In two steps each: in one, the processor would convert before it copies.
+        # Two calls each: in one, the CPU would convert before it copies.
         weight.param.data = truth.to(self.device, non_blocking=True).to(dtype)
         grad = self.gradients.kept.pop(weight).to(self.device, non_blocking=True).to(dtype)
         if self._factor is not None and not self.fused:
@@ -253,7 +254,7 @@ class WeightUpdates(torch.optim.Optimizer):
             state[name] = home
 
     def _place_small_state(self, weight: Weight) -> None:
-        """What stays on the device goes there; counters only where the optimizer has them there."""
+        """Move small state to the device; counters only where the optimizer keeps them there."""
         group = self.param_groups[self._group_of[weight.param]]
         counters = group.get("fused") or group.get("capturable")
         state = self.inner.state[weight.param]
@@ -262,24 +263,24 @@ class WeightUpdates(torch.optim.Optimizer):
                 state[name] = value.to(self.device)
 
     def _wait_for_host(self) -> None:
-        """Host memory is written when this returns: it may be read by the processor next."""
+        """Wait until host memory has been written: the CPU may read it next."""
         if self.device.type == "cuda" and any(w.swapped for w in self.weights.values()):
             torch.cuda.current_stream(self.device).synchronize()
 
     def state_dict(self) -> dict:
-        """The optimizer's own, and the count that random rounding follows from."""
+        """That of `inner`, and the count that random rounding depends on."""
         self._wait_for_host()
         return {**self.inner.state_dict(), "rounds": self.rounds}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """The way back, bit for bit: state keeps its dtype whatever the weights' dtype is."""
+        """Restore it bit for bit: state keeps its dtype whatever the weights' dtype is."""
         own = {k: v for k, v in state_dict.items() if k != "rounds"}
         computed = {param: param.data for param in self.weights}
         for param, weight in self.weights.items():
             dtype = weight.truth.dtype if self.update == "plain" else torch.float32
             device = "cpu" if weight.swapped else self.device
-            # Optimizers cast state to the parameter's dtype and device; its values are not read.
+            # Optimizers cast state to the parameter's dtype and device, but do not read its values.
             param.data = torch.zeros((), dtype=dtype, device=device).expand(param.shape)
         try:
             self.inner.load_state_dict(own)
@@ -295,8 +296,8 @@ class WeightUpdates(torch.optim.Optimizer):
 
 
 def _moves(value: Any) -> bool:
-    """Whether a value of an optimizer's state waits in host memory between steps."""
+    """Whether a value of an optimizer's state is kept in host memory between steps."""
     if not isinstance(value, Tensor) or value.numel() < SMALLEST_MOVED:
         return False
-    # Of bitsandbytes' paged optimizers, which move their state themselves.
+    # bitsandbytes' paged optimizers move their state themselves.
     return not getattr(value, "is_paged", False)

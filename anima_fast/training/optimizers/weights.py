@@ -1,8 +1,8 @@
 """The trained weights of full fine-tuning: where each one lives and where its gradient goes.
 
-The model computes with `param`, in the compute dtype. The truth, which is updated and saved, is
-`param` itself, or a float32 master beside it. Both lie in pinned host memory when the weight's
-block is swapped, and so do its gradient and its optimizer state.
+The model computes with `param`, in the compute dtype. What is updated and saved, the `truth`, is
+`param` itself or its float32 master. If the weight's block is swapped, both are in pinned host
+memory, and so are its gradient and its optimizer state.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from anima_fast.memory.swap import host_copy
 
-# What an optimizer keeps per weight is moved to host memory when it is at least so large.
+# Optimizer state of a swapped weight is moved to host memory from this many elements on.
 SMALLEST_MOVED = 4096
 
 
@@ -26,10 +26,10 @@ class Weight:
     Attributes:
         name: its published name, `llm_adapter.` included, without `net.`.
         param: what the model computes with.
-        part: the learning-rate part (option_groups/finetune.PARTS, or base).
-        swapped: it lives in host memory, in `param` and everywhere else.
-        master: the truth in float32, where `param` is a rounded copy.
-        state_home: where optimizer state waits between steps, by name.
+        part: the learning-rate part (options.finetune.PARTS, or base).
+        swapped: `param` and everything else of it is in host memory.
+        master: the truth in float32 if `param` is a rounded copy.
+        state_home: where optimizer state is kept between steps, by name.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Weight:
 
     @torch.no_grad()
     def set(self, value: Tensor) -> None:
-        """Take a new value: into the master and, rounded, into what the model computes with."""
+        """Write a new value to the master and, rounded, to what the model computes with."""
         if self.master is not None and self.master is not value:
             self.master.copy_(value, non_blocking=True)
         # Converted where it is: a copy between devices that converts does it on the processor.
         self.param.data.copy_(value.to(self.param.dtype), non_blocking=True)
 
     def keep_master(self, value: Tensor) -> None:
-        """Keep a float32 copy of `value`, beside the weight."""
+        """Keep `value` as the float32 master."""
         wide = value.detach().to(torch.float32)
         pinned = torch.cuda.is_available()
         if self.swapped:
@@ -63,13 +63,13 @@ class Weight:
 
 
 class Gradients:
-    """The gradients of a step, or nothing at all when they are used as soon as they come.
+    """The gradients of a step; none are kept if each is used as soon as it is there.
 
     Args:
         weights: all trained weights.
         device: where gradients come from.
-        wide: gradients of several micro-batches add up in float32; without it, in their own dtype.
-        use: gets each gradient at once, and nothing is kept (the fused backward pass).
+        wide: gradients of several micro-batches add up in float32, else in their own dtype.
+        use: gets each gradient at once; nothing is kept (the fused backward pass).
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Gradients:
 
     @torch.no_grad()
     def take(self, weight: Weight, grad: Tensor) -> None:
-        """Use a gradient, or add it to what the micro-batches before have left."""
+        """Use a gradient, or add it to those of the previous micro-batches."""
         if self.use is not None:
             self.norms[weight] = norm_of(grad)
             self.use(weight, grad)
@@ -136,7 +136,7 @@ class Gradients:
         return torch.linalg.vector_norm(torch.stack(found))
 
     def clear(self) -> None:
-        """Forget the gradients of this step; host memory stays for those of the next one."""
+        """Forget the gradients of this step; their host memory is used again in the next."""
         self.kept.clear()
         self.norms.clear()
 

@@ -46,7 +46,7 @@ export class Chart {
     this.draw();
   }
 
-  /** What stands in the place of curves while there are none. */
+  /** What is shown instead of curves while there are none. */
   setEmpty(text) {
     if (this.empty === text) return;
     this.empty = text;

@@ -1,4 +1,4 @@
-// The curves of a run: which series stand in which chart, and the tools above the first one.
+// The curves of a run: which series go into which chart, and the tools above the first one.
 
 import { SigmaBars } from "./bars.js";
 import { Chart } from "./chart.js";
@@ -96,7 +96,7 @@ function lossSeries() {
 }
 
 function rateSeries() {
-  // Adaptive optimizers log the rate they really use beside the scheduled one.
+  // Adaptive optimizers log the rate they really use next to the scheduled one.
   const names = Object.keys(table.columns).filter((name) => /^(d_)?lr\//.test(name));
   const used = names.some((n) => n.startsWith("d_lr/") && column(n).mean.some((v) => v !== null));
   const groups = names.filter((name) => name.startsWith(used ? "d_lr/" : "lr/"));
@@ -128,7 +128,7 @@ function draw() {
   const shared = { range: range() };
   charts.loss.set({ series: lossSeries(), marks: [...epochs, ...events], log: settings.log, ...shared });
   charts.rate.set({ series: rateSeries(), ...shared });
-  // The first step reads, compiles and allocates: beside the others it would hide them.
+  // The first step reads, compiles and allocates: next to the others it would hide them.
   charts.speed.set({ series: noisy("step_s", { clip: true, from: table.steps.length > 1 ? 1 : 0 }), ...shared });
   charts.memory.set({ series: [memorySeries()], ...shared });
   charts.norm.set({ series: noisy("grad_norm"), ...shared });

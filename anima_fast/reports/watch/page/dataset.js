@@ -42,7 +42,7 @@ function health(data) {
   const numbers = make("dl", { class: "numbers" },
     ...counts.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, count(value)))));
   const kinds = groupBy(list(data.problems));
-  // What stands among the problems, with a text, is not listed twice.
+  // What is among the problems, with a text, is not listed twice.
   const found = [
     ["missing captions", "missing", "no caption", (entry) => fileName(entry)],
     ["empty captions", "empty", "empty caption", (entry) => fileName(entry)],
@@ -57,7 +57,7 @@ function health(data) {
   if (unseen > 0) found.push(make("p", { class: "soft" }, `and ${several(unseen, "further problem")}`));
   const verdict = found.length
     ? make("div", { class: "findings" }, ...found)
-    : make("p", { class: "good" }, "Nothing wrong was found.");
+    : make("p", { class: "good" }, "No problems found.");
   return make("div", {}, numbers, make("h3", {}, "Findings"), verdict);
 }
 

@@ -7,7 +7,7 @@ const box = document.getElementById("log-lines");
 const newest = document.getElementById("log-newest");
 let following = true;
 
-/** Add the lines of an answer; one that begins at 0 or behind a gap starts the list anew. */
+/** Add the lines of an answer; one that begins at 0 or behind a gap starts the list over. */
 export function updateLog({ first, lines }) {
   const end = Number(box.dataset.end ?? 0);
   // Asked here too: the event of a scroll that was just made comes later.

@@ -1,4 +1,4 @@
-// Where a value stands in a chart: round marks, ranges without their rarest values, logarithms.
+// Where a value goes in a chart: round marks, ranges without their rarest values, logarithms.
 
 const SPACE = { left: 54, right: 14, top: 10, bottom: 24 };
 
@@ -86,7 +86,7 @@ function linear(values, zero, height) {
 /** Powers of ten around the values, with 2 and 5 times them where there are few. */
 function powers(values) {
   const [low, high] = bounds(values);
-  // Within one power, marks at equal distances tell more.
+  // Within one power, evenly spaced marks say more.
   if (high < 10 * low) {
     const marks = ticks(low, high, 6).filter((y) => y > low / 2);
     return marks[0] > low ? [low, ...marks] : marks;

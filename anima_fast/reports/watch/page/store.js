@@ -46,7 +46,7 @@ export function smooth(values, steps, stride) {
   const after = decayingSums([...values].reverse(), keep).reverse();
   return values.map((value, i) => {
     if (!Number.isFinite(value)) return null;
-    // The row itself stands in both sums.
+    // The row itself is in both sums.
     return (before[i][0] + after[i][0] - value) / (before[i][1] + after[i][1] - 1);
   });
 }

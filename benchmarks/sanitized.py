@@ -1,6 +1,6 @@
 """A few parity cases for compute-sanitizer: every op at two odd shapes, with gaps in memory.
 
-    compute-sanitizer --tool memcheck python -m anima_fast.bench.sanitized
+    compute-sanitizer --tool memcheck python -m benchmarks.sanitized
 
 The tool slows everything down a hundredfold, so this is one layout and one dtype per op, at a shape
 of less than a tile and at one of several, whose loops and pipelines run more than once.
@@ -23,7 +23,7 @@ def main() -> int:
         interpreter.start()
     # Now: triton reads at import whether it interprets.
     from anima_fast.bench.parity import check_op
-    from anima_fast.kernels import OPS
+    from anima_fast.kernels.registry import OPS
 
     wrong = 0
     for op in OPS.values():

@@ -1,7 +1,9 @@
-"""Everything that is measured and checked, in slices: `anima-fast bench all`.
+"""Everything that is measured and checked, in slices: `make gpu` runs all.
 
-A slice is one command in a process of its own with a time limit of nine minutes, so that it fits
-where longer commands are cut off, and so that a crash or a hang takes nothing else with it. What a
+    python -m benchmarks.suite --out DIR [--slice NAME ...] [--list]
+
+A slice is one command in a process of its own with a time limit of nine minutes, so that a crash
+or a hang takes nothing else with it. What a
 slice has written stays when it is stopped. Slices of one folder may run in several calls
 (`--slice`); the report is made from all that stand there.
 
@@ -22,12 +24,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from anima_fast.bench.rows import ROOT, machine
+import typer
+
 from anima_fast.errors import UserError
-from anima_fast.files import write_json
-from anima_fast.kernels import OPS
+from anima_fast.files import check_folder, write_json
+from anima_fast.kernels.registry import OPS
+from benchmarks.rows import ROOT, machine
 
 LIMIT_S = 540.0
 # What measurements plan for; starting, compiling and writing take the rest.
@@ -90,7 +94,7 @@ def slices() -> list[Slice]:
         *(
             Slice(f"sanitizer-{tool}", f"a few parity cases under {SANITIZER} {tool}",
                   (SANITIZER, "--tool", tool, "--error-exitcode", "99", "python",
-                   "-m", "anima_fast.bench.sanitized"), GPU)
+                   "-m", "benchmarks.sanitized"), GPU)
             for tool in ("memcheck", "racecheck")
         ),
         Slice("resources", "registers, spills and shared memory of every kernel, per card",
@@ -121,13 +125,8 @@ def gpu_test_files() -> list[str]:
 def choose(names: Sequence[str]) -> list[Slice]:
     """The slices of these names, all that suit this machine when there are none.
 
-    Raises `UserError` for an unknown name, or outside of a checkout.
+    Raises `UserError` for an unknown name.
     """
-    if not (ROOT / "benchmarks" / "test_ops.py").exists():
-        raise UserError(
-            f"bench all runs from a checkout: there is no benchmarks folder in {ROOT}; clone the "
-            "repository and run it there"
-        )
     known = {one.name: one for one in slices()}
     for name in names:
         if name not in known:
@@ -268,3 +267,47 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         except (OSError, ValueError):
             continue
     return found
+
+
+def main(
+    out: Annotated[Path, typer.Option("--out", help="Folder to fill.")] = Path("bench_output"),
+    only: Annotated[
+        list[str] | None, typer.Option("--slice", help="Only this slice; may be repeated.")
+    ] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="List the slices and stop.")] = False,
+) -> None:
+    """Check and measure everything on this machine, and write a report.
+
+    Runs in slices that keep what they have finished; the report is made from all slices that the
+    folder holds. Ends with status 1 when one of them failed.
+    """
+    # Here: the report's sections read the slices of this module.
+    from benchmarks.suite_report import build_report
+
+    try:
+        chosen = choose(only or [])
+        if not list_only:
+            # Before the first slice, which may take minutes.
+            check_folder(out / "slices")
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if list_only:
+        for one in slices():
+            typer.echo(f"{one.name:40} {one.where:4} {one.title}")
+        return
+    if not has_card():
+        typer.echo("no CUDA card here: what can run on the CPU runs, at tiny sizes; no speed")
+    try:
+        records = run_slices(chosen, out, say=typer.echo)
+    finally:
+        build_report(out)
+        typer.echo(f"wrote {out / 'report.html'}, results.csv and results.json")
+    raise typer.Exit(int(any(r["status"] in (FAILED, TIMED_OUT) for r in records)))
+
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()

@@ -14,10 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from anima_fast.bench import compare
-from anima_fast.bench.rows import Row, read_rows, write_rows
-from anima_fast.bench.suite import FAILED, PASSED, TIMED_OUT, read_records
-from anima_fast.bench.suite_sections import (
+from anima_fast.errors import UserError
+from anima_fast.files import write_json, write_text
+from anima_fast.reports.pages import STYLE
+from benchmarks import compare
+from benchmarks.rows import Row, read_rows, write_rows
+from benchmarks.suite import FAILED, PASSED, TIMED_OUT, read_records
+from benchmarks.suite_sections import (
     Html,
     memory_section,
     ops_section,
@@ -25,9 +28,6 @@ from anima_fast.bench.suite_sections import (
     step_section,
     table,
 )
-from anima_fast.errors import UserError
-from anima_fast.files import write_json, write_text
-from anima_fast.reports.run_page import STYLE
 
 MORE_STYLE = """
 .wide { overflow-x: auto; } table.data { font-variant-numeric: tabular-nums; margin: 8px 0 16px;
@@ -139,7 +139,7 @@ def facts(records: Sequence[Mapping[str, Any]]) -> str:
     for name in ("card", "torch", "triton", "commit", "date"):
         values = ", ".join(dict.fromkeys(str(r[name]) for r in records if r.get(name)))
         lines.append(f"<tr><th>{name}</th><td>{html.escape(values or '–')}</td></tr>")
-    command = "python -m anima_fast bench all --out DIR"
+    command = "python -m benchmarks.suite --out DIR"
     lines.append(f"<tr><th>command</th><td><code>{command}</code></td></tr>")
     return "<table>\n" + "\n".join(lines) + "\n</table>"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anima_fast.bench.rows import Row
+from benchmarks.rows import Row
 
 CPU_PREFIX = "CPU: "
 # Provider → mode → row, of one shape of the step benchmark.

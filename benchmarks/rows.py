@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from anima_fast.errors import UserError
 from anima_fast.files import disk_error, write_text
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ("p20", "p50", "p80", "gb_s", "tflop_s", "share_of_ceiling")
 COUNTS = ("tokens", "batch")
 

@@ -1,4 +1,4 @@
-"""From the text of `--optimizer_type` to a class and to how the class is used."""
+"""The optimizers by the names of `--optimizer_type`: their classes and how each is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from anima_fast.errors import UserError
+from anima_fast.errors import UserError, reason
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,8 @@ def import_class(module: str, name: str, option: str) -> type:
     except ImportError as error:
         what = "anima-fast[optimizers]" if package in IN_EXTRA else package
         raise UserError(
-            f'{option} needs the package {package}: pip install "{what}" ({one_line(error)})'
+            f'{option} needs the package {package}: pip install "{what}" ({reason(error)})'
         ) from error
     if not isinstance(value, type):
         raise UserError(f"{option}: {module} has no class {name}; check the name and its version")
     return value
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message without line breaks, cut to 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Collection, Iterable, Sequence
 
-from anima_fast.bench import compare
-from anima_fast.bench.charts import Bar, bars, number, roofline
-from anima_fast.bench.rows import Row
+from benchmarks import compare
+from benchmarks.charts import Bar, bars, number, roofline
+from benchmarks.rows import Row
 
 PROVIDERS = ("eager", "library", "compiled", "ours")
 PHASES = ("forward", "backward", "optimize")

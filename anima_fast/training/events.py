@@ -1,0 +1,200 @@
+"""What happens around the steps of a run: log, console, validation, files, previews, its end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from anima_fast.memory.free import peak_memory_mib
+from anima_fast.progress import Progress
+from anima_fast.training.checkpoints import Checkpoints
+from anima_fast.training.logs import RunLog
+from anima_fast.training.optimizers.build import effective_rates, learning_rates
+from anima_fast.training.position import Position
+from anima_fast.training.previews import Previews
+from anima_fast.training.run import Run, TrainResult
+from anima_fast.training.step import Group
+from anima_fast.training.validation import validate_or_skip
+
+
+class StopSignal:
+    """Context manager: `received` holds the signal number after the first Ctrl-C or SIGTERM.
+
+    The second one acts as if nothing had been installed (it ends the program at once). Outside the
+    main thread, where Python allows no handlers, nothing is installed.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _receive(self, number: int, _frame: object) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+class Events:
+    """Says, logs and saves what is due at each point of the loop.
+
+    Args:
+        run: the run.
+        position: where it stands; the loop moves it.
+        log, progress: get what happens.
+        stop: set by Ctrl-C or SIGTERM.
+    """
+
+    def __init__(
+        self, run: Run, position: Position, *, log: RunLog, progress: Progress, stop: StopSignal
+    ) -> None:
+        self.run, self.position = run, position
+        self.log, self.progress, self.stop = log, progress, stop
+        self.say = progress.say
+        self.checkpoints = Checkpoints(run)
+        self.previews = Previews(run, run.prompts) if run.prompts else None
+
+    def tell(self, text: str) -> None:
+        """Say something that changes how the run goes on, and log it."""
+        self.say(text)
+        self.log.event(self.position.step, text)
+
+    def start(self) -> None:
+        """Before the first step."""
+        if self.previews and self.previews.due_at_first(self.position.step):
+            self._make_previews("000000")
+        self.progress.start(self.position.step, self.run.length.steps)
+
+    def after_step(self, group: Group, facts: dict, seconds: float) -> None:
+        """Log a step, then validate, save and make previews where they are due.
+
+        Args:
+            group: its micro-batches.
+            facts: from `optimizer_step`.
+            seconds: that it took.
+        """
+        step = self.position.step
+        record = self._step_record(group, facts, seconds)
+        self.log.step(record)
+        self.progress.step(record)
+        if is_due(step, self.run.options.validate_every_n_steps):
+            self._validate("step")
+        self.checkpoints.after_step(self.position)
+        if self.previews and self.previews.due_after_step(step):
+            self._make_previews(f"{step:06d}")
+
+    def after_epoch(self) -> None:
+        """Validate, log, save and make previews; the position moves to the next epoch."""
+        options, position = self.run.options, self.position
+        epoch = position.epoch
+        if options.validate_every_n_steps is None and is_due(
+            epoch, options.validate_every_n_epochs or 1
+        ):
+            self._validate("epoch")
+        self.log.epoch(position.step, epoch, position.loss_average)
+        self.log.sigma_bins(position.step, epoch, self.run.sigma_bins.take())
+        # A state saved here goes on with the next epoch.
+        position.next_epoch()
+        self.checkpoints.after_epoch(position, finished_epoch=epoch)
+        if self.previews and self.previews.due_after_epoch(epoch):
+            self._make_previews(f"e{epoch:06d}")
+
+    def ends_early(self) -> bool:
+        """Whether the validation loss has stopped falling; says so."""
+        position, patience = self.position, self.run.options.early_stop_patience
+        if not patience or position.stale < patience:
+            return False
+        text = f"stopped early: {position.stale} validations without a "
+        if position.best_loss is None:
+            text += "finite loss"
+        else:
+            text += (
+                f"better loss than {position.best_loss:.4f} at step {position.best_step}, whose "
+                f"weights are in {self.run.options.output_stem}-best.safetensors"
+            )
+        self.tell(text)
+        return True
+
+    def interrupted(self) -> TrainResult:
+        """Save the weights and a state after a signal."""
+        path = self.checkpoints.interrupted(self.position)
+        self.say(f"stopped by signal {self.stop.received}; saved {path.name} and a resume state")
+        self.say("go on with the same command and --resume auto")
+        return self._result(path, self.stop.received)
+
+    def finished(self) -> TrainResult:
+        """Save the final file and name it."""
+        position = self.position
+        self.log.sigma_bins(position.step, position.last_epoch, self.run.sigma_bins.take())
+        path = self.checkpoints.final(position)
+        self.say(f"saved {path}")
+        return self._result(path)
+
+    def _result(self, path: Path, interrupted_by: int | None = None) -> TrainResult:
+        position = self.position
+        return TrainResult(
+            path, self.log.path, position.step, position.loss_average, interrupted_by
+        )
+
+    def _step_record(self, group: Group, facts: dict, seconds: float) -> dict:
+        """What is logged and shown about one optimizer step."""
+        run, position = self.run, self.position
+        small = sum(batch.small for batch, _ in group)
+        return {
+            "step": position.step,
+            "epoch": position.epoch,
+            **({"lowres": small / len(group)} if run.options.sigma_lowres else {}),
+            **facts,
+            "loss_avg": position.loss_average,
+            "lr": learning_rates(run.optimizer),
+            "d_lr": effective_rates(run.optimizer),
+            "step_s": seconds,
+            "images_per_s": sum(len(batch.items) for batch, _ in group) / seconds,
+            "memory_mib": peak_memory_mib(run.device),
+        }
+
+    def _validate(self, per: str) -> None:
+        """Compute, log and print the validation loss, if anything is held out."""
+        options, position = self.run.options, self.position
+        found = validate_or_skip(self.run, self.say)
+        if found is None:
+            return
+        self.log.validation(
+            position.step, position.epoch, found.loss, position.loss_average, found.per_sigma,
+            per=per,
+        )  # fmt: skip
+        self.say(f"step {position.step}: validation loss {found.loss:.4f}")
+        best = position.record_validation(found.loss, options.early_stop_min_delta)
+        if best and options.early_stop_patience:
+            self.checkpoints.best(position)
+
+    def _make_previews(self, stage: str) -> None:
+        """Render, log and name the previews of this moment."""
+        assert self.previews is not None
+        files = self.previews.make(
+            stage, say=self.say, stopped=lambda: self.stop.received is not None
+        )
+        if files:
+            self.log.preview(self.position.step, self.position.last_epoch, files)
+            what = "a preview" if len(files) == 1 else f"{len(files)} previews"
+            self.say(f"{what} in {self.run.options.output_dir}/sample")
+
+
+def is_due(count: int, every: int | None) -> bool:
+    """Whether something done every `every` steps or epochs is due after `count` of them."""
+    return every is not None and every > 0 and count % every == 0

@@ -1,0 +1,116 @@
+"""Full fine-tuning: the model's own weights are trained.
+
+The data, the loop, checkpoints and resuming are those of LoRA training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anima_fast.adapters.metadata import modelspec
+from anima_fast.memory.install import install_memory_savers
+from anima_fast.memory.offload import BlockRunner
+from anima_fast.training.checks import given
+from anima_fast.training.finetune.disk_check import check_disk
+from anima_fast.training.finetune.full_network import (
+    FullNetwork,
+    keep_masters,
+    train_everything,
+    trained_counts,
+)
+from anima_fast.training.finetune.start import (
+    base_tensors,
+    build_updates,
+    check_optimizer,
+    training_dtype,
+)
+from anima_fast.training.kind import SAVE_DTYPES, Say, Training
+from anima_fast.training.planning import check_memory
+from anima_fast.training.state_checks import Remedies
+
+if TYPE_CHECKING:
+    from anima_fast.data.conditioning import Conditioning
+    from anima_fast.data.items import DatasetPlan
+    from anima_fast.models.dit import AnimaDiT
+    from anima_fast.options.run import FinetuneOptions
+    from anima_fast.training.optimizers.weight_updates import WeightUpdates
+
+
+class Finetuning(Training):
+    """Trains a `FullNetwork`, the weights of the DiT and perhaps of its LLM adapter."""
+
+    remedies = Remedies(
+        start_over="start again with --pretrained_model_name_or_path and a saved model",
+        same_network="the learning rates of that run (0 freezes), --full_bf16 and --weight_update",
+        compares_dtypes=True,
+    )
+    saves_whole_model = True
+    network: FullNetwork
+    optimizer: WeightUpdates
+
+    def __init__(self, options: FinetuneOptions, device: torch.device, seed: int) -> None:
+        super().__init__(options, device, seed)
+        self.options = options
+        self.updates_in_backward = options.fused_backward_pass
+
+    def check_room(self, plan: DatasetPlan, say: Say) -> None:
+        """Refuse an optimizer that cannot work this way, and too little memory or disk space."""
+        check_optimizer(self.options)
+        check_memory(self.options, plan, self.device, say=say)
+        check_disk(self.options, self.device, say=say)
+        if any(item.dataset.network_multiplier != 1 for item in plan.items):
+            say("network_multiplier has no effect: full fine-tuning has no network to scale")
+
+    def build(self, dit: AnimaDiT, conditioning: Conditioning, say: Say) -> list[str]:
+        """Make the model trainable, and its optimizer."""
+        options = self.options
+        adapter = conditioning.adapter if options.trains_llm_adapter else None
+        base, bundled = base_tensors(
+            given(options.pretrained_model_name_or_path), options.llm_adapter_path
+        )
+        self.network = train_everything(
+            dit,
+            adapter,
+            options.part_rates,
+            base,
+            saves_adapter=bundled or adapter is not None,
+            dtype=training_dtype(options),
+        )
+        self.sink = self.network.swapped_gradients
+        install_memory_savers(options, dit, self.device, sink=self.sink)
+        runner = dit.block_runner
+        if isinstance(runner, BlockRunner) and runner.swap is not None:
+            swapped = {id(param) for param in runner.swap.weights}
+            for weight in self.network.weights:
+                weight.swapped = id(weight.param) in swapped
+        if options.weight_update == "fp32":
+            keep_masters(self.network, base.get)
+        self.optimizer, notices = build_updates(options, self.network, self.device, seed=self.seed)
+        self.network.attach(self.optimizer)
+        say(trained_counts(self.network))
+        return notices
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip all gradients together; a fused backward pass has clipped each by itself."""
+        return self.optimizer.clip_gradients(max_norm)
+
+    def save(self, path: Path, plan: DatasetPlan, facts: Mapping[str, Any]) -> None:
+        """Write the whole model."""
+        dtype = SAVE_DTYPES[self.options.save_precision]
+        self.network.save(path, dtype=dtype, metadata=self._metadata())
+
+    def _metadata(self) -> dict[str, str]:
+        """Of the file's header; with `no_metadata` only what loaders look for."""
+        options, metadata = self.options, {"format": "pt"}
+        if options.no_metadata:
+            return metadata
+        metadata |= modelspec(options)
+        metadata["modelspec.architecture"] = "anima-preview"
+        if options.training_comment:
+            metadata["modelspec.comment"] = options.training_comment
+        return metadata

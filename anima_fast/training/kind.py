@@ -1,0 +1,145 @@
+"""What LoRA training and full fine-tuning do differently, as one interface.
+
+Setup makes a `LoRATraining` (lora.py) or a `Finetuning` (finetune/finetuning.py), once. Everything
+else asks `run.training`, and knows neither. What either trains is a `Network`.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from anima_fast.training.optimizers.build import Trainable
+from anima_fast.training.state_checks import Remedies
+
+if TYPE_CHECKING:
+    from anima_fast.data.conditioning import Conditioning
+    from anima_fast.data.items import DatasetPlan
+    from anima_fast.memory.swap import Sink
+    from anima_fast.models.dit import AnimaDiT
+    from anima_fast.models.dit_config import DitConfig
+    from anima_fast.options.run import FinetuneOptions, TrainOptions
+    from anima_fast.training.optimizers.ema import Ema
+
+Say = Callable[[str], None]
+# The dtype of saved files by `save_precision`; None keeps that of training.
+SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Network(Trainable, Protocol):
+    """The trained part of a run."""
+
+    # Strength of adapters, set for every batch.
+    multiplier: float
+
+    def train(self) -> Any:
+        """Turn dropout on."""
+
+    def eval(self) -> Any:
+        """Turn dropout off."""
+
+    def at_noise(self, sigma: Tensor) -> None:
+        """Called before each forward with the noise levels [B] of the batch."""
+
+    def zero_grad_flat(self) -> None:
+        """Forget all gradients."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a resume state holds, by name, exactly."""
+
+    def load(self, path: str | os.PathLike) -> list[str]:
+        """Load a file; returns the names in it that do not belong here."""
+
+
+class Training(ABC):
+    """One kind of training; what a kind does not override, it does not do.
+
+    Attributes:
+        options, device, seed: of the run.
+        network, optimizer: what is trained, and what trains it; after `build`.
+        ema: the running mean of the weights, if one is kept.
+        description: the name of this kind, and facts that only it has, for the report.
+        remedies: what messages about a resume state that does not fit advise.
+        saves_whole_model: files and states hold the whole model, gigabytes of it.
+        can_swap_later: more blocks may be swapped when memory runs out.
+        updates_in_backward: weights change during backward, so no step can be repeated.
+        cuda_graphs: whether blocks run as CUDA graphs; None leaves it to the card.
+        sink: gets the gradients of trained weights that are swapped.
+    """
+
+    network: Network
+    optimizer: torch.optim.Optimizer
+    remedies: Remedies
+    ema: Ema | None = None
+    saves_whole_model = False
+    can_swap_later = False
+    updates_in_backward = False
+    cuda_graphs: bool | None = False
+    sink: Sink | None = None
+
+    def __init__(
+        self, options: TrainOptions | FinetuneOptions, device: torch.device, seed: int
+    ) -> None:
+        self.device, self.seed = device, seed
+        self.description: tuple[str, dict[str, str]] = options.about
+
+    def check(self, sizes: DitConfig) -> None:  # noqa: B027
+        """Refuse what does not fit a DiT of these sizes, before anything is written."""
+
+    def check_room(self, plan: DatasetPlan, say: Say) -> None:  # noqa: B027
+        """Refuse a run that memory or disk has no room for, before anything is encoded."""
+
+    @abstractmethod
+    def build(self, dit: AnimaDiT, conditioning: Conditioning, say: Say) -> list[str]:
+        """Make the network and its optimizer, and bring the DiT to where it is trained.
+
+        Args:
+            dit: frozen, on the device, or on the CPU with block swap.
+            conditioning: the text path that stays on the device.
+            say: gets what is trained.
+
+        Returns:
+            Notices of the optimizer for the user.
+
+        Raises:
+            UserError: nothing to train, or an optimizer that cannot train it.
+        """
+
+    @abstractmethod
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale the gradients of this step down to `max_norm` (0 = off).
+
+        Returns their norm before, a float32 scalar on the device, without waiting for it.
+        """
+
+    def after_step(self) -> dict[str, Any]:
+        """What follows an optimizer step; returns facts about it for the log."""
+        return {}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must share with the saved one, besides the dataset."""
+        return {}
+
+    @abstractmethod
+    def save(self, path: Path, plan: DatasetPlan, facts: Mapping[str, Any]) -> None:
+        """Write the file that users load.
+
+        Args:
+            path: the .safetensors file.
+            plan: of the run.
+            facts: of this moment, for the metadata (`adapters.metadata.training_metadata`).
+
+        Raises:
+            UserError: numbers that are not finite, or a disk that refuses.
+        """
+
+    def preview_weights(self) -> AbstractContextManager[None]:
+        """Inside the block the weights are rounded as in the saved file, if a copy is cheap."""
+        return nullcontext()

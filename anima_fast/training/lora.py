@@ -1,0 +1,131 @@
+"""LoRA training: adapters beside frozen weights, in one flat buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anima_fast.adapters.metadata import training_metadata
+from anima_fast.adapters.network import LoRANetwork
+from anima_fast.data.summary import summarise
+from anima_fast.device import uses_fused_blocks
+from anima_fast.memory.install import install_memory_savers
+from anima_fast.models.model_files import check_lora_files
+from anima_fast.training.adapter_setup import base_files, build_network, check_network
+from anima_fast.training.kind import SAVE_DTYPES, Say, Training
+from anima_fast.training.optimizers.build import build_optimizer, clip_flat_grad
+from anima_fast.training.optimizers.ema import Ema
+from anima_fast.training.planning import check_memory
+from anima_fast.training.state_checks import LORA_REMEDIES
+
+if TYPE_CHECKING:
+    from anima_fast.data.conditioning import Conditioning
+    from anima_fast.data.items import DatasetPlan
+    from anima_fast.models.dit import AnimaDiT
+    from anima_fast.models.dit_config import DitConfig
+    from anima_fast.options.run import TrainOptions
+
+
+class LoRATraining(Training):
+    """Trains a `LoRANetwork` on a frozen model."""
+
+    remedies = LORA_REMEDIES
+    network: LoRANetwork
+
+    def __init__(self, options: TrainOptions, device: torch.device, seed: int) -> None:
+        super().__init__(options, device, seed)
+        self.options = options
+        # Frozen weights can be swapped at any time, except those of compiled blocks.
+        self.can_swap_later = not options.compile
+        self.cuda_graphs = options.cuda_graphs
+
+    def check(self, sizes: DitConfig) -> None:
+        """Refuse missing LoRA files and a network that does not fit the DiT."""
+        check_lora_files((self.options.network_weights, *self.options.base_weights))
+        check_network(self.options, sizes)
+
+    def check_room(self, plan: DatasetPlan, say: Say) -> None:
+        """Say what memory the run will take on a card, and refuse too little of it."""
+        check_memory(self.options, plan, self.device, say=say)
+
+    def build(self, dit: AnimaDiT, conditioning: Conditioning, say: Say) -> list[str]:
+        """Attach the adapters and make their optimizer."""
+        options, device = self.options, self.device
+        fused = uses_fused_blocks(options.kernels, device, compiled=options.compile)
+        network = build_network(options, dit, conditioning, seed=self.seed, say=say)
+        self.network = network.to(device)
+        install_memory_savers(options, dit, device, cuda_graphs=self.cuda_graphs)
+        if fused and conditioning.adapter is not None:
+            conditioning.adapter.fuse_norms()
+        notices = self._build_optimizer(fused)
+        if options.ema_decay is not None:
+            self.ema = Ema(self.network.flat, options.ema_decay)
+        return notices
+
+    def _build_optimizer(self, fused: bool) -> list[str]:
+        options, network = self.options, self.network
+        self._clip: Callable[[float], Tensor] = partial(clip_flat_grad, network.flat_grad)
+        if fused:
+            # Not at the top: triton is not on every system.
+            from anima_fast.training.optimizers.flat_adamw import build_flat_adamw
+
+            if own := build_flat_adamw(options, network):
+                self.optimizer, self._clip = own, own.clip_gradients
+                return []
+        self.optimizer, notices = build_optimizer(options, network, options.lr_scheduler)
+        return notices
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip the flat gradient; the project's own AdamW does so in its step."""
+        return self._clip(max_norm)
+
+    def after_step(self) -> dict[str, Any]:
+        """Scale pairs whose product has grown too large, and move the running mean."""
+        facts: dict[str, Any] = {}
+        if limit := self.options.scale_weight_norms:
+            scaled, mean, largest = self.network.scale_weight_norms(limit)
+            facts["max_norm"] = {
+                "keys_scaled": scaled, "average_key_norm": mean, "max_key_norm": largest
+            }  # fmt: skip
+        if self.ema is not None:
+            self.ema.update()
+        return facts
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The files merged into the model before training."""
+        files = base_files(self.options)
+        merged = [f"{Path(path).name} {strength:g}" for path, strength in files]
+        return {"base_weights": merged} if merged else {}
+
+    def save(self, path: Path, plan: DatasetPlan, facts: Mapping[str, Any]) -> None:
+        """Write the LoRA in the format and precision asked for."""
+        self.network.save(
+            path,
+            dialect=self.options.lora_format,
+            dtype=SAVE_DTYPES[self.options.save_precision],
+            metadata=training_metadata(self.options, summarise(plan), facts),
+            fold_alpha=self.options.fold_alpha,
+        )
+
+    @contextmanager
+    def preview_weights(self) -> Iterator[None]:
+        """Inside the block the LoRA is rounded as its file is."""
+        dtype = SAVE_DTYPES[self.options.save_precision]
+        if dtype is None:
+            yield
+            return
+        flat = self.network.flat
+        own = flat.detach().clone()
+        with torch.no_grad():
+            flat.copy_(own.to(dtype))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                flat.copy_(own)
