@@ -91,9 +91,8 @@ class OpUse:
     mlp_again: int = 0
 
 
-# The sequence of a block (models/block.py). Backward computes the three
-# normed inputs, the normed queries and keys and GELU again: all are needed for adapter gradients
-# and attention, none is kept.
+# The sequence of a block (models/block.py). Backward recomputes the three normed inputs, the normed
+# queries and keys, and GELU: adapter gradients and attention need them, and they are not kept.
 BLOCK = (
     OpUse("layernorm_modulate", "", 1, again=3),
     OpUse("gate_residual_layernorm_modulate", "", 2),

@@ -1,10 +1,10 @@
-"""Times of calls on a card or on the CPU, several providers in turn.
+"""Times of calls on a card or on the CPU, with several providers in turn.
 
 On a card: CUDA events around each call, a batch of calls queued before one wait, and between two
 calls a write to a buffer larger than any second-level cache, so that every call reads its inputs
-from memory. The queue is held by a sleeping kernel until the whole batch stands in it: the time is
-the card's, without the gaps in which Python prepares a launch. (How many launches a step has, and
-what its gaps cost, the step benchmark tells.) On the CPU: `perf_counter` around each call.
+from memory. A sleeping kernel holds the queue until all of the batch is in it: the time is the
+card's, without the gaps in which Python prepares a launch. (The step benchmark tells how many
+launches a step has and what its gaps cost.) On the CPU: `perf_counter` around each call.
 
 Providers alternate batch by batch, so that clocks and temperature treat them alike.
 """
@@ -106,7 +106,7 @@ class Timer:
                 synchronize()
                 start = time.perf_counter()
                 self.calls[name]()
-                # Until here it was queued only: as long must the queue be held for each call.
+                # So far the call was only queued: the queue must be held that long for each one.
                 self._hold[name] = time.perf_counter() - start
                 synchronize()
             except Exception as error:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from anima_fast.adapters.targets import find_targets
-from anima_fast.errors import UserError
 from anima_fast.memory.kept import BlockCount, Storages, kept, size, storages
+from anima_fast.memory.offload import choose_policies
 from anima_fast.memory.plan import (
     WORKSPACE_UNITS,
     Asks,
@@ -36,7 +36,6 @@ from anima_fast.memory.plan import (
 from anima_fast.memory.swap import swapped_indices
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.dit_config import PUBLISHED, TEXT_ROWS
-from anima_fast.models.recompute import block_policies
 from anima_fast.models.text_encoder import read_sizes
 
 if TYPE_CHECKING:
@@ -260,12 +259,16 @@ class LoRANeeds:
 
     def block_bytes(self, options: TrainOptions) -> list[BlockBytes]:
         """Of every block."""
-        try:
-            policies = block_policies(options.recompute or "none", self.blocks)
-        except ValueError as error:
-            raise UserError(f"--recompute: {error}") from None
-        if "mlp" in policies and not self.fused:
-            raise UserError("--recompute mlp is a policy of the fused block")
+        policies = choose_policies(
+            self.blocks,
+            fused=self.fused,
+            recompute=options.recompute,
+            gradient_checkpointing=options.gradient_checkpointing,
+            cpu_offload=options.cpu_offload_checkpointing,
+            unsloth_offload=options.unsloth_offload_checkpointing,
+            blocks_to_swap=options.blocks_to_swap or 0,
+            cuda_graphs=options.cuda_graphs,
+        )
         swapped = swapped_indices(self.blocks, options.blocks_to_swap or 0)
         policies = ["block" if i in swapped else policy for i, policy in enumerate(policies)]
         if options.cpu_offload_checkpointing or options.unsloth_offload_checkpointing:
