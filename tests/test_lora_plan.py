@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from anima_fast.cli import app
 from anima_fast.errors import UserError
-from anima_fast.memory.kept import _FusedAttention
+from anima_fast.memory.kept import FusedAttention
 from anima_fast.memory.lora import DECODE_UNITS, ENCODE_UNITS, fused_block, published_step
 from anima_fast.memory.plan import CPU_PROGRAM_BYTES, GIB, LargestBatch
 from anima_fast.models.flow import FlowSettings
@@ -191,7 +191,7 @@ def test_maps_of_the_vae(method, units):
     with torch.device("meta"):
         vae = VAE().requires_grad_(False)
     shape = (1, 3, 512, 512) if method == "encode" else (1, 16, 64, 64)
-    with torch.no_grad(), _FusedAttention(), Meter() as meter:
+    with torch.no_grad(), FusedAttention(), Meter() as meter:
         getattr(vae, method)(torch.empty(shape, device="meta"))
     assert meter.peak == pytest.approx(units * 96 * 512 * 512 * 4, rel=0.01)
 

@@ -44,7 +44,7 @@ def kept(run: Callable[[], Tensor], there: Storages) -> tuple[Tensor, Storages]:
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     # Dropout draws random numbers, and a run's own must not depend on this.
-    with torch.random.fork_rng(devices=[]), _FusedAttention(), hooks:
+    with torch.random.fork_rng(devices=[]), FusedAttention(), hooks:
         out = run()
     saved.pop(id(out.untyped_storage()), None)
     return out, saved
@@ -65,7 +65,7 @@ class _Attention(torch.autograd.Function):
         return out
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """On the meta device PyTorch would take the plain attention, which keeps L·L numbers a head."""
 
     def __torch_function__(

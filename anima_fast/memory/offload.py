@@ -1,4 +1,4 @@
-"""Running the DiT's blocks in less device memory: recomputation, host copies, block swap; compiling.
+"""Running the DiT's blocks in less memory: recomputation, host copies, block swap; compiling them.
 
 Each is a way to run one block, installed as `dit.block_runner`:
 
