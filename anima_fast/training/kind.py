@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from anima_fast.device import DTYPES
 from anima_fast.training.state_checks import Remedies
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from anima_fast.training.optimizers.ema import Ema
 
 # The dtype of saved files by `save_precision`; None keeps that of training.
-SAVE_DTYPES: dict[str | None, torch.dtype | None] = {None: None, **DTYPES}
+SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Network(Protocol):
