@@ -71,8 +71,8 @@ class PresetOptions:
 
 
 # What both kinds of training have, before and after the options of the network. The bases come in
-# reverse: dataclass fields follow the order from the last base to the first.
-@dataclass(frozen=True)
+# reverse: dataclass fields follow the order from the last base to the first. The two are not made
+# dataclasses, which takes a while for so many fields and delays every help page.
 class _Data(
     LengthOptions, CacheOptions, ImageOptions, CaptionOptions, DatasetOptions, ModelOptions,
     PresetOptions,
@@ -87,7 +87,6 @@ class _Data(
         return self.qwen3_max_token_length, self.t5_max_token_length
 
 
-@dataclass(frozen=True)
 class _Learning(
     MetadataOptions, PreviewOptions, ValidationOptions, LogOptions, SaveOptions, MaskOptions,
     MemoryPlanOptions, MemoryOptions, FlowOptions, SchedulerOptions, OptimizerOptions,

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from anima_fast.errors import UserError
@@ -255,8 +254,8 @@ def _fused_blocks_run(by_hand: Mapping[str, Any]) -> bool:
 
     asked = str(by_hand.get("device") or "cuda")
     card = asked.startswith("cuda") and torch.cuda.is_available()
-    wanted = SimpleNamespace(kernels=kernels, compile=by_hand.get("compile", False))
-    return uses_fused_blocks(wanted, torch.device("cuda" if card else "cpu"))  # type: ignore[arg-type]
+    device = torch.device("cuda" if card else "cpu")
+    return uses_fused_blocks(kernels, device, compiled=by_hand.get("compile", False))
 
 
 def shown(value: Any) -> str:
