@@ -25,7 +25,7 @@ from anima_fast.data.encode_text import TextPhase
 from anima_fast.data.items import DatasetPlan
 from anima_fast.data.lowres import LowRes
 from anima_fast.options.data import CacheOptions
-from anima_fast.options.run import TrainOptions
+from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 Texts = list[tuple[Stored[TextEntry], ...]]
 
@@ -55,7 +55,7 @@ class EncodedDataset:
 
 def encode_dataset(
     plan: DatasetPlan,
-    options: TrainOptions,
+    options: TrainOptions | FinetuneOptions,
     *,
     device: str | torch.device = "cpu",
     vae_dtype: torch.dtype = torch.float32,
@@ -129,7 +129,7 @@ def choose_image_mode(options: CacheOptions) -> str:
     return "cached" if caches_latents(options) else "live"
 
 
-def choose_text_mode(options: TrainOptions) -> str:
+def choose_text_mode(options: TrainOptions | FinetuneOptions) -> str:
     """ "live" without a text cache, else "states" when the LLM adapter is trained, or "context"."""
     cached = options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
     if not cached:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from anima_fast.memory.swap import Sink
     from anima_fast.models.dit import AnimaDiT
     from anima_fast.models.dit_config import DitConfig
-    from anima_fast.options.run import FinetuneOptions, TrainOptions
     from anima_fast.training.optimizers.ema import Ema
 
 Say = Callable[[str], None]
@@ -62,10 +61,10 @@ class Training(ABC):
     """One kind of training; what a kind does not override, it does not do.
 
     Attributes:
-        options, device, seed: of the run.
+        device, seed: of the run.
         network, optimizer: what is trained, and what trains it; after `build`.
         ema: the running mean of the weights, if one is kept.
-        description: the name of this kind, and facts that only it has, for the report.
+        name: of this kind, and `facts` that only it has, for the report.
         remedies: what messages about a resume state that does not fit advise.
         saves_whole_model: files and states hold the whole model, gigabytes of it.
         can_swap_later: more blocks may be swapped when memory runs out.
@@ -74,6 +73,7 @@ class Training(ABC):
         sink: gets the gradients of trained weights that are swapped.
     """
 
+    name: str
     network: Network
     optimizer: torch.optim.Optimizer
     remedies: Remedies
@@ -84,11 +84,8 @@ class Training(ABC):
     cuda_graphs: bool | None = False
     sink: Sink | None = None
 
-    def __init__(
-        self, options: TrainOptions | FinetuneOptions, device: torch.device, seed: int
-    ) -> None:
-        self.device, self.seed = device, seed
-        self.description: tuple[str, dict[str, str]] = options.about
+    def __init__(self, facts: dict[str, str], device: torch.device, seed: int) -> None:
+        self.facts, self.device, self.seed = facts, device, seed
 
     def check(self, sizes: DitConfig) -> None:  # noqa: B027
         """Refuse what does not fit a DiT of these sizes, before anything is written."""

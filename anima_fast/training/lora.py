@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 class LoRATraining(Training):
     """Trains a `LoRANetwork` on a frozen model."""
 
+    name = "LoRA training"
     remedies = LORA_REMEDIES
     network: LoRANetwork
 
     def __init__(self, options: TrainOptions, device: torch.device, seed: int) -> None:
-        super().__init__(options, device, seed)
+        rank = {"rank, alpha": f"{options.network_dim}, {options.network_alpha:g}"}
+        super().__init__(rank, device, seed)
         self.options = options
         # Frozen weights can be swapped at any time, except those of compiled blocks.
         self.can_swap_later = not options.compile

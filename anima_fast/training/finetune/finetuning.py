@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 class Finetuning(Training):
     """Trains a `FullNetwork`, the weights of the DiT and perhaps of its LLM adapter."""
 
+    name = "Full fine-tuning"
     remedies = Remedies(
         start_over="start again with --pretrained_model_name_or_path and a saved model",
         same_network="the learning rates of that run (0 freezes), --full_bf16 and --weight_update",
@@ -54,7 +55,13 @@ class Finetuning(Training):
     optimizer: WeightUpdates
 
     def __init__(self, options: FinetuneOptions, device: torch.device, seed: int) -> None:
-        super().__init__(options, device, seed)
+        rates = [f"{part} {rate:g}" for part, rate in options.part_rates.items()]
+        weights = str(training_dtype(options)).removeprefix("torch.")
+        facts = {
+            "learning rates": ", ".join(rates),
+            "weights, updates": f"{weights}, {options.weight_update}",
+        }
+        super().__init__(facts, device, seed)
         self.options = options
         self.updates_in_backward = options.fused_backward_pass
 
