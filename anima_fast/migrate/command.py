@@ -7,15 +7,16 @@ CUDA_VISIBLE_DEVICES=0 accelerate launch --mixed_precision bf16 anima_train_netw
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
 
 from anima_fast.errors import UserError
-from anima_fast.migrate.words import Command
-from anima_fast.option_groups.base import Spec
+from anima_fast.migrate.ledger import Ledger
+from anima_fast.migrate.rows import OPTIONS, reasons
+from anima_fast.migrate.shell import Command
 
 EXAMPLE = "`accelerate launch anima_train_network.py --pretrained_model_name_or_path=...`"
+DEEPSPEED = "DeepSpeed is for several devices, and one is used here"
 _ENVIRONMENT = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
 # Programs that start others; what stands between them and the script belongs to them.
 _STARTERS = re.compile(
@@ -25,6 +26,12 @@ _STARTERS = re.compile(
 _STARTER_WORDS = frozenset({
     "launch", "run", "exec", "-m", "accelerate.commands.launch", "torch.distributed.run", "--",
     "accelerate.commands.accelerate_cli",
+})  # fmt: skip
+_LAUNCHER = reasons({
+    "it had no effect there either: the script's own --mixed_precision counts": "mixed_precision",
+    "a file of accelerate: precision and devices are options of the training here": "config_file",
+    "--compile and --compile_mode are the options here": "dynamo_backend dynamo_mode",
+    DEEPSPEED: "use_deepspeed deepspeed_config_file zero_stage use_fsdp",
 })  # fmt: skip
 
 
@@ -41,13 +48,29 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The script's file name in small letters."""
-        return file_name(self.script).lower()
+        """The script's file name in small letters, from a path of any system."""
+        return (PureWindowsPath(self.script).name or PurePosixPath(self.script).name).lower()
 
-
-def file_name(path: str) -> str:
-    """The last part of a path of any system."""
-    return PureWindowsPath(path).name or PurePosixPath(path).name
+    def settle(self, ledger: Ledger) -> None:
+        """Settle what stands before the script: the launcher's options and the environment."""
+        for name, value in self.launcher.items():
+            key, plain = f"{self.starter} {name}", name.lstrip("-").replace("-", "_")
+            ledger.extend({key: value})
+            if (plain == "gpu_ids" and value.isdigit()) or plain == "cpu":
+                device = "cpu" if plain == "cpu" else f"cuda:{value}"
+                ledger.take(key, "device", device, "the device is an option here")
+            ledger.drop(
+                key, _LAUNCHER.get(plain, "the launcher is not used here, nor several devices")
+            )
+        several = self.launcher.get("--num_processes", "1")
+        if several.isdigit() and int(several) > 1:
+            ledger.todo.append(
+                f"{several} devices saw {several} batches a step there: for the same, multiply "
+                f"gradient_accumulation_steps by {several}"
+            )
+        for name, value in self.environment.items():
+            ledger.extend({f"environment {name}": value})
+            ledger.drop(f"environment {name}", "set it before the command here, in the same way")
 
 
 def find_launch(commands: list[Command]) -> Launch:
@@ -94,19 +117,24 @@ def _launch(command: Command) -> Launch | None:
 
 @dataclass(frozen=True)
 class Given:
-    """An option as it was given: `label` is its name for the lists, `words` what followed it."""
+    """An option as it was given: `label` is its name for the lists, `words` what followed it.
+
+    `name` is empty where the same option is given again further on.
+    """
 
     name: str
     label: str
     words: tuple[str, ...]
 
     @property
-    def value(self) -> str:
-        """The words as one text; `true` for a flag."""
+    def value(self) -> str | list[str]:
+        """The words of a list; of any other option one text, `true` for a flag."""
+        if self.name in OPTIONS and OPTIONS[self.name].is_list:
+            return list(self.words)
         return " ".join(self.words) if self.words else "true"
 
 
-def read_arguments(words: tuple[str, ...], known: Mapping[str, Spec]) -> tuple[list[Given], list]:
+def read_arguments(words: tuple[str, ...]) -> tuple[list[Given], list[str]]:
     """The options of a script as argparse reads them, and the words that belong to none.
 
     Abbreviations are completed where only one known name fits. Of an option given twice the last
@@ -123,11 +151,12 @@ def read_arguments(words: tuple[str, ...], known: Mapping[str, Spec]) -> tuple[l
         else:
             stray.append(word)
     given = []
-    names = [_full_name(name, known) for name, _ in groups]
+    names = [_full_name(name) for name, _ in groups]
     for i, ((spelt, values), name) in enumerate(zip(groups, names, strict=True)):
-        spec = known.get(name)
+        spec = OPTIONS.get(name)
         if spec is not None and not spec.is_list:
-            keep = 0 if spec.kind == "bool" and not _spelt_out(values) else 1
+            spelt_out = values and values[0].lower() in ("true", "false")
+            keep = 0 if spec.kind == "bool" and not spelt_out else 1
             stray += values[keep:]
             values = values[:keep]
             if not values and spec.kind != "bool":
@@ -139,13 +168,17 @@ def read_arguments(words: tuple[str, ...], known: Mapping[str, Spec]) -> tuple[l
     return given, stray
 
 
-def _spelt_out(values: list[str]) -> bool:
-    return bool(values) and values[0].lower() in ("true", "false")
-
-
-def _full_name(spelt: str, known: Mapping[str, Spec]) -> str:
+def _full_name(spelt: str) -> str:
     name = spelt.replace("-", "_")
-    if name in known:
+    if name in OPTIONS:
         return name
-    longer = [full for full in known if full.startswith(name)]
+    longer = [full for full in OPTIONS if full.startswith(name)]
     return longer[0] if len(longer) == 1 else name
+
+
+def settle_arguments(launch: Launch, ledger: Ledger) -> None:
+    """Settle the arguments of diffusion-pipe's and OneTrainer's train.py."""
+    for item in read_arguments(launch.arguments)[0]:
+        ledger.extend({item.label: item.value})
+        read = item.name in ("config", "config_path")
+        ledger.drop(item.label, "read, and its keys are listed" if read else "not needed here")

@@ -13,13 +13,12 @@ from pathlib import Path
 from anima_fast import __version__
 from anima_fast.errors import UserError
 from anima_fast.files import write_text
-from anima_fast.migrate import diffusion_pipe, onetrainer, sd_scripts_source
-from anima_fast.migrate.command import Launch, read_arguments
-from anima_fast.migrate.launcher import settle_launch
+from anima_fast.migrate import diffusion_pipe, onetrainer, sd_scripts
+from anima_fast.migrate.command import settle_arguments
 from anima_fast.migrate.ledger import Ledger
-from anima_fast.migrate.sd_scripts import CLASSES
+from anima_fast.migrate.rows import CLASSES
+from anima_fast.migrate.shell import variable_names
 from anima_fast.migrate.source import Source, open_source
-from anima_fast.migrate.words import variable_names
 from anima_fast.migrate.write import dataset_text, list_lines, options_text
 from anima_fast.option_files import resolve_train_options
 from anima_fast.option_groups.base import specs
@@ -28,6 +27,10 @@ from anima_fast.option_rules import REQUIRED
 TITLES = {
     "sd-scripts": "sd-scripts", "kohya-gui": "kohya_ss' GUI", "diffusion-pipe": "diffusion-pipe",
     "onetrainer": "OneTrainer",
+}  # fmt: skip
+_CONVERTERS: dict[str, Callable[[Source, Ledger], str]] = {
+    "sd-scripts": sd_scripts.convert, "kohya-gui": sd_scripts.convert,
+    "diffusion-pipe": diffusion_pipe.convert, "onetrainer": onetrainer.convert,
 }  # fmt: skip
 
 
@@ -86,21 +89,12 @@ def import_config(
 def convert(source: Source) -> Imported:
     """A source as options; see `Ledger` for what is in it."""
     ledger = Ledger()
-    convert_one = {
-        "sd-scripts": sd_scripts_source.convert,
-        "kohya-gui": sd_scripts_source.convert_gui,
-        "diffusion-pipe": diffusion_pipe.convert,
-        "onetrainer": onetrainer.convert,
-    }[source.trainer]
     if source.launch is not None:
-        launch = source.launch
-        ledger.extend({f"{launch.starter} {k}": v for k, v in launch.launcher.items()})
-        ledger.extend({f"environment {k}": v for k, v in launch.environment.items()})
-        settle_launch(launch, ledger)
+        source.launch.settle(ledger)
         if source.trainer in ("diffusion-pipe", "onetrainer"):
-            _settle_arguments(launch, ledger)
+            settle_arguments(source.launch, ledger)
     try:
-        command = convert_one(source, ledger)
+        command = _CONVERTERS[source.trainer](source, ledger)
     except UserError:
         raise
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
@@ -109,19 +103,10 @@ def convert(source: Source) -> Imported:
         raise UserError(
             f"{name} has a value of a kind that nobody expects there: {error}"
         ) from error
-    ledger.close("it is unknown here")
+    ledger.close()
     _todo(source, ledger, command)
     name = ledger.options.get("output_name") or (source.file.stem if source.file else "imported")
     return Imported(source, command, ledger, str(name))
-
-
-def _settle_arguments(launch: Launch, ledger: Ledger) -> None:
-    """Arguments of diffusion-pipe's and OneTrainer's train.py."""
-    given, _ = read_arguments(launch.arguments, {})
-    for item in given:
-        ledger.extend({item.label: item.value})
-        read = item.name in ("config", "config_path")
-        ledger.drop(item.label, "read, and its keys are listed" if read else "not needed here")
 
 
 def _todo(source: Source, ledger: Ledger, command: str) -> None:
@@ -141,11 +126,6 @@ def _todo(source: Source, ledger: Ledger, command: str) -> None:
                 f"{', '.join(names)}: ${variable} is of your shell, and the text does not say its "
                 "value"
             )
-    if source.outside:
-        names = ", ".join(f"--{name}" for name in source.outside)
-        ledger.todo.append(
-            f"{names}: in the text, but not in the command itself: write into the file what you use"
-        )
 
 
 def _targets(imported: Imported, out: Path | None, force: bool) -> tuple[Path, Path | None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from anima_fast.migrate.ledger import Ledger
+
 
 @dataclass(frozen=True)
 class Known:
@@ -30,6 +32,7 @@ _OPTIMI = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0}
 _D = ("d0", "d_coef", "growth_rate", "decouple", "use_bias_correction", "safeguard_warmup")
 _FACTOR = ("clip_threshold", "decay_rate", "scale_parameter", "relative_step", "warmup_init")
 _BITS = ("min_8bit_size", "percentile_clipping", "block_wise", "amsgrad")
+_NO_STEP = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
 
 # Type in [optimizer] of diffusion-pipe, in small letters.
 DIFFUSION_PIPE = {
@@ -44,7 +47,6 @@ DIFFUSION_PIPE = {
     "lion": Known("Lion"),
     "adafactor": Known("AdaFactor", accepts=_FACTOR, betas=0),
 }
-
 # `optimizer` in OneTrainer.
 ONETRAINER = {
     "ADAMW": Known("AdamW", accepts=("amsgrad",)),
@@ -57,22 +59,15 @@ ONETRAINER = {
     "SGD_8BIT": Known("bitsandbytes.optim.SGD8bit", accepts=("momentum", "nesterov"), betas=0),
     "ADAGRAD": Known("Adagrad", accepts=("lr_decay", "initial_accumulator_value"), betas=0),
     "RMSPROP": Known("RMSprop", accepts=("alpha", "momentum", "centered"), betas=0),
-    "LION": Known("Lion", defaults={"betas": (0.9, 0.99), "weight_decay": 0.0}),
+    "LION": Known("Lion", "", {"betas": (0.9, 0.99), "weight_decay": 0.0}),
     "LION_8BIT": Known("Lion8bit", accepts=("min_8bit_size", "percentile_clipping")),
-    "PRODIGY": Known(
-        "Prodigy", accepts=(*_D, "slice_p"), defaults={"weight_decay": 0.0, "decouple": True}
-    ),
+    "PRODIGY": Known("Prodigy", "", {"weight_decay": 0.0, "decouple": True}, (*_D, "slice_p")),
     "DADAPT_ADAM": Known("DAdaptAdam", accepts=("d0", "growth_rate", "decouple", "log_every")),
     "DADAPT_ADAN": Known("DAdaptAdan", accepts=("d0", "growth_rate", "no_prox"), betas=3),
     "DADAPT_ADA_GRAD": Known("DAdaptAdaGrad", accepts=("d0", "growth_rate", "momentum"), betas=0),
     "DADAPT_SGD": Known("DAdaptSGD", accepts=("d0", "growth_rate", "momentum"), betas=0),
     "DADAPT_LION": Known("DAdaptLion", accepts=("d0", "log_every")),
-    "ADAFACTOR": Known(
-        "AdaFactor",
-        accepts=_FACTOR,
-        betas=0,
-        defaults={"relative_step": False, "scale_parameter": False, "warmup_init": False},
-    ),
+    "ADAFACTOR": Known("AdaFactor", "", _NO_STEP, _FACTOR, betas=0),
     "SCHEDULE_FREE_ADAMW": Known("AdamWScheduleFree", accepts=("r", "weight_lr_power")),
     "SCHEDULE_FREE_SGD": Known(
         "SGDScheduleFree", accepts=("r", "weight_lr_power", "momentum"), betas=0
@@ -80,11 +75,12 @@ ONETRAINER = {
 }
 
 
-def argument_words(arguments: dict[str, Any]) -> list[str]:
-    """key=value words of `optimizer_args`; a tuple is written with commas."""
+def put_arguments(arguments: dict[str, Any], ledger: Ledger) -> None:
+    """Set `optimizer_args` to key=value words; a list is written with commas."""
     words = []
     for key, value in arguments.items():
         if isinstance(value, (list, tuple)):
             value = ",".join(f"{v:g}" for v in value)
         words.append(f"{key}={value}")
-    return words
+    if words:
+        ledger.put("optimizer_args", words, "its arguments there, its own defaults included")
