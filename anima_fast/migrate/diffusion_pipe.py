@@ -12,17 +12,16 @@ from typing import Any
 
 from anima_fast.errors import UserError
 from anima_fast.migrate.diffusion_pipe_data import BatchSizes, convert_dataset
-from anima_fast.migrate.ledger import Ledger, is_off, is_rows, show
+from anima_fast.migrate.ledger import Ledger, is_off, is_rows
 from anima_fast.migrate.optimizers import DIFFUSION_PIPE, Known, put_arguments
 from anima_fast.migrate.paths import Paths
-from anima_fast.migrate.rows import Row, on, one_of, reasons, settle, when_on, whole
-from anima_fast.migrate.source import ONLY, Source, other_model, parse_file
+from anima_fast.migrate.rows import Row, number, on, one_of, rate, reasons, settle, when_on, whole
+from anima_fast.migrate.source import KERNELS, ONLY, Source, other_model, parse_file
 
 DTYPES = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "no", "bf16": "bf16", "fp16": "fp16",
     "fp32": "no",
 }  # fmt: skip
-KERNELS = "the blocks run through kernels of their own, which --compile would turn off"
 
 
 def _percent(value: Any) -> Any:
@@ -68,29 +67,22 @@ ROWS = [
     Row("monitoring.wandb_run_name", "wandb_run_name"),
     Row("monitoring.enable_wandb", "log_with", when_on("wandb")),
 ]  # fmt: skip
-_IN_16_BIT = "the text encoder runs before training only, in 16 bit"
+# Beginning of a key -> why it is dropped.
 DROPPED = reasons({
-    "one device is used here": "pipeline_stages partition_method partition_split",
-    "it is about videos": "video_clip_mode framerate",
+    "one device is used here": "pipeline_stages partition_",
     "validation holds out a part of the training images here: --validation_split":
-        "eval_ image_eval_micro_batch_size_per_gpu disable_block_swap_for_eval",
+        "eval_ image_eval_ disable_block_swap_for_eval",
     "caches follow the contents of the files here": "regenerate_cache trust_cache",
     "threads are used for reading: --max_data_loader_n_workers": "map_num_proc",
-    "a bar and the log show every step": "steps_per_print logging_steps x_axis_examples",
-    "there is one way of checkpointing here": "reentrant_activation_checkpointing",
     "states of DeepSpeed cannot be continued here": "resume_from_checkpoint",
-    "uploads are out of scope; use `hf upload` after the run":
-        "huggingface_repo upload_hf_from_epoch",
+    "uploads are out of scope; use `hf upload` after the run": "huggingface_repo upload_",
     "a password: give it on the command line, or as WANDB_API_KEY": "monitoring.wandb_api_key",
     "adapters are float32 here, which needs no Kahan sums": "adapter.dtype",
     "diffusion-pipe refuses it: alpha is the rank there": "adapter.alpha",
-    "it has no effect here": "adapter.factor adapter.decompose_factor adapter.dropout",
-    "Anima has no embedded guidance": "model.guidance",
-    "there is no multi-scale loss here": "model.multiscale_loss_weight",
-    "captions are cached here in as many forms as they take": "model.cache_text_embeddings",
-    _IN_16_BIT: "model.text_encoder_fp8 model.text_encoder_nf4 model.qwen_nf4",
+    "the text encoder runs before training only, in 16 bit": "model.text_encoder_ model.qwen_nf4",
     "8-bit base weights are not supported: blocks_to_swap saves memory":
         "model.transformer_dtype model.diffusion_model_dtype",
+    "captions are files here": "model.caption_mode",
     "this type does not exist here": "model.dtype save_dtype",
 })  # fmt: skip
 
@@ -125,8 +117,6 @@ def convert(source: Source, ledger: Ledger) -> str:
     config = source.config
     _check_model(config["model"])
     adapter = config.get("adapter") or {}
-    if not isinstance(adapter, Mapping):
-        raise UserError(f"adapter: expected a table of settings, got {show(adapter)!r}")
     command = "train" if adapter else "finetune"
     ledger.extend(config)
     texts = [ledger.text(key) for key in ("dataset", *(row.key for row in PATH_ROWS[:-1]))]
@@ -138,18 +128,17 @@ def convert(source: Source, ledger: Ledger) -> str:
     _memory(ledger, command)
     _schedule(ledger)
     _optimizer(ledger, images, command)
-    if command == "train":
+    if adapter:
         _adapter(ledger, adapter)
-    for part in PARTS if command == "finetune" else ():
-        ledger.take(f"model.{part}_lr", f"{part}_lr", ledger.number(f"model.{part}_lr"))
+    else:
+        settle([Row(f"model.{part}_lr", f"{part}_lr", number) for part in PARTS], ledger)
     _noise(ledger)
     _loss(ledger)
-    if not is_off(ledger.get("max_steps")):
+    if ledger.on("max_steps"):
         ledger.drop("epochs", "max_steps ends the run; max_train_epochs would beat it here")
     steps = max(1, ledger.whole("save_every_n_examples") // images)
     ledger.take("save_every_n_examples", "save_every_n_steps", steps, "counted in steps here")
     settle(ROWS, ledger)
-    _caption_mode(ledger)
     _dataset(source, ledger, sizes)
     _always(source, ledger, command)
     ledger.close(DROPPED)
@@ -173,15 +162,15 @@ def _memory(ledger: Ledger, command: str) -> None:
     """Checkpointing, the types of numbers, and compilation."""
     key = "activation_checkpointing"
     offloaded = ledger.get(key) == "unsloth"
-    if offloaded and is_off(ledger.get("blocks_to_swap")):
+    if offloaded and not ledger.on("blocks_to_swap"):
         ledger.take(key, "unsloth_offload_checkpointing", True)
-    elif not is_off(ledger.get(key)):
+    elif ledger.on(key):
         why = "blocks_to_swap does not go with offloaded checkpoints" if offloaded else ""
         ledger.take(key, "gradient_checkpointing", True, why)
     for key in ("model.transformer_dtype", "model.diffusion_model_dtype"):
         if ledger.get(key) == ledger.get("model.dtype"):
             ledger.drop(key, "as model.dtype")
-    if command == "train" and not is_off(ledger.get("compile")):
+    if command == "train" and ledger.on("compile"):
         ledger.drop("compile", KERNELS)
 
 
@@ -216,15 +205,14 @@ def _optimizer(ledger: Ledger, images: int, command: str) -> None:
     ledger.take("optimizer.type", "optimizer_type", known.name, known.why)
     ledger.take("optimizer.lr", "learning_rate", ledger.number("optimizer.lr"))
     key = "optimizer.gradient_release"
-    if not is_off(ledger.get(key)):
-        if command == "train":
-            ledger.drop(key, "a LoRA's gradients are small")
-        elif ledger.number("gradient_accumulation_steps", 1) > 1:
-            ledger.drop(key, "it does not go with gradient_accumulation_steps here")
-            ledger.todo.append("see with --plan_memory whether it fits without gradient_release")
+    if ledger.on(key) and command == "train":
+        ledger.drop(key, "a LoRA's gradients are small")
+    elif ledger.on(key) and ledger.number("gradient_accumulation_steps", 1) > 1:
+        ledger.drop(key, "it does not go with gradient_accumulation_steps here")
+        ledger.todo.append("see with --plan_memory whether it fits without gradient_release")
+    elif ledger.on(key):
         ledger.take(key, "fused_backward_pass", True)
-    elif ledger.has(key):
-        ledger.drop(key, "it is off")
+    ledger.drop(key, "it is off")
     _arguments(ledger, known, images)
 
 
@@ -272,15 +260,12 @@ def _adapter(ledger: Ledger, adapter: Mapping[str, Any]) -> None:
     words = _rank(ledger)
     if kind == "lora":
         why = "on the output of the down projection here, on its input there"
-        if not is_off(ledger.get("adapter.dropout")):
-            ledger.take("adapter.dropout", "network_dropout", ledger.number("adapter.dropout"), why)
-    for name, word in (
-        ("decompose_factor", "factor"), ("factor", "factor"), ("rank_dropout", "rank_dropout"),
-    ):  # fmt: skip
-        value = ledger.get(f"adapter.{name}")
-        if not is_off(value) and (word != "factor" or kind == "lokr"):
-            words.append(f"{word}={value}")
-            ledger.place(f"adapter.{name}", f"network_args {word}")
+        settle([Row("adapter.dropout", "network_dropout", rate, why)], ledger)
+    for name in ("decompose_factor", "factor", "rank_dropout"):
+        key, word = f"adapter.{name}", name.removeprefix("decompose_")
+        if ledger.on(key) and (word != "factor" or kind == "lokr"):
+            words.append(f"{word}={ledger.get(key)}")
+            ledger.place(key, f"network_args {word}")
     _start(ledger, adapter)
     words += _llm_adapter(ledger)
     rates = []
@@ -311,7 +296,7 @@ def _rank(ledger: Ledger) -> list[str]:
 def _start(ledger: Ledger, adapter: Mapping[str, Any]) -> None:
     """The files that training starts from."""
     key = "adapter.init_from_existing"
-    if not is_off(ledger.get(key)):
+    if ledger.on(key):
         path = ledger.text(key)
         file = path if path.endswith(".safetensors") else f"{path}/adapter_model.safetensors"
         ledger.take(key, "network_weights", file, "the file in that folder")
@@ -380,7 +365,7 @@ def _layers(ledger: Ledger) -> list[str]:
 def _noise(ledger: Ledger) -> None:
     """How the noise level is drawn."""
     uniform = ledger.text("model.timestep_sample_method", "logit_normal") == "uniform"
-    shift, flux = ledger.number("model.shift"), not is_off(ledger.get("model.flux_shift"))
+    shift, flux = ledger.number("model.shift"), ledger.on("model.flux_shift")
     sampling, why = "uniform" if uniform else "sigmoid", ""
     if shift:
         sampling, why = "sigma" if uniform else "shift", "with model.shift it has this name here"
@@ -417,14 +402,6 @@ def _loss(ledger: Ledger) -> None:
         ledger.put("huber_schedule", "constant", f"{key} is one threshold for all")
 
 
-def _caption_mode(ledger: Ledger) -> None:
-    key = "model.caption_mode"
-    whole = ledger.get(key, "tags") == "tags"
-    ledger.drop(key, "captions are one file here" if whole else "only its .txt files are read")
-    if not whole:
-        ledger.todo.append(f"caption_mode {ledger.get(key)}: write one caption file each image")
-
-
 def _dataset(source: Source, ledger: Ledger, sizes: BatchSizes) -> None:
     if not ledger.has("dataset"):
         return
@@ -444,6 +421,9 @@ def _dataset(source: Source, ledger: Ledger, sizes: BatchSizes) -> None:
 
 def _always(source: Source, ledger: Ledger, command: str) -> None:
     """What happens there whatever the file says."""
+    mode = ledger.text("model.caption_mode", "tags")
+    if mode != "tags":
+        ledger.todo.append(f"caption_mode {mode}: write one caption file each image")
     stem = source.file.stem if source.file else "imported"
     ledger.add("output_name", stem, "files have no name of their own there")
     ledger.add("caption_extension", ".txt", "the only one there")

@@ -13,7 +13,7 @@ from typing import Any
 from anima_fast.errors import UserError
 from anima_fast.migrate.command import read_arguments
 from anima_fast.migrate.ledger import Ledger, is_off
-from anima_fast.migrate.rows import Item, reasons
+from anima_fast.migrate.rows import Item
 from anima_fast.option_groups.network_args import LYCORIS, parse_network_args
 
 # Field -> option of sd-scripts; those of the Anima panel begin with `anima_`, and beat fields of
@@ -42,21 +42,8 @@ ONLY = {
     "unet_lr": ("text_encoder_lr", "network_train_text_encoder_only"),
 }
 LISTS = ("optimizer_args", "lr_scheduler_args", "network_args")
-OTHER_PANELS = ("flux1_", "sd3_", "sdxl_", "lumina_", "hunyuan_", "chroma_")
-DROPPED = reasons({
-    "it is about accelerate, which is not used here":
-        "num_processes num_machines num_cpu_threads_per_process multi_gpu gpu_ids "
-        "main_process_port dynamo_backend dynamo_mode dynamo_use_dynamic dynamo_use_fullgraph "
-        "extra_accelerate_launch_args same_network machine_rank",
-    "it is about another model":
-        "guidance_scale model_prediction_type train_blocks t5xxl_dtype t5xxl_device "
-        "t5xxl_max_token_length noise_offset_type train_on_input unit constrain rescaled "
-        "split_mode single_blocks_to_swap double_blocks_to_swap train_t5xxl weighting_scheme "
-        "logit_mean logit_std mode_scale",
-    "it is about the window and what it prepares":
-        "model_list generate_caption_database generate_image_buckets full_path save_as train_dir "
-        "caption_metadata_filename latent_metadata_filename use_latent_files",
-})  # fmt: skip
+# Fields of the panel for FLUX.1 that have names of Anima's options.
+OF_FLUX = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
 # Fields that only files for something else have.
 ELSE = {"lllite_mlp_dim": "a ControlNet", "token_string": "textual inversion"}
 
@@ -106,16 +93,17 @@ class _Fields:
         """One field; what says nothing stays open, and is off."""
         if key in NETWORK_FIELDS or key in ("LoRA_type", "anima_checkbox"):
             return
-        if key == "xformers" and isinstance(value, str):
-            self._attention(key, value)
-        elif key in ONLY and is_off(value) and not is_off(self.config.get(ONLY[key][0])):
+        if key in ONLY and is_off(value) and not is_off(self.config.get(ONLY[key][0])):
             self._give(ONLY[key][1], key, True)
-        elif key in DROPPED or key.startswith(OTHER_PANELS):
-            self.ledger.drop(key, DROPPED.get(key, "it is about another model"))
+        elif key in OF_FLUX:
+            self.ledger.drop(key, "it is about another model")
         elif key == "LyCORIS_preset":
             self._preset(key, value)
         elif is_off(value) and key not in ("network_alpha", "anima_network_alpha"):
             return
+        elif key == "xformers" and isinstance(value, str):
+            # It chooses among xformers, sdpa and none.
+            self._give(value, key, True)
         elif key == "sample_prompts":
             lines = [line.strip() for line in str(value).splitlines()]
             prompts = [line for line in lines if line and not line.startswith("#")]
@@ -160,34 +148,23 @@ class _Fields:
 
     def _preset(self, key: str, value: Any) -> None:
         """LyCORIS_preset chooses layers of a LyCORIS network."""
-        used = self.lora_type.startswith("LyCORIS/")
-        why = "presets of layers do not exist here" if used else "it is about LyCORIS"
-        self.ledger.drop(key, why)
-        if used and value not in ("", "full"):
+        self.ledger.drop(key, "presets of layers do not exist here")
+        if self.lora_type.startswith("LyCORIS/") and value not in ("", "full"):
             self.ledger.todo.append(
                 f"LyCORIS_preset {value}: choose layers with include_patterns and exclude_patterns "
                 "in network_args; attention and MLP of all blocks are trained"
             )
 
-    def _attention(self, key: str, value: str) -> None:
-        """The field `xformers` chooses among xformers, sdpa and none."""
-        if self.config.get("anima_attn_mode"):
-            self.ledger.drop(key, "anima_attn_mode chooses")
-        elif value in ("xformers", "sdpa"):
-            self._give(value, key, True)
-        else:
-            self.ledger.drop(key, "it is off")
-
     def metadata(self) -> None:
         """The panel for fine-tuning trains on a metadata file that it writes into `train_dir`."""
-        config = self.config
-        latents = str(config.get("use_latent_files", "")).lower() == "yes"
-        field = "latent_metadata_filename" if latents else "caption_metadata_filename"
-        folder, name = config.get("train_dir"), config.get(field)
-        if folder and name and "in_json" not in self.found and not config.get("dataset_config"):
-            key = f"{field} in train_dir"
-            self.ledger.extend({key: f"{folder}/{name}"})
+        latents = str(self.config.get("use_latent_files")).lower() == "yes"
+        key = "latent_metadata_filename" if latents else "caption_metadata_filename"
+        folder, name = self.config.get("train_dir"), self.config.get(key)
+        if folder and name and not self.config.get("dataset_config"):
+            for unused in ("train_dir", "latent_metadata_filename", "caption_metadata_filename"):
+                self.found.pop(unused, None)
             self._give("in_json", key, f"{folder}/{name}")
+            self.ledger.place("train_dir", "in_json")
 
     def network(self) -> None:
         """LoRA_type and the fields of the network as network_module and network_args."""

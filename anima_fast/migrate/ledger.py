@@ -20,7 +20,7 @@ from anima_fast.migrate.paths import PATHS, Paths
 SECRET = re.compile(r"(?i)(api_?key|(^|[._-])token$|password|secret|credential)")
 SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|[0-9a-f]{40})\b")
 HIDDEN = "(hidden)"
-OFF, NOT_SET, UNKNOWN = "it is off", "it is not set", "it is unknown here"
+OFF, NOT_SET, UNKNOWN = "it is off", "it is not set", "it has no counterpart here"
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,32 @@ class Ledger:
     todo: list[str] = field(default_factory=list)
     dataset: dict[str, Any] | None = None
     paths: Paths = field(default_factory=Paths)
-    _open: dict[str, None] = field(default_factory=dict)
+    _open: set[str] = field(default_factory=set)
 
     def extend(self, keys: Mapping[str, Any], prefix: str = "") -> None:
         """Add the keys of another part of the source; tables are flattened to dotted names."""
-        for key, value in flatten(keys, prefix):
-            self.source[key] = value
-            self._open[key] = None
+        found = dict(flatten(keys, prefix))
+        self.source |= found
+        self._open |= found.keys()
 
     def has(self, key: str) -> bool:
         """Whether the source has this key and it is not settled yet."""
         return key in self._open
 
+    def open_keys(self, prefix: str = "") -> list[str]:
+        """The keys that begin with `prefix` and are not settled."""
+        return [key for key in self.source if key in self._open and key.startswith(prefix)]
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key of the source, settled or not; `UserError` for a table."""
-        if key not in self.source and any(
-            k.startswith((f"{key}.", f"{key}[")) for k in self.source
-        ):
+        tables = (f"{key}.", f"{key}[")
+        if key not in self.source and any(name.startswith(tables) for name in self.source):
             raise UserError(f"{key}: expected one value, got a table or a list of them")
         return self.source.get(key, default)
+
+    def on(self, key: str) -> bool:
+        """Whether the source sets a key to something else than off."""
+        return not is_off(self.get(key))
 
     def number(self, key: str, default: float = 0.0) -> float:
         """The value of a key as a number; `UserError` for anything else."""
@@ -98,23 +105,15 @@ class Ledger:
         """The value of a key as text; nothing and an empty text give the default."""
         return str(self.get(key) or default)
 
-    def open_keys(self, prefix: str = "") -> list[str]:
-        """The keys that begin with `prefix` and are not settled."""
-        return [key for key in self._open if key.startswith(prefix)]
-
     def take(
-        self, key: str, option: str | None = None, value: Any = None, why: str = "",
-        default: str = "",
-    ) -> None:  # fmt: skip
-        """The key becomes an option; paths are resolved.
+        self, key: str, option: str, value: Any = None, why: str = "", default: str = ""
+    ) -> None:
+        """The key becomes an option, with its own value unless one is given; paths are resolved.
 
         Args:
-            option: the option's name; None for the key's own.
-            value: the option's value; None for the key's own.
             why: the reason, when something changes on the way.
             default: the reason to add the option where the source does not set the key, if any.
         """
-        option = option or key
         if default and self.source.get(key) is None:
             self.add(option, value, default)
         value = self.source.get(key) if value is None else value
@@ -148,28 +147,25 @@ class Ledger:
         self.options[option] = value
         before = [e for e in self.added if e.option == option]
         self.added = [e for e in self.added if e.option != option]
-        why = "; ".join(dict.fromkeys([*(e.why for e in before), why]))
-        self.note(option, show(value), why)
+        self.note(option, value, "; ".join(dict.fromkeys([*(e.why for e in before), why])))
 
-    def note(self, key: str, value: str, why: str) -> None:
+    def note(self, key: str, value: Any, why: str) -> None:
         """List something that was added, here or to the dataset file."""
-        self.added.append(Entry("", "", key, value, why))
+        self.added.append(Entry("", "", key, show(value), why))
 
     def close(self, reasons: Mapping[str, str] | None = None, prefix: str = "") -> None:
         """Drop the open keys that begin with `prefix`.
 
         Args:
             reasons: why a key has no counterpart, by the beginning of its name without `prefix`,
-                the most particular ones first; the rest is off, not set or unknown.
+                the longest one first. The rest is off, not set or has no counterpart.
         """
+        starts = sorted(reasons or {}, key=len, reverse=True)
         for key in self.open_keys(prefix):
             name, value = key.removeprefix(prefix), self.source[key]
-            why = next(
-                (w for start, w in (reasons or {}).items() if name.startswith(start)), UNKNOWN
-            )
-            if is_off(value):
-                why = NOT_SET if value in (None, "") else OFF
-            self.drop(key, why)
+            start = next((s for s in starts if name.startswith(s)), "")
+            why = reasons[start] if reasons and start else UNKNOWN
+            self.drop(key, NOT_SET if value in (None, "") else OFF if is_off(value) else why)
 
     def _settle(
         self, key: str, entries: list[Entry], option: str | None = None, value: Any = None,
@@ -177,8 +173,8 @@ class Ledger:
     ) -> None:  # fmt: skip
         if not self.has(key):
             return
-        del self._open[key]
-        secret = bool(SECRET.search(key))
+        self._open.remove(key)
+        secret = SECRET.search(key)
         shown = HIDDEN if secret else show(self.source[key])
         new = None if value is None else HIDDEN if secret else show(value)
         entries.append(Entry(key, shown, option, new, why))
@@ -208,18 +204,16 @@ def is_rows(value: Any) -> bool:
 def is_off(value: Any) -> bool:
     """Whether a value turns its option off."""
     if isinstance(value, str):
-        return value.strip().lower() in ("", "false", "no", "none", "0")
+        return value.strip().lower() in ("", "false", "no", "none", "off", "0")
     return not value
 
 
 def show(value: Any) -> str:
     """A value for the lists: one short line, without anything that looks like a password."""
-    if isinstance(value, bool):
-        text = str(value).lower()
-    elif isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)):
         text = "[" + ", ".join(show(v) for v in value) + "]"
     else:
-        text = str(value)
+        text = str(value).lower() if isinstance(value, bool) else str(value)
     text = "".join(c if c.isprintable() else " " for c in SECRET_VALUE.sub(HIDDEN, text))
     text = " ".join(text.split()) or "(empty)"
     return text if len(text) <= 120 else text[:117] + "..."

@@ -2,7 +2,7 @@
 
     Row("caching_batch_size", "vae_batch_size")
     Row("model.dtype", "mixed_precision", one_of(DTYPES))
-    Row("epochs", "max_train_epochs", why="a batch that is not full ends an epoch here")
+    Row("epochs", "max_train_epochs", whole, "a batch that is not full ends an epoch here")
 
 A converter turns the foreign value into ours; None says that the key has nothing to say.
 """
@@ -20,55 +20,9 @@ from anima_fast.options import FinetuneOptions, TrainOptions
 CLASSES = {"train": TrainOptions, "finetune": FinetuneOptions}
 # Options of any command.
 OPTIONS: Mapping[str, Spec] = {**specs(FinetuneOptions), **specs(TrainOptions)}
+DEFAULT = "the default there"
 
 Converter = Callable[[Any], Any]
-
-
-class Row(NamedTuple):
-    """A foreign key, our option, how the value is converted, and what the user is told."""
-
-    key: str
-    option: str
-    convert: Converter | None = None
-    why: str = ""
-
-
-class Item(NamedTuple):
-    """An option of sd-scripts: `key` is its name in the ledger, `name` the option's."""
-
-    key: str
-    name: str
-    value: Any
-
-
-def settle(rows: Iterable[Row], ledger: Ledger) -> None:
-    """Settle the keys of a table that are open; the first key that gives an option counts.
-
-    Raises:
-        UserError: a value that the converter cannot read.
-    """
-    for key, option, convert, why in rows:
-        if not ledger.has(key):
-            continue
-        try:
-            value = given(OPTIONS[option], (convert or plainly)(ledger.get(key)))
-        except (TypeError, ValueError):
-            shown = show(ledger.get(key))
-            raise UserError(f"{key}: expected a number, got {shown!r}") from None
-        if value is not None and option in ledger.options:
-            ledger.drop(key, f"{option} is given by another key")
-        elif value is not None:
-            ledger.take(key, option, value, why)
-
-
-def reasons(table: Mapping[str, str]) -> dict[str, str]:
-    """Key -> reason, from a table of reasons with their keys in one text."""
-    return {key: why for why, keys in table.items() for key in keys.split()}
-
-
-def plainly(value: Any) -> Any:
-    """The value as it is."""
-    return value
 
 
 def on(value: Any) -> Any:
@@ -76,9 +30,14 @@ def on(value: Any) -> Any:
     return None if is_off(value) else value
 
 
-def text(value: Any) -> str | None:
-    """The value as text, unless it is off."""
-    return None if is_off(value) else str(value)
+def number(value: Any) -> float | None:
+    """A number, unless it is left out."""
+    return None if value in (None, "") else float(value)
+
+
+def rate(value: Any) -> float | None:
+    """A number, unless it is off."""
+    return None if is_off(value) else float(value)
 
 
 def whole(value: Any) -> int | None:
@@ -96,6 +55,54 @@ def when_on(value: Any) -> Converter:
     return lambda given: None if is_off(given) else value
 
 
+class Row(NamedTuple):
+    """A foreign key, our option, how the value is converted, and what the user is told.
+
+    `default` is our value where the source leaves the key out.
+    """
+
+    key: str
+    option: str
+    convert: Converter | None = None
+    why: str = ""
+    default: Any = None
+
+
+class Item(NamedTuple):
+    """An option of sd-scripts: `key` is its name in the ledger, `name` the option's."""
+
+    key: str
+    name: str
+    value: Any
+
+
+def settle(rows: Iterable[Row], ledger: Ledger) -> None:
+    """Settle the keys of a table that are open; the first key that gives an option counts.
+
+    Raises:
+        UserError: a value that the converter cannot read.
+    """
+    for key, option, convert, why, default in rows:
+        try:
+            value = convert(ledger.get(key)) if convert and ledger.has(key) else ledger.get(key)
+        except (TypeError, ValueError):
+            shown = show(ledger.get(key))
+            raise UserError(f"{key}: expected a number, got {shown!r}") from None
+        value = given(OPTIONS[option], value)
+        if value is None:
+            if default is not None:
+                ledger.add(option, default, DEFAULT)
+        elif option in ledger.options:
+            ledger.drop(key, f"{option} is given by another key")
+        else:
+            ledger.take(key, option, value, why)
+
+
+def reasons(table: Mapping[str, str]) -> dict[str, str]:
+    """Key -> reason, from a table of reasons with their keys in one text."""
+    return {key: why for why, keys in table.items() for key in keys.split()}
+
+
 def given(spec: Spec, value: Any) -> Any:
     """A value in the type of its option; None when it says "not given" in files of others."""
     value = plain(spec, value)
@@ -105,13 +112,12 @@ def given(spec: Spec, value: Any) -> Any:
         return value
     if isinstance(value, str):
         return None if spec.optional and value.lower() == "none" else value
-    below = spec.low is not None and spec.low > 0
-    return None if below and value == 0 else value
+    return None if value == 0 and (spec.low or 0) > 0 else value
 
 
 def plain(spec: Spec, value: Any) -> Any:
     """A value in the looser types of other files: numbers as text, 10.0 for 10, text for a list."""
-    if isinstance(value, str) and spec.kind in ("int", "float", "steps") and not spec.is_list:
+    if isinstance(value, str) and spec.kind in ("int", "float", "steps"):
         value = value.strip()
         try:
             value = float(value) if spec.kind != "int" or not value.isdigit() else int(value)

@@ -278,10 +278,10 @@ class _Converter:
                 kept.append(word)
             except UserError as error:
                 lost.append(f"{word} ({str(error).removeprefix('--network_args ')})")
-        if kept:
+        if kept or not lost:
             left_out = f"left out: {'; '.join(lost)}" if lost else ""
             self.ledger.take(item.key, "network_args", kept, left_out)
-        elif lost:
+        else:
             self.ledger.drop(item.key, "; ".join(lost))
 
     def _torch_compile(self, item: Item) -> None:

@@ -1,6 +1,7 @@
 """What a source is: a command line, a script with one, or a configuration of a known trainer.
 
-The content tells the kind, not the file's name. Configurations for other models are refused by name.
+The content tells the kind, not the file's name. A configuration for another model is refused by
+that model's name.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _OTHER_FILES = {
     ".yml": "YAML files are ai-toolkit's or SimpleTuner's",
     ".safetensors": "a model file: `anima-fast inspect` reads it",
 }
+KERNELS = "the blocks run through kernels of their own, which --compile would turn off"
 ONLY = "anima_fast trains the Anima image model only"
 # Script of sd-scripts -> the command here.
 SCRIPTS = {"anima_train_network.py": "train", "anima_train.py": "finetune"}
