@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anima_fast.errors import UserError
-from anima_fast.migrate.diffusion_pipe_data import BatchSizes, convert_dataset
+from anima_fast.migrate.diffusion_pipe_data import BatchSizes, convert_dataset, read_batch_sizes
 from anima_fast.migrate.ledger import Ledger, is_off, is_rows
 from anima_fast.migrate.optimizers import DIFFUSION_PIPE, Known, put_arguments
 from anima_fast.migrate.paths import Paths
@@ -123,8 +123,8 @@ def convert(source: Source, ledger: Ledger) -> str:
     ledger.paths = Paths.find(texts, source.folders)
     ledger.place("model.type", "Anima, the only model here")
     settle(PATH_ROWS, ledger)
-    sizes = BatchSizes.read(ledger)
-    images = sizes.largest * max(1, ledger.whole("gradient_accumulation_steps", 1))
+    sizes = read_batch_sizes(ledger)
+    images = max(size for _, size in sizes) * max(1, ledger.whole("gradient_accumulation_steps", 1))
     _memory(ledger, command)
     _schedule(ledger)
     _optimizer(ledger, images, command)
@@ -409,7 +409,7 @@ def _dataset(source: Source, ledger: Ledger, sizes: BatchSizes) -> None:
     found = source.find(named)
     if found is None:
         ledger.drop("dataset", "it was not found")
-        ledger.add("train_batch_size", sizes.pairs[0][1], "the batch size of the main file")
+        ledger.add("train_batch_size", sizes[0][1], "the batch size of the main file")
         ledger.todo.append(
             f"the dataset file {named} was not found: give --cwd FOLDER, the folder that "
             "diffusion-pipe is started in, or write dataset_config by hand"

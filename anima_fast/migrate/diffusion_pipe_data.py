@@ -8,70 +8,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anima_fast.errors import UserError
-from anima_fast.migrate.ledger import Ledger, is_off, is_rows
+from anima_fast.migrate.ledger import Ledger, is_rows
 from anima_fast.migrate.paths import Paths
 
 STEP = 64
-# Key of any level of the file -> what it became in another form, or another place.
-EXPLAINED = {
-    **dict.fromkeys(("min_ar", "max_ar", "ar_buckets"),
-                    "min_bucket_reso and max_bucket_reso: limits are sides of images here"),
-    "size_buckets": "buckets around the largest of these areas: sizes cannot be listed here",
-}  # fmt: skip
 PLACED = {
     "resolutions": "a dataset for each, with all images", "enable_ar_bucket": "enable_bucket",
     "num_repeats": "num_repeats of every subset",
 }  # fmt: skip
-DROPPED = {
-    "frame_buckets": "it is about videos", "shuffle_metadata": "images are shuffled every epoch",
-    "num_ar_buckets": "buckets are all multiples of 64 pixels between the limits here",
-    "subsample_ratio": "all images of a folder are trained here",
-    "skip_empty_caption": "training names images without a caption and refuses them here",
-    "cache_shuffle_delimiter": "it is about cache_shuffle_num, which is off",
-}  # fmt: skip
+LIMITS = ("min_ar", "max_ar", "ar_buckets", "size_buckets")
 BY_HAND = {
     "default_mask_file": "every image of a folder with masks needs one of its own here",
     "control_path": "training on pairs of images is not supported",
     "online_captions": "captions are read from .txt files here",
 }
+# (Side of the resolution, images a batch): the nearest side counts; one number has the side 0.
+BatchSizes = list[tuple[float, int]]
 
 
-@dataclass(frozen=True)
-class BatchSizes:
-    """Images a batch: one number (side 0), or several by the side of the resolution."""
-
-    pairs: tuple[tuple[float, int], ...] = ((0.0, 1),)
-
-    @classmethod
-    def read(cls, ledger: Ledger) -> BatchSizes:
-        """From the main file's keys, which are settled; those for images beat the others."""
-        own, shared = "image_micro_batch_size_per_gpu", "micro_batch_size_per_gpu"
-        key = own if ledger.has(own) else shared
-        if not ledger.has(key):
-            return cls()
-        value = ledger.get(key)
-        try:
-            rows = value if isinstance(value, list) else [[0, value]]
-            pairs = tuple((float(side), max(1, int(size))) for side, size in rows)
-        except (TypeError, ValueError):
-            raise UserError(f"{key}: expected a number or [[side, number], ...]") from None
-        ledger.place(key, "batch_size of the datasets")
-        ledger.drop(shared, "it was for videos: images have a size of their own")
-        return cls(pairs or ((0.0, 1),))
-
-    @property
-    def largest(self) -> int:
-        """Images of the largest batch."""
-        return max(size for _, size in self.pairs)
-
-    def of(self, side: float) -> int:
-        """The batch size of the nearest resolution."""
-        return min(self.pairs, key=lambda pair: abs(pair[0] - side))[1]
+def read_batch_sizes(ledger: Ledger) -> BatchSizes:
+    """Images a batch, from the main file's keys; those for images beat the others."""
+    own, shared = "image_micro_batch_size_per_gpu", "micro_batch_size_per_gpu"
+    key = own if ledger.has(own) else shared
+    value = ledger.get(key, 1)
+    try:
+        rows = value if isinstance(value, list) else [[0, value]]
+        sizes = [(float(side), max(1, int(size))) for side, size in rows]
+    except (TypeError, ValueError):
+        raise UserError(f"{key}: expected a number or [[side, number], ...]") from None
+    ledger.place(key, "batch_size of the datasets")
+    ledger.drop(shared, "it was for videos: images have a size of their own")
+    return sizes or [(0.0, 1)]
 
 
 def convert_dataset(
@@ -120,7 +91,7 @@ def _entry(
     width, height = size
     side = math.sqrt(width * height)
     entry: dict[str, Any] = {"resolution": width if width == height else size}
-    entry["batch_size"] = sizes.of(side)
+    entry["batch_size"] = min(sizes, key=lambda pair: abs(pair[0] - side))[1]
     if not merged.get("enable_ar_bucket") and not merged.get("size_buckets"):
         square = max(16, round(side / 16) * 16)
         return entry | {"resolution": square, "enable_bucket": False}
@@ -165,6 +136,8 @@ def _subset(
     if merged.get("skip_empty_caption") is False:
         # What an image without a caption file has as caption.
         found["class_tokens"] = ""
+        for level in (prefix, prefix.partition("directory[")[0]):
+            ledger.place(f"{level}skip_empty_caption", 'class_tokens = ""')
     if (merged.get("cache_shuffle_num") or merged.get("shuffle_tags")) and (
         kept := _tags_of_prefix(merged)
     ):
@@ -212,16 +185,12 @@ def _captions(own: Mapping[str, Any], prefix: str, ledger: Ledger) -> dict[str, 
 def _settle_rest(prefix: str, ledger: Ledger) -> None:
     """Keys of any level about sizes, and those without a counterpart."""
     for key in ledger.open_keys(prefix):
-        name, value = key.removeprefix(prefix).rsplit(".", 1)[-1], ledger.get(key)
+        name = key.removeprefix(prefix).rsplit(".", 1)[-1]
         if name in PLACED:
             ledger.place(key, PLACED[name])
-        elif name in EXPLAINED:
-            ledger.explain(key, EXPLAINED[name])
-        elif name == "skip_empty_caption" and value is False:
-            ledger.place(key, 'class_tokens = ""')
-        elif name in BY_HAND and not is_off(value):
+        elif name in LIMITS:
+            ledger.explain(key, "limits of buckets are sides of images here, around the sizes")
+        elif name in BY_HAND and ledger.on(key):
             ledger.drop(key, BY_HAND[name])
             ledger.todo.append(f"{name}: {BY_HAND[name]}")
-        elif name in DROPPED:
-            ledger.drop(key, DROPPED[name])
     ledger.close(prefix=prefix)

@@ -14,7 +14,7 @@ from anima_fast import __version__
 from anima_fast.errors import UserError
 from anima_fast.files import write_text
 from anima_fast.migrate import diffusion_pipe, onetrainer, sd_scripts
-from anima_fast.migrate.command import settle_arguments
+from anima_fast.migrate.command import read_arguments
 from anima_fast.migrate.ledger import Ledger
 from anima_fast.migrate.rows import CLASSES
 from anima_fast.migrate.shell import variable_names
@@ -66,23 +66,16 @@ def import_config(
         UserError: what cannot be read or converted, and files that exist. Nothing is written then.
     """
     imported = convert(open_source(text, folder))
-    target, data = _targets(imported, out, force)
-    if data is not None:
-        imported.ledger.options["dataset_config"] = str(data)
-    texts = {target: _options_text(imported, target)}
+    texts = _texts(imported, *_targets(imported, out, force))
+    target = next(iter(texts))
     _check(imported, texts[target])
-    if data is not None:
-        head = [f"Imported from {TITLES[imported.source.trainer]}; {target.name} names this file."]
-        texts[data] = dataset_text(imported.ledger.dataset or {}, head)
     # The options come last: they name the dataset file.
     for path, content in reversed(texts.items()):
         write_text(path, content)
-    for line in list_lines(imported.ledger):
+    wrote = [f"wrote {path}" for path in texts]
+    start = f"start it with: {_start(imported.command, target)}"
+    for line in [*list_lines(imported.ledger), "", *wrote, start]:
         say(line)
-    say("")
-    for path in texts:
-        say(f"wrote {path}")
-    say(f"start it with: {_start(imported.command, target)}")
     return list(texts)
 
 
@@ -92,7 +85,8 @@ def convert(source: Source) -> Imported:
     if source.launch is not None:
         source.launch.settle(ledger)
         if source.trainer in ("diffusion-pipe", "onetrainer"):
-            settle_arguments(source.launch, ledger)
+            for item in read_arguments(source.launch.arguments, ledger):
+                ledger.drop(item.key, "not needed here, where a config is read and its keys listed")
     try:
         command = _CONVERTERS[source.trainer](source, ledger)
     except UserError:
@@ -144,14 +138,20 @@ def _targets(imported: Imported, out: Path | None, force: bool) -> tuple[Path, P
     return target, data
 
 
-def _options_text(imported: Imported, target: Path) -> str:
-    source = imported.source
+def _texts(imported: Imported, target: Path, data: Path | None) -> dict[Path, str]:
+    """The files and what is in them, the options first."""
+    source, ledger, texts = imported.source, imported.ledger, {}
+    trainer = TITLES[source.trainer]
+    if data is not None:
+        ledger.options["dataset_config"] = str(data)
     origin = source.file.name if source.file else "a command line"
-    head = [
-        f"Imported from {TITLES[source.trainer]} ({origin}) by anima_fast {__version__}.",
-        f"Start: {_start(imported.command, target)}",
-    ]
-    return options_text(imported.ledger, CLASSES[imported.command], head)
+    head = [f"Imported from {trainer} ({origin}) by anima_fast {__version__}."]
+    head.append(f"Start: {_start(imported.command, target)}")
+    texts[target] = options_text(ledger, CLASSES[imported.command], head)
+    if data is not None:
+        head = [f"Imported from {trainer}; {target.name} names this file."]
+        texts[data] = dataset_text(ledger.dataset or {}, head)
+    return texts
 
 
 def _start(command: str, target: Path) -> str:

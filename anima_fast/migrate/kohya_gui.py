@@ -137,13 +137,11 @@ class _Fields:
 
     def _parameters(self, key: str, value: str) -> None:
         """`additional_parameters` is the end of the command line, which beats the fields."""
-        for option in read_arguments(tuple(shlex.split(value)))[0]:
-            label = f"{key} {option.label}"
-            self.ledger.extend({label: option.value})
-            if option.name in self.found:
-                why = f"{option.label} in additional_parameters beats it"
-                self.ledger.drop(self.found.pop(option.name).key, why)
-            self._give(option.name, label, option.value)
+        for item in read_arguments(tuple(shlex.split(value)), self.ledger, f"{key} "):
+            if item.name in self.found:
+                why = f"--{item.name} in additional_parameters beats it"
+                self.ledger.drop(self.found.pop(item.name).key, why)
+            self.found[item.name] = item
         self.ledger.place(key, "the options in it")
 
     def _preset(self, key: str, value: Any) -> None:

@@ -9,40 +9,30 @@ from typing import Any
 
 from anima_fast.data.layouts import image_extensions
 from anima_fast.errors import UserError
-from anima_fast.migrate.ledger import Ledger, is_off, show
+from anima_fast.migrate.ledger import Ledger, is_off
 from anima_fast.migrate.paths import Paths
+from anima_fast.migrate.rows import reasons
 
-# Key of a concept -> what it became.
-_TAKEN = {
-    "path": "image_dir", "enabled": "a subset", "balancing_strategy": "num_repeats",
-    "text.prompt_source": "caption files", "text.prompt_path": "class_tokens",
-    "text.enable_tag_shuffling": "shuffle_caption", "text.keep_tags_count": "keep_tokens",
-    "text.tag_delimiter": "caption_separator",
-    **dict.fromkeys(("text.tag_dropout_enable", "text.tag_dropout_mode",
-                     "text.tag_dropout_probability"), "the rate of a dropout"),
-    "text_variations": "caption_variants", "image.enable_random_flip": "flip_aug",
-    **dict.fromkeys(("image.resolution_override", "image.enable_resolution_override"),
-                    "resolution of a dataset"),
-}  # fmt: skip
+# Keys of a concept that are in its subsets, where they are on.
+_TAKEN = frozenset(
+    "path enabled balancing_strategy text.prompt_source text.prompt_path text_variations "
+    "text.enable_tag_shuffling text.keep_tags_count text.tag_delimiter text.tag_dropout_enable "
+    "text.tag_dropout_mode text.tag_dropout_probability image.enable_random_flip "
+    "image.resolution_override image.enable_resolution_override".split()
+)
 # A key that says nothing unless another one is on.
-_NEEDS = {
-    "image.resolution_override": "image.enable_resolution_override",
-    "text.tag_dropout_mode": "text.tag_dropout_enable",
-    "text.tag_dropout_probability": "text.tag_dropout_enable",
-    "text.tag_dropout_special_tags_mode": "text.tag_dropout_enable",
-    "text.caps_randomize_mode": "text.caps_randomize_enable",
-    "text.keep_tags_count": "text.enable_tag_shuffling",
-    "text.tag_delimiter": "text.enable_tag_shuffling",
-    "text_variations": "text.enable_tag_shuffling",
-    "image.random_rotate_max_angle": "image.enable_random_rotate",
-}  # fmt: skip
-_LABEL = "a label, which nothing here needs"
+_NEEDS = reasons({
+    "image.enable_resolution_override": "image.resolution_override",
+    "image.enable_random_rotate": "image.random_rotate_max_angle",
+    "text.tag_dropout_enable": "text.tag_dropout_mode text.tag_dropout_probability "
+        "text.tag_dropout_special_tags_mode",
+    "text.caps_randomize_enable": "text.caps_randomize_mode",
+    "text.enable_tag_shuffling": "text.keep_tags_count text.tag_delimiter text_variations",
+})  # fmt: skip
 _NO_COUNTERPART = {
     "image.enable_crop_jitter": "crops are centred here, as latents are cached",
     "image_variations": "latents are cached once here, and mirrored with flip_aug",
-    "name": _LABEL, "seed": _LABEL, "validation_concept": _LABEL, "type": _LABEL,
-    "__version": _LABEL,
-}  # fmt: skip
+}
 _PRIOR = "it is trained towards the base model's own predictions, which does not exist here"
 
 
@@ -66,16 +56,10 @@ class Concept:
         self, concept: Mapping[str, Any], prefix: str, ledger: Ledger, paths: Paths
     ) -> None:
         self.concept, self.prefix, self.ledger = concept, prefix, ledger
-        self.text, self.image = self._table("text"), self._table("image")
+        self.text: Mapping[str, Any] = concept.get("text") or {}
+        self.image: Mapping[str, Any] = concept.get("image") or {}
         self.name = str(concept.get("name") or concept.get("path") or prefix)
         self.folder, self.moved = paths.resolve(str(concept.get("path", "")))
-
-    def _table(self, key: str) -> Mapping[str, Any]:
-        value = self.concept.get(key) or {}
-        if not isinstance(value, Mapping):
-            where = f"{self.prefix}{key}"
-            raise UserError(f"{where}: expected a table of settings, got {show(value)!r}")
-        return value
 
     def is_used(self) -> bool:
         """Whether it is trained on; the keys of one that is not are dropped here."""
@@ -191,10 +175,10 @@ class Concept:
         for key in self.ledger.open_keys(self.prefix):
             name, value = key.removeprefix(self.prefix), self.ledger.get(key)
             needs = _NEEDS.get(name, "")
-            if needs and is_off(self.ledger.get(f"{self.prefix}{needs}")):
+            if needs and not self.ledger.on(f"{self.prefix}{needs}"):
                 self.ledger.drop(key, f"{needs.rpartition('.')[2]} is off")
             elif name in _TAKEN and not is_off(value):
-                self.ledger.place(key, _TAKEN[name])
+                self.ledger.place(key, "the dataset file")
             elif name == "loss_weight" and value != 1:
                 self.ledger.drop(key, "only regularisation images have a weight (is_reg)")
                 self.ledger.todo.append(f"{self.name}: loss_weight {value} has no counterpart")

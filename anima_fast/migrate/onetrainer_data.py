@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from anima_fast.errors import UserError
-from anima_fast.migrate.ledger import Ledger, is_off, is_rows
+from anima_fast.migrate.ledger import Ledger, is_rows
 from anima_fast.migrate.onetrainer_concept import Concept, read_resolutions
 from anima_fast.migrate.paths import Paths
+from anima_fast.migrate.rows import DEFAULT
 from anima_fast.migrate.source import Source, parse_file
 
 # OneTrainer's widest bucket is 4:1, twice the side by half of it.
 STRETCH, STEP = 2, 64
-DEFAULT = "OneTrainer's default"
 RESOLUTION, EPOCHS = "512", 100
 CONCEPTS_FILE, SAMPLES_FILE = "training_concepts/concepts.json", "training_samples/samples.json"
 # Key of a sample -> the mark of a preview's prompt.
@@ -33,15 +33,25 @@ def convert_concepts(source: Source, ledger: Ledger) -> None:
     concepts, prefix = _rows(source, ledger, "concepts", "concept_file_name", CONCEPTS_FILE)
     resolutions = read_resolutions(str(ledger.get("resolution", RESOLUTION)))
     ledger.add("caption_extension", ".txt", "the only one there")
+    if len(resolutions) > 1 and concepts is not None:
+        why = "a dataset each, with all images; there each image gets one of them at random"
+        ledger.explain("resolution", why)
+    for key, name in (("resolution", "resolution"), ("batch_size", "batch_size"),
+                      ("aspect_ratio_bucketing", "enable_bucket")):  # fmt: skip
+        ledger.place(key, f"{name} of the dataset")
     if concepts is None:
         named = ledger.text("concept_file_name", CONCEPTS_FILE)
         ledger.todo.append(
             f"the concepts in {named} were not found: give --cwd FOLDER, OneTrainer's folder, or "
             "write dataset_config by hand"
         )
-        _as_options(ledger, resolutions)
+        if len(resolutions) > 1:
+            given = ledger.get("resolution")
+            ledger.todo.append(f"only the first resolution is set, of {given}")
+        _as_options(ledger, resolutions[0])
         return
-    _settle_shared(ledger, resolutions)
+    if not ledger.get("resolution"):
+        ledger.add("resolution", RESOLUTION, DEFAULT)
     paths = Paths.find([str(c.get("path", "")) for c in concepts], source.folders)
     datasets: dict[str, dict[str, Any]] = {}
     counts = set()
@@ -68,7 +78,7 @@ def convert_concepts(source: Source, ledger: Ledger) -> None:
             f"the number of epochs is that of concepts with {shared} resolutions: adapt "
             "num_repeats of the others, as an epoch has an image at all of its resolutions here"
         )
-    if not is_off(ledger.get("masked_training")):
+    if ledger.on("masked_training"):
         ledger.drop("masked_training", "its masks lie beside the images as NAME-masklabel.png")
         ledger.todo.append(
             "masked training: move every NAME-masklabel.png to a folder of its own as NAME.png, "
@@ -97,29 +107,13 @@ def _rows(
     return rows, f"{found.name}: {name}"
 
 
-def _as_options(ledger: Ledger, resolutions: list[list[int]]) -> None:
+def _as_options(ledger: Ledger, size: list[int]) -> None:
     """Without concepts: the data's keys as the options that are a dataset file's defaults."""
-    entry = _entry(ledger, resolutions[0])
-    size = entry.pop("resolution")
-    ledger.options["resolution"] = str(size) if isinstance(size, int) else f"{size[0]},{size[1]}"
+    entry = _entry(ledger, size)
+    sides = entry.pop("resolution")
+    ledger.options["resolution"] = str(sides).strip("[]").replace(" ", "")
     ledger.options["train_batch_size"] = entry.pop("batch_size")
     ledger.options |= entry
-    for key, option in (("resolution", "resolution"), ("batch_size", "train_batch_size"),
-                        ("aspect_ratio_bucketing", "enable_bucket")):  # fmt: skip
-        ledger.place(key, option)
-    if len(resolutions) > 1:
-        ledger.todo.append(f"only the resolution {size} is set, of {ledger.get('resolution')}")
-
-
-def _settle_shared(ledger: Ledger, resolutions: list[list[int]]) -> None:
-    if len(resolutions) > 1:
-        why = "a dataset each, with all images; there each image gets one of them at random"
-        ledger.explain("resolution", why)
-    for key, name in (("resolution", "resolution"), ("batch_size", "batch_size"),
-                      ("aspect_ratio_bucketing", "enable_bucket")):  # fmt: skip
-        ledger.place(key, f"{name} of the dataset")
-    if not ledger.get("resolution"):
-        ledger.add("resolution", RESOLUTION, DEFAULT)
 
 
 def _entry(ledger: Ledger, size: list[int]) -> dict[str, Any]:

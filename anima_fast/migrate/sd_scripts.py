@@ -13,7 +13,7 @@ from typing import Any
 
 from anima_fast.errors import UserError
 from anima_fast.migrate import kohya_gui
-from anima_fast.migrate.command import Launch, read_arguments
+from anima_fast.migrate.command import read_arguments
 from anima_fast.migrate.easy_training import easy_dataset, easy_items, is_easy
 from anima_fast.migrate.ledger import Ledger, flatten, is_off
 from anima_fast.migrate.lora_scripts import PREVIEW_TIMES, join_fields
@@ -70,7 +70,7 @@ def convert(source: Source, ledger: Ledger) -> str:
 
 def _items(source: Source, ledger: Ledger) -> tuple[Mapping[str, Any], list[Item]]:
     """The options, and the file that they come from beside the command line."""
-    items = _items_of_launch(source.launch, ledger) if source.launch else []
+    items = read_arguments(source.launch.arguments, ledger) if source.launch else []
     config, name = source.config, source.file.name if source.file else "the command line"
     by_name = {item.name: item for item in items}
     if source.launch and "config_file" in by_name:
@@ -83,21 +83,10 @@ def _items(source: Source, ledger: Ledger) -> tuple[Mapping[str, Any], list[Item
     else:
         items += _items_of_config(config, by_name, ledger, name)
     items = join_fields(items, ledger)
-    if source.launch is None:
-        _check_model({item.name: item.value for item in items}, name)
+    # A script says that it is for Anima by its name.
+    values = {"qwen3": source.launch, **{item.name: item.value for item in items}}
+    _check_model(values, name)
     return config, items
-
-
-def _items_of_launch(launch: Launch, ledger: Ledger) -> list[Item]:
-    options, stray = read_arguments(launch.arguments)
-    for option in options:
-        ledger.extend({option.label: option.value})
-        if not option.name:
-            ledger.drop(option.label, "given again further on: the last one counts")
-    for i, word in enumerate(stray):
-        ledger.extend({f"word {i + 1}": word})
-        ledger.drop(f"word {i + 1}", "it belongs to no option")
-    return [Item(option.label, option.name, option.value) for option in options if option.name]
 
 
 def _items_of_config(
@@ -253,8 +242,6 @@ class _Converter:
     def _network_module(self, module: str) -> tuple[str, str]:
         if module in OTHER_NETWORKS:
             return OTHER_NETWORKS[module], "the same network has this name here"
-        if model := _model_of(module):
-            raise UserError(f"--network_module {module} trains {model}: {ONLY}")
         # Names the modules that exist.
         algorithm = [w for w in self._words() if w.startswith("algo=")] if module == LYCORIS else []
         parse_network_args(algorithm, module)

@@ -41,17 +41,17 @@ SCRIPTS = {"anima_train_network.py": "train", "anima_train.py": "finetune"}
 _MODELS = {
     "sdxl": "SDXL", "stable_diffusion_xl": "SDXL", "sd3": "Stable Diffusion 3",
     "stable_diffusion_3": "Stable Diffusion 3", "stable_diffusion": "Stable Diffusion",
-    "stable_cascade": "Stable Cascade", "flux_kontext": "FLUX.1 Kontext", "flux_2": "FLUX.2",
-    "flux2": "FLUX.2", "flux": "FLUX.1", "lumina": "Lumina Image 2.0", "hunyuan_video": "HunyuanVideo",
-    "hunyuan-video": "HunyuanVideo", "hv_": "HunyuanVideo", "hunyuan_image": "HunyuanImage",
-    "chroma": "Chroma", "wan": "Wan", "fpack": "FramePack", "qwen": "Qwen-Image",
-    "zimage": "Z-Image", "z_image": "Z-Image", "kandinsky": "Kandinsky", "hidream": "HiDream",
-    "hi_dream": "HiDream", "ltx-video": "LTX-Video", "cosmos": "Cosmos", "omnigen": "OmniGen2",
-    "auraflow": "AuraFlow", "krea": "Krea 2", "ernie": "ERNIE-Image", "longcat": "LongCat-Video",
-    "ideogram": "Ideogram 4", "minimax": "MiniMax H3", "pixart_alpha": "PixArt Alpha",
-    "pixart_sigma": "PixArt Sigma", "wuerstchen": "Wuerstchen 2", "sana": "Sana",
-    "train_network": "Stable Diffusion 1 and 2", "train_db": "Stable Diffusion 1 and 2",
-    "fine_tune": "Stable Diffusion 1 and 2",
+    "stable_cascade": "Stable Cascade", "train_network": "Stable Diffusion 1 and 2",
+    "train_db": "Stable Diffusion 1 and 2", "fine_tune": "Stable Diffusion 1 and 2",
+    "flux_kontext": "FLUX.1 Kontext", "flux_2": "FLUX.2", "flux2": "FLUX.2", "flux": "FLUX.1",
+    "lumina": "Lumina Image 2.0", "hunyuan_image": "HunyuanImage", "hunyuan": "HunyuanVideo",
+    "hv_": "HunyuanVideo", "chroma": "Chroma", "wan": "Wan", "fpack": "FramePack",
+    "qwen": "Qwen-Image", "zimage": "Z-Image", "z_image": "Z-Image", "kandinsky": "Kandinsky",
+    "hidream": "HiDream", "hi_dream": "HiDream", "ltx": "LTX-Video", "cosmos": "Cosmos",
+    "omnigen": "OmniGen2", "auraflow": "AuraFlow", "krea": "Krea 2", "ernie": "ERNIE-Image",
+    "longcat": "LongCat-Video", "ideogram": "Ideogram 4", "minimax": "MiniMax H3",
+    "pixart_alpha": "PixArt Alpha", "pixart_sigma": "PixArt Sigma", "sana": "Sana",
+    "wuerstchen": "Wuerstchen 2",
 }  # fmt: skip
 
 
@@ -123,16 +123,15 @@ def _is_path(path: Path, text: str) -> bool:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        # Windows' own editors write UTF-16, and PowerShell does.
+    # Windows' own editors write UTF-16, and PowerShell does.
+    for encoding in ("utf-8-sig", "utf-16"):
         try:
-            return path.read_text(encoding="utf-16")
-        except (UnicodeError, OSError):
-            raise UserError(f"{path} is no text in UTF-8: save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            return path.read_text(encoding=encoding)
+        except UnicodeError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    raise UserError(f"{path} is no text in UTF-8: save it as UTF-8")
 
 
 def _looks_like_json(content: str) -> bool:
@@ -156,9 +155,8 @@ def parse_file(path: Path, content: str | None = None) -> Any:
 def _commands(text: str, file: Path | None, folders: tuple[Path, ...]) -> Source:
     if not text.strip():
         raise UserError(f"the source is empty: expected a file, or something like {EXAMPLE}")
-    return _launched(
-        find_launch(split_commands(text, file.resolve().parent if file else None)), file, folders
-    )
+    commands = split_commands(text, file.resolve().parent if file else None)
+    return _launched(find_launch(commands), file, folders)
 
 
 def _launched(launch: Launch, file: Path | None, folders: tuple[Path, ...]) -> Source:
