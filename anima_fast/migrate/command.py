@@ -134,13 +134,14 @@ def read_arguments(words: tuple[str, ...], ledger: Ledger, prefix: str = "") -> 
             values = values[:keep]
             if not values and spec.kind != "bool":
                 raise UserError(f"--{spelt} needs a value after it")
-        value = values if spec is not None and spec.is_list else " ".join(values) or "true"
+        is_list = spec is not None and spec.is_list
+        given = values if is_list else " ".join(values) or "true"
         last = name not in names[i + 1 :]
         again = f" (given {names[:i].count(name) + 1}. of {names.count(name)})"
         key = f"{prefix}--{spelt}" + ("" if last else again)
-        ledger.extend({key: value})
+        ledger.extend({key: given})
         if last:
-            items.append(Item(key, name, value))
+            items.append(Item(key, name, given))
         else:
             ledger.drop(key, "given again further on: the last one counts")
     for i, word in enumerate(stray):

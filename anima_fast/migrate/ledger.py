@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from anima_fast.errors import UserError
 from anima_fast.migrate.paths import PATHS, Paths
@@ -196,7 +196,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield name, value
 
 
-def is_rows(value: Any) -> bool:
+def is_rows(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
     """Whether a value is a list of tables."""
     return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) for v in value)
 

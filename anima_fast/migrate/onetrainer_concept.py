@@ -14,12 +14,12 @@ from anima_fast.migrate.paths import Paths
 from anima_fast.migrate.rows import reasons
 
 # Keys of a concept that are in its subsets, where they are on.
-_TAKEN = frozenset(
-    "path enabled balancing_strategy text.prompt_source text.prompt_path text_variations "
-    "text.enable_tag_shuffling text.keep_tags_count text.tag_delimiter text.tag_dropout_enable "
-    "text.tag_dropout_mode text.tag_dropout_probability image.enable_random_flip "
-    "image.resolution_override image.enable_resolution_override".split()
-)
+_TAKEN = frozenset({
+    "path", "enabled", "balancing_strategy", "text.prompt_source", "text.prompt_path",
+    "text_variations", "text.enable_tag_shuffling", "text.keep_tags_count", "text.tag_delimiter",
+    "text.tag_dropout_enable", "text.tag_dropout_mode", "text.tag_dropout_probability",
+    "image.enable_random_flip", "image.resolution_override", "image.enable_resolution_override",
+})  # fmt: skip
 # A key that says nothing unless another one is on.
 _NEEDS = reasons({
     "image.enable_resolution_override": "image.resolution_override",

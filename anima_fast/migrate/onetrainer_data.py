@@ -33,23 +33,14 @@ def convert_concepts(source: Source, ledger: Ledger) -> None:
     concepts, prefix = _rows(source, ledger, "concepts", "concept_file_name", CONCEPTS_FILE)
     resolutions = read_resolutions(str(ledger.get("resolution", RESOLUTION)))
     ledger.add("caption_extension", ".txt", "the only one there")
-    if len(resolutions) > 1 and concepts is not None:
+    if concepts is None:
+        _as_options(ledger, resolutions)
+        return
+    if len(resolutions) > 1:
         why = "a dataset each, with all images; there each image gets one of them at random"
         ledger.explain("resolution", why)
-    for key, name in (("resolution", "resolution"), ("batch_size", "batch_size"),
-                      ("aspect_ratio_bucketing", "enable_bucket")):  # fmt: skip
-        ledger.place(key, f"{name} of the dataset")
-    if concepts is None:
-        named = ledger.text("concept_file_name", CONCEPTS_FILE)
-        ledger.todo.append(
-            f"the concepts in {named} were not found: give --cwd FOLDER, OneTrainer's folder, or "
-            "write dataset_config by hand"
-        )
-        if len(resolutions) > 1:
-            given = ledger.get("resolution")
-            ledger.todo.append(f"only the first resolution is set, of {given}")
-        _as_options(ledger, resolutions[0])
-        return
+    for key in ("resolution", "batch_size", "aspect_ratio_bucketing"):
+        ledger.place(key, "the dataset file")
     if not ledger.get("resolution"):
         ledger.add("resolution", RESOLUTION, DEFAULT)
     paths = Paths.find([str(c.get("path", "")) for c in concepts], source.folders)
@@ -68,7 +59,18 @@ def convert_concepts(source: Source, ledger: Ledger) -> None:
     if not datasets:
         raise UserError("no concept is switched on and for training: there is nothing to train on")
     ledger.dataset = {"general": {"caption_extension": ".txt"}, "datasets": [*datasets.values()]}
-    shared = len(resolutions) if len(resolutions) in counts else max(counts)
+    _epochs(ledger, counts, len(resolutions))
+    if ledger.on("masked_training"):
+        ledger.drop("masked_training", "its masks lie beside the images as NAME-masklabel.png")
+        ledger.todo.append(
+            "masked training: move every NAME-masklabel.png to a folder of its own as NAME.png, "
+            "name that folder in conditioning_data_dir of the subsets, and set masked_loss = true"
+        )
+
+
+def _epochs(ledger: Ledger, counts: set[int], usual: int) -> None:
+    """An epoch has every image at all of its resolutions here, so there are fewer epochs."""
+    shared = usual if usual in counts else max(counts)
     if shared > 1:
         fewer = max(1, math.ceil(ledger.whole("epochs", EPOCHS) / shared))
         why = f"an epoch has every image at {shared} resolutions here, so it is as much longer"
@@ -77,12 +79,6 @@ def convert_concepts(source: Source, ledger: Ledger) -> None:
         ledger.todo.append(
             f"the number of epochs is that of concepts with {shared} resolutions: adapt "
             "num_repeats of the others, as an epoch has an image at all of its resolutions here"
-        )
-    if ledger.on("masked_training"):
-        ledger.drop("masked_training", "its masks lie beside the images as NAME-masklabel.png")
-        ledger.todo.append(
-            "masked training: move every NAME-masklabel.png to a folder of its own as NAME.png, "
-            "name that folder in conditioning_data_dir of the subsets, and set masked_loss = true"
         )
 
 
@@ -107,13 +103,22 @@ def _rows(
     return rows, f"{found.name}: {name}"
 
 
-def _as_options(ledger: Ledger, size: list[int]) -> None:
+def _as_options(ledger: Ledger, resolutions: list[list[int]]) -> None:
     """Without concepts: the data's keys as the options that are a dataset file's defaults."""
-    entry = _entry(ledger, size)
-    sides = entry.pop("resolution")
-    ledger.options["resolution"] = str(sides).strip("[]").replace(" ", "")
+    named = ledger.text("concept_file_name", CONCEPTS_FILE)
+    ledger.todo.append(
+        f"the concepts in {named} were not found: give --cwd FOLDER, OneTrainer's folder, or "
+        "write dataset_config by hand"
+    )
+    if len(resolutions) > 1:
+        ledger.todo.append(f"only the first resolution is set, of {ledger.get('resolution')}")
+    entry = _entry(ledger, resolutions[0])
+    ledger.options["resolution"] = str(entry.pop("resolution")).strip("[]").replace(" ", "")
     ledger.options["train_batch_size"] = entry.pop("batch_size")
     ledger.options |= entry
+    for key, option in (("resolution", "resolution"), ("batch_size", "train_batch_size"),
+                        ("aspect_ratio_bucketing", "enable_bucket")):  # fmt: skip
+        ledger.place(key, option)
 
 
 def _entry(ledger: Ledger, size: list[int]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from anima_fast.errors import UserError
 from anima_fast.migrate import kohya_gui
+from anima_fast.migrate import sd_scripts_tables as tables
 from anima_fast.migrate.command import read_arguments
 from anima_fast.migrate.easy_training import easy_dataset, easy_items, is_easy
 from anima_fast.migrate.ledger import Ledger, flatten, is_off
@@ -20,17 +21,6 @@ from anima_fast.migrate.lora_scripts import PREVIEW_TIMES, join_fields
 from anima_fast.migrate.paths import PATHS, Paths
 from anima_fast.migrate.rows import CLASSES, Item, given
 from anima_fast.migrate.sd_scripts_data import convert_dataset_file
-from anima_fast.migrate.sd_scripts_tables import (
-    DEFAULTS,
-    DROPPED,
-    LIMITS,
-    OTHER_MODEL_KEYS,
-    OTHER_MODULES,
-    OTHER_NAMES,
-    OTHER_NETWORKS,
-    OTHER_VALUES,
-    WHY_DEFAULT,
-)
 from anima_fast.migrate.shell import variable_names
 from anima_fast.migrate.source import ONLY, SCRIPTS, Source, find_file, other_model, parse_file
 from anima_fast.option_files import refused
@@ -54,7 +44,7 @@ def convert(source: Source, ledger: Ledger) -> str:
         UserError: another model, a value that sd-scripts would refuse too, or a network that does
             not exist here.
     """
-    config = source.config
+    config: Mapping[str, Any] = source.config
     if source.trainer == "kohya-gui":
         command, items = kohya_gui.items(config, ledger)
     else:
@@ -123,7 +113,7 @@ def _check_model(values: Mapping[str, Any], name: str) -> None:
     encoders = ("qwen3", "qwen3_path", "qwen", "llm_adapter_path")
     if module == "networks.lora_anima" or kind or any(values.get(key) for key in encoders):
         return
-    for key, model in OTHER_MODEL_KEYS.items():
+    for key, model in tables.OTHER_MODEL_KEYS.items():
         if values.get(key):
             raise UserError(f"{name} is for {model} ({key} is set): {ONLY}")
     raise UserError(
@@ -135,7 +125,7 @@ def _check_model(values: Mapping[str, Any], name: str) -> None:
 def _model_of(module: str) -> str:
     """The other model that a network module is for; "" for none."""
     lora, _, name = module.partition("networks.lora_")
-    return OTHER_MODULES.get(module) or ("" if lora or not name else other_model(name))
+    return tables.OTHER_MODULES.get(module) or ("" if lora or not name else other_model(name))
 
 
 def _path_texts(items: list[Item]) -> list[str]:
@@ -151,7 +141,7 @@ class _Converter:
     def __init__(self, items: list[Item], ledger: Ledger, command: str) -> None:
         self.items, self.ledger = items, ledger
         self.known, self.refused = specs(CLASSES[command]), refused(CLASSES[command])
-        self.given = {OTHER_NAMES.get(item.name, item.name): item for item in items}
+        self.given = {tables.OTHER_NAMES.get(item.name, item.name): item for item in items}
         self.special: dict[str, Callable[[Item], None]] = {
             "network_args": self._network_args,
             "torch_compile": self._torch_compile,
@@ -164,7 +154,7 @@ class _Converter:
 
     def convert(self) -> None:
         for item in self.items:
-            self._one(item, OTHER_NAMES.get(item.name, item.name))
+            self._one(item, tables.OTHER_NAMES.get(item.name, item.name))
         self._after()
         self._defaults()
 
@@ -173,8 +163,8 @@ class _Converter:
         return self.given[name].value if name in self.given else None
 
     def _one(self, item: Item, name: str) -> None:
-        if name in DROPPED and not (name == "resume" and item.value == "auto"):
-            self.ledger.drop(item.key, DROPPED[name])
+        if name in tables.DROPPED and not (name == "resume" and item.value == "auto"):
+            self.ledger.drop(item.key, tables.DROPPED[name])
         elif name in self.special and (name not in self.refused or name == "torch_compile"):
             self.special[name](item)
         elif name in self.known:
@@ -211,7 +201,7 @@ class _Converter:
         if name in ("train_data_dir", "reg_data_dir", "in_json") and self.value("dataset_config"):
             self.ledger.drop(item.key, "dataset_config is given, and beats it there too")
             return
-        new, why = OTHER_VALUES.get((name, str(value)), (value, ""))
+        new, why = tables.OTHER_VALUES.get((name, str(value)), (value, ""))
         if name == "network_module":
             new, why = self._network_module(str(value))
         if spec.choices and new not in spec.choices:
@@ -223,7 +213,7 @@ class _Converter:
             return
         new = checked(spec, new, item.key, text=True)
         self._check_class(name, new)
-        if new != LIMITS.get(name, new):
+        if new != tables.LIMITS.get(name, new):
             why = "it had no effect on Anima there, and limits the noise levels here"
         if name == "sample_prompts":
             why = PREVIEWS
@@ -240,8 +230,8 @@ class _Converter:
             self.ledger.todo.append(f"choose optimizer_type: {value} does not exist here")
 
     def _network_module(self, module: str) -> tuple[str, str]:
-        if module in OTHER_NETWORKS:
-            return OTHER_NETWORKS[module], "the same network has this name here"
+        if module in tables.OTHER_NETWORKS:
+            return tables.OTHER_NETWORKS[module], "the same network has this name here"
         # Names the modules that exist.
         algorithm = [w for w in self._words() if w.startswith("algo=")] if module == LYCORIS else []
         parse_network_args(algorithm, module)
@@ -253,7 +243,8 @@ class _Converter:
 
     def _network_args(self, item: Item) -> None:
         """Every key=value by itself: one that does not exist here must not take the rest along."""
-        module = OTHER_NETWORKS.get(str(self.value("network_module")), self.value("network_module"))
+        module = self.value("network_module")
+        module = tables.OTHER_NETWORKS.get(str(module), module)
         base = [word for word in self._words() if word.startswith("algo=")]
         kept, lost = [], []
         for word in self._words():
@@ -318,12 +309,12 @@ class _Converter:
     def _defaults(self) -> None:
         """sd-scripts' own defaults, where ours are others."""
         half = self.ledger.options.get("full_bf16") or self.ledger.options.get("full_fp16")
-        for name, value in DEFAULTS.items():
+        for name, value in tables.DEFAULTS.items():
             spec = self.known.get(name)
             if spec is None or (name == "mixed_precision" and half):
                 continue
             if value != spec.default and (value or spec.default):
-                self.ledger.add(name, value, WHY_DEFAULT.get(name, "sd-scripts' default"))
+                self.ledger.add(name, value, tables.WHY_DEFAULT.get(name, "sd-scripts' default"))
 
 
 def _is_optimizer(name: str) -> bool:

@@ -10,6 +10,7 @@ the quotes of sh, and `shlex` splits that.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -55,8 +56,7 @@ _SET = re.compile(
 )
 _PS_SET = re.compile(r"(?m)^\s*\$(?:env:)?\w+\s*\+?=")
 _DECLARES = ("export", "local", "readonly", "declare", "typeset")
-# What a backslash or a backtick takes its meaning from inside double quotes. In "D:\folder\" the
-# last backslash belongs to the path.
+# Inside double quotes, what a backslash or a backtick before it makes a plain character.
 _ESCAPE = {
     False: re.compile(r'\\(?P<of>["$`\\])'),
     True: re.compile(r'`(?P<of>["$`])|\\(?P<quote>")'),
@@ -65,7 +65,9 @@ _ESCAPE = {
 
 def _pieces(windows: bool) -> re.Pattern[str]:
     """What has a meaning of its own in a line; everything else is part of a plain word."""
-    inside = r'`["$`]|\\"(?!\s|$)|[^"]' if windows else r'\\.|[^"\\]'
+    # In "D:\folder\" the last backslash belongs to the path.
+    path = r'`["$`]|`(?!["$`])|\\"(?!\s|$)|\\(?!"(?!\s|$))|[^"`\\]'
+    inside = path if windows else r'\\.|[^"\\]'
     return re.compile(
         rf"\"(?P<double>(?:{inside})*)\"|'(?P<single>[^']*)'|(?P<comment>(?<!\S)#[^\n]*)"
         r"|(?P<redirection>(?<!\S)[\d&]?[<>]>?\s*(?:&\d|\"[^\"]*\"|'[^']*'|[^\s;|&]+))"
@@ -122,13 +124,10 @@ class _Script:
         self.exported: dict[str, str] = {}
         self.folder: str | None = None
         self.commands: list[Command] = []
-        words: list[str] = []
-        for word in [*shlex.split(self._in_quotes_of_sh(self._percent(text))), _END]:
-            if word != _END:
-                words.append(word)
-            elif words:
-                self._command(words)
-                words = []
+        words = shlex.split(self._in_quotes_of_sh(self._percent(text)))
+        for is_end, command in itertools.groupby(words, _END.__eq__):
+            if not is_end:
+                self._command(list(command))
 
     def _percent(self, text: str) -> str:
         """The text with cmd's variables put in, without the lines that set them."""
