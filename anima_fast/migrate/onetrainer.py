@@ -79,6 +79,7 @@ NETWORK_ROWS = [
     Row("lora_alpha", "network_alpha", number, default=1.0),
     Row("output_model_format", "lora_format", one_of(FORMATS)),
 ]
+FINETUNE_ROWS = [Row("transformer.weight_dtype", "full_bf16", one_of({"BFLOAT_16": True}))]
 ROWS = [
     Row("epochs", "max_train_epochs", whole,
         "a batch that is not full ends an epoch here, and is left out there", 100),
@@ -104,8 +105,8 @@ DROPPED = reasons({
     "the VAE runs before training only; no_half_vae runs it in float32": "vae.",
     "it is what the window remembers of other choices": "optimizer_defaults",
     "single files are read here, not folders in diffusers' form": "base_model_name vae.model_name",
-    "8-bit base weights are not supported: blocks_to_swap saves memory":
-        "quantization transformer.weight_dtype",
+    "weights have the type of mixed_precision, 8-bit ones are not supported: blocks_to_swap saves "
+    "memory": "quantization transformer.weight_dtype weight_dtype",
     "it is about a kind of network that is not chosen": "lora_ lokr_ oft_ dropout_probability",
     "layer_filter says it": "layer_filter_",
     "the curve, the loss or the mean that it belongs to is another one here":
@@ -139,11 +140,14 @@ def convert(source: Source, ledger: Ledger) -> str:
     settle(FIRST_ROWS, ledger)
     _downloaded(ledger)
     _output(ledger)
-    _precision(ledger, command)
+    if ledger.get("train_dtype") == "TFLOAT_32":
+        ledger.add("cuda_allow_tf32", True, "train_dtype is TFLOAT_32")
     _memory(ledger, command)
     if command == "train":
         _network(ledger)
         _ema(ledger)
+    else:
+        settle(FINETUNE_ROWS, ledger)
     _layers(ledger, command)
     _rate(ledger)
     _schedule(ledger)
@@ -205,16 +209,6 @@ def _output(ledger: Ledger) -> None:
             ledger.take(key, option, True, default=DEFAULT)
     if shared:
         ledger.place("latent_caching", "cache_latents_to_disk and of the text too")
-
-
-def _precision(ledger: Ledger, command: str) -> None:
-    if ledger.get("train_dtype") == "TFLOAT_32":
-        ledger.add("cuda_allow_tf32", True, "train_dtype is TFLOAT_32")
-    key = "transformer.weight_dtype"
-    if command == "finetune" and ledger.get(key) == "BFLOAT_16":
-        ledger.take(key, "full_bf16", True)
-    elif ledger.get(key) in DTYPES:
-        ledger.drop(key, "frozen weights have the type of mixed_precision")
 
 
 def _memory(ledger: Ledger, command: str) -> None:
@@ -324,15 +318,16 @@ def _rate(ledger: Ledger) -> None:
     if scaler.endswith(("ACCUMULATION", "BOTH")):
         images *= ledger.number("gradient_accumulation_steps", 1)
     factor = math.sqrt(max(1.0, images))
-    ledger.drop("learning_rate_scaler", f"it multiplies learning_rate by {factor:g} here")
+    if factor > 1:
+        ledger.drop("learning_rate_scaler", f"it is part of learning_rate here, times {factor:g}")
     key = "learning_rate"
     if ledger.get("transformer.learning_rate") is not None:
         # The DiT is all that is trained.
         key = "transformer.learning_rate"
         ledger.drop("learning_rate", f"{key} beats it")
     value = float(f"{ledger.number(key, 3e-6) * factor:.6g}")
-    why = f"times {factor:g}, the root of the images that learning_rate_scaler counts"
-    ledger.take(key, "learning_rate", value, why if factor > 1 else "", DEFAULT)
+    why = f"times {factor:g}, as learning_rate_scaler says" if factor > 1 else ""
+    ledger.take(key, "learning_rate", value, why, DEFAULT)
 
 
 def _schedule(ledger: Ledger) -> None:

@@ -144,8 +144,6 @@ class _Converter:
         self.given = {tables.OTHER_NAMES.get(item.name, item.name): item for item in items}
         self.special: dict[str, Callable[[Item], None]] = {
             "network_args": self._network_args,
-            "torch_compile": self._torch_compile,
-            "save_model_as": self._save_model_as,
             "lr_scheduler": self._lr_scheduler,
             "output_name": self._output_name,
             **dict.fromkeys(PREVIEW_TIMES, self._preview_time),
@@ -165,7 +163,10 @@ class _Converter:
     def _one(self, item: Item, name: str) -> None:
         if name in tables.DROPPED and not (name == "resume" and item.value == "auto"):
             self.ledger.drop(item.key, tables.DROPPED[name])
-        elif name in self.special and (name not in self.refused or name == "torch_compile"):
+        elif name == "torch_compile" and not is_off(item.value):
+            why = "blocks are compiled one by one instead of the whole model"
+            self.ledger.take(item.key, "compile", True, why)
+        elif name in self.special and name not in self.refused:
             self.special[name](item)
         elif name in self.known:
             self._option(item, name)
@@ -201,7 +202,7 @@ class _Converter:
         if name in ("train_data_dir", "reg_data_dir", "in_json") and self.value("dataset_config"):
             self.ledger.drop(item.key, "dataset_config is given, and beats it there too")
             return
-        new, why = tables.OTHER_VALUES.get((name, str(value)), (value, ""))
+        new, why = tables.OTHER_VALUES.get((item.name, str(value)), (value, ""))
         if name == "network_module":
             new, why = self._network_module(str(value))
         if spec.choices and new not in spec.choices:
@@ -261,16 +262,6 @@ class _Converter:
             self.ledger.take(item.key, "network_args", kept, left_out)
         else:
             self.ledger.drop(item.key, "; ".join(lost))
-
-    def _torch_compile(self, item: Item) -> None:
-        if not is_off(item.value):
-            why = "blocks are compiled one by one instead of the whole model"
-            self.ledger.take(item.key, "compile", True, why)
-
-    def _save_model_as(self, item: Item) -> None:
-        pickles = item.value != "safetensors"
-        why = f"{item.value} files are pickles, which can run code when they are opened"
-        self.ledger.take(item.key, "save_model_as", "safetensors", why if pickles else "")
 
     def _lr_scheduler(self, item: Item) -> None:
         if item.value == "constant" and not is_off(self.value("lr_warmup_steps")):

@@ -31,8 +31,11 @@ OTHER_NETWORKS = {
     "networks.lokr_anima": "networks.lokr", "networks.loha_anima": "networks.loha",
     "lycoris": "lycoris.kohya", "lora_anima": "networks.lora_anima",
 }  # fmt: skip
-# (option, value there) -> value here and the reason.
+_PICKLE = "such files are pickles, which can run code when they are opened"
+# (name, value there) -> value here and the reason.
 OTHER_VALUES = {
+    ("save_model_as", "ckpt"): ("safetensors", _PICKLE),
+    ("save_model_as", "pt"): ("safetensors", _PICKLE),
     ("attn_mode", "sageattn"): ("torch", "sageattn has no backward pass, so it cannot train"),
     ("timestep_sampling", "logit_normal"): ("sigmoid", "the same distribution"),
     ("save_precision", "fp32"): ("float", "another name"),
