@@ -13,7 +13,7 @@ from typing import Any
 from anima_fast.errors import UserError
 from anima_fast.migrate.diffusion_pipe_data import BatchSizes, convert_dataset, read_batch_sizes
 from anima_fast.migrate.ledger import Ledger, is_off, is_rows
-from anima_fast.migrate.optimizers import DIFFUSION_PIPE, Known, put_arguments
+from anima_fast.migrate.optimizers import DIFFUSION_PIPE, Known, settle_arguments
 from anima_fast.migrate.paths import Paths
 from anima_fast.migrate.rows import Row, number, on, one_of, rate, reasons, settle, when_on, whole
 from anima_fast.migrate.source import KERNELS, ONLY, Source, other_model, parse_file
@@ -213,7 +213,7 @@ def _optimizer(ledger: Ledger, images: int, command: str) -> None:
     elif ledger.on(key):
         ledger.take(key, "fused_backward_pass", True)
     ledger.drop(key, "it is off")
-    _arguments(ledger, known, images)
+    settle_arguments(_betas(ledger, known, images), known, "optimizer.", ledger)
 
 
 def _other_optimizer(ledger: Ledger, kind: str) -> Known:
@@ -226,25 +226,18 @@ def _other_optimizer(ledger: Ledger, kind: str) -> Known:
     return Known(name, "where diffusion-pipe takes it from", accepts=("*",))
 
 
-def _arguments(ledger: Ledger, known: Known, images: int) -> None:
+def _betas(ledger: Ledger, known: Known, images: int) -> dict[str, Any]:
+    """The arguments of the optimizer so far: the defaults there, and the betas."""
     arguments: dict[str, Any] = dict(known.defaults)
-    for key in ledger.open_keys("optimizer."):
-        name, value = key.removeprefix("optimizer."), ledger.get(key)
-        if name == "betas" and known.betas and isinstance(value, list):
-            arguments["betas"] = [float(v) for v in value][: known.betas]
-            ledger.place(key, "optimizer_args betas")
-        elif name == "beta2_half_life" and known.betas:
-            beta2 = 0.5 ** (images / max(ledger.number(key), 1e-9))
-            first = next(iter(arguments.get("betas", (0.9, 0.999))))
-            arguments["betas"] = [first, round(beta2, 6)]
-            why = f"beta2 = 0.5 ^ ({images} images a step / half-life)"
-            ledger.explain(key, f"{beta2:.6f} in optimizer_args betas: {why}")
-        elif name in ("eps", "weight_decay", *known.accepts) or "*" in known.accepts:
-            arguments[name] = value
-            ledger.place(key, f"optimizer_args {name}")
-        else:
-            ledger.drop(key, f"{known.name} has no such argument")
-    put_arguments(arguments, ledger)
+    betas, key = ledger.get("optimizer.betas"), "optimizer.beta2_half_life"
+    if known.betas and isinstance(betas, list):
+        arguments["betas"] = [float(beta) for beta in betas][: known.betas]
+        ledger.place("optimizer.betas", "optimizer_args")
+    if known.betas and ledger.has(key):
+        beta2 = round(0.5 ** (images / max(ledger.number(key), 1e-9)), 6)
+        arguments["betas"] = [next(iter(arguments.get("betas", (0.9,)))), beta2]
+        ledger.explain(key, f"beta2 = 0.5 ^ ({images} images a step / half-life) = {beta2}")
+    return arguments
 
 
 def _adapter(ledger: Ledger, adapter: Mapping[str, Any]) -> None:

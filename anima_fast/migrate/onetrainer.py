@@ -15,7 +15,7 @@ from anima_fast.download import TEXT_ENCODER, VAE, default_models_dir, dit_file
 from anima_fast.errors import UserError
 from anima_fast.migrate.ledger import Ledger
 from anima_fast.migrate.onetrainer_data import convert_concepts, convert_samples
-from anima_fast.migrate.optimizers import ONETRAINER, Known, put_arguments
+from anima_fast.migrate.optimizers import ONETRAINER, OTHER, Known, settle_arguments
 from anima_fast.migrate.paths import Paths
 from anima_fast.migrate.rows import (
     DEFAULT,
@@ -373,10 +373,6 @@ def _custom_schedule(ledger: Ledger) -> None:
         ledger.put("lr_scheduler_args", words, "scheduler_params")
 
 
-# For an optimizer that does not exist here: betas and eps are made for its own formulas.
-_OTHER = Known("AdamW", betas=0)
-
-
 def _optimizer(ledger: Ledger, command: str) -> None:
     """The optimizer with its arguments; a preset keeps these in optimizer_defaults."""
     key = "optimizer" if ledger.has("optimizer") else "optimizer.optimizer"
@@ -385,38 +381,31 @@ def _optimizer(ledger: Ledger, command: str) -> None:
     if known is None:
         # The plain form of one that has another form there, such as PRODIGY_ADV.
         longer = [name for name in ONETRAINER if kind.upper().startswith(name)]
-        known = ONETRAINER[max(longer, key=len)] if longer else _OTHER
+        known = ONETRAINER[max(longer, key=len)] if longer else OTHER
         why = f"{kind} does not exist here"
         ledger.todo.append(f"check learning_rate: {kind} became {known.name}")
     ledger.take(key, "optimizer_type", known.name, why)
     own = [name for name in ledger.open_keys("optimizer.") if ledger.get(name) is not None]
     preset = all(name.endswith("__version") for name in own)
     prefix = f"optimizer_defaults.{kind}." if preset else "optimizer."
-    _arguments(ledger, known, prefix)
     if command == "finetune":
         _fused(ledger, prefix)
-    for rest in ledger.open_keys("optimizer."):
-        ledger.drop(rest, f"{known.name} has no such argument, or it is not set")
+    settle_arguments(_betas(ledger, known, prefix), known, prefix, ledger)
 
 
-def _arguments(ledger: Ledger, known: Known, prefix: str) -> None:
+def _betas(ledger: Ledger, known: Known, prefix: str) -> dict[str, Any]:
+    """The arguments of the optimizer so far: the defaults there, and what has several numbers."""
     arguments: dict[str, Any] = dict(known.defaults)
-    names = [f"{prefix}beta{i}" for i in range(1, known.betas + 1)]
-    betas = [ledger.get(name) for name in names]
-    if betas and all(isinstance(beta, (int, float)) for beta in betas):
-        arguments["betas"] = betas
-        for name in names:
-            ledger.place(name, "optimizer_args betas")
-    for name in ("weight_decay",) if known is _OTHER else ("eps", "weight_decay", *known.accepts):
-        value = ledger.get(f"{prefix}{name}")
-        if value is None or (isinstance(value, float) and not math.isfinite(value)):
-            continue
-        if known.name == "AdaFactor" and name == "eps":
-            value = (value, ledger.get(f"{prefix}eps2") or 1e-3)
-            ledger.place(f"{prefix}eps2", "optimizer_args eps")
-        arguments[name] = value
-        ledger.place(f"{prefix}{name}", f"optimizer_args {name}")
-    put_arguments(arguments, ledger)
+    name, keys = "betas", [f"{prefix}beta{i}" for i in range(1, known.betas + 1)]
+    values = [ledger.get(key) for key in keys]
+    if known.name == "AdaFactor":
+        name, keys = "eps", [f"{prefix}eps", f"{prefix}eps2"]
+        values = [ledger.get(keys[0]), ledger.get(keys[1]) or 1e-3]
+    if values and all(isinstance(value, (int, float)) for value in values):
+        arguments[name] = values
+        for key in keys:
+            ledger.place(key, "optimizer_args")
+    return arguments
 
 
 def _fused(ledger: Ledger, prefix: str) -> None:

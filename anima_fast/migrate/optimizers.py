@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ class Known:
         name: the value of `optimizer_type`.
         why: what is different; "" where nothing is.
         defaults: the other trainer's arguments where ours has others.
-        accepts: arguments that pass, beside the betas, eps and weight_decay.
+        accepts: arguments that pass beside the betas and `base`; `*` for all.
         betas: how many betas it has.
     """
 
@@ -25,6 +26,7 @@ class Known:
     defaults: dict[str, Any] = field(default_factory=dict)
     accepts: tuple[str, ...] = ()
     betas: int = 2
+    base: tuple[str, ...] = ("eps", "weight_decay")
 
 
 _KAHAN = "its Kahan sums are for 16-bit weights, which are float32 or rounded at random here"
@@ -33,6 +35,9 @@ _D = ("d0", "d_coef", "growth_rate", "decouple", "use_bias_correction", "safegua
 _FACTOR = ("clip_threshold", "decay_rate", "scale_parameter", "relative_step", "warmup_init")
 _BITS = ("min_8bit_size", "percentile_clipping", "block_wise", "amsgrad")
 _NO_STEP = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
+
+# For one that does not exist here: betas and eps are made for its own formulas.
+OTHER = Known("AdamW", betas=0, base=("weight_decay",))
 
 # Type in [optimizer] of diffusion-pipe, in small letters.
 DIFFUSION_PIPE = {
@@ -75,12 +80,28 @@ ONETRAINER = {
 }
 
 
-def put_arguments(arguments: dict[str, Any], ledger: Ledger) -> None:
-    """Set `optimizer_args` to key=value words; a list is written with commas."""
+def settle_arguments(arguments: dict[str, Any], known: Known, prefix: str, ledger: Ledger) -> None:
+    """Set `optimizer_args` to key=value words; a list is written with commas.
+
+    Args:
+        arguments: what is known of them already.
+        prefix: the beginning of the keys that hold the others.
+    """
+    names = [*known.base, *known.accepts]
+    if "*" in names:
+        names += [key.removeprefix(prefix) for key in ledger.open_keys(prefix)]
+    for name in names:
+        key, value = f"{prefix}{name}", ledger.get(f"{prefix}{name}")
+        if not ledger.has(key) or value is None or value in (math.inf, -math.inf):
+            continue
+        arguments[name] = value
+        ledger.place(key, "optimizer_args")
     words = []
-    for key, value in arguments.items():
+    for name, value in arguments.items():
         if isinstance(value, (list, tuple)):
             value = ",".join(f"{v:g}" for v in value)
-        words.append(f"{key}={value}")
+        words.append(f"{name}={value}")
     if words:
         ledger.put("optimizer_args", words, "its arguments there, its own defaults included")
+    for key in ledger.open_keys("optimizer."):
+        ledger.drop(key, f"{known.name} has no such argument, or it is not set")
