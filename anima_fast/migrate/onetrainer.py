@@ -105,8 +105,8 @@ DROPPED = reasons({
     "the VAE runs before training only; no_half_vae runs it in float32": "vae.",
     "it is what the window remembers of other choices": "optimizer_defaults",
     "single files are read here, not folders in diffusers' form": "base_model_name vae.model_name",
-    "weights have the type of mixed_precision, 8-bit ones are not supported: blocks_to_swap saves "
-    "memory": "quantization transformer.weight_dtype weight_dtype",
+    "weights have the type of mixed_precision; 8-bit base weights are not supported: "
+    "blocks_to_swap saves memory": "quantization transformer.weight_dtype weight_dtype",
     "it is about a kind of network that is not chosen": "lora_ lokr_ oft_ dropout_probability",
     "layer_filter says it": "layer_filter_",
     "the curve, the loss or the mean that it belongs to is another one here":
