@@ -1,4 +1,4 @@
-"""LoRA training: adapters beside frozen weights, in one flat buffer."""
+"""LoRA training: adapters on frozen weights, in one flat buffer."""
 
 from __future__ import annotations
 
