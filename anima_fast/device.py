@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from anima_fast.options.sample import SampleOptions
 
 
-# By the words of --precision and `sample --dtype`, and by those of --mixed_precision.
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The words for a precision, in the options, on the tools' command lines and in saved files.
+DTYPES = {
+    "no": torch.float32,
+    "float": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 def choose_device(options: TrainOptions | SampleOptions) -> torch.device:

@@ -25,12 +25,11 @@ from anima_fast.adapters import names
 from anima_fast.adapters.deltas import Delta, adapted_weight, upcast
 from anima_fast.adapters.metadata import IMPLEMENTATION
 from anima_fast.data.encode_progress import EncodeProgress
-from anima_fast.device import PRECISIONS
 from anima_fast.errors import UserError
 from anima_fast.files import LazyTensor, save_safetensors
 from anima_fast.models.dit_config import DitConfig
 from anima_fast.tools.checkpoints import FLOATS, MODELS, ModelFile, check_floats, model_of_module
-from anima_fast.tools.networks import NetworkFile, check_output
+from anima_fast.tools.networks import PRECISIONS, NetworkFile, check_output
 
 KEEP = "keep"
 MERGED = "anima_fast.merged_networks"
@@ -188,7 +187,7 @@ def _converted(
 
 
 def entries(networks: Sequence[NetworkFile]) -> list[dict]:
-    """What a merged file says of the networks in it."""
+    """What a merged file says about the networks in it."""
     return [
         {
             "file": network.path.name,
@@ -203,8 +202,8 @@ def entries(networks: Sequence[NetworkFile]) -> list[dict]:
 def _metadata(model: ModelFile, networks: Sequence[NetworkFile], name: str) -> dict[str, str]:
     """The checkpoint's own metadata, and what was merged into it."""
     old = {k: v for k, v in model.checkpoint.metadata.items() if k not in STALE}
-    told = [*_earlier(old), *entries(networks)]
-    merged = {**old, MERGED: json.dumps(told, ensure_ascii=False)}
+    listed = [*_earlier(old), *entries(networks)]
+    merged = {**old, MERGED: json.dumps(listed, ensure_ascii=False)}
     if "" not in model.prefixes:
         return merged
     return {
@@ -222,7 +221,7 @@ def _metadata(model: ModelFile, networks: Sequence[NetworkFile], name: str) -> d
 
 
 def _earlier(metadata: dict[str, str]) -> list:
-    """The entries of earlier merges, empty where there is no list that can be read."""
+    """The entries of earlier merges; empty where there is no readable list."""
     try:
         found = json.loads(metadata.get(MERGED, "[]"))
     except ValueError:
