@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from anima_fast.errors import UserError, reason
-from anima_fast.options.words import parse_arguments
 from anima_fast.training.optimizers.recipes import (
     Recipe,
     find_optimizer,
@@ -78,8 +77,7 @@ def build_optimizer(
 
 def optimizer_arguments(options: OptimizerOptions, recipe: Recipe) -> dict[str, Any]:
     """The arguments of an optimizer's class: the rate, its recipe's, and the user's."""
-    given = parse_arguments(options.optimizer_args, "--optimizer_args")
-    return {"lr": options.learning_rate, **recipe.defaults, **given}
+    return {"lr": options.learning_rate, **recipe.defaults, **options.optimizer_kwargs}
 
 
 def _adaptive_notices(recipe: Recipe, kind: str, groups: list[dict]) -> list[str]:

@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from anima_fast.errors import UserError, reason
-from anima_fast.options.words import parse_arguments
 from anima_fast.training.optimizers.build import is_schedule_free
 from anima_fast.training.optimizers.recipes import import_class
 
@@ -222,7 +221,7 @@ def _stable_decay(options: SchedulerOptions, total_steps: int, warmup: int) -> C
 
 def _piecewise(options: SchedulerOptions) -> Curve:
     """`step_rules=1:10,0.1:20,0.01`: factor 1 up to step 10, 0.1 up to step 20, then 0.01."""
-    rules = str(scheduler_arguments(options).get("step_rules", ""))
+    rules = str(options.scheduler_kwargs.get("step_rules", ""))
     *pairs, last = rules.split(",")
     try:
         levels = sorted((int(end), float(factor)) for factor, end in (p.split(":") for p in pairs))
@@ -244,7 +243,7 @@ def _custom_schedule(
     cls = import_class(module or "torch.optim.lr_scheduler", name, option)
     if not issubclass(cls, LRScheduler) or cls.__name__ == "ReduceLROnPlateau":
         raise UserError(f"{option} is no scheduler that counts steps: choose another class")
-    arguments = scheduler_arguments(options)
+    arguments = options.scheduler_kwargs
     try:
         return cls(optimizer, **arguments)
     except (TypeError, ValueError) as error:
@@ -252,11 +251,6 @@ def _custom_schedule(
             f"{option} refused its arguments {arguments}: {reason(error)}; correct "
             "--lr_scheduler_args"
         ) from error
-
-
-def scheduler_arguments(options: SchedulerOptions) -> dict[str, Any]:
-    """`lr_scheduler_args` as Python values."""
-    return parse_arguments(options.lr_scheduler_args, "--lr_scheduler_args")
 
 
 def restore_scheduler(scheduler: LRScheduler, saved: dict) -> list[str]:
