@@ -2,7 +2,7 @@
 
 Every file of a run goes through here: it is written under a temporary name in the same folder,
 flushed to the disk and renamed, so that a reader (or the next run after a power cut) sees the old
-file or the new one, never a half. Errors of the disk become one readable `UserError`.
+file or the new one, never half a file. Disk errors become one readable `UserError`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def parse_config(text: str, where: object, kind: str = "TOML") -> Any:
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a binary file that appears at `path` only when the block ends without an error.
 
-    Raises `UserError` when the folder cannot be written or the disk is full; nothing is left then.
+    Raises `UserError` when the folder cannot be written or the disk is full, and leaves nothing.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:8]}.tmp")
@@ -165,7 +165,7 @@ def remove_leftovers(path: str | os.PathLike) -> None:
     """Delete what killed runs left half-written under the names of `atomic_write` and its like."""
     path = Path(path)
     pattern = re.compile(rf"\.{re.escape(path.name[:80])}\.[0-9a-f]{{8}}\.tmp")
-    # A folder that is missing or cannot be read is the matter of whoever writes there.
+    # A folder that is missing or cannot be read is for whoever writes there to report.
     with contextlib.suppress(OSError):
         for found in list(path.parent.iterdir()):
             if pattern.fullmatch(found.name):
@@ -173,7 +173,7 @@ def remove_leftovers(path: str | os.PathLike) -> None:
 
 
 def check_folder(path: str | os.PathLike) -> None:
-    """Prove that a folder can be written, making it if need be, before hours are spent for it.
+    """Prove that a folder can be written, creating it if needed, before hours are spent.
 
     Raises `UserError` when it cannot.
     """
@@ -218,10 +218,10 @@ def save_safetensors(
 ) -> None:
     """Write tensors (any device) and string metadata as one safetensors file, atomically.
 
-    One tensor at a time is copied to host memory. Tensors may share memory; each is written whole.
+    One tensor at a time is copied to host memory. Tensors may share memory; each is written fully.
     With `keep_order` tensors of one item size stay in the order given, else they go by name.
-    Raises `UserError` when the disk refuses, and whatever a lazy tensor's `read` raises; the file
-    that was there before stays then.
+    Raises `UserError` when the disk refuses, and whatever a lazy tensor's `read` raises; an
+    existing file then stays as it was.
     """
     given = list(tensors) if keep_order else sorted(tensors)
     # The largest items first, as safetensors does: every tensor is aligned to its item size.

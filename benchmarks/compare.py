@@ -87,7 +87,8 @@ def predicted_ops(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
     Milliseconds. What the model has at other sizes than the benchmark (adapter states) is left out.
     """
-    from anima_fast.bench.model import PARAMETER_OPS, Rates, op_times
+    from anima_fast.measure.rates import Rates
+    from anima_fast.measure.step_time import PARAMETER_OPS, op_times
 
     limits, found = ceilings_of(rows), []
     if limits is None:
@@ -113,8 +114,10 @@ def predicted_steps(rows: Sequence[Row]) -> list[dict[str, Any]]:
     `missing` names what the prediction leaves out. The memory of the CUDA context is not in what
     PyTorch's allocator reports, so it is not in the prediction here.
     """
-    from anima_fast.bench.model import Rates, op_times
-    from anima_fast.bench.step import memory, step_time
+    from anima_fast.measure.rates import Rates
+    from anima_fast.measure.step_time import op_times, step_time
+    from anima_fast.memory.lora import published_step
+    from anima_fast.memory.plan import GIB
 
     limits, found = ceilings_of(rows), []
     if limits is None:
@@ -127,10 +130,10 @@ def predicted_steps(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 continue
             run = {"tokens": step.tokens, "batch": step.batch, "rank": rank_of(shape) or 32}
             time = step_time(op_times(Rates(*limits), **run), policy)
-            need = memory(policy, **run)
+            need = published_step(policy, **run)
             found.append(
                 {"shape": shape, "recompute": policy, "predicted_s": time.seconds,
-                 "measured_s": step.p50, "predicted_gib": need.total - need.context,
+                 "measured_s": step.p50, "predicted_gib": need.device / GIB,
                  "measured_gib": peak.p50 if peak else None, "missing": list(time.missing)}
             )  # fmt: skip
     return found

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from anima_fast.adapters.lora import LoRANetwork, add_lora
-from anima_fast.bench.step import REAL
 from anima_fast.measure.timer import on_card
 from anima_fast.memory.offload import compile_blocks, install_block_runner
 from anima_fast.models.block_graphs import BlockGraphs
 from anima_fast.models.dit import AnimaDiT, DitConfig
+from anima_fast.models.dit_config import PUBLISHED
 from anima_fast.models.flow import (
     FlowSettings,
     flow_loss,
@@ -36,7 +36,7 @@ TINY = DitConfig(
     model_channels=64, num_blocks=3, num_heads=2, head_dim=32, context_dim=24,
     adaln_rank=8, mlp_hidden=256,
 )  # fmt: skip
-CONFIG = REAL if on_card() else TINY
+CONFIG = PUBLISHED if on_card() else TINY
 DTYPE = torch.bfloat16 if on_card() else torch.float32
 RANK = 32 if on_card() else 4
 # Rows of a middling caption, padded to 512 as in training.

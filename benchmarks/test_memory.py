@@ -20,14 +20,14 @@ import torch
 from step_models import DEVICE, POLICIES, Bench
 from torch import Tensor
 
-from anima_fast.bench.step import REAL
 from anima_fast.measure.timer import on_card
+from anima_fast.models.dit_config import PUBLISHED
 from benchmarks.rows import Row
 
 DTYPE = torch.bfloat16
 TOKENS = (1024, 4096) if on_card() else (256,)
 TEXT_ROWS, PADDED_ROWS = 96, 512
-ONE_BLOCK = dataclasses.replace(REAL, num_blocks=1)
+ONE_BLOCK = dataclasses.replace(PUBLISHED, num_blocks=1)
 RANK = 32
 MIB = 2**20
 PROVIDERS = ("eager", *(f"ours {policy}" for policy in POLICIES))

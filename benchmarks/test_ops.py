@@ -21,10 +21,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from anima_fast.bench.model import PARAMETER_OPS
 from anima_fast.bench.parity import check_op, leaves
 from anima_fast.kernels.op import Inputs, Op, Sizes
 from anima_fast.kernels.registry import OPS
+from anima_fast.measure.step_time import PARAMETER_OPS
 from anima_fast.measure.timer import Call, Ceilings, Timer, on_card, reason
 from benchmarks.rows import Row, spread, throughput
 

@@ -37,7 +37,7 @@ from step_models import (
     Phases,
 )
 
-from anima_fast.bench.step import step_flops
+from anima_fast.measure.step_time import step_flops
 from anima_fast.measure.timer import Ceilings, Timer, on_card, reason, synchronize
 from benchmarks.rows import Row, spread
 

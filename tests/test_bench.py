@@ -13,11 +13,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from anima_fast.bench.step import step_flops
 from anima_fast.cli import app
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder
 from anima_fast.kernels.registry import OPS
+from anima_fast.measure.step_time import step_flops
 from anima_fast.measure.timer import Timer
 from benchmarks import compare, suite
 from benchmarks.charts import Bar, bars, number, roofline

@@ -1,5 +1,6 @@
 """Predicted times and memory against numbers worked out by hand, and the cards they start from."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,24 +8,27 @@ import torch
 from typer.testing import CliRunner
 
 from anima_fast.adapters.targets import find_targets
-from anima_fast.bench import step as dit_step
-from anima_fast.bench.model import Rates, op_times, prediction, sized
+from anima_fast.bench.model import memory_gib, prediction
 from anima_fast.bench.resources import LIMITS
-from anima_fast.bench.step import (
-    POLICIES,
-    Use,
-    lora_parameters,
-    memory,
-    step_flops,
-    step_time,
-)
 from anima_fast.cli import app
 from anima_fast.errors import UserError
 from anima_fast.kernels.op import Cost, Op
 from anima_fast.kernels.registry import OPS
+from anima_fast.measure import step_time as dit_step
 from anima_fast.measure.cards import CARDS, find_card
+from anima_fast.measure.rates import Rates
+from anima_fast.measure.step_time import (
+    OpUse,
+    lora_parameters,
+    op_times,
+    sized,
+    step_flops,
+    step_time,
+)
+from anima_fast.memory.lora import published_step
 from anima_fast.models.dit import AnimaDiT
-from anima_fast.models.dit_config import DitConfig
+from anima_fast.models.dit_config import PUBLISHED
+from anima_fast.models.recompute import POLICIES
 
 # 1 TB/s, 100 TFLOP/s, 4 us.
 RATES = Rates(1e12, 1e14, 4e-6)
@@ -115,7 +119,7 @@ def test_mfu_counts_nothing_twice():
     """The share of the peak is of the operations by which the benchmark judges a measured step."""
     card = find_card("rtx-3060")
     found = prediction(card, Rates.of(card), tokens=1024, batch=2, rank=8)
-    flops = step_flops(dit_step.REAL, 1024, 2, 8, 96)
+    flops = step_flops(PUBLISHED, 1024, 2, 8, 96)
     for step in found["steps"]:
         assert step["mfu"] == pytest.approx(flops / step["seconds"] / (card.bf16_tflops * 1e12))
     # Attention runs 18 of 12 useful, and policy block the whole forward again.
@@ -135,8 +139,12 @@ def test_step(policy, again):
     found = step_time(
         times,
         policy,
-        block=(Use("copy", "", 2, again=1), Use("product", "a", 1, mlp_again=1), Use("gone", "")),
-        step=(Use("product", "b", 1),),
+        block=(
+            OpUse("copy", "", 2, again=1),
+            OpUse("product", "a", 1, mlp_again=1),
+            OpUse("gone", ""),
+        ),
+        step=(OpUse("product", "b", 1),),
         blocks=10,
     )
     assert found.forward_s == pytest.approx(10 * (2 * 4.8e-6 + 12e-6))
@@ -161,33 +169,46 @@ def test_parameter_ops_have_the_size_of_the_run():
     assert time.cost == Cost(**cost)
 
 
+def memory(policy, **run):
+    return memory_gib(published_step(policy, **run))
+
+
 def test_memory():
     # A unit is 4096 · 2048 · 2 bytes = 1/64 GiB.
     none, mlp, block = (memory(policy, tokens=4096) for policy in POLICIES)
-    assert none.saved == pytest.approx(28 * 13.53 / 64)
-    assert mlp.saved == pytest.approx(28 * 9.51 / 64)
-    assert block.saved == pytest.approx(28 * 1.18 / 64)
-    assert none.workspace == pytest.approx(14 / 64)
-    assert mlp.workspace == pytest.approx(18.02 / 64)
-    assert block.workspace == pytest.approx(26.35 / 64)
-    assert none.weights == pytest.approx(3.644, abs=1e-3)
+    assert none["saved"] == pytest.approx(28 * 13.53 / 64)
+    assert mlp["saved"] == pytest.approx(28 * 9.51 / 64)
+    assert block["saved"] == pytest.approx(28 * 1.18 / 64)
+    assert none["workspace"] == pytest.approx(14 / 64)
+    assert mlp["workspace"] == pytest.approx(18.02 / 64)
+    assert block["workspace"] == pytest.approx(26.35 / 64)
+    assert none["weights"] == pytest.approx(3.644, abs=1e-3)
     # 51 200 parameters per rank and block, 16 bytes each.
-    assert none.adapters == pytest.approx(28 * 32 * 51200 * 16 / 2**30)
-    assert none.total == pytest.approx(11.27, abs=0.01)
-    assert none.fits(12) and not none.fits(11.5)
-    assert memory("none", tokens=1024, batch=8).saved == pytest.approx(2 * none.saved)
-    assert memory("none", tokens=4096, rank=64).adapters == pytest.approx(2 * none.adapters)
+    assert none["adapters"] == pytest.approx(28 * 32 * 51200 * 16 / 2**30)
+    assert none["total"] == pytest.approx(11.27, abs=0.01)
+    assert memory("none", tokens=1024, batch=8)["saved"] == pytest.approx(2 * none["saved"])
+    larger = memory("none", tokens=4096, rank=64)
+    assert larger["adapters"] == pytest.approx(2 * none["adapters"])
+
+
+@pytest.mark.parametrize(("memory_gib", "fits"), [(12, True), (11.5, False)])
+def test_a_card_holds_it_with_a_margin(memory_gib, fits):
+    card = dataclasses.replace(find_card("rtx-3060"), memory_gib=memory_gib)
+    steps = prediction(card, Rates.of(card), tokens=4096, batch=1, rank=32)["steps"]
+    assert steps[0]["recompute"] == "none" and steps[0]["fits"] is fits
 
 
 def test_sizes_are_those_of_the_model():
     with torch.device("meta"):
-        dit = AnimaDiT(DitConfig(2048, 28, 16, 128, 1024, 256, 8192))
-    assert sum(p.numel() for p in dit.parameters()) == dit_step.PARAMETERS
+        dit = AnimaDiT(PUBLISHED)
+    assert sum(p.numel() for p in dit.parameters()) == 1_956_405_248
+    assert published_step("none", tokens=16)["weights"] == 2 * 1_956_405_248
     layers = [target.linear for target in find_targets(dit, None, None)]
     assert len(layers) == 280
     wanted = sum(layer.in_features + layer.out_features for layer in layers)
     assert lora_parameters(1) == wanted
     assert lora_parameters(32) == 32 * wanted
+    assert published_step("none", tokens=16, rank=32)["parameters"] == 4 * 32 * wanted
 
 
 @pytest.mark.parametrize(
@@ -290,7 +311,7 @@ def test_without_a_card_one_must_be_named():
 
 @pytest.mark.gpu
 def test_measured_card():
-    from anima_fast.bench.measured import measured_card
+    from anima_fast.measure.rates import measured_card
 
     card, rates = measured_card()
     assert 0.3 * card.bandwidth_gb_s < rates.bandwidth / 1e9 < 1.1 * card.bandwidth_gb_s

@@ -325,24 +325,13 @@ def diffusers_name(name):
 
 @pytest.mark.parametrize(("head_dim", "size"), [(32, (8, 12)), (64, (14, 6))])
 def test_parity_with_diffusers(head_dim, size):
-    diffusers = pytest.importorskip("diffusers")
+    # Skips where diffusers is not installed.
+    from diffusers_dit import make_transformer
+
     config = dataclasses.replace(TINY, model_channels=128, mlp_hidden=512)
     config = dataclasses.replace(config, head_dim=head_dim, num_heads=128 // head_dim)
     weights = dit_weights(config, seed=11)
-    # The padding mask goes in as the 17th channel: its own way to it needs torchvision.
-    theirs = diffusers.CosmosTransformer3DModel(
-        in_channels=17,
-        out_channels=16,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=head_dim,
-        num_layers=config.num_blocks,
-        mlp_ratio=4.0,
-        text_embed_dim=config.context_dim,
-        adaln_lora_dim=config.adaln_rank,
-        rope_scale=(1.0, 4.0, 4.0),
-        concat_padding_mask=False,
-        extra_pos_embed_type=None,
-    ).eval()
+    theirs = make_transformer(config)
     theirs.load_state_dict({diffusers_name(k): v for k, v in weights.items()}, strict=True)
     latents, sigma, context = make_inputs(config, size=size)
     latents.requires_grad_()

@@ -11,22 +11,17 @@ import torch
 from full_stack import full_options, make_full_world
 
 from anima_fast.errors import UserError
+from anima_fast.memory.finetune import ADAPTER_UNITS, ROW_UNITS, TOKEN_UNITS
+from anima_fast.memory.fit import Budget, memory_plan
 from anima_fast.memory.free import _limit, host_free
-from anima_fast.memory.plan import ADAPTER_UNITS, CPU_PROGRAM_BYTES, GIB, ROW_UNITS, TOKEN_UNITS
+from anima_fast.memory.plan import CPU_PROGRAM_BYTES, GIB, LargestBatch
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.dit_config import DitConfig
 from anima_fast.models.flow import FlowSettings
 from anima_fast.models.llm_adapter import AdapterConfig, LLMAdapter
 from anima_fast.options.files import resolve_train_options
 from anima_fast.options.run import FinetuneOptions
-from anima_fast.training.finetune.memory_check import (
-    Budget,
-    Needs,
-    check_memory,
-    memory_plan,
-    show_memory,
-)
-from anima_fast.training.finetune.memory_needs import Batch, largest_batch, model_sizes, prediction
+from anima_fast.training.planning import check_memory, finetune_needs, memory_needs, show_memory
 from anima_fast.training.setup import prepare
 from anima_fast.training.step import micro_step
 
@@ -67,6 +62,18 @@ def images(side=1024, batch=1):
     )
 
 
+def needs_of(options, batch=1):
+    return finetune_needs(options, LargestBatch(batch, 4096), CPU)
+
+
+def sizes_of(options):
+    return needs_of(options).sizes(options)
+
+
+def plan_lines(options):
+    return memory_plan(options, needs_of(options), CPU)
+
+
 MEASURED = {
     "fp32": {},
     "masters": {"mixed_precision": "bf16"},
@@ -94,7 +101,7 @@ def test_predicted_bytes_are_those_of_a_run(world, tmp_path, case):
     run.optimizer.clip_gradients(1.0)
     run.optimizer.step()
 
-    need = prediction(options, largest_batch(run.plan), CPU)
+    need = memory_needs(options, run.plan, CPU)(options)
     every = [*run.dit.parameters()]
     if options.trains_llm_adapter:
         every += run.conditioning.adapter.parameters()
@@ -103,12 +110,12 @@ def test_predicted_bytes_are_those_of_a_run(world, tmp_path, case):
     weights = sum(p.nbytes for p in every if id(p) not in swapped)
     # Two swapped blocks visit the device.
     visiting = sum(w.param.nbytes for w in run.network.weights if w.swapped)
-    assert need.weights == weights + visiting
-    assert need.masters == sum(w.master.nbytes for w in here if w.master is not None)
+    assert need["weights"] == weights + visiting
+    assert need["masters"] == sum(w.master.nbytes for w in here if w.master is not None)
     kept = sum(gradients[w].nbytes for w in here)
     block = sum(p.nbytes for p in run.dit.blocks[0].parameters()) if swapped else 0
-    assert need.gradients == kept + block
-    assert need.state == pytest.approx(state_bytes(run, here), rel=0.01)
+    assert need["gradients"] == kept + block
+    assert need["state"] == pytest.approx(state_bytes(run, here), rel=0.01)
     if swapped:
         there = [w for w in run.network.weights if w.swapped]
         held = sum(w.param.nbytes + gradients[w].nbytes for w in there)
@@ -179,18 +186,18 @@ def test_units_of_a_trained_adapter(dtype):
 
 
 def test_sizes_of_the_published_model(published):
-    sizes = model_sizes(large(published))
+    sizes = sizes_of(large(published))
     total = sizes.blocks * sizes.block_trained + sizes.rest_trained
     assert (sizes.blocks, sizes.width, sizes.adapter_layers) == (28, 2048, 6)
     assert total == 2_091_068_928
     assert sizes.block_trained == 69_206_528
     assert sizes.largest == 32128 * 1024
-    frozen = model_sizes(large(published, llm_adapter_lr=0.0, mlp_lr=0.0))
+    frozen = sizes_of(large(published, llm_adapter_lr=0.0, mlp_lr=0.0))
     assert frozen.rest_frozen == 0 and frozen.block_frozen == 2 * 2048 * 8192
     assert frozen.rest_trained == total - 134_663_680 - 28 * sizes.block_trained
     # Captions that are not cached keep the frozen adapter in memory.
-    live = model_sizes(large(published, llm_adapter_lr=0.0, cache_text_encoder_outputs=False,
-                             cache_text_encoder_outputs_to_disk=False))  # fmt: skip
+    live = sizes_of(large(published, llm_adapter_lr=0.0, cache_text_encoder_outputs=False,
+                          cache_text_encoder_outputs_to_disk=False))  # fmt: skip
     assert live.rest_frozen == 134_663_680
 
 
@@ -215,12 +222,12 @@ def test_sizes_of_the_published_model(published):
     ],
 )  # fmt: skip
 def test_totals_of_the_published_model(published, changes, low, high):
-    assert low * GIB < Needs(Batch(1, 4096), CPU)(large(published, **changes)).device < high * GIB
+    assert low * GIB < needs_of(large(published))(large(published, **changes)).device < high * GIB
 
 
 def test_each_option_saves_what_it_says(published):
-    needs = Needs(Batch(1, 4096), CPU)
     base = large(published)
+    needs = needs_of(base)
     plain = needs(base)
     assert needs(dataclasses.replace(base, gradient_checkpointing=True)).device < plain.device
     few, many = (needs(dataclasses.replace(base, blocks_to_swap=n)) for n in (5, 20))
@@ -228,12 +235,12 @@ def test_each_option_saves_what_it_says(published):
     assert many.host > few.host > plain.host
     # A block in host memory: 2 + 4 + 2 + 8 bytes for each of its numbers.
     assert many.host - few.host == pytest.approx(15 * 69_206_528 * 16, rel=0.001)
-    larger = Needs(Batch(2, 4096), CPU)(base)
-    assert larger.activations == pytest.approx(2 * plain.activations, rel=0.01)
+    larger = needs_of(base, 2)(base)
+    assert larger["activations"] == pytest.approx(2 * plain["activations"], rel=0.01)
     once = needs(dataclasses.replace(base, full_bf16=True, gradient_checkpointing=True))
     fused = needs(dataclasses.replace(base, full_bf16=True, gradient_checkpointing=True,
                                       fused_backward_pass=True))  # fmt: skip
-    assert once.gradients > 3.8 * GIB and fused.gradients < 0.1 * GIB
+    assert once["gradients"] > 3.8 * GIB and fused["gradients"] < 0.1 * GIB
     assert fused.device < once.device
 
 
@@ -276,7 +283,7 @@ def test_nothing_helps_on_a_tiny_card(published):
 
 
 def test_little_host_memory_is_refused(published, monkeypatch):
-    monkeypatch.setattr("anima_fast.training.finetune.memory_check.host_free", lambda: 6 * GIB)
+    monkeypatch.setattr("anima_fast.memory.fit.host_free", lambda: 6 * GIB)
     options = large(published, vram=24.0, full_bf16=True, blocks_to_swap=26)
     with pytest.raises(UserError, match=r"needs about .* of host memory, 6\.0 GiB are free"):
         check_memory(options, images(), CPU, say=print)
@@ -286,7 +293,7 @@ def test_little_host_memory_is_refused(published, monkeypatch):
 
 
 def test_the_plan_in_words(published, world, tmp_path):
-    lines = memory_plan(large(published, vram=80.0), images(), CPU)
+    lines = plan_lines(large(published, vram=80.0))
     assert any("it fits" in line for line in lines)
     assert any("with --blocks_to_swap 26" in line for line in lines)
     said = []
@@ -308,7 +315,7 @@ def test_the_plan_in_words(published, world, tmp_path):
 def test_optimizer_state_is_measured(published, kind, changes, low, high):
     """Any class, by a step on a matrix; as many bytes for each trained number."""
     options = large(published, optimizer_type=kind, **changes)
-    state = Needs(Batch(1, 4096), CPU)(options).state
+    state = needs_of(options)(options)["state"]
     assert low <= state / 2_091_068_928 <= high
 
 
@@ -333,12 +340,11 @@ def test_a_full_container_is_not_one_without_a_limit(monkeypatch):
 
 
 def test_a_tiny_model_on_a_small_machine_is_not_refused(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("anima_fast.training.finetune.memory_check.host_free", lambda: GIB)
+    monkeypatch.setattr("anima_fast.memory.fit.host_free", lambda: GIB)
     check_memory(full_options(world, tmp_path), images(64), CPU, say=print)
 
 
 def test_budgets():
-    need = Needs.__new__(Needs)
     need = types.SimpleNamespace(device=5, host=3)
     assert Budget(5, 3).fits(need) and Budget(None, None).fits(need)
     assert not Budget(4, 3).fits(need) and not Budget(5, 2).fits(need)

@@ -13,10 +13,11 @@ from anima_fast.errors import UserError
 from anima_fast.migrate import importer
 from anima_fast.migrate.importer import convert, import_config
 from anima_fast.migrate.ledger import Ledger, flatten, show
-from anima_fast.migrate.onetrainer_flow import _distribution
+from anima_fast.migrate.onetrainer import distribution
 from anima_fast.migrate.sd_scripts_tables import DEFAULTS
 from anima_fast.migrate.source import Source, open_source, parse_file
-from anima_fast.models.flow import FlowSettings, sigma_from_draw
+from anima_fast.models.flow import sigma_from_draw
+from anima_fast.models.flow_settings import FlowSettings
 from anima_fast.options.declare import specs
 from anima_fast.options.files import resolve_train_options, to_toml
 from anima_fast.options.run import FinetuneOptions, TrainOptions
@@ -482,7 +483,7 @@ def test_samples_an_epoch_and_folders_below(sources):
 )  # fmt: skip
 def test_noise_levels_are_distributed_as_in_onetrainer(kind, weight, bias, shift):
     """Quantiles against OneTrainer's rule: draw, then shift t to s·t / ((s − 1)·t + 1)."""
-    options, _ = _distribution(kind, weight, bias, shift, False)
+    options, _ = distribution(kind, weight, bias, shift, False)
     settings = FlowSettings(**options)
     u = (torch.arange(20000) + 0.5) / 20000
     normal = torch.special.ndtri(u.double()).float()
@@ -531,16 +532,21 @@ def test_diffusion_pipes_own_command(sources):
 
 
 def test_a_ledger_settles_each_key_once():
+    """The first word counts, and what nobody settles is dropped at the end."""
     ledger = Ledger()
     ledger.extend({"a": 1, "b": {"c": [1, 2], "d": {}}, "e": [{"f": 1}, {}]})
     assert ledger.open_keys() == ["a", "b.c", "b.d", "e[0].f", "e[1]"]
     ledger.take("a", "x")
-    with pytest.raises(UserError, match="expected one value, got a table"):
-        ledger.drop("absent", "why")
-    with pytest.raises(AssertionError, match="settled twice"):
-        ledger.drop("a", "why")
-    ledger.close("unknown")
+    ledger.take("a", "y", 2)
+    ledger.drop("a", "why")
+    ledger.drop("absent", "why")
+    assert ledger.options == {"x": 1} and not ledger.dropped
+    for table in ("b", "e"):
+        with pytest.raises(UserError, match="expected one value, got a table"):
+            ledger.get(table)
+    ledger.close()
     assert [e.key for e in ledger.dropped] == ["b.c", "b.d", "e[0].f", "e[1]"]
+    assert [e.key for e in ledger.taken] == ["a"]
 
 
 def test_what_is_shown_is_one_short_line_without_passwords():

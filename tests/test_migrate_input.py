@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from anima_fast.cli import app
 from anima_fast.migrate.importer import convert
+from anima_fast.migrate.shell import split_commands
 from anima_fast.migrate.source import open_source
-from anima_fast.migrate.words import split_commands
 
 
 @pytest.fixture
@@ -36,11 +36,6 @@ def sources(tmp_path, monkeypatch):
             ["a", "--x", "--y", "1", "--z=2", "$E", "--y 1  --z=2"],
             None,
         ),
-        ('B="${B:-/b}"\nC="${C:-${B}/c}"\na $C ${1:-d}', ["a", "/b/c", "d"], None),
-        ("X=1\nif true; then\n  X=2\n  Y=3\nfi\na $X $Y", ["a", "1", "3"], None),
-        ("if true; then X=2; fi\nX=3\nX=4\na $X", ["a", "4"], None),
-        ('$x = "1"\nif ($b) {\n  $x = "2"\n}\na $x C:\\d', ["a", "1", "C:\\d"], None),
-        ("a run_$(date +%F) 'b'", ["a", "run_$(date +%F)", "b"], None),
         ("!a --x", ["a", "--x"], None),
         ('set X=--y 1 --z "b c"\na %X% --d', ["a", "--y", "1", "--z", "b c", "--d"], None),
         ('set "X=D:\\b"\na --x "%x%\\c"', ["a", "--x", "D:\\b\\c"], None),
@@ -53,23 +48,13 @@ def sources(tmp_path, monkeypatch):
         ("a --args \"k=['x', 'y']\"", ["a", "--args", "k=['x', 'y']"], None),
         ("X=1; Y=$X; export Z=3 W=4\na $X $Y $Z $W", ["a", "1", "1", "3", "4"], None),
         ("X='--y 1'\nX+=' --z'\na $X", ["a", "--y", "1", "--z"], None),
+        ("nohup a --y > log &", ["nohup", "a", "--y"], None),
+        ('a "k=(1)" "" "\\$Y \\"q\\""', ["a", "k=(1)", "", '$Y "q"'], None),
         (
-            'X=(\n  --y \'b c\'  # don\'t\n  # --w\n  "k=(1)"\n)\nX+=(--z)\na "${X[@]}" --d',
-            ["a", "--y", "b c", "k=(1)", "--z", "--d"],
+            '$x += "1"\n$x += " 2"\n& a $x C:\\z "k=\\"v\\"" "b`"c"',
+            ["a", "1 2", "C:\\z", 'k="v"', 'b"c'],
             None,
         ),
-        ("X=(1)\nif true; then\n  X+=(2)\nfi\na ${X[@]}", ["a", "1"], None),
-        (
-            'X=(a --y)\nZ=("${X[@]}" --z)\nnohup "${Z[@]}" > log &',
-            ["nohup", "a", "--y", "--z"],
-            None,
-        ),
-        (
-            '$x = @(\n  "--y=D:\\b c",\n  "--z", "1,2"\n)\n$x += "--w"\n& a @x',
-            ["a", "--y=D:\\b c", "--z", "1,2", "--w"],
-            None,
-        ),
-        ("docker run x bash -lc 'cd /b && a --y'", ["a", "--y"], "/b"),
     ],
 )
 def test_words_of_a_shell(text, words, folder):
@@ -77,21 +62,45 @@ def test_words_of_a_shell(text, words, folder):
     assert list(command.words) == words and command.folder == folder
 
 
-def test_options_outside_of_the_command_are_told(sources):
+@pytest.mark.parametrize(
+    ("text", "construct"),
+    [
+        ("X=(\n  --y 'b c'\n)\na \"${X[@]}\"", "an array"),
+        ("extra+=(--z)\na", "an array"),
+        ("declare -a X=(1)\na", "an array"),
+        ('$x = @(\n  "--y=D:\\b c"\n)\n& a @x', "an array"),
+        ("X=1\nif true; then\n  X=2\nfi\na $X", "a condition"),
+        ("X=1; if true; then X=2; fi\na $X", "a condition"),
+        ('$x = "1"\nif ($b) {\n  $x = "2"\n}\na $x', "a condition"),
+        ("if exist x.bat call x.bat\na", "a condition"),
+        ("case $x in\n  1) X=2;;\nesac\na", "a condition"),
+        ("for i in 1 2; do\n  a $i\ndone", "a loop"),
+        ("while true; do a; done", "a loop"),
+        ("foreach ($i in 1..2) {\n  a $i\n}", "a loop"),
+        ("a run_$(date +%F)", "the output of another command"),
+        ('cd "$(dirname "$0")"\na', "the output of another command"),
+        ("a `date +%F`", "the output of another command"),
+        ('DIM="${DIM:-16}"\na $DIM', "an expansion"),
+        ("a ${X%/}", "an expansion"),
+        ("run() {\n  a\n}\nrun", "a function"),
+        ("goto end\na", "a jump"),
+        ("cat <<EOF > x.toml\nEOF\na", "a here-document"),
+        ("docker run x bash -lc 'cd /b && a --y'", "a shell within the shell"),
+    ],
+)
+def test_what_only_running_a_script_could_tell_is_refused_by_name(sources, text, construct):
     script = Path("script.sh")
-    script.write_text(
-        'DIM="${DIM:-16}"\nextra=()\n# --seed 3\n'
-        'if [[ $low == 1 ]]; then\n  extra+=("--blocks_to_swap=8" "--not_ours")\nfi\n'
-        "python anima_train_network.py --qwen3 q --network_dim $DIM --output_name x_$(date +%F) "
-        "${extra[@]}\n"
-    )
-    done = CliRunner().invoke(app, ["import-kohya", str(script), "--out", "o.toml"])
+    script.write_text(f"{text} anima_train_network.py --qwen3 q\n")
+    done = CliRunner().invoke(app, ["import-kohya", str(script), "--out", "never.toml"])
     said = flat(done.output)
-    assert done.exit_code == 0, said
-    assert "--blocks_to_swap: in the text, but not in the command itself" in said
-    assert "output_name: $(date +%F) is of your shell" in said
-    assert "--seed" not in said and "not_ours" not in said
-    assert "network_dim = 16" in Path("o.toml").read_text()
+    assert done.exit_code == 2 and f"the text has {construct}" in said, said
+    assert "paste the training command itself" in said and done.output.count("\n") == 1
+    assert not Path("never.toml").exists()
+
+
+@pytest.mark.parametrize("text", ["# if x; then $(y)\na", "a '$(b) `c` ${d:-e}' \"if\" --for"])
+def test_what_is_quoted_or_a_comment_is_not_refused(text):
+    assert split_commands(text)[-1].words[0] == "a"
 
 
 LINE = "accelerate launch anima_train_network.py --qwen3 q "

@@ -193,7 +193,7 @@ def test_refuses_incomplete_or_other_decoders(state, tmp_path, changes, words):
     [
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5"),
         ("net.blocks.0.self_attn.q_proj.weight", "--qwen3"),
-        ("something.weight", "no model that this program knows"),
+        ("something.weight", "not a model that this program knows"),
     ],
 )
 def test_refuses_other_models(tmp_path, key, words):

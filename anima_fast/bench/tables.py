@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from anima_fast.bench.resources import Resources
@@ -51,48 +51,3 @@ def _worst(rows: Sequence[Resources]) -> str:
     shared = max(row.shared_bytes for row in rows) / 1024
     share = min(row.occupancy for row in rows)
     return f"{mark}{registers} {shared:.1f} {share:.0%}"
-
-
-def prediction_text(found: Mapping[str, Any]) -> str:
-    """The result of `model.prediction`: rates, ops, steps and memory."""
-    rates, run = found["rates"], found["run"]
-    lines = [
-        f"{found['card']}: {rates['bandwidth_gb_s']:.0f} GB/s, "
-        f"{rates['tensor_tflops']:.1f} TFLOP/s, {rates['launch_us']:.0f} us a launch"
-        f" ({found['source']})",
-        f"{run['tokens']} tokens, batch {run['batch']}, rank {run['rank']}, 16 bit",
-        "",
-    ]
-    ops = [
-        (
-            op["op"],
-            op["label"],
-            f"{op['forward_s'] * 1e6:.1f}",
-            f"{op['backward_s'] * 1e6:.1f}",
-            f"{op['forward_gb'] * 1e3:.1f}",
-            f"{op['forward_gflop']:.1f}",
-            op["bound"],
-        )
-        for op in found["ops"]
-    ]
-    header = ("op", "shape", "forward us", "backward us", "forward MB", "GFLOP", "bound")
-    lines += [table(header, ops, left=2), ""]
-    steps = [
-        (
-            step["recompute"],
-            f"{step['seconds']:.3f}",
-            f"{step['mfu']:.0%}",
-            *(f"{step['memory_gib'][part]:.1f}" for part in _PARTS),
-            "yes" if step["fits"] else "no",
-        )
-        for step in found["steps"]
-    ]
-    lines.append(table(("recompute", "step s", "MFU", *_PARTS, "fits"), steps))
-    lines.append("memory in GiB; MFU: useful operations of the data sheet's peak")
-    missing = found["steps"][0]["missing"]
-    if missing:
-        lines.append(f"not predicted, the registry lacks it: {', '.join(missing)}")
-    return "\n".join(lines)
-
-
-_PARTS = ("weights", "saved", "workspace", "adapters", "context", "total")

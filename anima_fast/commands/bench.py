@@ -95,15 +95,13 @@ def _model(
             raise UserError(f"--{name} {value}: expected at least 1")
     sheet = find_card(card) if card else None
 
-    from anima_fast.bench.model import Rates, prediction
-    from anima_fast.bench.tables import prediction_text
+    from anima_fast.bench.model import prediction, prediction_text
+    from anima_fast.measure.rates import Rates, measured_card
 
     if sheet:
         found = prediction(sheet, Rates.of(sheet), tokens=tokens, batch=batch, rank=rank)
         found["source"] = "assumed shares of the data sheet"
     else:
-        from anima_fast.bench.measured import measured_card
-
         found = prediction(*measured_card(), tokens=tokens, batch=batch, rank=rank)
         found["source"] = "measured here"
     typer.echo(dumps(found, indent=1) if json else prediction_text(found))

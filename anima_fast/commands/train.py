@@ -1,4 +1,4 @@
-"""`anima-fast train` and `anima-fast finetune`."""
+"""`anima-fast train`, `anima-fast plan` and `anima-fast finetune`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from anima_fast.options.run import FileOptions, FinetuneOptions, TrainOptions
 def _train(values: dict[str, Any]) -> None:
     """Train a LoRA. Names may be written with hyphens, and be keys of a TOML file too."""
     _run(TrainOptions, values)
+
+
+@option_command("plan", FileOptions, TrainOptions, allowed=OTHER_NAMES, panel=PREPARE)
+def _plan(values: dict[str, Any]) -> None:
+    """Print the memory that `train` with the same options would take, and train nothing."""
+    _run(TrainOptions, values | {"plan_memory": "true"})
 
 
 @option_command(
@@ -43,8 +49,8 @@ def _run(cls: type[Any], values: dict[str, Any]) -> None:
     for notice in notices:
         # What a preset sets was asked for; everything else may come as a surprise.
         (log.info if notice.startswith("preset ") else log.warning)(notice)
-    if getattr(options, "plan_memory", False):
-        from anima_fast.training.finetune.memory_check import show_memory
+    if options.plan_memory:
+        from anima_fast.training.planning import show_memory
 
         show_memory(options, say=typer.echo)
         return

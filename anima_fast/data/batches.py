@@ -31,7 +31,7 @@ from anima_fast.data.lowres import LowRes
 from anima_fast.data.seeding import seeded
 from anima_fast.device import NOT_WHILE_RECORDING
 from anima_fast.models.dit_config import TEXT_ROWS
-from anima_fast.options.run import TrainOptions
+from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Batches:
         self,
         plan: DatasetPlan,
         encoded: EncodedDataset,
-        options: TrainOptions,
+        options: TrainOptions | FinetuneOptions,
         seed: int,
         lowres: LowRes | None = None,
     ) -> None:

@@ -17,7 +17,6 @@ from anima_fast.data.layouts import some
 from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.tokenizers import Tokenizers
 from anima_fast.options.data import CaptionOptions
-from anima_fast.options.run import TrainOptions
 
 # Files that a message names.
 _NAMED = 10
@@ -90,7 +89,9 @@ def count_tokens(
     items: Sequence[ImageItem],
     texts: Sequence[Sequence[str]],
     tokenizers: Tokenizers,
-    options: TrainOptions,
+    token_limits: tuple[int, int],
+    *,
+    whole: bool = False,
 ) -> CaptionTokens:
     """Count the tokens of every text.
 
@@ -98,13 +99,13 @@ def count_tokens(
         items: the images of the run.
         texts: the renderings of each item's caption; the longest of them counts.
         tokenizers: both tokenizers.
-        options: `long_captions` and the limits.
+        token_limits: tokens of Qwen3 and T5 after which a caption is cut off.
+        whole: captions are encoded whole; those above Anima's own rows count as long.
     """
     distinct = list(dict.fromkeys(text for rendered in texts for text in rendered))
     counts = zip(tokenizers.qwen_lengths(distinct), tokenizers.t5_lengths(distinct), strict=True)
     lengths = {text: Lengths(*pair) for text, pair in zip(distinct, counts, strict=True)}
-    whole = options.long_captions == "whole"
-    limits = (TEXT_ROWS, TEXT_ROWS) if whole else options.token_limits
+    limits = (TEXT_ROWS, TEXT_ROWS) if whole else token_limits
     long: dict[Path, LongCaption] = {}
     for item, rendered in zip(items, texts, strict=True):
         worst = max((lengths[text] for text in rendered), key=lambda one: one.beyond(limits))

@@ -21,7 +21,7 @@ from anima_fast.models.llm_adapter import LLMAdapter, load_llm_adapter
 from anima_fast.models.model_files import given
 from anima_fast.models.text_encoder import TextEncoder, load_text_encoder
 from anima_fast.models.tokenizers import Tokenizers
-from anima_fast.options.run import TrainOptions
+from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 
 @dataclass
@@ -56,7 +56,11 @@ class Conditioning:
 
 
 def load_conditioning(
-    options: TrainOptions, text_mode: str, *, device: torch.device, dtype: torch.dtype
+    options: TrainOptions | FinetuneOptions,
+    text_mode: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Conditioning:
     """Load what `text_mode` ("context", "states" or "live") needs each step."""
     conditioning = Conditioning(device, dtype, token_limits=options.token_limits)

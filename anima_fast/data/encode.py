@@ -9,8 +9,9 @@ staying in memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,7 +25,7 @@ from anima_fast.data.encode_text import TextPhase
 from anima_fast.data.items import DatasetPlan
 from anima_fast.data.lowres import LowRes
 from anima_fast.options.data import CacheOptions
-from anima_fast.options.run import TrainOptions
+from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 Texts = list[tuple[Stored[TextEntry], ...]]
 
@@ -54,7 +55,7 @@ class EncodedDataset:
 
 def encode_dataset(
     plan: DatasetPlan,
-    options: TrainOptions,
+    options: TrainOptions | FinetuneOptions,
     *,
     device: str | torch.device = "cpu",
     vae_dtype: torch.dtype = torch.float32,
@@ -82,7 +83,9 @@ def encode_dataset(
     items = [*plan.items, *plan.validation_items]
     count = len(plan.items)
     tokenizers, texts = load_run_tokenizers(options), renderings(items, options)
-    tokens = count_tokens(items, texts, tokenizers, options)
+    tokens = count_tokens(
+        items, texts, tokenizers, options.token_limits, whole=options.long_captions == "whole"
+    )
     encoded = EncodedDataset(choose_image_mode(options), choose_text_mode(options), device, tokens)
 
     def report(text: str) -> None:
@@ -95,17 +98,27 @@ def encode_dataset(
     folders = CacheFolders(options.cache_dir, options.output_dir, report)
     folders.register(item.path for item in items)
     if encoded.image_mode == "cached":
-        latents = LatentPhase(options, folders, device, vae_dtype, report).run(items)
+        threads = max(1, min(options.max_data_loader_n_workers, os.cpu_count() or 1))
+        phase = LatentPhase(options, options, folders, device, vae_dtype, report, threads)
+        latents = phase.run(items)
         encoded.latents, encoded.validation_latents = latents[:count], latents[count:]
         if lowres is not None:
             small = [s for item in plan.items if (s := lowres.small_item(item)) is not None]
             # Files of sd-scripts hold the full size.
-            phase = LatentPhase(options, folders, device, vae_dtype, report, legacy=False)
-            found = zip(small, phase.run(small), strict=True)
+            found = zip(small, replace(phase, legacy=False).run(small), strict=True)
             encoded.small_latents = {item.index: entry for item, entry in found}
     if encoded.text_mode != "live":
         entries, encoded.empty_text = TextPhase(
-            options, tokenizers, tokens, folders, device, text_dtype, encoded.text_mode, report
+            models=options,
+            caches=options,
+            tokenizers=tokenizers,
+            tokens=tokens,
+            token_limits=options.token_limits,
+            folders=folders,
+            device=device,
+            dtype=text_dtype,
+            form=encoded.text_mode,
+            say=report,
         ).run(items, texts)
         encoded.texts, encoded.validation_texts = entries[:count], entries[count:]
     return encoded
@@ -116,7 +129,7 @@ def choose_image_mode(options: CacheOptions) -> str:
     return "cached" if caches_latents(options) else "live"
 
 
-def choose_text_mode(options: TrainOptions) -> str:
+def choose_text_mode(options: TrainOptions | FinetuneOptions) -> str:
     """ "live" without a text cache, else "states" when the LLM adapter is trained, or "context"."""
     cached = options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
     if not cached:

@@ -8,7 +8,6 @@ freed.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +25,7 @@ from anima_fast.data.items import ImageItem
 from anima_fast.data.layouts import some
 from anima_fast.errors import UserError
 from anima_fast.models.model_files import given
-from anima_fast.options.run import TrainOptions
+from anima_fast.options.data import CacheOptions, ModelOptions
 from anima_fast.progress import ItemProgress
 
 # That many failures mean that the VAE is at fault, not the images.
@@ -46,14 +45,16 @@ class LatentJob:
 class LatentPhase:
     """Turns items into cache entries. `dtype` is the VAE's; latents are always kept in fp32.
 
-    `legacy`: whether files of sd-scripts are looked for.
+    `threads` read images; `legacy`: whether files of sd-scripts are looked for.
     """
 
-    options: TrainOptions
+    models: ModelOptions
+    caches: CacheOptions
     folders: CacheFolders
     device: torch.device
     dtype: torch.dtype
     say: Callable[[str], None]
+    threads: int = 1
     legacy: bool = True
 
     def run(self, items: Sequence[ImageItem]) -> list[Stored[LatentEntry]]:
@@ -70,14 +71,9 @@ class LatentPhase:
         return [legacy[i] if i in legacy else stored[next(found).path] for i in range(len(items))]
 
     @property
-    def threads(self) -> int:
-        """Threads that read images; `max_data_loader_n_workers`, at most one for each core."""
-        return max(1, min(self.options.max_data_loader_n_workers, os.cpu_count() or 1))
-
-    @property
     def keep(self) -> bool:
         """Latents stay in memory, instead of being read for every batch."""
-        return not self.options.cache_latents_to_disk
+        return not self.caches.cache_latents_to_disk
 
     def _legacy(self, items: Sequence[ImageItem]) -> dict[int, Stored[LatentEntry]]:
         found: dict[int, Stored[LatentEntry]] = {}
@@ -88,7 +84,7 @@ class LatentPhase:
             if item.is_turned or not path.is_file():
                 continue
             entry = None
-            if self.keep or not self.options.skip_cache_check:
+            if self.keep or not self.caches.skip_cache_check:
                 try:
                     entry = legacy_cache.read_latents(path, item)
                 except CacheError as error:
@@ -118,7 +114,7 @@ class LatentPhase:
         if not items:
             return []
         hashes = FileHashes(self.folders).many([item.path for item in items], self.threads)
-        vae = cache.model_identity(given(self.options.vae, "vae"))
+        vae = cache.model_identity(given(self.models.vae, "vae"))
         jobs = []
         for item in items:
             spec = cache.latent_spec(
@@ -142,7 +138,7 @@ class LatentPhase:
                 missing[job.path] = job
                 continue
             try:
-                if not self.options.skip_cache_check:
+                if not self.caches.skip_cache_check:
                     cache.check_latents(job.path, job.spec)
                 value = cache.read_latents(job.path) if self.keep else None
                 stored[job.path] = Stored(job.path, cache.read_latents, value)
@@ -154,11 +150,13 @@ class LatentPhase:
         return stored, list(missing.values())
 
     def _encode(self, missing: list[LatentJob]) -> dict[Path, Stored[LatentEntry]]:
-        encoder = LatentEncoder(self.options, self.device, self.dtype)
+        encoder = LatentEncoder(
+            self.models, self.device, self.dtype, keep_cached=self.caches.highvram
+        )
         stored: dict[Path, Stored[LatentEntry]] = {}
         failed: list[str] = []
-        batches = batches_by_bucket(missing, self.options.vae_batch_size)
-        origin = {"vae": Path(given(self.options.vae, "vae")).name, "dtype": str(self.dtype)}
+        batches = batches_by_bucket(missing, self.caches.vae_batch_size)
+        origin = {"vae": Path(given(self.models.vae, "vae")).name, "dtype": str(self.dtype)}
         with ItemProgress("encoding images", len(missing), "images", self.say) as progress:
             try:
                 for jobs, decoded in decode_ahead(batches, self.threads):

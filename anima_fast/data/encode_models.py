@@ -18,7 +18,6 @@ from anima_fast.models.text_encoder import TextEncoder
 from anima_fast.models.tokenizers import Tokenizers
 from anima_fast.models.vae import VAE
 from anima_fast.options.data import ModelOptions
-from anima_fast.options.run import TrainOptions
 from anima_fast.options.sample import SampleOptions
 
 # Pixels [3, H, W] fp32 in [-1, 1] and alpha [H, W] fp32 0..1, as `images.load_item` returns them.
@@ -26,10 +25,18 @@ Decoded = tuple[np.ndarray, np.ndarray | None]
 
 
 class LatentEncoder:
-    """The VAE while the phase needs it."""
+    """The VAE while the phase needs it; `keep_cached` leaves freed memory with PyTorch."""
 
-    def __init__(self, options: TrainOptions, device: torch.device, dtype: torch.dtype) -> None:
-        self._options, self._device, self._dtype = options, device, dtype
+    def __init__(
+        self,
+        models: ModelOptions,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        keep_cached: bool = False,
+    ) -> None:
+        self._models, self._device, self._dtype = models, device, dtype
+        self._keep_cached = keep_cached
         self._vaes: dict[torch.dtype, VAE] = {}
 
     def encode(self, decoded: Sequence[Decoded], flips: Sequence[bool]) -> list[LatentEntry | None]:
@@ -56,7 +63,7 @@ class LatentEncoder:
     def free(self) -> None:
         """Drop the VAE and give its memory back."""
         self._vaes.clear()
-        free_memory(self._device, keep_cached=self._options.highvram)
+        free_memory(self._device, keep_cached=self._keep_cached)
 
     def _latents(self, pixels: Tensor) -> list[Tensor]:
         """Latents of each image, fp32 on the CPU; half precision that overflows is done again."""
@@ -70,7 +77,7 @@ class LatentEncoder:
     @torch.no_grad()
     def _run(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         vae = self._vae(dtype)
-        rows = self._options.vae_chunk_size
+        rows = self._models.vae_chunk_size
         try:
             latents = vae.encode(pixels.to(self._device, dtype), chunk_rows=rows).float().cpu()
         except torch.OutOfMemoryError as error:
@@ -79,23 +86,31 @@ class LatentEncoder:
                 f"{pixels.shape[-1]}x{pixels.shape[-2]}: use --vae_batch_size 1 and a smaller "
                 "--vae_chunk_size, such as 64"
             ) from error
-        if not self._options.highvram and self._device.type == "cuda":
+        if not self._keep_cached and self._device.type == "cuda":
             torch.cuda.empty_cache()
         return latents
 
     def _vae(self, dtype: torch.dtype) -> VAE:
         if dtype not in self._vaes:
             self._vaes[dtype] = vae_checkpoint.load_vae(
-                given(self._options.vae, "vae"), device=self._device, dtype=dtype
+                given(self._models.vae, "vae"), device=self._device, dtype=dtype
             )
         return self._vaes[dtype]
 
 
 class TextModels:
-    """Text encoder and LLM adapter, loaded on first use."""
+    """Text encoder and LLM adapter, loaded on first use; `keep_cached` as `LatentEncoder`."""
 
-    def __init__(self, options: TrainOptions, device: torch.device, dtype: torch.dtype) -> None:
-        self._options, self._device, self._dtype = options, device, dtype
+    def __init__(
+        self,
+        models: ModelOptions,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        keep_cached: bool = False,
+    ) -> None:
+        self._models, self._device, self._dtype = models, device, dtype
+        self._keep_cached = keep_cached
         self._encoder: TextEncoder | None = None
         self._adapter: LLMAdapter | None = None
 
@@ -103,7 +118,7 @@ class TextModels:
         """The Qwen3 text encoder."""
         if self._encoder is None:
             self._encoder = text_encoder.load_text_encoder(
-                given(self._options.qwen3, "qwen3"), device=self._device, dtype=self._dtype
+                given(self._models.qwen3, "qwen3"), device=self._device, dtype=self._dtype
             )
         return self._encoder
 
@@ -111,14 +126,14 @@ class TextModels:
         """The LLM adapter."""
         if self._adapter is None:
             self._adapter = llm_adapter.load_llm_adapter(
-                adapter_path(self._options), device=self._device, dtype=self._dtype
+                adapter_path(self._models), device=self._device, dtype=self._dtype
             )
         return self._adapter
 
     def free(self) -> None:
         """Drop both and give their memory back."""
         self._encoder = self._adapter = None
-        free_memory(self._device, keep_cached=self._options.highvram)
+        free_memory(self._device, keep_cached=self._keep_cached)
 
 
 def adapter_path(options: ModelOptions) -> str:

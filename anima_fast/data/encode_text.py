@@ -29,7 +29,7 @@ from anima_fast.errors import UserError
 from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.model_files import given
 from anima_fast.models.tokenizers import TokenBatch, Tokenizers
-from anima_fast.options.run import TrainOptions
+from anima_fast.options.data import CacheOptions, ModelOptions
 from anima_fast.progress import ItemProgress
 
 
@@ -45,11 +45,16 @@ class TextJob:
 
 @dataclass
 class TextPhase:
-    """Turns captions into cache entries of one form, in `dtype`."""
+    """Turns captions into cache entries of one form, in `dtype`.
 
-    options: TrainOptions
+    `token_limits`: tokens of Qwen3 and T5 after which a caption is cut off.
+    """
+
+    models: ModelOptions
+    caches: CacheOptions
     tokenizers: Tokenizers
     tokens: CaptionTokens
+    token_limits: tuple[int, int]
     folders: CacheFolders
     device: torch.device
     dtype: torch.dtype
@@ -80,32 +85,31 @@ class TextPhase:
         self._say_legacy()
         if missing:
             largest = max(item.dataset.batch_size for item in items)
-            stored |= self._encode(missing, self.options.text_encoder_batch_size or largest)
+            stored |= self._encode(missing, self.caches.text_encoder_batch_size or largest)
         return [tuple(stored[t] for t in variants) for variants in texts], stored[""]
 
     @property
     def keep(self) -> bool:
         """Encodings stay in memory, instead of being read for every batch."""
-        return not self.options.cache_text_encoder_outputs_to_disk
+        return not self.caches.cache_text_encoder_outputs_to_disk
 
     def _key_parts(self) -> dict[str, object]:
-        options = self.options
         parts: dict[str, object] = {
             "kind": "text",
             "form": self.form,
             "tokenizers": self.tokenizers.identity,
-            "encoder": cache.model_identity(given(options.qwen3, "qwen3")),
+            "encoder": cache.model_identity(given(self.models.qwen3, "qwen3")),
             "dtype": str(self.dtype),
         }
         if self.form == "context":
-            parts["adapter"] = cache.model_identity(adapter_path(options))
+            parts["adapter"] = cache.model_identity(adapter_path(self.models))
         return parts
 
     def _key(self, text: str, **other: object) -> str:
         """Key of a text's file; `other` replaces parts."""
         lengths = self.tokens.lengths.get(text)
         short = self.tokens.whole and (lengths is None or lengths.longest <= TEXT_ROWS)
-        limits = [TEXT_ROWS, TEXT_ROWS] if short else list(self.options.token_limits)
+        limits = [TEXT_ROWS, TEXT_ROWS] if short else list(self.token_limits)
         return cache.digest({**self._parts, "lengths": limits, "text": text, **other})
 
     def _look_up(
@@ -137,7 +141,7 @@ class TextPhase:
         if path is None:
             return None
         try:
-            if not self.options.skip_cache_check:
+            if not self.caches.skip_cache_check:
                 cache.check_text(path, key, self.form)
             value = cache.read_text(path) if self.keep else None
             return Stored(path, cache.read_text, value)
@@ -174,7 +178,7 @@ class TextPhase:
         if not same_ids or int(tokens.qwen_mask.sum()) != count:
             is_cut = len(legacy.t5_ids) >= TEXT_ROWS and tokens.t5_ids.shape[1] > len(legacy.t5_ids)
             raise CacheError("cut off at 512 tokens" if is_cut else "made from another caption")
-        if legacy.source_states.shape[1] != source_width(self.options):
+        if legacy.source_states.shape[1] != source_width(self.models):
             raise CacheError("made by another text encoder")
 
     def _say_legacy(self) -> None:
@@ -187,7 +191,7 @@ class TextPhase:
             self.say(f"{len(self._stale)} text files are encoded again ({some(self._stale)})")
 
     def _encode(self, missing: list[TextJob], size: int) -> dict[str, Stored[TextEntry]]:
-        models = TextModels(self.options, self.device, self.dtype)
+        models = TextModels(self.models, self.device, self.dtype, keep_cached=self.caches.highvram)
         stored = {}
         with ItemProgress("encoding captions", len(missing), "captions", self.say) as progress:
             try:
@@ -259,10 +263,10 @@ class TextPhase:
 
     @property
     def _encoder_name(self) -> str:
-        return Path(given(self.options.qwen3, "qwen3")).name
+        return Path(given(self.models.qwen3, "qwen3")).name
 
     def _tokens(self, texts: list[str]) -> TokenBatch:
-        return self.tokenizers.encode(texts, *self.options.token_limits)
+        return self.tokenizers.encode(texts, *self.token_limits)
 
     def _origin(self, job: TextJob) -> dict[str, str]:
         source = "sd-scripts cache" if job.legacy is not None else self._encoder_name

@@ -27,7 +27,7 @@ from anima_fast.data.resampling import resize
 from anima_fast.errors import UserError
 
 MAX_PIXELS = 200_000_000
-# Pillow warns above this number and refuses above its double. The check in `opened` refuses from
+# Pillow warns above this number and refuses above twice that. The check in `opened` refuses from
 # the number on, which makes the warning a duplicate.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -1,9 +1,9 @@
 """Low resolution at high noise: batches with σ ≥ T use a smaller picture.
 
 At high noise only layout survives, which a smaller picture shows as well: at half the size it has a
-quarter of the tokens, so those steps are cheaper. The detail of high-noise steps is not trained.
-Trainers of large models do the like in stages or by timestep (progressive growing, "pyramidal flow
-matching", arXiv 2410.05954); here it is a threshold.
+quarter of the tokens, so those steps are cheaper. Detail is not trained in high-noise steps.
+Trainers of large models do something similar in stages or by timestep (progressive growing,
+"pyramidal flow matching", arXiv 2410.05954); here it is a threshold.
 
 A batch has one size, so its samples must lie on one side of T. The first sample's σ is drawn from
 the full distribution and decides; the others are drawn until they lie on its side. Every sample
@@ -78,7 +78,7 @@ class LowRes:
             more = sample_sigma(self.flow, CANDIDATES, latent_hw, generator)
             fitting = more[(more >= self.sigma) == high]
             if not len(fitting):
-                # So rare a side that nothing is lost: the batch takes the full picture.
+                # A side this rare saves nothing: the batch takes the full picture.
                 return sigma, False
             sigma[i] = fitting[0]
         return sigma, high

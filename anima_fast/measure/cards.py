@@ -115,8 +115,8 @@ _DRIVER_NAMES = {
 def find_card(name: str) -> Card:
     """The card called `name`: as in `CARDS`, or with spaces, capitals, without "rtx" or "-sxm".
 
-    A name that is sold with several sizes of memory is the smallest: the others are as fast.
-    Drivers call them all the same. Raises `UserError` with the nearest names.
+    Of a card sold with several sizes of memory it is the smallest, as the others are as fast and
+    drivers call them all the same. Raises `UserError` with the nearest names.
     """
     wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
     wanted = wanted.removeprefix("nvidia-").removeprefix("geforce-")
@@ -124,7 +124,7 @@ def find_card(name: str) -> Card:
     for spelling in (wanted, f"rtx-{wanted}"):
         if spelling in CARDS:
             return CARDS[spelling]
-    # Not any longer name: a 4070 Ti is no 4070 Ti Super.
+    # Not just any longer name: a 4070 Ti is not a 4070 Ti Super.
     variants = re.compile(rf"(rtx-)?{re.escape(wanted)}-(sxm|\d+gb)")
     if found := [card for card in CARDS.values() if variants.fullmatch(card.name)]:
         return min(found, key=lambda card: card.memory_gib)

@@ -1,10 +1,10 @@
-"""Times of calls on a card or on the CPU, several providers in turn.
+"""Times of calls on a card or on the CPU, with several providers in turn.
 
 On a card: CUDA events around each call, a batch of calls queued before one wait, and between two
 calls a write to a buffer larger than any second-level cache, so that every call reads its inputs
-from memory. The queue is held by a sleeping kernel until the whole batch stands in it: the time is
-the card's, without the gaps in which Python prepares a launch. (How many launches a step has, and
-what its gaps cost, the step benchmark tells.) On the CPU: `perf_counter` around each call.
+from memory. A sleeping kernel holds the queue until all of the batch is in it: the time is the
+card's, without the gaps in which Python prepares a launch. (The step benchmark tells how many
+launches a step has and what its gaps cost.) On the CPU: `perf_counter` around each call.
 
 Providers alternate batch by batch, so that clocks and temperature treat them alike.
 """
@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+
+from anima_fast.measure.rates import measured_card
 
 Call = Callable[[], object]
 # Larger than the second-level cache of any card so far (126 MB, B200 data sheet).
@@ -44,8 +46,6 @@ class Ceilings:
 def ceilings() -> Ceilings:
     """Time a long copy and a large product: bfloat16 on a card, float32 on the CPU."""
     if torch.cuda.is_available():
-        from anima_fast.bench.measured import measured_card
-
         card, rates = measured_card()
         sheet = card.bf16_tflops * 1e12
         return Ceilings(rates.bandwidth, rates.tensor, None if sheet == rates.tensor else sheet)
@@ -77,7 +77,7 @@ class Timer:
         failed: provider → reason.
     """
 
-    calls: Mapping[str, Call]
+    calls: dict[str, Call]
     before: Mapping[str, Call] = field(default_factory=dict)
     batch: int = BATCH
     flush: bool = True
@@ -86,6 +86,7 @@ class Timer:
     _hold: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # A copy: failed calls are taken out of it.
         self.calls = dict(self.calls)
         self.seconds = {name: [] for name in self.calls}
         self._buffer = None
@@ -105,7 +106,7 @@ class Timer:
                 synchronize()
                 start = time.perf_counter()
                 self.calls[name]()
-                # Until here it was queued only: as long must the queue be held for each call.
+                # So far the call was only queued: the queue must be held that long for each one.
                 self._hold[name] = time.perf_counter() - start
                 synchronize()
             except Exception as error:

@@ -1,4 +1,4 @@
-"""How much memory is free, on a card and in the host, and whether an error says that none is."""
+"""How much memory is free, on a card and in the host, and whether an error means none is left."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import gc
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-# What CUDA and its libraries say when memory is out beside torch's allocator: in pinned memory, a
-# library's workspace, a recorded graph.
+# What CUDA and its libraries say when memory runs out outside torch's allocator: in pinned memory,
+# a library's workspace, a recorded graph.
 _SAY_SO = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the card's memory is out."""
+    """Whether an error means that the card is out of memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAY_SO)
@@ -72,7 +73,9 @@ def _windows_free() -> int | None:
 
     status = Status()
     status.length = ctypes.sizeof(Status)
-    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+    # Only Windows' ctypes has it.
+    windll: Any = vars(ctypes)["windll"]
+    if not windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
         return None
     return status.available
 

@@ -1,4 +1,4 @@
-"""Less device memory for the DiT's blocks: recomputation, host copies, block swap; and compilation.
+"""Running the DiT's blocks in less memory: recomputation, host copies, block swap; compiling them.
 
 Each is a way to run one block, installed as `dit.block_runner`:
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anima_fast.errors import UserError
-from anima_fast.memory.swap import BlockSwap, Sink
+from anima_fast.memory.swap import BlockSwap, Sink, swapped_indices
 from anima_fast.models.dit import AnimaDiT, Block
 from anima_fast.models.dit_layers import Shared
 from anima_fast.models.recompute import block_policies, recomputed
@@ -46,8 +46,8 @@ def install_block_runner(
 
     Call it when the DiT's adapters are attached (`requires_grad` decides which weights are
     swapped). A DiT that is loaded on the CPU goes to the device here, all but its swapped weights,
-    so that a card that is too small for the whole DiT is never asked to hold it. A later
-    `dit.to(device)` would bring them there. Results are the same in every mode.
+    so that a card too small for the DiT is never asked to hold all of it. A later
+    `dit.to(device)` would move them there. Results are the same in every mode.
 
     Args:
         dit: the model.
@@ -65,18 +65,18 @@ def install_block_runner(
             only frozen weights are swapped.
 
     Raises:
-        UserError: options that exclude each other, too many blocks, or none that is frozen.
+        UserError: options that exclude each other, too many blocks, or no frozen weights to swap.
     """
-    if sum((bool(cpu_offload), bool(unsloth_offload), bool(blocks_to_swap))) > 1:
-        raise UserError(
-            "--cpu_offload_checkpointing, --unsloth_offload_checkpointing and --blocks_to_swap "
-            "exclude each other: keep one of them"
-        )
-    moves = cpu_offload or unsloth_offload or blocks_to_swap
-    check_graphs(cuda_graphs, fused=fused, moves=moves)
-    if gradient_checkpointing or cpu_offload or unsloth_offload:
-        recompute = "block"
-    policies = check_policies(recompute or "none", len(dit.blocks), fused=fused)
+    policies = choose_policies(
+        len(dit.blocks),
+        fused=fused,
+        recompute=recompute,
+        gradient_checkpointing=gradient_checkpointing,
+        cpu_offload=cpu_offload,
+        unsloth_offload=unsloth_offload,
+        blocks_to_swap=blocks_to_swap,
+        cuda_graphs=cuda_graphs,
+    )
     device = torch.device(device) if device is not None else next(dit.parameters()).device
     swap = None
     if blocks_to_swap:
@@ -90,8 +90,9 @@ def install_block_runner(
         # Not at the top: triton is not on every system that runs the eager blocks.
         from anima_fast.models.fuse import fuse_blocks
 
+        moves = offload is not None or swap is not None
         dit.graphs = graphs_of(cuda_graphs, device, moves=moves)
-        fuse_blocks(dit, recompute or "none", swapped=swap.order if swap else ())
+        fuse_blocks(dit, policies, swapped=swap.order if swap else ())
         if offload is not None:
             for block in dit.blocks:
                 block.fused.pack, block.fused.unpack = offload, to_device
@@ -101,10 +102,38 @@ def install_block_runner(
         dit.block_runner = BlockRunner(policies, offload=offload, swap=swap)
 
 
-def check_policies(recompute: str | int, blocks: int, *, fused: bool) -> list[str]:
-    """The policy of every block. Raises `UserError` for one that cannot be had."""
+def choose_policies(
+    blocks: int,
+    *,
+    fused: bool,
+    recompute: str | int | None = None,
+    gradient_checkpointing: bool = False,
+    cpu_offload: bool = False,
+    unsloth_offload: bool = False,
+    blocks_to_swap: int = 0,
+    cuda_graphs: bool | None = False,
+) -> list[str]:
+    """The recompute policy of every block; the one place that knows what excludes what.
+
+    Args as for `install_block_runner`; `blocks` is how many there are. Raises `UserError` for a
+    combination that cannot run.
+    """
+    if sum((bool(cpu_offload), bool(unsloth_offload), bool(blocks_to_swap))) > 1:
+        raise UserError(
+            "--cpu_offload_checkpointing, --unsloth_offload_checkpointing and --blocks_to_swap "
+            "exclude each other: keep one of them"
+        )
+    swapped_indices(blocks, blocks_to_swap)
+    offloads = cpu_offload or unsloth_offload
+    if cuda_graphs and (not fused or offloads or blocks_to_swap):
+        raise UserError(
+            "--cuda_graphs needs the fused blocks on a CUDA card, without --kernels eager, "
+            "--compile, --blocks_to_swap and offloaded checkpointing: leave it out, or those"
+        )
+    if gradient_checkpointing or offloads:
+        recompute = "block"
     try:
-        policies = block_policies(recompute, blocks)
+        policies = block_policies(recompute or "none", blocks)
     except ValueError as error:
         raise UserError(f"--recompute: {error}") from None
     if "mlp" in policies and not fused:
@@ -113,15 +142,6 @@ def check_policies(recompute: str | int, blocks: int, *, fused: bool) -> list[st
             "or --recompute block"
         )
     return policies
-
-
-def check_graphs(cuda_graphs: bool | None, *, fused: bool, moves: object) -> None:
-    """Raise `UserError` for CUDA graphs of eager blocks, or where something `moves` to the host."""
-    if cuda_graphs and (not fused or moves):
-        raise UserError(
-            "--cuda_graphs needs the fused blocks on a CUDA card, without --kernels eager, "
-            "--compile, --blocks_to_swap and offloaded checkpointing: leave it out, or those"
-        )
 
 
 def graphs_of(
@@ -154,16 +174,17 @@ class BlockRunner:
 
     def __call__(self, index: int, block: Block, x: Tensor, shared: Shared) -> Tensor:
         """[B, L, D] → [B, L, D]."""
-        swapped = self.swap is not None and index in self.swap
-        run = self.swap.runner(index, block) if swapped else block
-        recompute = swapped or self.policies[index] == "block"
+        run: Callable[[Tensor, Shared], Tensor] = block
+        recompute = self.policies[index] == "block"
+        if self.swap is not None and index in self.swap:
+            run, recompute = self.swap.runner(index, block), True
         if not (recompute and torch.is_grad_enabled()):
             return run(x, shared)
         return recomputed(run, x, shared, self.offload, to_device)
 
 
 def to_host(x: Tensor) -> Packed:
-    """A copy in host memory, made before the call returns."""
+    """A copy in host memory, complete when the call returns."""
     return x.device, x.to("cpu", copy=True)
 
 
@@ -180,7 +201,7 @@ def to_device(packed: Packed) -> Tensor:
 
 
 def move_to(module: nn.Module, device: torch.device, *, leave: Iterable[Tensor]) -> None:
-    """Move all parameters and buffers but those in `leave` to a device."""
+    """Move all parameters and buffers to a device, except those in `leave`."""
     left = {id(tensor) for tensor in leave}
     for tensor in (*module.parameters(), *module.buffers()):
         if id(tensor) not in left:

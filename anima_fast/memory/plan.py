@@ -1,206 +1,204 @@
-"""Predicted peak memory of full fine-tuning, from shapes and settings alone.
+"""What a prediction of memory is: items with bytes, what of them is in memory together, the peak.
 
-    device = weights + masters + optimizer state
-             + the larger of   backward: activations and gradients
-                               update:   gradients and the float32 copies of a chunk
-
-Without accumulation, activations shrink as gradients grow, so the larger of the two counts; with
-it, or with gradients of earlier micro-batches, both. A fused backward pass has one gradient and
-one update inside backward. Of swapped blocks two have their weights on the device, everything else
-of them is in host memory.
-
-Weights, gradients and state are exact; activations are counted units (below) at the published
-widths; workspace is assumed and has not been measured on a card.
+Full fine-tuning (finetune.py) and LoRA training (lora.py) are predicted by the same kind of object,
+and compared with what can be used in the same way (fit.py). Sizes come from the headers of the
+model files, nothing is loaded. What has been neither counted nor measured is a constant here or
+there, marked "Assumed".
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+
+from anima_fast.models.dit_config import TEXT_ROWS
+
+if TYPE_CHECKING:
+    from anima_fast.options.run import FinetuneOptions, TrainOptions
+
+    Options = TrainOptions | FinetuneOptions
 
 GIB = 2**30
-# Kept by the eager block with all weights trained, in units of one [B, L, D] and one [B, S, D]
-# tensor of the compute dtype, by its bytes: counted by tests/test_memory_plan.py.
-TOKEN_UNITS = {2: 44.3, 4: 32.2}
-ROW_UNITS = {2: 6.5, 4: 4.5}
-# The same of one layer of the LLM adapter, in units of [B, S, its width].
-ADAPTER_UNITS = {2: 43.6, 4: 36.3}
-# Assumed: gradients inside one block's backward, and what the layers around the blocks keep.
-WORKSPACE_UNITS, OUTSIDE_UNITS = 14.0, 8.0
-# Assumed: temporaries of an optimizer's step, per number.
-STEP_BYTES = 4
-# Assumed: what the program itself takes of host memory, and of a card (context, libraries).
-PROGRAM_BYTES, CONTEXT_BYTES = 3 * GIB, int(0.8 * GIB)
-# The first without a card, whose libraries are most of it: 0.5 GiB at the end of a tiny run, of
+# Assumed: what a CUDA context with its libraries takes of a card.
+CONTEXT_GIB = 0.8
+CONTEXT_BYTES = int(CONTEXT_GIB * GIB)
+# Assumed: the share of free memory that can be used before fragmentation gets in the way.
+USABLE_SHARE = 0.95
+# Assumed: what the program itself takes of host memory.
+PROGRAM_BYTES = 3 * GIB
+# The same without a card, whose libraries are most of it: 0.5 GiB at the end of a tiny run, of
 # which the greater part is taken before free memory is measured.
 CPU_PROGRAM_BYTES = GIB // 2
-# Assumed: the part of free memory that can be used before fragments get in the way.
-USABLE_SHARE = 0.95
+# Assumed peak inside one block's backward, in units of one [B, L, D] tensor: GELU, its gradient and
+# the pre-activation's (4 each), the normed input and the residual gradient. What is recomputed
+# there comes on top.
+WORKSPACE_UNITS = 14.0
+
+
+class Item(NamedTuple):
+    """One thing that takes memory; items of the same `text` are one line of a plan."""
+
+    key: str
+    size: int
+    text: str
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Counts of numbers (not bytes) of a model, by where they are and whether they are trained."""
+class Phase:
+    """What is on the device together at one moment of a stage (encoding, training, previews)."""
 
-    blocks: int
-    width: int
-    block_trained: int
-    block_frozen: int
-    # Outside of the blocks, with the LLM adapter when it is trained.
-    rest_trained: int
-    rest_frozen: int
-    # Of one trained tensor.
-    largest: int
-    # Layers and width of the LLM adapter, 0 layers when it is frozen.
-    adapter_layers: int = 0
-    adapter_width: int = 0
+    stage: str
+    items: tuple[Item, ...]
 
-
-@dataclass(frozen=True)
-class Setting:
-    """What the options decide.
-
-    Attributes:
-        compute_bytes, gradient_bytes: of one number.
-        master: a float32 master beside 16-bit weights.
-        wide_update: the update has float32 copies of 16-bit weights and gradients.
-        state_bytes: of the optimizer, per trained number.
-        chunk: numbers that are updated together.
-        accumulates: gradients of several micro-batches add up.
-        fused: each weight is updated inside backward.
-        recomputed, swapped: blocks of that kind; swapped ones are recomputed too.
-        offloaded: inputs of recomputed blocks wait in host memory.
-        batch, tokens, rows: B, L and S of the largest batch.
-        residual_bytes: of a number between blocks.
-        other_bytes: further models that stay on the device.
-        program_bytes: of the program itself, in host memory.
-    """
-
-    compute_bytes: int
-    gradient_bytes: int
-    master: bool
-    wide_update: bool
-    state_bytes: float
-    chunk: int
-    accumulates: bool
-    fused: bool
-    recomputed: int
-    swapped: int
-    offloaded: bool
-    batch: int
-    tokens: int
-    rows: int
-    residual_bytes: int
-    other_bytes: int = 0
-    program_bytes: int = PROGRAM_BYTES
+    @property
+    def size(self) -> int:
+        """Bytes of all items."""
+        return sum(item.size for item in self.items)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes by what takes them; `device` and `host` are the peaks."""
+    """Predicted bytes of a run.
 
-    weights: int
-    masters: int
-    state: int
-    gradients: int
-    activations: int
-    workspace: int
-    update: int
-    other: int
+    Attributes:
+        phases: the moments that may be the peak.
+        host: host memory at its peak.
+        assumed: what the figures rest on without having been measured, in sentences.
+    """
+
+    phases: tuple[Phase, ...]
     host: int
-    both: bool
-    fused: bool
+    assumed: tuple[str, ...] = ()
 
     @property
-    def backward(self) -> int:
-        """Activations and gradients at their largest."""
-        if self.fused:
-            return self.activations + self.workspace + self.gradients + self.update
-        if self.both:
-            return self.activations + self.workspace + self.gradients
-        return max(self.activations, self.gradients) + self.workspace
+    def largest(self) -> Phase:
+        """The phase with the peak."""
+        return max(self.phases, key=lambda phase: phase.size)
 
     @property
     def device(self) -> int:
         """Peak on the device."""
-        fixed = self.weights + self.masters + self.state + self.other
-        return fixed + max(self.backward, 0 if self.fused else self.gradients + self.update)
+        return self.largest.size
+
+    def __getitem__(self, key: str) -> int:
+        """Bytes of the items of a key, in the phase where they are largest; 0 without any."""
+        return max(sum(i.size for i in phase.items if i.key == key) for phase in self.phases)
 
     def rows(self) -> list[tuple[str, int]]:
-        """What the peak on the device is made of, for people."""
-        moving = self.device - self.weights - self.masters - self.state - self.other
-        return [
-            ("weights", self.weights),
-            ("float32 copies of the weights", self.masters),
-            ("optimizer state", self.state),
-            ("gradients, activations and workspace", moving),
-            ("other models", self.other),
-        ]
+        """What the peak on the device consists of, for people."""
+        found: dict[str, int] = {}
+        for item in self.largest.items:
+            found[item.text] = found.get(item.text, 0) + item.size
+        return list(found.items())
+
+    def stages(self) -> dict[str, int]:
+        """The peak of each stage, in their order."""
+        found: dict[str, int] = {}
+        for phase in self.phases:
+            found[phase.stage] = max(found.get(phase.stage, 0), phase.size)
+        return found
 
 
-def predict(sizes: Sizes, setting: Setting) -> Prediction:
-    """The peaks of a run; see the module docstring."""
-    s = setting
-    resident = sizes.blocks - s.swapped
-    trained = resident * sizes.block_trained + sizes.rest_trained
-    frozen = resident * sizes.block_frozen + sizes.rest_frozen
-    visiting = min(2, s.swapped) * (sizes.block_trained + sizes.block_frozen)
-    gradients = (sizes.largest if s.fused else trained) * s.gradient_bytes
-    if s.swapped:
-        # Those of a swapped block, until they are sent to host memory.
-        gradients += sizes.block_trained * s.compute_bytes
-    activations, workspace = _activations(sizes, s)
-    return Prediction(
-        weights=(trained + frozen + visiting) * s.compute_bytes,
-        masters=4 * trained if s.master else 0,
-        state=int(trained * s.state_bytes),
-        gradients=gradients,
-        activations=activations,
-        workspace=workspace,
-        update=_update(sizes, s),
-        other=s.other_bytes,
-        host=s.program_bytes + _host(sizes, s),
-        both=s.accumulates,
-        fused=s.fused,
-    )
+@dataclass(frozen=True)
+class LargestBatch:
+    """The largest batch of a dataset.
+
+    Attributes:
+        images, tokens: B and L.
+        rows: S, the T5 tokens of the longest caption; it has these or fewer unless captions are
+            encoded whole.
+        words: tokens of the longest caption for Qwen3.
+    """
+
+    images: int
+    tokens: int
+    rows: int = TEXT_ROWS
+    words: int = TEXT_ROWS
+
+    @property
+    def pixels(self) -> int:
+        """Of one image: a token is a patch of 16x16."""
+        return 256 * self.tokens
 
 
-def _activations(sizes: Sizes, s: Setting) -> tuple[int, int]:
-    """Kept from forward to backward, and inside one block's backward."""
-    unit = s.batch * s.tokens * sizes.width * s.compute_bytes
-    row_unit = s.batch * s.rows * sizes.width * s.compute_bytes
-    block = TOKEN_UNITS[s.compute_bytes] * unit + ROW_UNITS[s.compute_bytes] * row_unit
-    recomputed = min(sizes.blocks, s.recomputed + s.swapped)
-    kept = (sizes.blocks - recomputed) * block
-    if not s.offloaded:
-        kept += recomputed * _input(sizes, s)
-    adapter = sizes.adapter_layers * s.batch * s.rows * sizes.adapter_width * s.compute_bytes
-    kept += ADAPTER_UNITS[s.compute_bytes] * adapter
-    workspace = (WORKSPACE_UNITS + OUTSIDE_UNITS) * unit + (block if recomputed else 0)
-    return int(kept), int(workspace)
+class Modes(NamedTuple):
+    """How images and texts come to a step (data/encode.py).
+
+    image: cached or live. text: context, states (the LLM adapter runs) or live (Qwen3 too).
+    """
+
+    image: str
+    text: str
 
 
-def _input(sizes: Sizes, s: Setting) -> int:
-    """What a recomputed block keeps."""
-    return s.batch * s.tokens * sizes.width * s.residual_bytes
+class Needs(Protocol):
+    """The prediction for any options of one kind of training, on the same data and device.
+
+    Attributes:
+        subject: what messages call this kind.
+        blocks: of the DiT.
+        remedies: changes of options that save device memory, in the order of what they cost. Block
+            swap is none of them: how many blocks it takes is searched for.
+        together: those that can be made one on top of the other.
+        last_resort: what to do when all of them are not enough.
+    """
+
+    @property
+    def subject(self) -> str: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def remedies(self) -> tuple[dict, ...]: ...
+    @property
+    def together(self) -> tuple[dict, ...]: ...
+    @property
+    def last_resort(self) -> str: ...
+
+    def __call__(self, options: Options) -> Prediction:
+        """The prediction; `UserError` for options that cannot work."""
+        ...
+
+    def allows(self, before: Options, after: Options) -> bool:
+        """Whether changed options can train, and train the same."""
+        ...
 
 
-def _update(sizes: Sizes, s: Setting) -> int:
-    """Copies and temporaries of the numbers that are updated together."""
-    trained = sizes.blocks * sizes.block_trained + sizes.rest_trained
-    together = sizes.largest if s.fused else min(max(s.chunk, sizes.largest), trained)
-    each = float(STEP_BYTES)
-    if s.wide_update:
-        each += 4 if s.gradient_bytes < 4 else 0
-        each += 4 if not s.master or s.swapped else 0
-    if s.swapped:
-        each += s.state_bytes + s.gradient_bytes
-    return int(together * each)
+@dataclass(frozen=True)
+class Asks:
+    """What predictors ask the rooms above: functions of options.
+
+    Attributes:
+        modes: see `Modes`.
+        state_bytes: what the optimizer keeps, measured on small tensors: per trained number for
+            full fine-tuning, of the whole network for a LoRA.
+    """
+
+    modes: Callable[[Options], Modes]
+    state_bytes: Callable[[Options], float]
 
 
-def _host(sizes: Sizes, s: Setting) -> int:
-    """Swapped blocks with all that belongs to them, and offloaded inputs."""
-    each = s.state_bytes + (4 if s.master else 0) + (0 if s.fused else s.gradient_bytes)
-    whole = (sizes.block_trained + sizes.block_frozen) * s.compute_bytes
-    swapped = s.swapped * (whole + sizes.block_trained * each)
-    inputs = s.recomputed * _input(sizes, s) if s.offloaded else 0
-    return int(swapped + inputs)
+def stored_bytes(path: str | None) -> int:
+    """Bytes of a model file, or of those in a folder; they are published in 16 bit."""
+    given = Path(path or "")
+    files = given.glob("*.safetensors") if given.is_dir() else [given]
+    return sum(file.stat().st_size for file in files)
+
+
+def other_models(options: Options, modes: Modes) -> int:
+    """Bytes of the VAE and the text encoder where they stay, by the size of their files."""
+    half = options.mixed_precision != "no"
+    found = 0
+    if modes.image == "live":
+        found += stored_bytes(options.vae) * (1 if half and not options.no_half_vae else 2)
+    if modes.text == "live":
+        found += stored_bytes(options.qwen3) * (1 if half else 2)
+    return found
+
+
+def program_bytes(device: torch.device) -> int:
+    """Host memory of the program itself."""
+    return CPU_PROGRAM_BYTES if device.type == "cpu" else PROGRAM_BYTES

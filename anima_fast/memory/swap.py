@@ -1,4 +1,4 @@
-"""Block swap: the weights of some blocks live in host memory and visit the device to be used.
+"""Block swap: the weights of some blocks are kept in host memory and fetched when they are used.
 
 They are copied from pinned memory one swapped block ahead, on a stream of their own, used through
 `functional_call`, and dropped. Backward fetches them again, so a swapped block is always
@@ -49,7 +49,7 @@ class BlockSwap:
         blocks: all blocks of the DiT.
         count: how many are swapped.
         device: where they are computed.
-        keep: weights with this in their name stay on the device.
+        keep: weights whose names contain this stay on the device.
         sink: gets the gradients of trained weights; without one, trained weights stay there too.
 
     Raises:
@@ -106,7 +106,8 @@ class BlockSwap:
     def _taker(self, index: int, names: list[str]) -> Callable[[Sequence[Tensor | None]], None]:
         def take(grads: Sequence[Tensor | None]) -> None:
             found = zip(names, grads, strict=True)
-            self.sink(index, {name: grad for name, grad in found if grad is not None})
+            if self.sink is not None:
+                self.sink(index, {name: grad for name, grad in found if grad is not None})
 
         return take
 
@@ -149,7 +150,7 @@ class BlockSwap:
                 weights[name].copy_(host, non_blocking=True)
 
     def _drop(self, index: int) -> None:
-        """Forget weights that were fetched in vain, once their copy is over."""
+        """Drop weights that were fetched but not used, once their copy is done."""
         _, ready = self.fetched.pop(index)
         if ready is not None:
             torch.cuda.current_stream(self.device).wait_event(ready)
@@ -192,6 +193,6 @@ def in_host(tensor: Tensor, *, pinned: bool) -> Tensor:
 
 
 def host_copy(tensor: Tensor, *, pinned: bool) -> Tensor:
-    """A copy in host memory, there when the call returns."""
+    """A copy in host memory, complete when the call returns."""
     host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
     return host.copy_(tensor)

@@ -7,24 +7,25 @@ CUDA_VISIBLE_DEVICES=0 accelerate launch --mixed_precision bf16 anima_train_netw
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import PureWindowsPath
 
 from anima_fast.errors import UserError
-from anima_fast.migrate.words import Command
-from anima_fast.options.declare import Spec
+from anima_fast.migrate.ledger import Ledger
+from anima_fast.migrate.rows import OPTIONS, Item, reasons
+from anima_fast.migrate.shell import Command
 
 EXAMPLE = "`accelerate launch anima_train_network.py --pretrained_model_name_or_path=...`"
-_ENVIRONMENT = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
 # Programs that start others; what stands between them and the script belongs to them.
 _STARTERS = re.compile(
     r"(?i)(.*[/\\])?(accelerate(-launch)?|python[0-9.]*|py|torchrun|deepspeed|uv|poetry|pipenv|conda|"
     r"mamba|env|nohup|time|call|start|sudo)(\.exe|\.bat|\.cmd)?"
+    r"|launch|run|exec|-m|--|accelerate\.commands\.\w+|torch\.distributed\.run"
 )
-_STARTER_WORDS = frozenset({
-    "launch", "run", "exec", "-m", "accelerate.commands.launch", "torch.distributed.run", "--",
-    "accelerate.commands.accelerate_cli",
+_LAUNCHER = reasons({
+    "it had no effect there either: the script's own --mixed_precision counts": "mixed_precision",
+    "a file of accelerate: precision and devices are options of the training here": "config_file",
+    "--compile and --compile_mode are the options here": "dynamo_backend dynamo_mode",
 })  # fmt: skip
 
 
@@ -41,13 +42,28 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The script's file name in small letters."""
-        return file_name(self.script).lower()
+        """The script's file name in small letters, from a path of any system."""
+        return PureWindowsPath(self.script).name.lower()
 
-
-def file_name(path: str) -> str:
-    """The last part of a path of any system."""
-    return PureWindowsPath(path).name or PurePosixPath(path).name
+    def settle(self, ledger: Ledger) -> None:
+        """Settle what stands before the script: the launcher's options and the environment."""
+        for name, value in self.launcher.items():
+            key, plain = f"{self.starter} {name}", name.lstrip("-").replace("-", "_")
+            ledger.extend({key: value})
+            if plain == "cpu" or (plain == "gpu_ids" and value.isdigit()):
+                device = "cpu" if plain == "cpu" else f"cuda:{value}"
+                ledger.take(key, "device", device, "the device is an option here")
+            why = "one device is used here, without the launcher"
+            ledger.drop(key, _LAUNCHER.get(plain, why))
+        several = self.launcher.get("--num_processes", "1")
+        if several.isdigit() and int(several) > 1:
+            ledger.todo.append(
+                f"{several} devices saw {several} batches a step there: for the same, multiply "
+                f"gradient_accumulation_steps by {several}"
+            )
+        for name, value in self.environment.items():
+            ledger.extend({f"environment {name}": value})
+            ledger.drop(f"environment {name}", "set it before the command here, in the same way")
 
 
 def find_launch(commands: list[Command]) -> Launch:
@@ -71,14 +87,14 @@ def find_launch(commands: list[Command]) -> Launch:
 def _launch(command: Command) -> Launch | None:
     words = list(command.words)
     environment = dict(command.exported)
-    while words and (match := _ENVIRONMENT.fullmatch(words[0])):
-        environment[match["name"]] = match["value"]
-        words.pop(0)
+    while words and re.match(r"[A-Za-z_]\w*=", words[0]):
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
     at = next((i for i, w in enumerate(words) if w.lower().endswith(".py")), None)
     if at is None:
         return None
-    starters = [w for w in words[:at] if _STARTERS.fullmatch(w)]
-    options = [w for w in words[:at] if not _STARTERS.fullmatch(w) and w not in _STARTER_WORDS]
+    starters = [w for w in words[:at] if (match := _STARTERS.fullmatch(w)) and match[2]]
+    options = [w for w in words[:at] if not _STARTERS.fullmatch(w)]
     launcher = {}
     while options:
         name, equals, value = options.pop(0).partition("=")
@@ -86,31 +102,18 @@ def _launch(command: Command) -> Launch | None:
             has_value = options and not options[0].startswith("-")
             value = options.pop(0) if name.startswith("-") and has_value else "true"
         launcher[name] = value
-    starter = "accelerate" if any("accelerate" in w for w in words[:at]) else ""
-    starter = starter or (PureWindowsPath(starters[-1]).stem.lower() if starters else "")
+    starter = PureWindowsPath(starters[-1]).stem.lower() if starters else ""
+    if any("accelerate" in w for w in words[:at]):
+        starter = "accelerate"
     arguments = tuple(words[at + 1 :])
     return Launch(words[at], arguments, starter, launcher, environment, command.folder)
 
 
-@dataclass(frozen=True)
-class Given:
-    """An option as it was given: `label` is its name for the lists, `words` what followed it."""
-
-    name: str
-    label: str
-    words: tuple[str, ...]
-
-    @property
-    def value(self) -> str:
-        """The words as one text; `true` for a flag."""
-        return " ".join(self.words) if self.words else "true"
-
-
-def read_arguments(words: tuple[str, ...], known: Mapping[str, Spec]) -> tuple[list[Given], list]:
-    """The options of a script as argparse reads them, and the words that belong to none.
+def read_arguments(words: tuple[str, ...], ledger: Ledger, prefix: str = "") -> list[Item]:
+    """The options of a script as argparse reads them; all words become keys of the ledger.
 
     Abbreviations are completed where only one known name fits. Of an option given twice the last
-    one counts; the earlier ones come first and have labels of their own.
+    one counts. Words that belong to no option are dropped here.
     """
     groups: list[tuple[str, list[str]]] = []
     stray: list[str] = []
@@ -118,34 +121,38 @@ def read_arguments(words: tuple[str, ...], known: Mapping[str, Spec]) -> tuple[l
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
             groups.append((name, [value] if equals else []))
-        elif groups:
-            groups[-1][1].append(word)
         else:
-            stray.append(word)
-    given = []
-    names = [_full_name(name, known) for name, _ in groups]
+            (groups[-1][1] if groups else stray).append(word)
+    names = [_full_name(name) for name, _ in groups]
+    items = []
     for i, ((spelt, values), name) in enumerate(zip(groups, names, strict=True)):
-        spec = known.get(name)
+        spec = OPTIONS.get(name)
         if spec is not None and not spec.is_list:
-            keep = 0 if spec.kind == "bool" and not _spelt_out(values) else 1
+            spelt_out = values and values[0].lower() in ("true", "false")
+            keep = 0 if spec.kind == "bool" and not spelt_out else 1
             stray += values[keep:]
             values = values[:keep]
             if not values and spec.kind != "bool":
                 raise UserError(f"--{spelt} needs a value after it")
-        again = names[:i].count(name)
+        is_list = spec is not None and spec.is_list
+        given = values if is_list else " ".join(values) or "true"
         last = name not in names[i + 1 :]
-        label = f"--{spelt}" if last else f"--{spelt} (given {again + 1}. of {names.count(name)})"
-        given.append(Given(name if last else "", label, tuple(values)))
-    return given, stray
+        again = f" (given {names[:i].count(name) + 1}. of {names.count(name)})"
+        key = f"{prefix}--{spelt}" + ("" if last else again)
+        ledger.extend({key: given})
+        if last:
+            items.append(Item(key, name, given))
+        else:
+            ledger.drop(key, "given again further on: the last one counts")
+    for i, word in enumerate(stray):
+        ledger.extend({f"word {i + 1}": word})
+        ledger.drop(f"word {i + 1}", "it belongs to no option")
+    return items
 
 
-def _spelt_out(values: list[str]) -> bool:
-    return bool(values) and values[0].lower() in ("true", "false")
-
-
-def _full_name(spelt: str, known: Mapping[str, Spec]) -> str:
+def _full_name(spelt: str) -> str:
     name = spelt.replace("-", "_")
-    if name in known:
+    if name in OPTIONS:
         return name
-    longer = [full for full in known if full.startswith(name)]
+    longer = [full for full in OPTIONS if full.startswith(name)]
     return longer[0] if len(longer) == 1 else name

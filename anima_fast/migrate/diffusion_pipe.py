@@ -6,37 +6,104 @@ cached, AdaLN layers get adapters too, and the LLM adapter is trained unless its
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from anima_fast.errors import UserError
-from anima_fast.migrate.diffusion_pipe_data import BatchSizes, convert_dataset
-from anima_fast.migrate.diffusion_pipe_learning import (
-    convert_length,
-    convert_loss,
-    convert_memory,
-    convert_noise,
-    convert_optimizer,
-    convert_schedule,
-)
-from anima_fast.migrate.diffusion_pipe_network import convert_adapter, convert_part_rates
-from anima_fast.migrate.diffusion_pipe_tables import (
-    DROPPED,
-    FORK_CAPTIONS,
-    MODELS,
-    PATHS,
-    SAME,
-)
-from anima_fast.migrate.ledger import Ledger
-from anima_fast.migrate.onetrainer_run import KERNELS
+from anima_fast.migrate.diffusion_pipe_data import BatchSizes, convert_dataset, read_batch_sizes
+from anima_fast.migrate.ledger import Ledger, is_off, is_rows
+from anima_fast.migrate.optimizers import DIFFUSION_PIPE, Known, settle_arguments
 from anima_fast.migrate.paths import Paths
-from anima_fast.migrate.sd_scripts import CLASSES
-from anima_fast.migrate.source import Source, parse_file
-from anima_fast.migrate.values import is_nothing, is_off, plain
-from anima_fast.options.declare import specs
+from anima_fast.migrate.rows import Row, number, on, one_of, rate, reasons, settle, when_on, whole
+from anima_fast.migrate.source import KERNELS, ONLY, Source, other_model, parse_file
 
-# Options whose 0 or false says nothing.
-OFF_AT_ZERO = ("blocks_to_swap", "compile", "caption_dropout_rate")
+DTYPES = {
+    "bfloat16": "bf16", "float16": "fp16", "float32": "no", "bf16": "bf16", "fp16": "fp16",
+    "fp32": "no",
+}  # fmt: skip
+
+
+def _percent(value: Any) -> Any:
+    """The bluvoll fork's percentages are fractions or numbers up to 100."""
+    return None if is_off(value) else float(value) / (100 if float(value) > 1 else 1)
+
+
+PATH_ROWS = [
+    Row("model.transformer_path", "pretrained_model_name_or_path"),
+    Row("model.diffusion_model", "pretrained_model_name_or_path"),
+    Row("model.llm_path", "qwen3"),
+    Row("model.qwen_path", "qwen3"),
+    Row("model.vae_path", "vae"),
+    Row("model.vae", "vae"),
+    Row("model.llm_adapter_path", "llm_adapter_path"),
+    Row(
+        "output_dir", "output_dir", None, "files go right into it, there into a folder with a date"
+    ),
+]
+ROWS = [
+    Row("max_steps", "max_train_steps", whole),
+    Row("epochs", "max_train_epochs", whole,
+        "a batch that is not full ends an epoch here, and is left out there"),
+    Row("checkpoint_every_n_epochs", "save_state", when_on(True),
+        "a resume state comes with every saved file"),
+    Row("model.dtype", "mixed_precision", one_of(DTYPES)),
+    Row("save_dtype", "save_precision", one_of({**DTYPES, "float32": "float", "fp32": "float"})),
+    Row("gradient_accumulation_steps", "gradient_accumulation_steps"),
+    Row("gradient_clipping", "max_grad_norm"),
+    Row("save_every_n_epochs", "save_every_n_epochs"),
+    Row("save_every_n_steps", "save_every_n_steps"),
+    Row("blocks_to_swap", "blocks_to_swap", on),
+    Row("checkpoint_every_n_minutes", "autosave_minutes"),
+    Row("caching_batch_size", "vae_batch_size"),
+    Row("compile", "compile", on),
+    Row("model.shuffle_tags", "shuffle_caption", on),
+    Row("model.shuffle_keep_first_n", "keep_tokens", on),
+    Row("model.tag_dropout_percent", "caption_tag_dropout_rate", _percent),
+    Row("model.caption_dropout_percent", "caption_dropout_rate", _percent),
+    Row("model.tag_delimiter", "caption_separator", lambda value: str(value).strip() or ","),
+    Row("uncond_fraction", "caption_dropout_rate", on),
+    Row("monitoring.wandb_tracker_name", "log_tracker_name"),
+    Row("monitoring.wandb_run_name", "wandb_run_name"),
+    Row("monitoring.enable_wandb", "log_with", when_on("wandb")),
+]  # fmt: skip
+# Beginning of a key -> why it is dropped.
+DROPPED = reasons({
+    "one device is used here": "pipeline_stages partition_",
+    "validation holds out a part of the training images here: --validation_split":
+        "eval_ image_eval_ disable_block_swap_for_eval",
+    "caches follow the contents of the files here": "regenerate_cache trust_cache",
+    "threads are used for reading: --max_data_loader_n_workers": "map_num_proc",
+    "states of DeepSpeed cannot be continued here": "resume_from_checkpoint",
+    "uploads are out of scope; use `hf upload` after the run": "huggingface_repo upload_",
+    "a password: give it on the command line, or as WANDB_API_KEY": "monitoring.wandb_api_key",
+    "adapters are float32 here, which needs no Kahan sums": "adapter.dtype",
+    "diffusion-pipe refuses it: alpha is the rank there": "adapter.alpha",
+    "the text encoder runs before training only, in 16 bit": "model.text_encoder_ model.qwen_nf4",
+    "8-bit base weights are not supported: blocks_to_swap saves memory":
+        "model.transformer_dtype model.diffusion_model_dtype",
+    "captions are files here": "model.caption_mode",
+    "this type does not exist here": "model.dtype save_dtype",
+})  # fmt: skip
+
+MODULES = {"lora": "networks.lora_anima", "lokr": "networks.lokr"}
+# A rank above this stands for whole matrices in a LoKr.
+LARGEST_RANK = 4096
+ADALN_LAYERS = [
+    f"adaln_modulation_{part}.{i}" for part in ("self_attn", "cross_attn", "mlp") for i in (1, 2)
+]
+# Parts with rates of their own; the LLM adapter has blocks too, so the others name the DiT's.
+PARTS = {
+    "llm_adapter": r"llm_adapter\..*",
+    "self_attn": r"blocks\.\d+\.self_attn\..*",
+    "cross_attn": r"blocks\.\d+\.cross_attn\..*",
+    "mlp": r"blocks\.\d+\.mlp\..*",
+    "mod": r".*adaln_modulation.*",
+}
+# Keys of the fork's [model] that choose parts.
+FORK_PARTS = {"self_attn": "self_attn", "cross_attn": "cross_attn", "mlp": "mlp", "adaln": "mod"}
+# Where its cosine ends.
+LOWEST_RATE = 1e-6
 
 
 def convert(source: Source, ledger: Ledger) -> str:
@@ -49,30 +116,32 @@ def convert(source: Source, ledger: Ledger) -> str:
     """
     config = source.config
     _check_model(config["model"])
-    command = "train" if ledger.table("adapter", config) else "finetune"
+    adapter = config.get("adapter") or {}
+    command = "train" if adapter else "finetune"
     ledger.extend(config)
-    texts = [str(ledger.get(key, "")) for key in ("dataset", *PATHS)]
-    paths = Paths.find(texts, source.folders)
-    sizes = BatchSizes.read(ledger)
-    _files(ledger, paths)
-    examples = sizes.largest * max(1, int(ledger.number("gradient_accumulation_steps", 1)))
-    convert_length(ledger, examples)
-    convert_memory(ledger)
-    convert_schedule(ledger)
-    convert_optimizer(ledger, examples, command)
-    if command == "train":
-        convert_adapter(ledger, paths, config)
+    texts = [ledger.text(key) for key in ("dataset", *(row.key for row in PATH_ROWS[:-1]))]
+    ledger.paths = Paths.find(texts, source.folders)
+    ledger.place("model.type", "Anima, the only model here")
+    settle(PATH_ROWS, ledger)
+    sizes = read_batch_sizes(ledger)
+    images = max(size for _, size in sizes) * max(1, ledger.whole("gradient_accumulation_steps", 1))
+    _memory(ledger, command)
+    _schedule(ledger)
+    _optimizer(ledger, images, command)
+    if adapter:
+        _adapter(ledger, adapter)
     else:
-        convert_part_rates(ledger)
-    convert_noise(ledger)
-    convert_loss(ledger)
-    _captions(ledger)
-    _same(ledger, command)
-    _dataset(source, ledger, paths, sizes)
-    for key in ledger.open_keys():
-        if key in DROPPED or key.split("[")[0] in DROPPED:
-            ledger.drop(key, DROPPED[key.split("[")[0]])
+        settle([Row(f"model.{part}_lr", f"{part}_lr", number) for part in PARTS], ledger)
+    _noise(ledger)
+    _loss(ledger)
+    if ledger.on("max_steps"):
+        ledger.drop("epochs", "max_steps ends the run; max_train_epochs would beat it here")
+    steps = max(1, ledger.whole("save_every_n_examples") // images)
+    ledger.take("save_every_n_examples", "save_every_n_steps", steps, "counted in steps here")
+    settle(ROWS, ledger)
+    _dataset(source, ledger, sizes)
     _always(source, ledger, command)
+    ledger.close(DROPPED)
     return command
 
 
@@ -86,89 +155,268 @@ def _check_model(model: Mapping[str, Any]) -> None:
             "this file is for Cosmos-Predict2 itself, with a T5 encoder (t5_path): anima_fast "
             "trains the Anima image model only, whose encoder is Qwen3 (llm_path)"
         )
-    name = MODELS.get(kind, f"the model {kind!r}")
-    raise UserError(f"this file is for {name}: anima_fast trains the Anima image model only")
+    raise UserError(f"this file is for {other_model(kind) or f'the model {kind!r}'}: {ONLY}")
 
 
-def _files(ledger: Ledger, paths: Paths) -> None:
-    for key, option in PATHS.items():
-        if not ledger.has(key):
+def _memory(ledger: Ledger, command: str) -> None:
+    """Checkpointing, the types of numbers, and compilation."""
+    key = "activation_checkpointing"
+    offloaded = ledger.get(key) == "unsloth"
+    if offloaded and not ledger.on("blocks_to_swap"):
+        ledger.take(key, "unsloth_offload_checkpointing", True)
+    elif ledger.on(key):
+        why = "blocks_to_swap does not go with offloaded checkpoints" if offloaded else ""
+        ledger.take(key, "gradient_checkpointing", True, why)
+    for key in ("model.transformer_dtype", "model.diffusion_model_dtype"):
+        if ledger.get(key) == ledger.get("model.dtype"):
+            ledger.drop(key, "as model.dtype")
+    if command == "train" and ledger.on("compile"):
+        ledger.drop("compile", KERNELS)
+
+
+def _schedule(ledger: Ledger) -> None:
+    """The curve of the rate; settles force_constant_lr, so it comes before the optimizer."""
+    warmup = ledger.whole("warmup_steps")
+    kind, rate = ledger.text("lr_scheduler", "constant"), ledger.number("optimizer.lr")
+    if ledger.has("force_constant_lr"):
+        why = "it beats the optimizer's rate and every schedule"
+        ledger.take("force_constant_lr", "learning_rate", ledger.number("force_constant_lr"), why)
+        ledger.drop("optimizer.lr", "force_constant_lr beats it")
+        ledger.drop("warmup_steps", "force_constant_lr beats it")
+        kind, warmup = "constant", 0
+    if warmup:
+        ledger.take("warmup_steps", "lr_warmup_steps", warmup)
+    why = ""
+    if kind == "constant" and warmup:
+        kind, why = "constant_with_warmup", "constant has no warm-up here"
+    elif kind == "cosine" and rate > LOWEST_RATE:
+        kind, why = "cosine_with_min_lr", f"its cosine ends at a rate of {LOWEST_RATE:g}"
+        ratio = round(LOWEST_RATE / rate, 6)
+        ledger.add("lr_scheduler_min_lr_ratio", ratio, "the end of its cosine")
+    elif kind != ledger.text("lr_scheduler", "constant"):
+        why = "force_constant_lr beats it"
+    ledger.take("lr_scheduler", "lr_scheduler", kind, why, default=why)
+
+
+def _optimizer(ledger: Ledger, images: int, command: str) -> None:
+    """[optimizer]: the name, the rate, and the arguments that the optimizer takes here."""
+    kind = ledger.text("optimizer.type", "adamw_optimi")
+    known = DIFFUSION_PIPE.get(kind.lower()) or _other_optimizer(ledger, kind)
+    ledger.take("optimizer.type", "optimizer_type", known.name, known.why)
+    ledger.take("optimizer.lr", "learning_rate", ledger.number("optimizer.lr"))
+    key = "optimizer.gradient_release"
+    if ledger.on(key) and command == "train":
+        ledger.drop(key, "a LoRA's gradients are small")
+    elif ledger.on(key) and ledger.number("gradient_accumulation_steps", 1) > 1:
+        ledger.drop(key, "it does not go with gradient_accumulation_steps here")
+        ledger.todo.append("see with --plan_memory whether it fits without gradient_release")
+    elif ledger.on(key):
+        ledger.take(key, "fused_backward_pass", True)
+    ledger.drop(key, "it is off")
+    settle_arguments(_betas(ledger, known, images), known, "optimizer.", ledger)
+
+
+def _other_optimizer(ledger: Ledger, kind: str) -> Known:
+    """A type without a name here: two of its own, or one of the package pytorch-optimizer."""
+    if kind.lower() in ("automagic", "genericoptim"):
+        ledger.todo.append(f"choose learning_rate for AdamW: {kind} does not exist here")
+        return Known("AdamW", f"{kind} exists in diffusion-pipe only")
+    name = f"pytorch_optimizer.{kind}"
+    ledger.todo.append(f"install the package of {name}: pip install pytorch-optimizer")
+    return Known(name, "where diffusion-pipe takes it from", accepts=("*",))
+
+
+def _betas(ledger: Ledger, known: Known, images: int) -> dict[str, Any]:
+    """The arguments of the optimizer so far: the defaults there, and the betas."""
+    arguments: dict[str, Any] = dict(known.defaults)
+    betas, key = ledger.get("optimizer.betas"), "optimizer.beta2_half_life"
+    if known.betas and isinstance(betas, list):
+        arguments["betas"] = [float(beta) for beta in betas][: known.betas]
+        ledger.place("optimizer.betas", "optimizer_args")
+    if known.betas and ledger.has(key):
+        beta2 = round(0.5 ** (images / max(ledger.number(key), 1e-9)), 6)
+        arguments["betas"] = [next(iter(arguments.get("betas", (0.9,)))), beta2]
+        ledger.explain(key, f"beta2 = 0.5 ^ ({images} images a step / half-life) = {beta2}")
+    return arguments
+
+
+def _adapter(ledger: Ledger, adapter: Mapping[str, Any]) -> None:
+    """[adapter] and the rates of parts of a LoRA or LoKr.
+
+    Adapters sit there on every linear layer of the DiT's blocks, those of AdaLN modulation
+    included, and on those of the LLM adapter unless its rate is 0.
+    """
+    kind = ledger.text("adapter.type", "lora")
+    if kind not in MODULES:
+        raise UserError(f"[adapter] type {kind!r} is unknown: lora and lokr can be converted")
+    ledger.take("adapter.type", "network_module", MODULES[kind])
+    words = _rank(ledger)
+    if kind == "lora":
+        why = "on the output of the down projection here, on its input there"
+        settle([Row("adapter.dropout", "network_dropout", rate, why)], ledger)
+    for name in ("decompose_factor", "factor", "rank_dropout"):
+        key, word = f"adapter.{name}", name.removeprefix("decompose_")
+        if ledger.on(key) and (word != "factor" or kind == "lokr"):
+            words.append(f"{word}={ledger.get(key)}")
+            ledger.place(key, f"network_args {word}")
+    _start(ledger, adapter)
+    words += _llm_adapter(ledger)
+    rates = []
+    for part, pattern in PARTS.items():
+        key = f"model.{part}_lr"
+        if ledger.has(key):
+            rates.append(f"{pattern}={ledger.number(key):g}")
+            ledger.place(key, f"network_args network_reg_lrs {pattern}")
+    words += _layers(ledger)
+    if rates:
+        words.append(f"network_reg_lrs={','.join(rates)}")
+    if words:
+        ledger.put("network_args", words, "the layers that it trains, AdaLN modulation included")
+
+
+def _rank(ledger: Ledger) -> list[str]:
+    if not ledger.has("adapter.rank"):
+        return []
+    rank, why, words = ledger.whole("adapter.rank"), "", []
+    if rank > LARGEST_RANK:
+        words, rank = ["full_matrix=True"], LARGEST_RANK
+        why = "a rank this high stands for whole matrices: full_matrix=True in network_args"
+    ledger.take("adapter.rank", "network_dim", rank, why)
+    ledger.add("network_alpha", float(rank), "there alpha is always the rank")
+    return words
+
+
+def _start(ledger: Ledger, adapter: Mapping[str, Any]) -> None:
+    """The files that training starts from."""
+    key = "adapter.init_from_existing"
+    if ledger.on(key):
+        path = ledger.text(key)
+        file = path if path.endswith(".safetensors") else f"{path}/adapter_model.safetensors"
+        ledger.take(key, "network_weights", file, "the file in that folder")
+    fused = adapter.get("fuse_adapters")
+    if is_rows(fused) and all(entry.get("path") for entry in fused):
+        files = [ledger.paths.resolve(str(entry["path"]))[0] for entry in fused]
+        ledger.put("base_weights", files, "the files of adapter.fuse_adapters")
+        key = "adapter.fuse_adapters"
+        weights = [ledger.number(f"{key}[{i}].weight", 1.0) for i in range(len(fused))]
+        ledger.put("base_weights_multiplier", weights, "their weights")
+        for name in ledger.open_keys(key):
+            ledger.place(name, "base_weights")
+
+
+def _llm_adapter(ledger: Ledger) -> list[str]:
+    """It is trained there unless its rate is 0, or a fork's switch says otherwise."""
+    switch = ledger.get("model.train_llm_adapter", ledger.get("train_llm_adapter"))
+    rate = ledger.get("model.llm_adapter_lr")
+    trained = bool(switch) if switch is not None else ledger.number("model.llm_adapter_lr", 1) > 0
+    for key in ("model.train_llm_adapter", "train_llm_adapter"):
+        ledger.place(key, "network_args train_llm_adapter")
+    if not trained:
+        ledger.place("model.llm_adapter_lr", "no modules for the LLM adapter")
+    elif rate is None and switch is None:
+        ledger.todo.append(
+            "there the LLM adapter is trained when llm_adapter_lr is left out, which the model's "
+            "authors advise against: take train_llm_adapter=True out of network_args if you did "
+            "not mean it"
+        )
+    return ["train_llm_adapter=True"] if trained else []
+
+
+def _layers(ledger: Ledger) -> list[str]:
+    """The patterns of layers: what the fork's switches and exclude_modules leave out."""
+    excluded = []
+    for name, part in FORK_PARTS.items():
+        if ledger.has(f"model.train_{name}") and not ledger.get(f"model.train_{name}"):
+            excluded.append(PARTS[part])
+        ledger.place(f"model.train_{name}", "network_args")
+    # peft's exclude_modules: a regular expression, or names that match as endings.
+    key = "adapter.exclude_modules"
+    value = ledger.get(key)
+    if isinstance(value, str):
+        excluded.append(value)
+    else:
+        excluded += [rf"(.*\.)?{re.escape(str(name))}" for name in value or []]
+    try:
+        re.compile("|".join(excluded))
+    except re.error as error:
+        raise UserError(f"{key}: {value!r} is no regular expression ({error})") from None
+    ledger.place(key, "network_args exclude_patterns")
+    # Here an include pattern beats every exclude pattern.
+    modulation = [
+        layer
+        for layer in ADALN_LAYERS
+        if not any(re.fullmatch(p, f"blocks.0.{layer}") for p in excluded)
+    ]
+    words = []
+    if modulation:
+        names = [re.escape(name) for name in modulation]
+        names = ["adaln_modulation_.*"] if modulation == ADALN_LAYERS else names
+        words.append(f"include_patterns={[f'blocks[.][0-9]+[.]{name}' for name in names]}")
+    return words + ([f"exclude_patterns={excluded}"] if excluded else [])
+
+
+def _noise(ledger: Ledger) -> None:
+    """How the noise level is drawn."""
+    uniform = ledger.text("model.timestep_sample_method", "logit_normal") == "uniform"
+    shift, flux = ledger.number("model.shift"), ledger.on("model.flux_shift")
+    sampling, why = "uniform" if uniform else "sigmoid", ""
+    if shift:
+        sampling, why = "sigma" if uniform else "shift", "with model.shift it has this name here"
+    elif flux:
+        sampling = "flux_shift"
+        why = "of a logit-normal draw: a uniform one has no such shift here" if uniform else ""
+    default = "; ".join(filter(None, ("its default", why)))
+    ledger.take("model.timestep_sample_method", "timestep_sampling", sampling, why, default)
+    if shift:
+        ledger.take("model.shift", "discrete_flow_shift", shift)
+        if flux:
+            ledger.drop("model.flux_shift", "model.shift beats it")
+    elif flux:
+        ledger.take("model.flux_shift", "timestep_sampling", sampling)
+    if uniform:
+        ledger.drop("model.sigmoid_scale", "it has no effect on a uniform draw")
+    ledger.take("model.sigmoid_scale", "sigmoid_scale", ledger.number("model.sigmoid_scale", 1.0))
+
+
+def _loss(ledger: Ledger) -> None:
+    """Losses other than the mean square."""
+    for key, kind, why in (
+        ("pseudo_huber_c", "huber", "the same curve, 2c times as high"),
+        ("huber_delta", "huber", "a smooth form of it, with the same threshold"),
+        ("smooth_l1_beta", "smooth_l1", "a smooth form of it, with the same threshold"),
+    ):
+        if is_off(ledger.get(key)):
             continue
-        path, why = paths.resolve(str(ledger.get(key)))
-        if option in ledger.options:
-            ledger.drop(key, f"another key gives {option}")
-        elif why:
-            ledger.change(key, option, path, why)
-        else:
-            ledger.take(key, option, path)
-    if ledger.has("output_dir"):
-        path, why = paths.resolve(str(ledger.get("output_dir")))
-        why = f"{why}; " if why else ""
-        why += "files go right into it, there into a folder with a date"
-        ledger.change("output_dir", "output_dir", path, why)
-    ledger.take_elsewhere("model.type", "Anima, the only model here")
-
-
-def _captions(ledger: Ledger) -> None:
-    """What the bluvoll fork has in [model] about captions."""
-    for key, option in FORK_CAPTIONS.items():
-        if ledger.has(key) and is_off(ledger.get(key)):
-            ledger.drop(key, "it is off")
-        elif ledger.has(key) and key.endswith("_percent") and ledger.number(key) > 1:
-            ledger.change(key, option, ledger.number(key) / 100, "a fraction of 1 here")
-        elif ledger.has(key):
-            ledger.take(key, option)
-    key = "model.tag_delimiter"
-    if ledger.has(key):
-        ledger.take(key, "caption_separator", str(ledger.get(key)).strip() or ",")
-    key = "model.caption_mode"
-    if ledger.has(key):
-        whole = ledger.get(key) == "tags"
-        ledger.drop(key, "captions are one file here" if whole else "only its .txt files are read")
-        if not whole:
-            ledger.todo.append(f"caption_mode {ledger.get(key)}: write one caption file each image")
-
-
-def _same(ledger: Ledger, command: str) -> None:
-    known = specs(CLASSES[command])
-    for key, option in SAME.items():
-        if not ledger.has(key):
+        if "loss_type" in ledger.options:
+            ledger.drop(key, "another loss is chosen")
             continue
-        value = plain(known[option], ledger.get(key))
-        if is_nothing(known[option], value) or (not value and option in OFF_AT_ZERO):
-            ledger.drop(key, "it is off")
-        elif option in ledger.options:
-            ledger.drop(key, f"{option} is given by another key")
-        elif option == "compile" and command == "train":
-            ledger.drop(key, KERNELS)
-        else:
-            ledger.take(key, option, value)
-    key = "monitoring.enable_wandb"
-    if ledger.has(key) and ledger.get(key):
-        ledger.take(key, "log_with", "wandb")
-    elif ledger.has(key):
-        ledger.drop(key, "it is off")
+        ledger.take(key, "huber_c", ledger.number(key), f"{why}; loss_type = {kind}")
+        ledger.put("loss_type", kind, f"{key} chooses it")
+        ledger.put("huber_schedule", "constant", f"{key} is one threshold for all")
 
 
-def _dataset(source: Source, ledger: Ledger, paths: Paths, sizes: BatchSizes) -> None:
+def _dataset(source: Source, ledger: Ledger, sizes: BatchSizes) -> None:
     if not ledger.has("dataset"):
         return
-    named, _ = paths.resolve(str(ledger.get("dataset")))
-    found = next((f / named for f in source.folders if (f / named).is_file()), None)
+    named, _ = ledger.paths.resolve(ledger.text("dataset"))
+    found = source.find(named)
     if found is None:
         ledger.drop("dataset", "it was not found")
-        ledger.add("train_batch_size", sizes.pairs[0][1], "the batch size of the main file")
+        ledger.add("train_batch_size", sizes[0][1], "the batch size of the main file")
         ledger.todo.append(
             f"the dataset file {named} was not found: give --cwd FOLDER, the folder that "
             "diffusion-pipe is started in, or write dataset_config by hand"
         )
         return
-    ledger.take_elsewhere("dataset", "a dataset file of ours")
+    ledger.place("dataset", "a dataset file of ours")
     convert_dataset(parse_file(found), found.name, ledger, source.folders, sizes)
 
 
 def _always(source: Source, ledger: Ledger, command: str) -> None:
     """What happens there whatever the file says."""
+    mode = ledger.text("model.caption_mode", "tags")
+    if mode != "tags":
+        ledger.todo.append(f"caption_mode {mode}: write one caption file each image")
     stem = source.file.stem if source.file else "imported"
     ledger.add("output_name", stem, "files have no name of their own there")
     ledger.add("caption_extension", ".txt", "the only one there")

@@ -8,61 +8,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anima_fast.errors import UserError
-from anima_fast.migrate.ledger import Ledger
+from anima_fast.migrate.ledger import Ledger, is_rows
 from anima_fast.migrate.paths import Paths
-from anima_fast.migrate.values import is_off
 
 STEP = 64
-# A key of a level of the file, and why it has no counterpart.
-DROPPED = {
-    "frame_buckets": "it is about videos", "shuffle_metadata": "images are shuffled every epoch",
-    "num_ar_buckets": "buckets are all multiples of 64 pixels between the limits here",
-    "subsample_ratio": "all images of a folder are trained here",
-    "skip_empty_caption": "training names images without a caption and refuses them here",
+PLACED = {
+    "resolutions": "a dataset for each, with all images", "enable_ar_bucket": "enable_bucket",
+    "num_repeats": "num_repeats of every subset",
+}  # fmt: skip
+LIMITS = ("min_ar", "max_ar", "ar_buckets", "size_buckets")
+BY_HAND = {
     "default_mask_file": "every image of a folder with masks needs one of its own here",
     "control_path": "training on pairs of images is not supported",
     "online_captions": "captions are read from .txt files here",
-    "cache_shuffle_delimiter": "it is about cache_shuffle_num, which is off",
-}  # fmt: skip
+}
+# (Side of the resolution, images a batch): the nearest side counts; one number has the side 0.
+BatchSizes = list[tuple[float, int]]
 
 
-@dataclass(frozen=True)
-class BatchSizes:
-    """Images a batch: one number (side 0), or several by the side of the resolution."""
-
-    pairs: tuple[tuple[float, int], ...] = ((0.0, 1),)
-
-    @classmethod
-    def read(cls, ledger: Ledger) -> BatchSizes:
-        """From the main file's keys, which are settled; those for images beat the others."""
-        own, shared = "image_micro_batch_size_per_gpu", "micro_batch_size_per_gpu"
-        key = own if ledger.has(own) else shared
-        if not ledger.has(key):
-            return cls()
-        value = ledger.get(key)
-        try:
-            rows = value if isinstance(value, list) else [[0, value]]
-            pairs = tuple((float(side), max(1, int(size))) for side, size in rows)
-        except (TypeError, ValueError):
-            raise UserError(f"{key}: expected a number or [[side, number], ...]") from None
-        ledger.take_elsewhere(key, "batch_size of the datasets")
-        if key == own and ledger.has(shared):
-            ledger.drop(shared, "it was for videos: images have a size of their own")
-        return cls(pairs or ((0.0, 1),))
-
-    @property
-    def largest(self) -> int:
-        """Images of the largest batch."""
-        return max(size for _, size in self.pairs)
-
-    def of(self, side: float) -> int:
-        """The batch size of the nearest resolution."""
-        return min(self.pairs, key=lambda pair: abs(pair[0] - side))[1]
+def read_batch_sizes(ledger: Ledger) -> BatchSizes:
+    """Images a batch, from the main file's keys; those for images beat the others."""
+    own, shared = "image_micro_batch_size_per_gpu", "micro_batch_size_per_gpu"
+    key = own if ledger.has(own) else shared
+    value = ledger.get(key, 1)
+    try:
+        rows = value if isinstance(value, list) else [[0, value]]
+        sizes = [(float(side), max(1, int(size))) for side, size in rows]
+    except (TypeError, ValueError):
+        raise UserError(f"{key}: expected a number or [[side, number], ...]") from None
+    ledger.place(key, "batch_size of the datasets")
+    ledger.drop(shared, "it was for videos: images have a size of their own")
+    return sizes or [(0.0, 1)]
 
 
 def convert_dataset(
@@ -70,12 +50,13 @@ def convert_dataset(
 ) -> None:
     """Settle the keys of a dataset file and put the datasets into the ledger."""
     rows = config.get("directory") if isinstance(config, Mapping) else None
-    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+    if not is_rows(rows):
         raise UserError(f"{name} has no [[directory]]: it is no dataset file of diffusion-pipe")
     prefix = f"{name}: "
     ledger.extend(config, prefix)
-    texts = [str(row.get(key, "")) for row in rows for key in ("path", "mask_path")]
-    paths = Paths.find(texts, folders)
+    paths = Paths.find(
+        [str(row.get(key, "")) for row in rows for key in ("path", "mask_path")], folders
+    )
     shared = {key: value for key, value in config.items() if key != "directory"}
     datasets: dict[str, dict[str, Any]] = {}
     for i, row in enumerate(rows):
@@ -84,8 +65,9 @@ def convert_dataset(
         for resolution in _resolutions(merged, name):
             entry = _entry(merged, resolution, sizes, name)
             datasets.setdefault(repr(entry), {**entry, "subsets": []})["subsets"].append(subset)
-    ledger.dataset = {"general": _general(shared, prefix, ledger), "datasets": [*datasets.values()]}
-    _settle_sizes(prefix, ledger)
+    general = _captions(shared, prefix, ledger)
+    ledger.dataset = {"general": general, "datasets": [*datasets.values()]}
+    _settle_rest(prefix, ledger)
 
 
 def _resolutions(merged: Mapping[str, Any], name: str) -> list[list[int]]:
@@ -109,13 +91,13 @@ def _entry(
     width, height = size
     side = math.sqrt(width * height)
     entry: dict[str, Any] = {"resolution": width if width == height else size}
-    entry["batch_size"] = sizes.of(side)
+    entry["batch_size"] = min(sizes, key=lambda pair: abs(pair[0] - side))[1]
     if not merged.get("enable_ar_bucket") and not merged.get("size_buckets"):
         square = max(16, round(side / 16) * 16)
         return entry | {"resolution": square, "enable_bucket": False}
-    ratios = _ratios(merged, name)
-    shortest = min(min(side * math.sqrt(r), side / math.sqrt(r)) for r in ratios)
-    longest = max(max(side * math.sqrt(r), side / math.sqrt(r)) for r in ratios)
+    roots = [math.sqrt(ratio) for ratio in _ratios(merged, name)]
+    shortest = min(min(side * root, side / root) for root in roots)
+    longest = max(max(side * root, side / root) for root in roots)
     entry["enable_bucket"] = True
     entry["min_bucket_reso"] = max(STEP, int(min(shortest, *size)) // STEP * STEP)
     entry["max_bucket_reso"] = math.ceil(max(longest, *size) / STEP) * STEP
@@ -145,16 +127,17 @@ def _subset(
         if key in own:
             found[option], why = paths.resolve(str(own[key]))
             if why:
-                ledger.change(f"{prefix}{key}", None, None, f"{option} {found[option]}: {why}")
-            else:
-                ledger.take_elsewhere(f"{prefix}{key}", option)
+                ledger.explain(f"{prefix}{key}", f"{option} {found[option]}: {why}")
+            ledger.place(f"{prefix}{key}", option)
     if "conditioning_data_dir" in found:
         ledger.add("masked_loss", True, "mask_path is given")
-    found |= _repeats(merged, own, prefix, ledger)
+    found["num_repeats"] = _repeats(merged, f"{prefix}num_repeats", ledger)
     found |= _captions(own, prefix, ledger)
     if merged.get("skip_empty_caption") is False:
         # What an image without a caption file has as caption.
         found["class_tokens"] = ""
+        for level in (prefix, prefix.partition("directory[")[0]):
+            ledger.place(f"{level}skip_empty_caption", 'class_tokens = ""')
     if (merged.get("cache_shuffle_num") or merged.get("shuffle_tags")) and (
         kept := _tags_of_prefix(merged)
     ):
@@ -170,68 +153,44 @@ def _tags_of_prefix(merged: Mapping[str, Any]) -> int:
     return sum(bool(tag.strip()) for tag in tags)
 
 
-def _repeats(
-    merged: Mapping[str, Any], own: Mapping[str, Any], prefix: str, ledger: Ledger
-) -> dict[str, int]:
+def _repeats(merged: Mapping[str, Any], key: str, ledger: Ledger) -> int:
     value = merged.get("num_repeats", 1)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        raise UserError(f"{prefix}num_repeats: expected a number, got {value!r}")
-    whole = max(1, round(value))
-    if "num_repeats" in own and whole != value:
-        why = "repeats are whole numbers here"
-        ledger.change(f"{prefix}num_repeats", None, None, f"num_repeats {whole}: {why}")
-    elif "num_repeats" in own:
-        ledger.take_elsewhere(f"{prefix}num_repeats", "num_repeats")
-    return {"num_repeats": whole}
+        raise UserError(f"{key}: expected a number, got {value!r}")
+    repeats = max(1, round(value))
+    if repeats != value:
+        ledger.explain(key, f"num_repeats {repeats}: repeats are whole numbers here")
+    ledger.place(key, "num_repeats")
+    return repeats
 
 
 def _captions(own: Mapping[str, Any], prefix: str, ledger: Ledger) -> dict[str, Any]:
     """Keys about captions of one level."""
     found: dict[str, Any] = {}
-    if (key := "caption_prefix") in own and own[key]:
-        found[key] = str(own[key]).rstrip(" ")
-        ledger.take_elsewhere(f"{prefix}{key}", key)
-    number = int(ledger.number(f"{prefix}cache_shuffle_num"))
+    if own.get("caption_prefix"):
+        found["caption_prefix"] = str(own["caption_prefix"]).rstrip(" ")
+        ledger.place(f"{prefix}caption_prefix", "caption_prefix")
+    number = ledger.whole(f"{prefix}cache_shuffle_num")
     if number or own.get("shuffle_tags"):
         found["shuffle_caption"] = True
         for name in ("cache_shuffle_num", "shuffle_tags"):
-            if name in own:
-                ledger.take_elsewhere(f"{prefix}{name}", "shuffle_caption")
+            ledger.place(f"{prefix}{name}", "shuffle_caption")
         ledger.add("caption_variants", max(number, 1), "cache_shuffle_num: renderings of a caption")
-        if (key := "cache_shuffle_delimiter") in own:
-            found["caption_separator"] = str(own[key]).strip() or " "
-            ledger.take_elsewhere(f"{prefix}{key}", "caption_separator")
-    for name in ("caption_prefix", "cache_shuffle_num", "shuffle_tags"):
-        if ledger.has(f"{prefix}{name}") and is_off(own.get(name)):
-            ledger.drop(f"{prefix}{name}", "it is off")
+        if "cache_shuffle_delimiter" in own:
+            found["caption_separator"] = str(own["cache_shuffle_delimiter"]).strip() or " "
+            ledger.place(f"{prefix}cache_shuffle_delimiter", "caption_separator")
     return found
 
 
-def _general(shared: Mapping[str, Any], prefix: str, ledger: Ledger) -> dict[str, Any]:
-    found = _captions(shared, prefix, ledger)
-    if ledger.has(f"{prefix}num_repeats"):
-        ledger.take_elsewhere(f"{prefix}num_repeats", "num_repeats of every subset")
-    return found
-
-
-def _settle_sizes(prefix: str, ledger: Ledger) -> None:
+def _settle_rest(prefix: str, ledger: Ledger) -> None:
     """Keys of any level about sizes, and those without a counterpart."""
     for key in ledger.open_keys(prefix):
         name = key.removeprefix(prefix).rsplit(".", 1)[-1]
-        if name == "resolutions":
-            ledger.take_elsewhere(key, "a dataset for each, with all images")
-        elif name == "enable_ar_bucket":
-            ledger.take_elsewhere(key, "enable_bucket")
-        elif name in ("min_ar", "max_ar", "ar_buckets"):
-            why = "min_bucket_reso and max_bucket_reso: limits are sides of images here"
-            ledger.change(key, None, None, why)
-        elif name == "size_buckets":
-            why = "buckets around the largest of these areas: sizes cannot be listed here"
-            ledger.change(key, None, None, why)
-        elif name == "skip_empty_caption" and ledger.get(key) is False:
-            ledger.take_elsewhere(key, 'class_tokens = ""')
-        elif name in DROPPED:
-            ledger.drop(key, DROPPED[name])
-            by_hand = ("control_path", "online_captions", "default_mask_file")
-            if name in by_hand and not is_off(ledger.get(key)):
-                ledger.todo.append(f"{name}: {DROPPED[name]}")
+        if name in PLACED:
+            ledger.place(key, PLACED[name])
+        elif name in LIMITS:
+            ledger.explain(key, "limits of buckets are sides of images here, around the sizes")
+        elif name in BY_HAND and ledger.on(key):
+            ledger.drop(key, BY_HAND[name])
+            ledger.todo.append(f"{name}: {BY_HAND[name]}")
+    ledger.close(prefix=prefix)

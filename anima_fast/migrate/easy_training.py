@@ -9,14 +9,14 @@ of key=value words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from anima_fast.migrate.ledger import Ledger, flatten
+from anima_fast.migrate.ledger import Ledger, is_rows
 from anima_fast.migrate.paths import Paths
-from anima_fast.migrate.sd_scripts import Item
-from anima_fast.migrate.sd_scripts_data import FOLDERS
-from anima_fast.options.dataset_keys import KEYS
+from anima_fast.migrate.rows import Item
+from anima_fast.migrate.sd_scripts_data import FOLDERS, keep_key
 from anima_fast.options.network_args import LYCORIS
 
 # A fraction of all steps has the same name here.
@@ -31,24 +31,21 @@ def is_easy(config: Mapping[str, Any]) -> bool:
 
 
 def easy_items(config: Mapping[str, Any], ledger: Ledger) -> list[Item]:
-    """The options of all panels; settles what is no option."""
+    """The options of all panels; settles what is not an option."""
     ledger.extend(config)
     items: dict[str, Item] = {}
-    for panel, tables in config.items():
-        if not isinstance(tables, Mapping) or not isinstance(tables.get("args"), Mapping):
-            continue
-        for key, value in tables["args"].items():
+    for panel, args in _panels(config, "args"):
+        for key, value in args.items():
             name = f"{panel}.args.{key}"
             if key in LISTS and isinstance(value, Mapping):
-                words = [f"{k}={_word(v)}" for k, v in value.items()]
-                for leaf, _ in flatten(value, f"{name}."):
-                    ledger.take_elsewhere(leaf, key)
-                if words:
-                    ledger.extend({f"{name} (table)": words})
-                    items[key] = Item(f"{name} (table)", key, words)
-            elif ledger.has(name) and key not in items:
+                for leaf in ledger.open_keys(f"{name}."):
+                    ledger.place(leaf, key)
+                value, name = [f"{k}={_word(v)}" for k, v in value.items()], f"{name} (table)"
+                ledger.extend({name: value} if value else {})
+            if ledger.has(name) and key not in items:
                 items[key] = Item(name, RENAMED.get(key, key), value)
-    if "network_module" not in items and "algo" in _network_words(config):
+    words = items["network_args"].value if "network_args" in items else []
+    if "network_module" not in items and any(str(word).startswith("algo=") for word in words):
         # The window's backend does so too.
         module = "module of this algo"
         ledger.extend({module: LYCORIS})
@@ -56,51 +53,28 @@ def easy_items(config: Mapping[str, Any], ledger: Ledger) -> list[Item]:
     return list(items.values())
 
 
-def _network_words(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    args = config.get("network_args", {}).get("args", {})
-    words = args.get("network_args") if isinstance(args, Mapping) else None
-    return words if isinstance(words, Mapping) else {}
+def _panels(config: Mapping[str, Any], part: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for panel, tables in config.items():
+        if isinstance(tables, Mapping) and isinstance(tables.get(part), Mapping):
+            yield panel, tables[part]
 
 
 def _word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def easy_dataset(config: Mapping[str, Any], ledger: Ledger, folders: tuple) -> None:
+def easy_dataset(config: Mapping[str, Any], ledger: Ledger, folders: tuple[Path, ...]) -> None:
     """The subsets and all `dataset_args` as a dataset file; settles their keys."""
     rows = config.get("subsets")
-    if not isinstance(rows, list):
+    if not is_rows(rows):
         return
-    texts = [str(row.get(key, "")) for row in rows for key in FOLDERS]
-    paths = Paths.find(texts, folders)
+    paths = Paths.find([str(row.get(key, "")) for row in rows for key in FOLDERS], folders)
     general: dict[str, Any] = {}
-    for panel, tables in config.items():
-        own = tables.get("dataset_args") if isinstance(tables, Mapping) else None
-        if isinstance(own, Mapping):
-            general |= _keys(own, f"{panel}.dataset_args.", "G", ledger, paths)
-    subsets = [
-        _keys(row, f"subsets[{i}].", "S", ledger, paths)
-        for i, row in enumerate(rows)
-        if isinstance(row, Mapping)
-    ]
+    for panel, own in _panels(config, "dataset_args"):
+        for key, value in own.items():
+            general |= keep_key(f"{panel}.dataset_args.{key}", key, value, ledger, paths, "G")
+    subsets: list[dict[str, Any]] = [{} for _ in rows]
+    for i, row in enumerate(rows):
+        for key, value in row.items():
+            subsets[i] |= keep_key(f"subsets[{i}].{key}", key, value, ledger, paths, "S")
     ledger.dataset = {"general": general, "datasets": [{"subsets": subsets}]}
-
-
-def _keys(
-    table: Mapping[str, Any], prefix: str, level: str, ledger: Ledger, paths: Paths
-) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        name = f"{prefix}{key}"
-        if not ledger.has(name):
-            continue
-        if key not in KEYS or level not in KEYS[key].levels:
-            why = "a label of the window" if key == "name" else "no such key of a dataset here"
-            ledger.drop(name, why)
-            continue
-        found[key], why = paths.resolve(value) if key in FOLDERS else (value, "")
-        if why:
-            ledger.change(name, None, None, f"{found[key]}: {why}")
-        else:
-            ledger.take_elsewhere(name, f"{key} of the dataset")
-    return found

@@ -13,13 +13,12 @@ from pathlib import Path
 from anima_fast import __version__
 from anima_fast.errors import UserError
 from anima_fast.files import write_text
-from anima_fast.migrate import diffusion_pipe, onetrainer, sd_scripts_source
-from anima_fast.migrate.command import Launch, read_arguments
-from anima_fast.migrate.launcher import settle_launch
+from anima_fast.migrate import diffusion_pipe, onetrainer, sd_scripts
+from anima_fast.migrate.command import read_arguments
 from anima_fast.migrate.ledger import Ledger
-from anima_fast.migrate.sd_scripts import CLASSES
+from anima_fast.migrate.rows import CLASSES
+from anima_fast.migrate.shell import variable_names
 from anima_fast.migrate.source import Source, open_source
-from anima_fast.migrate.words import variable_names
 from anima_fast.migrate.write import dataset_text, list_lines, options_text
 from anima_fast.options.declare import specs
 from anima_fast.options.files import resolve_train_options
@@ -28,6 +27,10 @@ from anima_fast.options.rules import REQUIRED
 TITLES = {
     "sd-scripts": "sd-scripts", "kohya-gui": "kohya_ss' GUI", "diffusion-pipe": "diffusion-pipe",
     "onetrainer": "OneTrainer",
+}  # fmt: skip
+_CONVERTERS: dict[str, Callable[[Source, Ledger], str]] = {
+    "sd-scripts": sd_scripts.convert, "kohya-gui": sd_scripts.convert,
+    "diffusion-pipe": diffusion_pipe.convert, "onetrainer": onetrainer.convert,
 }  # fmt: skip
 
 
@@ -63,44 +66,29 @@ def import_config(
         UserError: what cannot be read or converted, and files that exist. Nothing is written then.
     """
     imported = convert(open_source(text, folder))
-    target, data = _targets(imported, out, force)
-    if data is not None:
-        imported.ledger.options["dataset_config"] = str(data)
-    texts = {target: _options_text(imported, target)}
+    texts = _texts(imported, *_targets(imported, out, force))
+    target = next(iter(texts))
     _check(imported, texts[target])
-    if data is not None:
-        head = [f"Imported from {TITLES[imported.source.trainer]}; {target.name} names this file."]
-        texts[data] = dataset_text(imported.ledger.dataset or {}, head)
     # The options come last: they name the dataset file.
     for path, content in reversed(texts.items()):
         write_text(path, content)
-    for line in list_lines(imported.ledger):
+    wrote = [f"wrote {path}" for path in texts]
+    start = f"start it with: {_start(imported.command, target)}"
+    for line in [*list_lines(imported.ledger), "", *wrote, start]:
         say(line)
-    say("")
-    for path in texts:
-        say(f"wrote {path}")
-    say(f"start it with: {_start(imported.command, target)}")
     return list(texts)
 
 
 def convert(source: Source) -> Imported:
     """A source as options; see `Ledger` for what is in it."""
     ledger = Ledger()
-    convert_one = {
-        "sd-scripts": sd_scripts_source.convert,
-        "kohya-gui": sd_scripts_source.convert_gui,
-        "diffusion-pipe": diffusion_pipe.convert,
-        "onetrainer": onetrainer.convert,
-    }[source.trainer]
     if source.launch is not None:
-        launch = source.launch
-        ledger.extend({f"{launch.starter} {k}": v for k, v in launch.launcher.items()})
-        ledger.extend({f"environment {k}": v for k, v in launch.environment.items()})
-        settle_launch(launch, ledger)
+        source.launch.settle(ledger)
         if source.trainer in ("diffusion-pipe", "onetrainer"):
-            _settle_arguments(launch, ledger)
+            for item in read_arguments(source.launch.arguments, ledger):
+                ledger.drop(item.key, "not needed here, where a config is read and its keys listed")
     try:
-        command = convert_one(source, ledger)
+        command = _CONVERTERS[source.trainer](source, ledger)
     except UserError:
         raise
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
@@ -109,19 +97,10 @@ def convert(source: Source) -> Imported:
         raise UserError(
             f"{name} has a value of a kind that nobody expects there: {error}"
         ) from error
-    ledger.close("it is unknown here")
+    ledger.close()
     _todo(source, ledger, command)
     name = ledger.options.get("output_name") or (source.file.stem if source.file else "imported")
     return Imported(source, command, ledger, str(name))
-
-
-def _settle_arguments(launch: Launch, ledger: Ledger) -> None:
-    """Arguments of diffusion-pipe's and OneTrainer's train.py."""
-    given, _ = read_arguments(launch.arguments, {})
-    for item in given:
-        ledger.extend({item.label: item.value})
-        read = item.name in ("config", "config_path")
-        ledger.drop(item.label, "read, and its keys are listed" if read else "not needed here")
 
 
 def _todo(source: Source, ledger: Ledger, command: str) -> None:
@@ -141,11 +120,6 @@ def _todo(source: Source, ledger: Ledger, command: str) -> None:
                 f"{', '.join(names)}: ${variable} is of your shell, and the text does not say its "
                 "value"
             )
-    if source.outside:
-        names = ", ".join(f"--{name}" for name in source.outside)
-        ledger.todo.append(
-            f"{names}: in the text, but not in the command itself: write into the file what you use"
-        )
 
 
 def _targets(imported: Imported, out: Path | None, force: bool) -> tuple[Path, Path | None]:
@@ -164,14 +138,20 @@ def _targets(imported: Imported, out: Path | None, force: bool) -> tuple[Path, P
     return target, data
 
 
-def _options_text(imported: Imported, target: Path) -> str:
-    source = imported.source
+def _texts(imported: Imported, target: Path, data: Path | None) -> dict[Path, str]:
+    """The files and what is in them, the options first."""
+    source, ledger, texts = imported.source, imported.ledger, {}
+    trainer = TITLES[source.trainer]
+    if data is not None:
+        ledger.options["dataset_config"] = str(data)
     origin = source.file.name if source.file else "a command line"
-    head = [
-        f"Imported from {TITLES[source.trainer]} ({origin}) by anima_fast {__version__}.",
-        f"Start: {_start(imported.command, target)}",
-    ]
-    return options_text(imported.ledger, CLASSES[imported.command], head)
+    head = [f"Imported from {trainer} ({origin}) by anima_fast {__version__}."]
+    head.append(f"Start: {_start(imported.command, target)}")
+    texts[target] = options_text(ledger, CLASSES[imported.command], head)
+    if data is not None:
+        head = [f"Imported from {trainer}; {target.name} names this file."]
+        texts[data] = dataset_text(ledger.dataset or {}, head)
+    return texts
 
 
 def _start(command: str, target: Path) -> str:

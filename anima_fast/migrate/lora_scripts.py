@@ -7,21 +7,16 @@ sample_width = 512
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
-from anima_fast.migrate.ledger import Ledger
-from anima_fast.migrate.sd_scripts import PREVIEW_TIMES, Item
-from anima_fast.migrate.values import is_off
+from anima_fast.migrate.ledger import Ledger, is_off
+from anima_fast.migrate.rows import Item
 from anima_fast.options.network_args import LYCORIS
 
+PREVIEW_TIMES = ("sample_at_first", "sample_every_n_steps", "sample_every_n_epochs")
 LYCORIS_WORDS = {"lycoris_algo": "algo", "lokr_factor": "factor", "full_matrix": "full_matrix"}
 PREVIEW_WORDS = {
     "negative_prompts": "--n", "sample_width": "--w", "sample_height": "--h", "sample_cfg": "--l",
     "sample_steps": "--s", "sample_seed": "--d",
 }  # fmt: skip
-
-
 # Value of anima_checkpoint_mode -> the option it stands for.
 CHECKPOINTS = {
     "standard": "gradient_checkpointing", "cpu": "cpu_offload_checkpointing",
@@ -32,7 +27,7 @@ CHECKPOINTS = {
 def join_fields(items: list[Item], ledger: Ledger) -> list[Item]:
     """The items with such fields put together into options; files without them stay as they are."""
     items = [
-        replace(item, name=CHECKPOINTS[item.value], value=True)
+        item._replace(name=CHECKPOINTS[item.value], value=True)
         if item.name == "anima_checkpoint_mode" and item.value in CHECKPOINTS
         else item
         for item in items
@@ -43,13 +38,14 @@ def join_fields(items: list[Item], ledger: Ledger) -> list[Item]:
 
 def _lycoris(items: list[Item], given: dict[str, Item], ledger: Ledger) -> list[Item]:
     fields = [item for item in items if item.name in LYCORIS_WORDS and not is_off(item.value)]
-    if not fields or _value(given, "network_module") != LYCORIS:
+    if not fields or "network_module" not in given or given["network_module"].value != LYCORIS:
         return items
     words = [f"{LYCORIS_WORDS[item.name]}={item.value}" for item in fields]
-    args = _value(given, "network_args") or []
-    words += [args] if isinstance(args, str) else args
-    joined = [*fields, *(item for item in items if item.name == "network_args")]
-    return _join(items, joined, Item("fields of LyCORIS", "network_args", words), ledger)
+    if "network_args" in given:
+        args = given["network_args"].value or []
+        words += [args] if isinstance(args, str) else args
+        fields.append(given["network_args"])
+    return _join(items, fields, Item("fields of LyCORIS", "network_args", words), ledger)
 
 
 def _preview(items: list[Item], given: dict[str, Item], ledger: Ledger) -> list[Item]:
@@ -60,26 +56,20 @@ def _preview(items: list[Item], given: dict[str, Item], ledger: Ledger) -> list[
         for item in fields:
             ledger.drop(item.key, "previews are off")
         return [item for item in items if item not in fields]
-    text = _value(given, "positive_prompts")
-    if not text:
+    if "positive_prompts" not in given or not given["positive_prompts"].value:
         return items
     words = [
         f"{PREVIEW_WORDS[item.name]} {item.value}"
         for item in fields
         if item.name in PREVIEW_WORDS and item.value not in ("", 0)
     ]
-    prompt = Item("fields of the preview", "sample_prompt", [" ".join([str(text), *words])])
-    if switch is not None:
-        fields.append(switch)
-    return _join(items, fields, prompt, ledger)
+    text = " ".join([str(given["positive_prompts"].value), *words])
+    fields += [switch] if switch is not None else []
+    return _join(items, fields, Item("fields of the preview", "sample_prompt", [text]), ledger)
 
 
 def _join(items: list[Item], joined: list[Item], one: Item, ledger: Ledger) -> list[Item]:
     for item in joined:
-        ledger.take_elsewhere(item.key, one.name)
+        ledger.place(item.key, one.name)
     ledger.extend({one.key: one.value})
     return [*(item for item in items if item not in joined), one]
-
-
-def _value(given: dict[str, Item], name: str) -> Any:
-    return given[name].value if name in given else None

@@ -6,35 +6,120 @@ default, which is written down where ours is another one.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import PureWindowsPath
 from typing import Any
 
 from anima_fast.errors import UserError
 from anima_fast.migrate.ledger import Ledger
-from anima_fast.migrate.onetrainer_data import convert_concepts
-from anima_fast.migrate.onetrainer_flow import convert_loss, convert_noise
-from anima_fast.migrate.onetrainer_learning import convert_optimizer, convert_rate
-from anima_fast.migrate.onetrainer_network import (
-    convert_ema,
-    convert_layers,
-    convert_network,
-    freeze_parts,
-)
-from anima_fast.migrate.onetrainer_run import convert_length, convert_memory
-from anima_fast.migrate.onetrainer_samples import convert_samples
-from anima_fast.migrate.onetrainer_tables import (
-    DROPPED,
-    DROPPED_TABLES,
-    DTYPES,
-    FORMATS,
-    MODEL_NAMES,
-)
+from anima_fast.migrate.onetrainer_data import convert_concepts, convert_samples
+from anima_fast.migrate.optimizers import ONETRAINER, OTHER, Known, settle_arguments
 from anima_fast.migrate.paths import Paths
-from anima_fast.migrate.source import Source
-from anima_fast.migrate.values import is_off
+from anima_fast.migrate.rows import (
+    DEFAULT,
+    Row,
+    number,
+    on,
+    one_of,
+    rate,
+    reasons,
+    settle,
+    when_on,
+    whole,
+)
+from anima_fast.migrate.source import KERNELS, ONLY, Source, other_model
+from anima_fast.models.download import TEXT_ENCODER, VAE, default_models_dir, dit_file
 
-# Our names of the files that `anima-fast download` fetches.
-_DOWNLOADED = ("pretrained_model_name_or_path", "qwen3", "vae")
+DTYPES = {"BFLOAT_16": "bf16", "FLOAT_16": "fp16", "FLOAT_32": "no", "TFLOAT_32": "no"}
+FORMATS = {
+    "KOHYA_LORA": "kohya", "COMFY_LORA": "comfyui", "COMFYUI_LORA": "comfyui",
+    "DIFFUSERS_LORA": "diffusers", "LEGACY_LORA": "kohya", "SAFETENSORS": "kohya",
+}  # fmt: skip
+ATTENTION = {"FLASH": "flash", "XFORMERS": "xformers", "FLASH_ATTENTION": "flash"}
+SCHEDULERS = {
+    "CONSTANT": "constant", "LINEAR": "linear", "COSINE": "cosine",
+    "COSINE_WITH_RESTARTS": "cosine_with_restarts",
+    "COSINE_WITH_HARD_RESTARTS": "cosine_with_restarts", "REX": "linear",
+    "ADAFACTOR": "adafactor",
+}  # fmt: skip
+MODULES = {"LORA": "networks.lora_anima", "LOHA": "networks.loha", "LOKR": "networks.lokr"}
+LOKR_WORDS = {
+    "lokr_decompose_factor": "factor", "lokr_decompose_both": "decompose_both",
+    "lokr_full_matrix": "full_matrix",
+}  # fmt: skip
+# Part of layer_filter, which finds it in diffusers' names -> our layers, and their own rate.
+FILTERS = {
+    "attn1": (r"blocks\.\d+\.self_attn\..*", "self_attn_lr"),
+    "attn2": (r"blocks\.\d+\.cross_attn\..*", "cross_attn_lr"),
+    "ff": (r"blocks\.\d+\.mlp\..*", "mlp_lr"),
+}
+# Parts that find several of these.
+WIDER_FILTERS = {"attn": ("attn1", "attn2"), "transformer_block": tuple(FILTERS)}
+# Of the 2B model, for fractions of it.
+BLOCKS = 28
+
+
+def _file(value: Any) -> str | None:
+    """A single file; OneTrainer's folders in diffusers' form are not read here."""
+    return str(value) if str(value).lower().endswith((".safetensors", ".pth")) else None
+
+
+# What other keys look at.
+FIRST_ROWS = [
+    Row("transformer.model_name", "pretrained_model_name_or_path", _file),
+    Row("base_model_name", "pretrained_model_name_or_path", _file),
+    Row("text_encoder.model_name", "qwen3", on),
+    Row("vae.model_name", "vae", _file),
+    Row("train_dtype", "mixed_precision", one_of(DTYPES, "bf16"), default="fp16"),
+]
+NETWORK_ROWS = [
+    Row("peft_type", "network_module", one_of(MODULES)),
+    Row("lora_model_name", "network_weights", on),
+    Row("lora_alpha", "network_alpha", number, default=1.0),
+    Row("output_model_format", "lora_format", one_of(FORMATS)),
+]
+FINETUNE_ROWS = [Row("transformer.weight_dtype", "full_bf16", one_of({"BFLOAT_16": True}))]
+ROWS = [
+    Row("epochs", "max_train_epochs", whole,
+        "a batch that is not full ends an epoch here, and is left out there", 100),
+    Row("gradient_accumulation_steps", "gradient_accumulation_steps", whole),
+    Row("clip_grad_norm", "max_grad_norm", number),
+    Row("output_dtype", "save_precision",
+        one_of({**DTYPES, "FLOAT_32": "float", "TFLOAT_32": "float"})),
+    Row("tensorboard", "log_with", when_on("tensorboard")),
+    Row("attention_mechanism", "attn_mode", one_of(ATTENTION, "torch")),
+    Row("normalize_masked_area_loss", "masked_loss_normalize", when_on(True)),
+    Row("text_encoder.dropout_probability", "caption_dropout_rate", rate),
+    Row("dataloader_threads", "max_data_loader_n_workers", whole),
+    Row("caching_threads", "max_data_loader_n_workers", whole),
+    Row("train_device", "device", lambda value: None if value == "cuda" else value),
+]  # fmt: skip
+# Beginning of a key -> why it is dropped.
+DROPPED = reasons({
+    "passwords are never written": "secrets",
+    "training in a rented machine is out of scope": "cloud",
+    "embeddings are not supported for Anima": "embedding additional_embeddings",
+    "it is a part that Anima does not have": "unet. prior. effnet_encoder. decoder text_encoder_",
+    "the text encoder is not trained, as there for Anima": "text_encoder.",
+    "the VAE runs before training only; no_half_vae runs it in float32": "vae.",
+    "it is what the window remembers of other choices": "optimizer_defaults",
+    "single files are read here, not folders in diffusers' form": "base_model_name vae.model_name",
+    "weights have the type of mixed_precision; 8-bit base weights are not supported: "
+    "blocks_to_swap saves memory": "quantization transformer.weight_dtype weight_dtype",
+    "it is about a kind of network that is not chosen": "lora_ lokr_ oft_ dropout_probability",
+    "layer_filter says it": "layer_filter_",
+    "the curve, the loss or the mean that it belongs to is another one here":
+        "learning_rate_cycles learning_rate_min_factor huber_delta ema",
+    "the unit is part of the option here": "save_every_unit save_after_unit backup_after_unit",
+    "files are saved by epochs or steps, states by minutes": "save_every save_after backup_after",
+    "files, logs and states go to output_dir": "workspace_dir",
+    "caches lie beside the images here: --cache_dir changes that": "cache_dir",
+    "validation holds out a part of the training images here: --validation_split": "valid",
+    "--resume auto goes on from the newest state": "continue_last_backup",
+    "outside a mask the loss is 0 here": "unmasked_weight",
+    "the first card is the default": "train_device",
+})  # fmt: skip
 
 
 def convert(source: Source, ledger: Ledger) -> str:
@@ -45,175 +130,377 @@ def convert(source: Source, ledger: Ledger) -> str:
     Raises:
         UserError: another model, or a way of training that does not exist here.
     """
-    config = source.config
-    command = _check(config)
-    ledger.extend(config)
-    for key in ("model_type", "training_method"):
-        if ledger.has(key):
-            what = "Anima, the only model here" if key == "model_type" else f"anima-fast {command}"
-            ledger.take_elsewhere(key, what)
+    command = _check(source.config)
+    ledger.extend(source.config)
+    ledger.place("model_type", "Anima, the only model here")
+    ledger.place("training_method", f"anima-fast {command}")
+    ledger.place("transformer.train", "the DiT is what is trained")
     names = ("base_model_name", "transformer.model_name", "vae.model_name", "concept_file_name")
-    paths = Paths.find([str(ledger.get(name, "")) for name in names], source.folders)
-    _models(ledger, paths)
-    _output(ledger, paths, command)
-    convert_memory(ledger, command)
+    ledger.paths = Paths.find([ledger.text(name) for name in names], source.folders)
+    settle(FIRST_ROWS, ledger)
+    _downloaded(ledger)
+    _output(ledger)
+    if ledger.get("train_dtype") == "TFLOAT_32":
+        ledger.add("cuda_allow_tf32", True, "train_dtype is TFLOAT_32")
+    _memory(ledger, command)
     if command == "train":
-        convert_network(ledger, paths)
-        convert_layers(ledger)
-        convert_ema(ledger)
+        _network(ledger)
+        _ema(ledger)
     else:
-        freeze_parts(ledger)
-        if ledger.has("ema"):
-            off = str(ledger.get("ema")) == "OFF"
-            ledger.drop("ema", "it is off" if off else "only a LoRA has a running mean here")
-    convert_rate(ledger)
-    convert_optimizer(ledger, command)
-    convert_noise(ledger)
-    convert_loss(ledger)
-    convert_concepts(source, ledger, command)
+        settle(FINETUNE_ROWS, ledger)
+    _layers(ledger, command)
+    _rate(ledger)
+    _schedule(ledger)
+    _optimizer(ledger, command)
+    _noise(ledger)
+    _loss(ledger)
+    convert_concepts(source, ledger)
     convert_samples(source, ledger)
-    convert_length(ledger)
-    _caches(ledger)
-    _rest(ledger)
+    _saving(ledger)
+    settle(ROWS, ledger)
+    ledger.close(DROPPED)
     return command
 
 
-def _check(config: dict[str, Any]) -> str:
+def _check(config: Mapping[str, Any]) -> str:
     kind = str(config.get("model_type", "STABLE_DIFFUSION_15"))
     if kind != "ANIMA":
-        name = MODEL_NAMES.get(kind, kind.replace("_", " ").title())
-        raise UserError(f"this file is for {name}: anima_fast trains the Anima image model only")
-    method = str(config.get("training_method", "FINE_TUNE"))
+        name = other_model(kind) or kind.replace("_", " ").title()
+        raise UserError(f"this file is for {name}: {ONLY}")
+    method, peft = config.get("training_method", "FINE_TUNE"), config.get("peft_type", "LORA")
     if method not in ("LORA", "FINE_TUNE"):
         raise UserError(f"training_method {method} is not supported for Anima: LORA and FINE_TUNE")
+    if method == "LORA" and peft not in MODULES:
+        raise UserError(f"peft_type {peft} does not exist here: use LORA, LOHA or LOKR")
     part = config.get("transformer")
     if isinstance(part, dict) and part.get("train") is False:
         raise UserError("transformer.train is false: there is nothing else to train in Anima")
     return "train" if method == "LORA" else "finetune"
 
 
-def _models(ledger: Ledger, paths: Paths) -> None:
-    """OneTrainer reads a folder in diffusers' form; here the three files of the model are read."""
-    for key, option in (
-        ("transformer.model_name", "pretrained_model_name_or_path"),
-        ("base_model_name", "pretrained_model_name_or_path"),
-        ("text_encoder.model_name", "qwen3"),
-        ("vae.model_name", "vae"),
-    ):
-        text = str(ledger.get(key, "") or "")
-        if not ledger.has(key):
-            continue
-        if not text:
-            ledger.drop(key, "it is not set")
-        elif not text.lower().endswith((".safetensors", ".pth")) and option != "qwen3":
-            ledger.drop(key, "single files are read here, not folders in diffusers' form")
-        elif option in ledger.options:
-            ledger.drop(key, "transformer.model_name beats it")
-        else:
-            path, why = paths.resolve(text)
-            if why:
-                ledger.change(key, option, path, why)
-            else:
-                ledger.take(key, option, path)
-    missing = [name for name in _DOWNLOADED if name not in ledger.options]
-    if missing:
-        _downloaded(ledger, missing)
-
-
-def _downloaded(ledger: Ledger, missing: list[str]) -> None:
+def _downloaded(ledger: Ledger) -> None:
     """The files of the models folder stand for those of diffusers' form."""
-    from anima_fast.models.download import TEXT_ENCODER, VAE, default_models_dir, dit_file
-
-    folder = default_models_dir()
-    files = dict(zip(_DOWNLOADED, (dit_file("base-v1.0"), TEXT_ENCODER, VAE), strict=True))
-    for name in missing:
-        ledger.add(name, str(folder / files[name]), "where `anima-fast download` puts it")
-    if not all((folder / files[name]).exists() for name in missing):
+    files = {
+        "pretrained_model_name_or_path": dit_file("base-v1.0"), "qwen3": TEXT_ENCODER, "vae": VAE,
+    }  # fmt: skip
+    missing = {n: default_models_dir() / f for n, f in files.items() if n not in ledger.options}
+    for name, path in missing.items():
+        ledger.add(name, str(path), "where `anima-fast download` puts it")
+    if not all(path.exists() for path in missing.values()):
         ledger.todo.append(f"run `anima-fast download`: it fetches {', '.join(missing)}")
 
 
-def _output(ledger: Ledger, paths: Paths, command: str) -> None:
+def _output(ledger: Ledger) -> None:
+    """The folder, and the name of the file in it where there is one; and what is cached there."""
     key = "output_model_destination"
-    text = str(ledger.get(key, "") or "models/model.safetensors")
-    path, why = paths.resolve(text)
+    path, moved = ledger.paths.resolve(ledger.text(key, "models/model.safetensors"))
     where = PureWindowsPath(path)
-    # A folder, or a file with an ending.
-    folder, name = (where.parent, where.stem) if where.suffix else (where, "")
-    parent = folder.as_posix() if "\\" not in path else str(folder)
-    reason = "the folder and the name are two options" + (f"; {why}" if why else "")
-    if ledger.has(key):
-        ledger.change(key, "output_dir", parent, reason)
-    else:
-        ledger.add("output_dir", parent, "OneTrainer's default")
-    ledger.add("output_name", name or "model", f"from {key}")
-    _format(ledger, command)
-    if ledger.has("output_dtype"):
-        dtype = DTYPES.get(str(ledger.get("output_dtype")))
-        if dtype:
-            ledger.take("output_dtype", "save_precision", {"no": "float"}.get(dtype, dtype))
-        else:
-            ledger.drop("output_dtype", "this type does not exist here")
-    if ledger.has("tensorboard") and ledger.get("tensorboard"):
-        ledger.take("tensorboard", "log_with", "tensorboard")
-    elif ledger.has("tensorboard"):
-        ledger.drop("tensorboard", "it is off")
-
-
-def _format(ledger: Ledger, command: str) -> None:
-    key = "output_model_format"
-    if not ledger.has(key):
-        return
-    form = FORMATS.get(str(ledger.get(key)))
-    if command == "finetune":
-        ledger.drop(key, "a model is saved in the form that ComfyUI loads")
-    elif form:
-        ledger.take(key, "lora_format", form)
-    else:
-        ledger.drop(key, "this form does not exist here: kohya's names are used")
-
-
-def _caches(ledger: Ledger) -> None:
+    folder, name = (where.parent, where.stem) if where.suffix else (where, "model")
+    parent = str(folder) if "\\" in path else folder.as_posix()
+    why = "; ".join(filter(None, ("the folder and the name are two options", moved)))
+    ledger.take(key, "output_dir", parent, why, DEFAULT)
+    ledger.add("output_name", name, f"from {key}")
     shared = ledger.get("latent_caching", True)
     for key, option in (
         ("image_caching", "cache_latents_to_disk"),
         ("text_caching", "cache_text_encoder_outputs_to_disk"),
     ):
-        wanted = ledger.get(key, shared)
-        if ledger.has(key) and wanted:
-            ledger.take(key, option, True)
-        elif ledger.has(key):
-            ledger.drop(key, "it is off")
-        elif wanted:
-            ledger.add(option, True, "its default")
-    if ledger.has("latent_caching"):
-        if shared:
-            ledger.take_elsewhere("latent_caching", "cache_latents_to_disk and of the text too")
-        else:
-            ledger.drop("latent_caching", "it is off")
-    if ledger.has("cache_dir"):
-        ledger.drop("cache_dir", "caches lie beside the images here: --cache_dir changes that")
+        if ledger.get(key, shared):
+            ledger.take(key, option, True, default=DEFAULT)
+    if shared:
+        ledger.place("latent_caching", "cache_latents_to_disk and of the text too")
 
 
-def _rest(ledger: Ledger) -> None:
-    key = "text_encoder.dropout_probability"
-    if not is_off(ledger.get(key)) and ledger.has(key):
-        ledger.take(key, "caption_dropout_rate", ledger.number(key))
-    if ledger.has("transformer.train"):
-        ledger.take_elsewhere("transformer.train", "the DiT is what is trained")
-    device = str(ledger.get("train_device", ""))
-    if ledger.has("train_device"):
-        if device in ("cuda", ""):
-            ledger.drop("train_device", "the first card is the default")
-        else:
-            ledger.take("train_device", "device")
-    for key in ("caching_threads", "dataloader_threads"):
-        if ledger.has(key):
-            ledger.take(key, "max_data_loader_n_workers", int(ledger.number(key)))
-    for key in ledger.open_keys():
-        name = key.split("[")[0]
-        if name in DROPPED:
-            ledger.drop(key, DROPPED[name])
-            continue
-        why = next((w for start, w in DROPPED_TABLES.items() if name.startswith(start)), None)
-        if why:
-            ledger.drop(key, why)
+def _memory(ledger: Ledger, command: str) -> None:
+    """Checkpointing, offloading and compilation; older files say it once for all parts."""
+    old, new = "gradient_checkpointing", "transformer.gradient_checkpointing"
+    key = new if ledger.has(new) else old
+    checkpointing = ledger.on(key) or not ledger.has(key)
+    everywhere = ledger.text(old).upper() == "CPU_OFFLOADED"
+    offloads = ledger.on("transformer.activation_offloading")
+    offloads |= everywhere and bool(ledger.get("enable_activation_offloading", True))
+    fractions = {
+        "transformer.offload_fraction": ledger.number("transformer.offload_fraction"),
+        "layer_offload_fraction": ledger.number("layer_offload_fraction") * everywhere,
+    }
+    fraction = max(fractions.values())
+    if fraction > 0:
+        blocks = min(BLOCKS - 2, round(fraction * BLOCKS))
+        ledger.options["blocks_to_swap"] = blocks
+        for key in filter(ledger.on, fractions):
+            ledger.explain(key, f"blocks_to_swap: {blocks} of {BLOCKS}, which are counted here")
+    option = "gradient_checkpointing"
+    if offloads and fraction <= 0:
+        option = "unsloth_offload_checkpointing"
+    if checkpointing:
+        ledger.options[option] = True
+    for key in filter(ledger.on, (old, new, "transformer.activation_offloading")):
+        ledger.place(key, option)
+    if ledger.on("compile") and command == "train":
+        ledger.drop("compile", KERNELS)
+    elif ledger.on("compile"):
+        ledger.take("compile", "compile")
+
+
+def _network(ledger: Ledger) -> None:
+    """The adapter: its kind, rank, alpha, dropout, DoRA and what a LoKr has."""
+    kind = ledger.text("peft_type", "LORA")
+    lokr = kind == "LOKR"
+    settle(NETWORK_ROWS, ledger)
+    rows = [Row("lokr_dim" if lokr else "lora_rank", "network_dim", whole, default=16)]
+    # LoHa and LoKr have rank_dropout in network_args instead.
+    rows += [Row("dropout_probability", "network_dropout", rate)] if kind == "LORA" else []
+    settle(rows, ledger)
+    dora, outputs = "lora_decompose", "lora_decompose_output_axis"
+    if lokr:
+        dora, outputs = "lokr_weight_decompose", "lokr_dora_on_output"
+    words = []
+    if ledger.on(dora):
+        # On the rows of the weight in a LoKr unless it says otherwise, on its columns in a LoRA.
+        words += ["dora_wd=True", f"wd_on_output={bool(ledger.get(outputs, lokr))}"]
+        ledger.place(dora, "network_args dora_wd")
+        ledger.place(outputs, "network_args wd_on_output")
+    for key, word in LOKR_WORDS.items():
+        value = ledger.get(key)
+        if lokr and ledger.on(key) and value != -1:
+            words.append(f"{word}={value}")
+            ledger.place(key, f"network_args {word}")
+    if words:
+        ledger.put("network_args", words, "the settings above, as words")
+
+
+def _ema(ledger: Ledger) -> None:
+    """The running mean of the adapter."""
+    if not ledger.on("ema"):
+        return
+    decay = ledger.number("ema_decay", 0.999)
+    interval = max(1, ledger.whole("ema_update_step_interval", 5))
+    why = f"{decay:g} every {interval} steps; the mean is saved beside the LoRA as NAME-ema"
+    ledger.take("ema", "ema_decay", round(decay ** (1 / interval), 6), why)
+    for key in ("ema_decay", "ema_update_step_interval"):
+        ledger.place(key, "ema_decay")
+
+
+def _layers(ledger: Ledger, command: str) -> None:
+    """layer_filter: parts of diffusers' names that are trained, or nothing for all layers."""
+    key, text = "layer_filter", ledger.text("layer_filter")
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = [name for part in parts for name in WIDER_FILTERS.get(part, (part,))]
+    whole = not parts or "transformer_block" in text
+    left_out = [layers for part, layers in FILTERS.items() if not whole and part not in parts]
+    if command == "finetune":
+        ledger.add("llm_adapter_lr", 0.0, "OneTrainer does not train the LLM adapter")
+    if not {*parts} <= {*FILTERS} or ledger.on("layer_filter_regex"):
+        ledger.drop(key, "it is about names of diffusers, which are others here")
+        how = "include_patterns and exclude_patterns in network_args"
+        how = how if command == "train" else "rates such as mlp_lr = 0"
+        ledger.todo.append(f"layer_filter {text!r}: all parts are trained: choose them with {how}")
+    elif command == "finetune":
+        ledger.explain(key, "rates of 0 freeze parts; layers outside the blocks are trained here")
+        for option in [rate for _, rate in left_out] + ([] if whole else ["mod_lr"]):
+            ledger.add(option, 0.0, "not in layer_filter")
+    else:
+        what = "the same layers under their names here, but none outside the blocks"
+        ledger.explain(key, what)
+        words = [f"exclude_patterns={[pattern for pattern, _ in left_out]}"] if left_out else []
+        if whole:
+            # There AdaLN modulation belongs to the block.
+            words = [r"include_patterns=blocks[.]\d+[.]adaln_modulation_.*"]
+        if words:
+            ledger.put("network_args", [*ledger.options.get("network_args", []), *words], what)
+
+
+def _rate(ledger: Ledger) -> None:
+    """The learning rate, times the root of the images that learning_rate_scaler counts."""
+    scaler, images = ledger.text("learning_rate_scaler", "NONE"), 1.0
+    if scaler.endswith(("BATCH", "BOTH")):
+        images *= ledger.number("batch_size", 1)
+    if scaler.endswith(("ACCUMULATION", "BOTH")):
+        images *= ledger.number("gradient_accumulation_steps", 1)
+    factor = math.sqrt(max(1.0, images))
+    if factor > 1:
+        ledger.drop("learning_rate_scaler", f"it is part of learning_rate here, times {factor:g}")
+    key = "learning_rate"
+    if ledger.get("transformer.learning_rate") is not None:
+        # The DiT is all that is trained.
+        key = "transformer.learning_rate"
+        ledger.drop("learning_rate", f"{key} beats it")
+    value = float(f"{ledger.number(key, 3e-6) * factor:.6g}")
+    why = f"times {factor:g}, as learning_rate_scaler says" if factor > 1 else ""
+    ledger.take(key, "learning_rate", value, why, DEFAULT)
+
+
+def _schedule(ledger: Ledger) -> None:
+    """The curve of the learning rate."""
+    kind = ledger.text("learning_rate_scheduler", "CONSTANT")
+    steps = ledger.number("learning_rate_warmup_steps", 200.0)
+    low = ledger.number("learning_rate_min_factor")
+    if kind == "CUSTOM":
+        _custom_schedule(ledger)
+        return
+    ours, why = SCHEDULERS.get(kind, "constant"), ""
+    if ours == "constant" and steps:
+        ours, why = "constant_with_warmup", "constant has no warm-up here"
+    elif ours == "cosine" and low:
+        ours, why = "cosine_with_min_lr", "with learning_rate_min_factor it has this name here"
+        ledger.take("learning_rate_min_factor", "lr_scheduler_min_lr_ratio", low)
+    elif kind == "COSINE":
+        why = "it ends at 0 here, and at half the rate in newer versions of OneTrainer"
+    elif kind == "REX" or kind not in SCHEDULERS:
+        why = f"{kind} does not exist here; REX falls a little later than a straight line"
+    ledger.take("learning_rate_scheduler", "lr_scheduler", ours, why, why or DEFAULT)
+    if steps:
+        warmup = steps if 0 < steps < 1 else int(steps)
+        ledger.take("learning_rate_warmup_steps", "lr_warmup_steps", warmup, default=DEFAULT)
+    if ours == "cosine_with_restarts":
+        cycles = max(1, round(ledger.number("learning_rate_cycles", 1)))
+        ledger.take("learning_rate_cycles", "lr_scheduler_num_cycles", cycles)
+
+
+def _custom_schedule(ledger: Ledger) -> None:
+    ledger.drop("learning_rate_scheduler", "custom_learning_rate_scheduler names the class")
+    key = "custom_learning_rate_scheduler"
+    if not ledger.on(key):
+        return
+    ledger.take(key, "lr_scheduler_type")
+    words = []
+    for name in ledger.open_keys("scheduler_params["):
+        row, _, part = name.rpartition(".")
+        if part == "key":
+            words.append(f"{ledger.get(name)}={ledger.get(f'{row}.value')}")
+        ledger.place(name, "lr_scheduler_args")
+    if words:
+        ledger.put("lr_scheduler_args", words, "scheduler_params")
+
+
+def _optimizer(ledger: Ledger, command: str) -> None:
+    """The optimizer with its arguments; a preset keeps these in optimizer_defaults."""
+    key = "optimizer" if ledger.has("optimizer") else "optimizer.optimizer"
+    kind, why = ledger.text(key, "ADAMW"), ""
+    known = ONETRAINER.get(kind.upper())
+    if known is None:
+        # The plain form of one that has another form there, such as PRODIGY_ADV.
+        longer = [name for name in ONETRAINER if kind.upper().startswith(name)]
+        known = ONETRAINER[max(longer, key=len)] if longer else OTHER
+        why = f"{kind} does not exist here"
+        ledger.todo.append(f"check learning_rate: {kind} became {known.name}")
+    ledger.take(key, "optimizer_type", known.name, why)
+    own = [name for name in ledger.open_keys("optimizer.") if ledger.get(name) is not None]
+    preset = all(name.endswith("__version") for name in own)
+    prefix = f"optimizer_defaults.{kind}." if preset else "optimizer."
+    if command == "finetune":
+        _fused(ledger, prefix)
+    settle_arguments(_betas(ledger, known, prefix), known, prefix, ledger)
+
+
+def _betas(ledger: Ledger, known: Known, prefix: str) -> dict[str, Any]:
+    """The arguments of the optimizer so far: the defaults there, and what has several numbers."""
+    arguments: dict[str, Any] = dict(known.defaults)
+    name, keys = "betas", [f"{prefix}beta{i}" for i in range(1, known.betas + 1)]
+    values = [ledger.get(key) for key in keys]
+    if known.name == "AdaFactor":
+        name, keys = "eps", [f"{prefix}eps", f"{prefix}eps2"]
+        values = [ledger.get(keys[0]), ledger.get(keys[1]) or 1e-3]
+    if values and all(isinstance(value, (int, float)) for value in values):
+        arguments[name] = values
+        for key in keys:
+            ledger.place(key, "optimizer_args")
+    return arguments
+
+
+def _fused(ledger: Ledger, prefix: str) -> None:
+    """What OneTrainer has among the optimizer's arguments and full fine-tuning has as options."""
+    fused, rounded = f"{prefix}fused_back_pass", f"{prefix}stochastic_rounding"
+    if ledger.on(fused) and ledger.number("gradient_accumulation_steps", 1) <= 1:
+        ledger.put("fused_backward_pass", True, fused)
+        ledger.place(fused, "fused_backward_pass")
+    if ledger.options.get("full_bf16"):
+        ledger.put("weight_update", "stochastic" if ledger.on(rounded) else "plain", rounded)
+        ledger.place(rounded, "weight_update")
+
+
+def _noise(ledger: Ledger) -> None:
+    """The distribution of noise levels, its shift and its limits."""
+    shift = ledger.number("timestep_shift", 1.0) or 1.0
+    options, why = distribution(
+        ledger.text("timestep_distribution", "UNIFORM"), ledger.number("noising_weight"),
+        ledger.number("noising_bias"), shift, ledger.on("dynamic_timestep_shifting"),
+    )  # fmt: skip
+    sampling = options["timestep_sampling"]
+    ledger.take("timestep_distribution", "timestep_sampling", sampling, why, DEFAULT)
+    ledger.options |= options
+    settings = ("noising_weight", "noising_bias", "timestep_shift", "dynamic_timestep_shifting")
+    for name in filter(ledger.on, settings):
+        ledger.place(name, ", ".join(options))
+    why = "in thousandths; here it limits what comes out of the shift" if shift != 1 else ""
+    for key, option, off in (
+        ("min_noising_strength", "min_timestep", 0.0),
+        ("max_noising_strength", "max_timestep", 1.0),
+    ):
+        if (limit := ledger.number(key, off)) == off:
+            ledger.drop(key, "the whole range, as here by default")
+        ledger.take(key, option, round(limit * 1000), why)
+
+
+def distribution(
+    kind: str, weight: float, bias: float, shift: float, dynamic: bool
+) -> tuple[dict[str, Any], str]:
+    """Our options for a distribution of OneTrainer, and what is different."""
+    options: dict[str, Any] = {"timestep_sampling": "uniform"}
+    why = ""
+    if kind == "LOGIT_NORMAL" and not bias:
+        options = {"timestep_sampling": "sigmoid", "sigmoid_scale": weight + 1.0}
+        if dynamic or shift != 1:
+            options["timestep_sampling"] = "flux_shift" if dynamic else "shift"
+        why = "its own rule for the shift by size is a little different" if dynamic else ""
+    elif kind == "LOGIT_NORMAL":
+        # The table of `sigma` begins at full noise, so the mean changes its sign.
+        options = {"timestep_sampling": "sigma", "weighting_scheme": "logit_normal",
+                   "logit_mean": -bias, "logit_std": weight + 1.0}  # fmt: skip
+        why = "a logit-normal draw with a mean has this name here"
+    elif kind == "HEAVY_TAIL":
+        options = {"timestep_sampling": "sigma", "weighting_scheme": "mode", "mode_scale": weight}
+        why = "the same distribution has this name here"
+    elif kind == "COS_MAP":
+        options["weighting_scheme"] = "cosmap"
+        why = "as a weight of the loss instead of a density: the same on average"
+    elif kind in ("SIGMOID", "INVERTED_PARABOLA"):
+        options = {"timestep_sampling": "sigmoid"}
+        why = f"{kind} does not exist here: choose a distribution by hand"
+    elif kind == "UNIFORM" and shift != 1:
+        options["timestep_sampling"] = "sigma"
+        why = "a shifted uniform draw has this name here"
+    if shift != 1 and not dynamic and options["timestep_sampling"] in ("shift", "sigma"):
+        options["discrete_flow_shift"] = shift
+    return options, why
+
+
+def _loss(ledger: Ledger) -> None:
+    """The loss: the strongest of OneTrainer's four, which can be mixed there."""
+    kinds = {"mse_strength": "l2", "mae_strength": "l1", "huber_strength": "huber",
+             "log_cosh_strength": "huber"}  # fmt: skip
+    strength = {key: ledger.number(key, float(key == "mse_strength")) for key in kinds}
+    best = max(strength, key=lambda key: strength[key])
+    mixed = sum(value > 0 for value in strength.values()) > 1 or best == "log_cosh_strength"
+    why = "one loss is used here, the strongest of them"
+    ledger.take(best, "loss_type", kinds[best], why if mixed else "")
+    for key in filter(ledger.on, kinds):
+        ledger.drop(key, "one loss is used here")
+    if kinds[best] == "huber":
+        ledger.options["huber_schedule"] = "constant"
+    if ledger.options.get("loss_type") == "huber":
+        ledger.take("huber_delta", "huber_c", ledger.number("huber_delta", 1.0))
+
+
+def _saving(ledger: Ledger) -> None:
+    """How often is saved: a number and its unit are one option each here."""
+    for key in ("save_every", "save_after"):
+        option = {"EPOCH": "save_every_n_epochs", "STEP": "save_every_n_steps"}.get(
+            ledger.text(f"{key}_unit")
+        )
+        if option and ledger.number(key) > 0:
+            ledger.take(key, option, ledger.whole(key))
+    unit = ledger.text("backup_after_unit", "MINUTE")
+    minutes = {"SECOND": 1 / 60, "MINUTE": 1.0, "HOUR": 60.0}.get(unit)
+    if minutes:
+        ledger.take("backup_after", "autosave_minutes", ledger.number("backup_after") * minutes)

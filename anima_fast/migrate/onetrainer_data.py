@@ -1,4 +1,4 @@
-"""OneTrainer's concepts as a dataset file of ours.
+"""OneTrainer's concepts as a dataset file of ours, and its samples as prompts of previews.
 
 A concept is a folder. Several resolutions mean there that each image gets one of them at random;
 here each resolution is a dataset with all images, so epochs are fewer by as much.
@@ -11,151 +11,168 @@ from collections.abc import Mapping
 from typing import Any
 
 from anima_fast.errors import UserError
-from anima_fast.migrate.ledger import Ledger
+from anima_fast.migrate.ledger import Ledger, is_rows
 from anima_fast.migrate.onetrainer_concept import Concept, read_resolutions
-from anima_fast.migrate.onetrainer_tables import DEFAULTS
 from anima_fast.migrate.paths import Paths
+from anima_fast.migrate.rows import DEFAULT
 from anima_fast.migrate.source import Source, parse_file
 
 # OneTrainer's widest bucket is 4:1, twice the side by half of it.
 STRETCH, STEP = 2, 64
-DEFAULT_FILE = "training_concepts/concepts.json"
+RESOLUTION, EPOCHS = "512", 100
+CONCEPTS_FILE, SAMPLES_FILE = "training_concepts/concepts.json", "training_samples/samples.json"
+# Key of a sample -> the mark of a preview's prompt.
+MARKS = {
+    "negative_prompt": "n", "width": "w", "height": "h", "seed": "d", "diffusion_steps": "s",
+    "cfg_scale": "l",
+}  # fmt: skip
 
 
-def convert_concepts(source: Source, ledger: Ledger, command: str) -> None:
+def convert_concepts(source: Source, ledger: Ledger) -> None:
     """Settle the concepts, in the configuration or in a file of their own, and the data's keys."""
-    concepts, prefix = _concepts(source, ledger)
-    resolutions = read_resolutions(str(ledger.get("resolution", DEFAULTS["resolution"])))
+    concepts, prefix = _rows(source, ledger, "concepts", "concept_file_name", CONCEPTS_FILE)
+    resolutions = read_resolutions(str(ledger.get("resolution", RESOLUTION)))
+    ledger.add("caption_extension", ".txt", "the only one there")
     if concepts is None:
         _as_options(ledger, resolutions)
         return
-    _settle_shared(ledger, resolutions)
+    if len(resolutions) > 1:
+        why = "a dataset each, with all images; there each image gets one of them at random"
+        ledger.explain("resolution", why)
+    for key in ("resolution", "batch_size", "aspect_ratio_bucketing"):
+        ledger.place(key, "the dataset file")
+    if not ledger.get("resolution"):
+        ledger.add("resolution", RESOLUTION, DEFAULT)
     paths = Paths.find([str(c.get("path", "")) for c in concepts], source.folders)
     datasets: dict[str, dict[str, Any]] = {}
     counts = set()
-    for i, concept in enumerate(concepts):
-        place = Concept(concept, f"{prefix}[{i}].", ledger, paths)
-        if not place.is_used():
+    for i, row in enumerate(concepts):
+        concept = Concept(row, f"{prefix}[{i}].", ledger, paths)
+        if not concept.is_used():
             continue
-        sizes = place.resolutions() or resolutions
+        sizes, subsets = concept.resolutions() or resolutions, concept.subsets()
         counts.add(len(sizes))
         for size in sizes:
             entry = _entry(ledger, size)
-            found = datasets.setdefault(repr(entry), {**entry, "subsets": []})
-            found["subsets"] += place.subsets()
-        place.close()
+            datasets.setdefault(repr(entry), {**entry, "subsets": []})["subsets"] += subsets
+        concept.close()
     if not datasets:
         raise UserError("no concept is switched on and for training: there is nothing to train on")
     ledger.dataset = {"general": {"caption_extension": ".txt"}, "datasets": [*datasets.values()]}
-    ledger.add("caption_extension", ".txt", "the only one there")
-    shared = len(resolutions) if len(resolutions) in counts else max(counts)
-    _epochs(ledger, shared)
+    _epochs(ledger, counts, len(resolutions))
+    if ledger.on("masked_training"):
+        ledger.drop("masked_training", "its masks lie beside the images as NAME-masklabel.png")
+        ledger.todo.append(
+            "masked training: move every NAME-masklabel.png to a folder of its own as NAME.png, "
+            "name that folder in conditioning_data_dir of the subsets, and set masked_loss = true"
+        )
+
+
+def _epochs(ledger: Ledger, counts: set[int], usual: int) -> None:
+    """An epoch has every image at all of its resolutions here, so there are fewer epochs."""
+    shared = usual if usual in counts else max(counts)
+    if shared > 1:
+        fewer = max(1, math.ceil(ledger.whole("epochs", EPOCHS) / shared))
+        why = f"an epoch has every image at {shared} resolutions here, so it is as much longer"
+        ledger.take("epochs", "max_train_epochs", fewer, why, default=why)
     if len(counts) > 1:
         ledger.todo.append(
             f"the number of epochs is that of concepts with {shared} resolutions: adapt "
             "num_repeats of the others, as an epoch has an image at all of its resolutions here"
         )
-    _masks(ledger)
 
 
-def _concepts(source: Source, ledger: Ledger) -> tuple[list[Mapping[str, Any]] | None, str]:
-    """The concepts and what their keys begin with in the ledger; None when they are not found."""
-    key, packed = "concept_file_name", source.config.get("concepts")
-    if isinstance(packed, list) and packed:
-        if ledger.has(key):
-            ledger.drop(key, "the concepts stand in this file")
-        return packed, "concepts"
-    if ledger.has("concepts"):
-        ledger.drop("concepts", "it is empty")
-    named = str(ledger.get(key, "") or DEFAULT_FILE)
-    found = next((f / named for f in source.folders if (f / named).is_file()), None)
+def _rows(
+    source: Source, ledger: Ledger, name: str, file_key: str, default_file: str
+) -> tuple[list[Mapping[str, Any]] | None, str]:
+    """Concepts or samples, and what their keys begin with in the ledger; None when not found."""
+    packed = source.config.get(name)
+    if is_rows(packed):
+        ledger.drop(file_key, f"the {name} stand in this file")
+        return packed, name
+    ledger.drop(name, "it is empty")
+    found = source.find(ledger.text(file_key, default_file))
     if found is None:
-        if ledger.has(key):
-            ledger.drop(key, "it was not found")
-        ledger.todo.append(
-            f"the concepts in {named} were not found: give --cwd FOLDER, OneTrainer's folder, or "
-            "write dataset_config by hand"
-        )
+        ledger.drop(file_key, "it was not found")
         return None, ""
-    concepts = parse_file(found)
-    if not isinstance(concepts, list) or not all(isinstance(c, Mapping) for c in concepts):
-        raise UserError(f"{found.name} is no list of concepts")
-    if ledger.has(key):
-        ledger.take_elsewhere(key, "a dataset file of ours")
-    prefix = f"{found.name}: concepts"
-    ledger.extend({"concepts": concepts}, prefix.removesuffix("concepts"))
-    return concepts, prefix
+    rows = parse_file(found)
+    if not is_rows(rows) and rows != []:
+        raise UserError(f"{found.name} is no list of {name}")
+    ledger.place(file_key, f"the {name} in it")
+    ledger.extend({name: rows}, f"{found.name}: ")
+    return rows, f"{found.name}: {name}"
 
 
 def _as_options(ledger: Ledger, resolutions: list[list[int]]) -> None:
     """Without concepts: the data's keys as the options that are a dataset file's defaults."""
-    ledger.add("caption_extension", ".txt", "the only one there")
+    named = ledger.text("concept_file_name", CONCEPTS_FILE)
+    ledger.todo.append(
+        f"the concepts in {named} were not found: give --cwd FOLDER, OneTrainer's folder, or "
+        "write dataset_config by hand"
+    )
+    if len(resolutions) > 1:
+        ledger.todo.append(f"only the first resolution is set, of {ledger.get('resolution')}")
     entry = _entry(ledger, resolutions[0])
-    size = entry["resolution"]
-    ledger.options["resolution"] = str(size) if isinstance(size, int) else f"{size[0]},{size[1]}"
-    for key, option in (("batch_size", "train_batch_size"), ("enable_bucket", "enable_bucket"),
-                        ("min_bucket_reso",) * 2, ("max_bucket_reso",) * 2):  # fmt: skip
-        if key in entry:
-            ledger.options[option] = entry[key]
+    ledger.options["resolution"] = str(entry.pop("resolution")).strip("[]").replace(" ", "")
+    ledger.options["train_batch_size"] = entry.pop("batch_size")
+    ledger.options |= entry
     for key, option in (("resolution", "resolution"), ("batch_size", "train_batch_size"),
                         ("aspect_ratio_bucketing", "enable_bucket")):  # fmt: skip
-        if ledger.has(key):
-            ledger.take_elsewhere(key, option)
-    if len(resolutions) > 1:
-        ledger.todo.append(f"only the resolution {size} is set, of {ledger.get('resolution')}")
-
-
-def _settle_shared(ledger: Ledger, resolutions: list[list[int]]) -> None:
-    if ledger.has("resolution") and len(resolutions) > 1:
-        why = "a dataset each, with all images; there each image gets one of them at random"
-        ledger.change("resolution", None, None, why)
-    elif ledger.has("resolution"):
-        ledger.take_elsewhere("resolution", "resolution of the dataset")
-    else:
-        ledger.add("resolution", DEFAULTS["resolution"], "OneTrainer's default")
-    for key, where in (("batch_size", "batch_size"), ("aspect_ratio_bucketing", "enable_bucket")):
-        if ledger.has(key):
-            ledger.take_elsewhere(key, f"{where} of the dataset")
+        ledger.place(key, option)
 
 
 def _entry(ledger: Ledger, size: list[int]) -> dict[str, Any]:
+    """The keys of a dataset at one resolution."""
     width, height = size
     entry: dict[str, Any] = {"resolution": width if width == height else size}
-    entry["batch_size"] = max(1, int(ledger.number("batch_size", 1)))
-    side = math.sqrt(width * height)
+    entry["batch_size"] = max(1, ledger.whole("batch_size", 1))
     # Fixed sizes have no buckets there either.
     if not ledger.get("aspect_ratio_bucketing", True) or width != height:
-        entry["enable_bucket"] = False
         rounded = [round(v / 16) * 16 for v in size]
-        entry["resolution"] = rounded[0] if width == height else rounded
-        return entry
+        return entry | {
+            "enable_bucket": False, "resolution": rounded[0] if width == height else rounded,
+        }  # fmt: skip
     entry["enable_bucket"] = True
-    entry["min_bucket_reso"] = max(STEP, int(side / STRETCH) // STEP * STEP)
-    entry["max_bucket_reso"] = math.ceil(side * STRETCH / STEP) * STEP
+    entry["min_bucket_reso"] = max(STEP, width // STRETCH // STEP * STEP)
+    entry["max_bucket_reso"] = math.ceil(width * STRETCH / STEP) * STEP
     return entry
 
 
-def _epochs(ledger: Ledger, resolutions: int) -> None:
-    if resolutions < 2:
+def convert_samples(source: Source, ledger: Ledger) -> None:
+    """Settle the samples, in the configuration or a file of their own, and when they are made."""
+    file_key = "sample_definition_file_name"
+    samples, prefix = _rows(source, ledger, "samples", file_key, SAMPLES_FILE)
+    prompts = []
+    for i, sample in enumerate(samples or []):
+        if sample.get("enabled", True) and sample.get("prompt"):
+            prompts.append(_line(sample))
+            if _is_random(sample):
+                ledger.drop(f"{prefix}[{i}].seed", "a random seed is drawn, there and here")
+            for name in (*MARKS, "prompt", "random_seed"):
+                ledger.place(f"{prefix}[{i}].{name}", "sample_prompt")
+        for key in ledger.open_keys(f"{prefix}[{i}]."):
+            ledger.drop(key, "it is switched off, or has no counterpart here")
+    unit = ledger.text("sample_after_unit", "MINUTE")
+    every = max(1, ledger.whole("sample_after", 10))
+    if not prompts or unit == "NEVER":
         return
-    epochs = int(ledger.number("epochs", DEFAULTS["epochs"]))
-    fewer = max(1, math.ceil(epochs / resolutions))
-    why = f"an epoch has every image at {resolutions} resolutions here, so it is as much longer"
-    if ledger.has("epochs"):
-        ledger.change("epochs", "max_train_epochs", fewer, why)
-    else:
-        ledger.add("max_train_epochs", fewer, why)
-
-
-def _masks(ledger: Ledger) -> None:
-    key = "masked_training"
-    if not ledger.has(key):
-        return
-    if not ledger.get(key):
-        ledger.drop(key, "it is off")
-        return
-    ledger.drop(key, "its masks lie beside the images as NAME-masklabel.png")
-    ledger.todo.append(
-        "masked training: move every NAME-masklabel.png to a folder of its own as NAME.png, name "
-        "that folder in conditioning_data_dir of the subsets, and set masked_loss = true"
+    ledger.put("sample_prompt", prompts, "the samples")
+    option = "sample_every_n_steps" if unit == "STEP" else "sample_every_n_epochs"
+    number, why = (every, "") if unit in ("STEP", "EPOCH") else (1, "previews come by epochs here")
+    ledger.take(
+        "sample_after", option, number, why, default=f"{DEFAULT}; {why}" if why else DEFAULT
     )
+
+
+def _is_random(sample: Mapping[str, Any]) -> bool:
+    return bool(sample.get("random_seed")) or int(sample.get("seed") or 0) < 0
+
+
+def _line(sample: Mapping[str, Any]) -> str:
+    """A prompt with its settings behind it, without a random seed."""
+    parts = [" ".join(str(sample["prompt"]).split())]
+    for key, mark in MARKS.items():
+        value = sample.get(key)
+        if value not in (None, "") and not (key == "seed" and _is_random(sample)):
+            parts.append(f"--{mark} {' '.join(str(value).split())}")
+    return " ".join(parts)

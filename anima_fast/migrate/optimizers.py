@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from anima_fast.migrate.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Known:
         name: the value of `optimizer_type`.
         why: what is different; "" where nothing is.
         defaults: the other trainer's arguments where ours has others.
-        accepts: arguments that pass, beside the betas, eps and weight_decay.
+        accepts: arguments that pass beside the betas and `base`; `*` for all.
         betas: how many betas it has.
     """
 
@@ -23,6 +26,7 @@ class Known:
     defaults: dict[str, Any] = field(default_factory=dict)
     accepts: tuple[str, ...] = ()
     betas: int = 2
+    base: tuple[str, ...] = ("eps", "weight_decay")
 
 
 _KAHAN = "its Kahan sums are for 16-bit weights, which are float32 or rounded at random here"
@@ -30,6 +34,10 @@ _OPTIMI = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0}
 _D = ("d0", "d_coef", "growth_rate", "decouple", "use_bias_correction", "safeguard_warmup")
 _FACTOR = ("clip_threshold", "decay_rate", "scale_parameter", "relative_step", "warmup_init")
 _BITS = ("min_8bit_size", "percentile_clipping", "block_wise", "amsgrad")
+_NO_STEP = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
+
+# For one that does not exist here: betas and eps are made for its own formulas.
+OTHER = Known("AdamW", betas=0, base=("weight_decay",))
 
 # Type in [optimizer] of diffusion-pipe, in small letters.
 DIFFUSION_PIPE = {
@@ -44,7 +52,6 @@ DIFFUSION_PIPE = {
     "lion": Known("Lion"),
     "adafactor": Known("AdaFactor", accepts=_FACTOR, betas=0),
 }
-
 # `optimizer` in OneTrainer.
 ONETRAINER = {
     "ADAMW": Known("AdamW", accepts=("amsgrad",)),
@@ -57,22 +64,15 @@ ONETRAINER = {
     "SGD_8BIT": Known("bitsandbytes.optim.SGD8bit", accepts=("momentum", "nesterov"), betas=0),
     "ADAGRAD": Known("Adagrad", accepts=("lr_decay", "initial_accumulator_value"), betas=0),
     "RMSPROP": Known("RMSprop", accepts=("alpha", "momentum", "centered"), betas=0),
-    "LION": Known("Lion", defaults={"betas": (0.9, 0.99), "weight_decay": 0.0}),
+    "LION": Known("Lion", "", {"betas": (0.9, 0.99), "weight_decay": 0.0}),
     "LION_8BIT": Known("Lion8bit", accepts=("min_8bit_size", "percentile_clipping")),
-    "PRODIGY": Known(
-        "Prodigy", accepts=(*_D, "slice_p"), defaults={"weight_decay": 0.0, "decouple": True}
-    ),
+    "PRODIGY": Known("Prodigy", "", {"weight_decay": 0.0, "decouple": True}, (*_D, "slice_p")),
     "DADAPT_ADAM": Known("DAdaptAdam", accepts=("d0", "growth_rate", "decouple", "log_every")),
     "DADAPT_ADAN": Known("DAdaptAdan", accepts=("d0", "growth_rate", "no_prox"), betas=3),
     "DADAPT_ADA_GRAD": Known("DAdaptAdaGrad", accepts=("d0", "growth_rate", "momentum"), betas=0),
     "DADAPT_SGD": Known("DAdaptSGD", accepts=("d0", "growth_rate", "momentum"), betas=0),
     "DADAPT_LION": Known("DAdaptLion", accepts=("d0", "log_every")),
-    "ADAFACTOR": Known(
-        "AdaFactor",
-        accepts=_FACTOR,
-        betas=0,
-        defaults={"relative_step": False, "scale_parameter": False, "warmup_init": False},
-    ),
+    "ADAFACTOR": Known("AdaFactor", "", _NO_STEP, _FACTOR, betas=0),
     "SCHEDULE_FREE_ADAMW": Known("AdamWScheduleFree", accepts=("r", "weight_lr_power")),
     "SCHEDULE_FREE_SGD": Known(
         "SGDScheduleFree", accepts=("r", "weight_lr_power", "momentum"), betas=0
@@ -80,11 +80,28 @@ ONETRAINER = {
 }
 
 
-def argument_words(arguments: dict[str, Any]) -> list[str]:
-    """key=value words of `optimizer_args`; a tuple is written with commas."""
+def settle_arguments(arguments: dict[str, Any], known: Known, prefix: str, ledger: Ledger) -> None:
+    """Set `optimizer_args` to key=value words; a list is written with commas.
+
+    Args:
+        arguments: what is known of them already.
+        prefix: the beginning of the keys that hold the others.
+    """
+    names = [*known.base, *known.accepts]
+    if "*" in names:
+        names += [key.removeprefix(prefix) for key in ledger.open_keys(prefix)]
+    for name in names:
+        key, value = f"{prefix}{name}", ledger.get(f"{prefix}{name}")
+        if not ledger.has(key) or value is None or value in (math.inf, -math.inf):
+            continue
+        arguments[name] = value
+        ledger.place(key, "optimizer_args")
     words = []
-    for key, value in arguments.items():
+    for name, value in arguments.items():
         if isinstance(value, (list, tuple)):
             value = ",".join(f"{v:g}" for v in value)
-        words.append(f"{key}={value}")
-    return words
+        words.append(f"{name}={value}")
+    if words:
+        ledger.put("optimizer_args", words, "its arguments there, its own defaults included")
+    for key in ledger.open_keys("optimizer."):
+        ledger.drop(key, f"{known.name} has no such argument, or it is not set")

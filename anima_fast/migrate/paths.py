@@ -1,8 +1,8 @@
-"""Relative paths of a source: which folder they are meant from, and what they are here.
+"""Relative paths of a source: which folder they start from, and what they are here.
 
-sd-scripts and diffusion-pipe read them from the folder they are started in, which a configuration
-does not name. So the folder is looked for: the first of some candidates below which the most of the
-named files exist. Paths become absolute from there; where nothing is found they stay as they are.
+sd-scripts and diffusion-pipe read them from the folder that they are started in, which no
+configuration names. So it is looked for: the first of some candidates that has the most of the
+named files. Paths become absolute from there; where nothing is found they stay as they are.
 """
 
 from __future__ import annotations
@@ -11,6 +11,15 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+# Our options that are paths.
+PATHS = frozenset({
+    "pretrained_model_name_or_path", "qwen3", "vae", "llm_adapter_path", "t5_tokenizer_path",
+    "qwen3_tokenizer_path", "models_dir", "dataset_config", "train_data_dir", "reg_data_dir",
+    "in_json", "conditioning_data_dir", "network_weights", "base_weights", "output_dir",
+    "logging_dir", "log_tracker_config", "console_log_file", "cache_dir", "sample_prompts",
+})  # fmt: skip
 
 
 def is_relative(text: str) -> bool:
@@ -22,13 +31,13 @@ def is_relative(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Paths:
-    """The folder that relative paths are meant from; None leaves them as they are."""
+    """The folder that relative paths start from; None leaves them as they are."""
 
     base: Path | None = None
 
     @classmethod
     def find(cls, texts: Iterable[str], candidates: Sequence[Path]) -> Paths:
-        """The candidate below which the most of the relative paths exist."""
+        """The candidate that has the most of the relative paths."""
         relative = [text for text in texts if text and is_relative(text)]
         counts = [sum(os.path.exists(_join(base, t)) for t in relative) for base in candidates]
         best = max(counts, default=0)
@@ -41,6 +50,13 @@ class Paths:
         if self.base is None or not text or not is_relative(text):
             return text, ""
         return _join(self.base, text), f"relative paths are read from {self.base}"
+
+    def resolve_all(self, value: Any) -> tuple[Any, str]:
+        """The same for a path, or for a list of them."""
+        if not isinstance(value, (list, tuple)):
+            return self.resolve(str(value))
+        found = [self.resolve(str(text)) for text in value]
+        return [path for path, _ in found], next((why for _, why in found if why), "")
 
 
 def _join(base: Path, text: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anima_fast.errors import UserError
-from anima_fast.migrate.ledger import Ledger, flatten
+from anima_fast.migrate.ledger import Ledger, flatten, is_rows
 from anima_fast.migrate.paths import Paths
 from anima_fast.migrate.source import parse_file
 from anima_fast.options.dataset_keys import KEYS, check_value
@@ -36,61 +36,61 @@ def convert_dataset_file(ledger: Ledger, folders: tuple[Path, ...]) -> None:
     leaves = dict(flatten(config))
     named_folders = [v for k, v in leaves.items() if _last(k) in FOLDERS and isinstance(v, str)]
     paths = Paths.find(named_folders, [*folders, path.resolve().parent])
-    if any(
-        _reason(key, value) or _moved(key, value, paths)[1] or "custom_attributes." in key
-        for key, value in leaves.items()
-    ):
+    trial = Ledger()
+    trial.extend(config)
+    _table(config, "", trial, paths)
+    if trial.changed or trial.dropped:
         prefix = f"{path.name}: "
         ledger.extend(config, prefix)
-        ledger.dataset = _table(config, "", prefix, ledger, paths)
+        ledger.dataset = _table(config, prefix, ledger, paths)
 
 
-def _table(
-    table: Mapping[str, Any], where: str, prefix: str, ledger: Ledger, paths: Paths
-) -> dict[str, Any]:
+def _table(table: Mapping[str, Any], prefix: str, ledger: Ledger, paths: Paths) -> dict[str, Any]:
     """A level of the file without what is unknown, its keys settled."""
     found: dict[str, Any] = {}
     for key, value in table.items():
-        name = f"{where}{key}"
-        if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
-            rows = enumerate(value)
-            found[key] = [_table(v, f"{name}[{i}].", prefix, ledger, paths) for i, v in rows]
+        name = f"{prefix}{key}"
+        if is_rows(value):
+            found[key] = [_table(v, f"{name}[{i}].", ledger, paths) for i, v in enumerate(value)]
         elif isinstance(value, Mapping) and value and key not in KEYS:
-            found[key] = _table(value, f"{name}.", prefix, ledger, paths)
-        elif isinstance(value, Mapping) and value:
+            found[key] = _table(value, f"{name}.", ledger, paths)
+        elif isinstance(value, Mapping):
             found[key] = dict(value)
-            for leaf, _ in flatten(value, f"{prefix}{name}."):
-                ledger.change(leaf, None, None, ATTRIBUTES)
-        elif reason := _reason(name, value):
-            ledger.drop(f"{prefix}{name}", reason)
+            for leaf in ledger.open_keys(f"{name}."):
+                ledger.explain(leaf, ATTRIBUTES)
+            ledger.place(name, "the dataset file")
         else:
-            found[key], why = _moved(name, value, paths)
-            if why:
-                ledger.change(f"{prefix}{name}", None, None, f"{found[key]}: {why}")
-            else:
-                ledger.take_elsewhere(f"{prefix}{name}", "the dataset file")
+            found |= keep_key(name, key, value, ledger, paths)
     return found
+
+
+def keep_key(
+    name: str, key: str, value: Any, ledger: Ledger, paths: Paths, level: str = ""
+) -> dict[str, Any]:
+    """A key of a dataset, settled as `name`; nothing when it cannot stay.
+
+    Args:
+        level: G, D or S where the key must be one of that level of the file.
+    """
+    why = ""
+    if key not in KEYS or level not in KEYS[key].levels:
+        why = "a label of the window" if key == "name" else "no such key of a dataset here"
+    else:
+        try:
+            check_value(KEYS[key], value, key)
+        except UserError as error:
+            why = str(error).removeprefix(f"{key}: ")
+    if why:
+        ledger.drop(name, why)
+        return {}
+    moved = ""
+    if key in FOLDERS:
+        value, moved = paths.resolve(value)
+    if moved:
+        ledger.explain(name, f"{value}: {moved}")
+    ledger.place(name, f"{key} of the dataset")
+    return {key: value}
 
 
 def _last(key: str) -> str:
     return key.rsplit(".", 1)[-1]
-
-
-def _moved(key: str, value: Any, paths: Paths) -> tuple[Any, str]:
-    if _last(key) in FOLDERS and isinstance(value, str):
-        return paths.resolve(value)
-    return value, ""
-
-
-def _reason(key: str, value: Any) -> str:
-    """Why a key cannot stay; "" when it can."""
-    name = _last(key)
-    if "custom_attributes" in key or value == {}:
-        return ""
-    if name not in KEYS:
-        return "no such key of a dataset here"
-    try:
-        check_value(KEYS[name], value, name)
-    except UserError as error:
-        return str(error).removeprefix(f"{name}: ")
-    return ""

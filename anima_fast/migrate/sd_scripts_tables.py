@@ -1,19 +1,8 @@
-"""What sd-scripts has that is no option of ours: scripts, defaults, options of accelerate."""
+"""What sd-scripts has that is not an option of ours: other names, values and defaults."""
 
 from __future__ import annotations
 
-# Script -> the command here.
-SCRIPTS = {"anima_train_network.py": "train", "anima_train.py": "finetune"}
-
-# Scripts of sd-scripts and musubi-tuner that train something else, by the start of their names.
-OTHER_SCRIPTS = {
-    "sdxl_": "SDXL", "flux_kontext_": "FLUX.1 Kontext", "flux_2_": "FLUX.2", "flux_": "FLUX.1",
-    "sd3_": "Stable Diffusion 3", "lumina_": "Lumina Image 2.0", "hunyuan_image_": "HunyuanImage",
-    "chroma_": "Chroma", "wan_": "Wan", "hv_": "HunyuanVideo", "fpack_": "FramePack",
-    "qwen_image_": "Qwen-Image", "zimage_": "Z-Image", "kandinsky5_": "Kandinsky 5",
-    "train_network": "Stable Diffusion 1 and 2", "train_db": "Stable Diffusion 1 and 2",
-    "fine_tune": "Stable Diffusion 1 and 2", "stable_cascade_": "Stable Cascade",
-}  # fmt: skip
+from anima_fast.migrate.rows import reasons
 
 # Keys that only configurations for another model have.
 OTHER_MODEL_KEYS = {
@@ -23,13 +12,10 @@ OTHER_MODEL_KEYS = {
     "max_token_length": "Stable Diffusion", "clip_skip": "Stable Diffusion",
     "v_parameterization": "Stable Diffusion", "v2": "Stable Diffusion 1 and 2",
 }  # fmt: skip
+# Networks of other models; `networks.lora_MODEL` names the model.
 OTHER_MODULES = {
-    "networks.lora": "Stable Diffusion or SDXL", "networks.lora_flux": "FLUX.1",
-    "networks.lora_sd3": "Stable Diffusion 3", "networks.lora_lumina": "Lumina Image 2.0",
-    "networks.lora_wan": "Wan", "networks.lora_qwen_image": "Qwen-Image",
-    "networks.lora_hunyuan_image": "HunyuanImage", "networks.lora_zimage": "Z-Image",
-    "networks.lora_fa": "Stable Diffusion", "networks.dylora": "Stable Diffusion",
-    "networks.oft": "SDXL", "networks.oft_flux": "FLUX.1",
+    "networks.lora": "Stable Diffusion or SDXL", "networks.lora_fa": "Stable Diffusion",
+    "networks.dylora": "Stable Diffusion", "networks.oft": "SDXL", "networks.oft_flux": "FLUX.1",
 }  # fmt: skip
 
 # Names of the script's first version and of forks.
@@ -45,8 +31,11 @@ OTHER_NETWORKS = {
     "networks.lokr_anima": "networks.lokr", "networks.loha_anima": "networks.loha",
     "lycoris": "lycoris.kohya", "lora_anima": "networks.lora_anima",
 }  # fmt: skip
-# (option, value there) -> value here and the reason.
+_PICKLE = "such files are pickles, which can run code when they are opened"
+# (name, value there) -> value here and the reason.
 OTHER_VALUES = {
+    ("save_model_as", "ckpt"): ("safetensors", _PICKLE),
+    ("save_model_as", "pt"): ("safetensors", _PICKLE),
     ("attn_mode", "sageattn"): ("torch", "sageattn has no backward pass, so it cannot train"),
     ("timestep_sampling", "logit_normal"): ("sigmoid", "the same distribution"),
     ("save_precision", "fp32"): ("float", "another name"),
@@ -54,8 +43,7 @@ OTHER_VALUES = {
     ("save_precision", "bfloat16"): ("bf16", "another name"),
     ("mixed_precision", "fp32"): ("no", "another name"),
 }
-
-# Options that do something here only: the values that do nothing.
+# Options that have an effect here only: the values that have none.
 LIMITS = {"min_timestep": 0, "max_timestep": 1000}
 
 # Its own defaults: written down where a source leaves the option out and ours is another one.
@@ -73,43 +61,21 @@ DEFAULTS = {
 WHY_DEFAULT = {
     "learning_rate": "sd-scripts' default; 1e-4 is usual for a LoRA",
     "mixed_precision": "sd-scripts' default: float32 everywhere; bf16 takes half the memory",
-    "caption_extension": "sd-scripts' default",
 }
 
-_ONE_DEVICE = "one device is used here"
-_PROCESSES = "one process is used here"
-# Options of `accelerate launch`, with and without effect there.
-LAUNCHER = {
-    "--mixed_precision": "it had no effect there either: the script's own --mixed_precision counts",
-    "--num_cpu_threads_per_process": _PROCESSES,
-    "--num_machines": _ONE_DEVICE,
-    "--num_processes": _ONE_DEVICE,
-    "--machine_rank": _ONE_DEVICE,
-    "--main_process_ip": _ONE_DEVICE,
-    "--main_process_port": _ONE_DEVICE,
-    "--same_network": _ONE_DEVICE,
-    "--num_gpus": _ONE_DEVICE,
-    "--nproc_per_node": _ONE_DEVICE,
-    "--config_file": "a file of accelerate: precision and devices are options of the training here",
-    "--dynamo_backend": "--compile compiles the blocks here",
-    "--dynamo_mode": "--compile_mode is the option here",
-    "--quiet": "it is about accelerate's own messages",
-}
-LAUNCHER_REST = "an option of the launcher, which is not used here"
-
-# Names with a reason of their own; the rest come from `option_groups.tables`.
-DROPPED = {
-    "config_file": "read, and its keys are listed",
-    "output_config": "it is about sd-scripts' own configuration file",
-    "dynamo_backend": "--compile compiles the blocks here",
-    "fp8_base": "it had no effect on Anima there",
-    "fp8_base_unet": "it had no effect on Anima there",
-    "wandb_api_key": "a password: give it on the command line, or as WANDB_API_KEY",
-    "huggingface_token": "a password, and uploads are out of scope",
-    "resume": "a state of another trainer cannot be continued; network_weights = \"LAST_LORA\" "
-    "starts from its last file, with a new optimizer",
-    "model_train_type": "it chose the script, which is known",
-    "model_type": "it chose the script, which is known",
-    "anima_training_mode": "it chose the script, which is known",
-}  # fmt: skip
-DEEPSPEED = "DeepSpeed is for several devices, and one is used here"
+# Names with a reason of their own; the rest come from the tables of the options.
+DROPPED = reasons({
+    "read, and its keys are listed": "config_file",
+    "it is about sd-scripts' own configuration file": "output_config",
+    "--compile compiles the blocks here": "dynamo_backend",
+    "it had no effect on Anima there": "fp8_base fp8_base_unet",
+    "a password: give it on the command line, or as WANDB_API_KEY": "wandb_api_key",
+    "a password, and uploads are out of scope": "huggingface_token",
+    'a state of another trainer cannot be continued; network_weights = "LAST_LORA" starts from '
+    "its last file, with a new optimizer": "resume",
+    "DeepSpeed is for several devices, and one is used here":
+        "deepspeed zero_stage offload_optimizer_device offload_optimizer_nvme_path "
+        "offload_param_device offload_param_nvme_path zero3_init_flag zero3_save_16bit_model "
+        "fp16_master_weights_and_gradients",
+    "it chose the script, which is known": "model_train_type model_type anima_training_mode",
+})  # fmt: skip

@@ -1,7 +1,7 @@
 """What a source is: a command line, a script with one, or a configuration of a known trainer.
 
-The kind is found in the content, not in the file's name, and configurations for other models are
-refused by name here.
+The content tells the kind, not the file's name. A configuration for another model is refused by
+that model's name.
 """
 
 from __future__ import annotations
@@ -9,23 +9,17 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from anima_fast.errors import UserError
 from anima_fast.files import parse_config
 from anima_fast.migrate.command import EXAMPLE, Launch, find_launch
-from anima_fast.migrate.sd_scripts_tables import (
-    OTHER_MODEL_KEYS,
-    OTHER_MODULES,
-    OTHER_SCRIPTS,
-    SCRIPTS,
-)
-from anima_fast.migrate.words import Command, option_names, split_commands, variable_names
-from anima_fast.options.declare import specs
+from anima_fast.migrate.ledger import is_rows
+from anima_fast.migrate.rows import OPTIONS
+from anima_fast.migrate.shell import Command, split_commands, variable_names
 from anima_fast.options.other_names import ALIASES, IGNORED, REFUSED
-from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 TRAINERS = "sd-scripts, kohya_ss' GUI, diffusion-pipe and OneTrainer"
 CONFIGS, TEXTS = (".toml", ".json"), (".sh", ".bash", ".bat", ".cmd", ".ps1", ".txt", ".command")
@@ -34,7 +28,26 @@ _OTHER_FILES = {
     ".yml": "YAML files are ai-toolkit's or SimpleTuner's",
     ".safetensors": "a model file: `anima-fast inspect` reads it",
 }
-_ONLY_MODELS = "anima_fast trains the Anima image model only"
+KERNELS = "the blocks run through kernels of their own, which --compile would turn off"
+ONLY = "anima_fast trains the Anima image model only"
+# Script of sd-scripts -> the command here.
+SCRIPTS = {"anima_train_network.py": "train", "anima_train.py": "finetune"}
+# Other models, by the beginnings of their names in scripts, modules and configurations.
+_MODELS = {
+    "sdxl": "SDXL", "stable_diffusion_xl": "SDXL", "sd3": "Stable Diffusion 3",
+    "stable_diffusion_3": "Stable Diffusion 3", "stable_diffusion": "Stable Diffusion",
+    "stable_cascade": "Stable Cascade", "train_network": "Stable Diffusion 1 and 2",
+    "train_db": "Stable Diffusion 1 and 2", "fine_tune": "Stable Diffusion 1 and 2",
+    "flux_kontext": "FLUX.1 Kontext", "flux_2": "FLUX.2", "flux2": "FLUX.2", "flux": "FLUX.1",
+    "lumina": "Lumina Image 2.0", "hunyuan_image": "HunyuanImage", "hunyuan": "HunyuanVideo",
+    "hv_": "HunyuanVideo", "chroma": "Chroma", "wan": "Wan", "fpack": "FramePack",
+    "qwen": "Qwen-Image", "zimage": "Z-Image", "z_image": "Z-Image", "kandinsky": "Kandinsky",
+    "hidream": "HiDream", "hi_dream": "HiDream", "ltx": "LTX-Video", "cosmos": "Cosmos",
+    "omnigen": "OmniGen2", "auraflow": "AuraFlow", "krea": "Krea 2", "ernie": "ERNIE-Image",
+    "longcat": "LongCat-Video", "ideogram": "Ideogram 4", "minimax": "MiniMax H3",
+    "pixart_alpha": "PixArt Alpha", "pixart_sigma": "PixArt Sigma", "sana": "Sana",
+    "wuerstchen": "Wuerstchen 2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,9 +59,8 @@ class Source:
         config: the parsed file; empty for a command line alone.
         launch: the command line, if there is one.
         file: the configuration or the script file; None for a text.
-        folders: where relative paths may be meant from, the most likely first.
+        folders: where relative paths may start, the most likely first.
         unset: shell variables in the text that it does not set.
-        outside: names of options in the text that are not in the command itself.
     """
 
     trainer: str
@@ -57,7 +69,10 @@ class Source:
     file: Path | None = None
     folders: tuple[Path, ...] = ()
     unset: tuple[str, ...] = ()
-    outside: tuple[str, ...] = ()
+
+    def find(self, name: str) -> Path | None:
+        """The first file of this name below the folders, if there is one."""
+        return next((f / name for f in self.folders if (f / name).is_file()), None)
 
 
 def open_source(text: str | tuple[str, ...], folder: Path | None = None) -> Source:
@@ -71,27 +86,23 @@ def open_source(text: str | tuple[str, ...], folder: Path | None = None) -> Sour
     """
     here = (folder,) if folder else (Path.cwd(),)
     if isinstance(text, tuple):
-        return _launched(find_launch([Command(text)]), None, here, ())
-    if not text.strip():
-        raise UserError(f"the source is empty: expected a file, or something like {EXAMPLE}")
-    if text == "-":
-        return _commands(sys.stdin.read(), None, here)
+        return _launched(find_launch([Command(text)]), None, here)
     path = Path(text.strip().strip("\"'")).expanduser()
-    if _is_path(path, text):
-        suffix = path.suffix.lower()
-        if suffix in _OTHER_FILES:
-            raise UserError(f"{path.name}: {_OTHER_FILES[suffix]}; importing reads {TRAINERS}")
-        content = _read(path)
-        # Configurations lie in a folder of the trainer, or a folder in it.
-        folders = here if folder else (*here, *path.resolve().parents[:3])
-        if suffix in CONFIGS or _looks_like_json(content):
-            return _config(path, content, folders)
-        return _commands(content, path, folders)
-    return _commands(text, None, here)
+    if text == "-" or not _is_path(path, text):
+        return _commands(sys.stdin.read() if text == "-" else text, None, here)
+    if path.suffix.lower() in _OTHER_FILES:
+        what = _OTHER_FILES[path.suffix.lower()]
+        raise UserError(f"{path.name}: {what}; importing reads {TRAINERS}")
+    content = _read(path)
+    # Configurations lie in a folder of the trainer, or a folder in it.
+    folders = here if folder else (*here, *path.resolve().parents[:3])
+    if path.suffix.lower() in CONFIGS or _looks_like_json(content):
+        return _config(path, content, folders)
+    return _commands(content, path, folders)
 
 
 def _is_path(path: Path, text: str) -> bool:
-    if "\n" in text or len(text) > 4000:
+    if "\n" in text or len(text) > 4000 or not text.strip():
         return False
     try:
         if path.is_file():
@@ -100,24 +111,22 @@ def _is_path(path: Path, text: str) -> bool:
         return False
     if path.is_dir():
         raise UserError(f"{text} is a folder: give the configuration file in it")
-    suffix = path.suffix.lower()
-    named = suffix in (*CONFIGS, *TEXTS, *_OTHER_FILES) and "--" not in text
+    named = path.suffix.lower() in (*CONFIGS, *TEXTS, *_OTHER_FILES) and "--" not in text
     if named and not re.search(r"\.py\b", text):
         raise UserError(f"{text} does not exist: check the path")
     return False
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        # Windows' own editors write UTF-16, and PowerShell does.
+    # Windows' own editors write UTF-16, and PowerShell does.
+    for encoding in ("utf-8-sig", "utf-16"):
         try:
-            return path.read_text(encoding="utf-16")
-        except (UnicodeError, OSError):
-            raise UserError(f"{path} is no text in UTF-8: save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            return path.read_text(encoding=encoding)
+        except UnicodeError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    raise UserError(f"{path} is no text in UTF-8: save it as UTF-8")
 
 
 def _looks_like_json(content: str) -> bool:
@@ -135,26 +144,19 @@ def parse_file(path: Path, content: str | None = None) -> Any:
 def _commands(text: str, file: Path | None, folders: tuple[Path, ...]) -> Source:
     if not text.strip():
         raise UserError(f"the source is empty: expected a file, or something like {EXAMPLE}")
-    launch = find_launch(split_commands(text, file.resolve().parent if file else None))
+    commands = split_commands(text, file.resolve().parent if file else None)
+    return _launched(find_launch(commands), file, folders)
+
+
+def _launched(launch: Launch, file: Path | None, folders: tuple[Path, ...]) -> Source:
     unset = tuple(dict.fromkeys(variable_names(" ".join(launch.arguments))))
-    # Options that a script puts together in variables and lists, mostly under conditions.
-    given = option_names(" ".join([*launch.arguments, *launch.launcher]))
-    known = {*specs(TrainOptions), *specs(FinetuneOptions), *ALIASES, *IGNORED, *REFUSED}
-    outside = [name for name in option_names(text) if name in known and name not in given]
-    source = _launched(launch, file, folders, unset)
-    return replace(source, outside=tuple(dict.fromkeys(outside)))
-
-
-def _launched(
-    launch: Launch, file: Path | None, folders: tuple[Path, ...], unset: tuple[str, ...]
-) -> Source:
     if launch.folder:
         # A script changes to the trainer's folder from its own, or from the current one.
         folders = (*(folder / launch.folder for folder in folders[::-1]), *folders)
     if launch.name in SCRIPTS:
         return Source("sd-scripts", {}, launch, file, folders, unset)
     if (config := _config_of(launch)) is not None:
-        found = _find(config, folders)
+        found = find_file(config, folders)
         inner = _config(found, _read(found), folders)
         if inner.trainer not in ("diffusion-pipe", "onetrainer"):
             raise UserError(
@@ -166,28 +168,22 @@ def _launched(
 
 def _config_of(launch: Launch) -> str | None:
     """The file that diffusion-pipe's and OneTrainer's train.py are given."""
-    if launch.name != "train.py":
-        return None
     words = [part for word in launch.arguments for part in word.split("=", 1)]
     for option in ("--config", "--config-path", "--config_path"):
-        if option in words[:-1]:
+        if launch.name == "train.py" and option in words[:-1]:
             return words[words.index(option) + 1]
     return None
 
 
-def _find(text: str, folders: tuple[Path, ...]) -> Path:
-    for folder in folders:
-        if (folder / text).is_file():
-            return folder / text
-    raise UserError(
-        f"{text} of the command line does not exist in {folders[0]}: give --cwd FOLDER, the folder "
-        "that the command is run in"
-    )
-
-
-def find_config(text: str, folders: tuple[Path, ...]) -> Path:
-    """The file of sd-scripts' `--config_file`, to which it appends `.toml` when missing."""
-    return _find(text if text.endswith(".toml") else f"{text}.toml", folders)
+def find_file(text: str, folders: tuple[Path, ...]) -> Path:
+    """A file that a command line names, or `UserError`."""
+    found = Source("", folders=folders).find(text)
+    if found is None:
+        raise UserError(
+            f"{text} of the command line does not exist in {folders[0]}: give --cwd FOLDER, the "
+            "folder that the command is run in"
+        )
+    return found
 
 
 def _unknown_script(name: str) -> str:
@@ -195,19 +191,23 @@ def _unknown_script(name: str) -> str:
         return f"{name} trains a ControlNet, which is not supported for Anima"
     if "textual_inversion" in name:
         return f"{name} is textual inversion, which is not supported for Anima"
-    for start, model in OTHER_SCRIPTS.items():
-        if name.startswith(start):
-            return f"{name} trains {model}: {_ONLY_MODELS}"
+    if model := other_model(name):
+        return f"{name} trains {model}: {ONLY}"
     known = ", ".join(SCRIPTS)
     return f"{name} is no training script that importing knows: {known}, or train.py with a config"
 
 
+def other_model(name: str) -> str:
+    """The title of another model that a name begins with; "" for none."""
+    titles = (title for start, title in _MODELS.items() if name.lower().startswith(start))
+    return next(titles, "")
+
+
 def _config(path: Path, content: str, folders: tuple[Path, ...]) -> Source:
     parsed = parse_file(path, content)
-    if isinstance(parsed, list) and parsed and isinstance(parsed[0], Mapping):
-        if "prompt" in parsed[0]:
-            raise UserError(f"{path.name} holds OneTrainer's samples: give the training config")
-        raise UserError(f"{path.name} holds OneTrainer's concepts: give the config that names it")
+    if is_rows(parsed):
+        what = "samples" if "prompt" in parsed[0] else "concepts"
+        raise UserError(f"{path.name} holds OneTrainer's {what}: give the config that names it")
     if not isinstance(parsed, dict) or not parsed:
         raise UserError(f"{path.name} holds no settings: expected a configuration of {TRAINERS}")
     return Source(_trainer(parsed, path.name), parsed, None, path, folders)
@@ -220,7 +220,7 @@ def _trainer(config: Mapping[str, Any], name: str) -> str:
         return "onetrainer"
     if isinstance(model, Mapping) and "type" in model:
         return "diffusion-pipe"
-    if "directory" in config and isinstance(config["directory"], list):
+    if isinstance(config.get("directory"), list):
         raise UserError(f"{name} is a dataset of diffusion-pipe: give the config that names it")
     if isinstance(config.get("datasets"), list):
         raise UserError(
@@ -231,41 +231,14 @@ def _trainer(config: Mapping[str, Any], name: str) -> str:
         return "kohya-gui"
     if "job" in config and "config" in config:
         raise UserError(f"{name} is a job of ai-toolkit: importing reads {TRAINERS}")
-    keys = flat_names(config)
-    known = {*specs(TrainOptions), *specs(FinetuneOptions), *ALIASES, *IGNORED, *REFUSED}
-    if not keys & known:
+    if not _names(config) & {*OPTIONS, *ALIASES, *IGNORED, *REFUSED}:
         raise UserError(f"{name}: nothing in it is known: importing reads {TRAINERS}")
     return "sd-scripts"
 
 
-def flat_names(config: Mapping[str, Any]) -> set[str]:
+def _names(config: Mapping[str, Any]) -> set[str]:
     """The keys of a configuration without their sections, with underscores."""
     names = set()
     for key, value in config.items():
-        names |= flat_names(value) if isinstance(value, Mapping) else {key.replace("-", "_")}
+        names |= _names(value) if isinstance(value, Mapping) else {key.replace("-", "_")}
     return names
-
-
-def check_model(values: Mapping[str, Any], name: str) -> None:
-    """Refuse options of sd-scripts that are for another model.
-
-    Raises:
-        UserError: with the model's name, or because nothing says that it is Anima.
-    """
-    module = str(values.get("network_module") or "")
-    kind = str(values.get("model_train_type") or "")
-    if kind and not kind.startswith("anima"):
-        raise UserError(f"{name} is for {kind}: {_ONLY_MODELS}")
-    if module in OTHER_MODULES:
-        raise UserError(f"{name} trains {OTHER_MODULES[module]} ({module}): {_ONLY_MODELS}")
-    if module == "networks.lora_anima" or kind or any(
-        values.get(key) for key in ("qwen3", "qwen3_path", "qwen", "llm_adapter_path")
-    ):  # fmt: skip
-        return
-    for key, model in OTHER_MODEL_KEYS.items():
-        if values.get(key):
-            raise UserError(f"{name} is for {model} ({key} is set): {_ONLY_MODELS}")
-    raise UserError(
-        f"{name} does not name the text encoder (qwen3), as every configuration for Anima does: "
-        "add it, or give the whole command line"
-    )

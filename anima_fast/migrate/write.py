@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterable
 from typing import Any
@@ -18,21 +17,22 @@ WIDTH = 96
 
 def list_lines(ledger: Ledger) -> list[str]:
     """The lists as lines of at most about 96 characters: to do, taken, changed, dropped, added."""
-    lines = []
-    if ledger.todo:
-        lines += ["To do before training:", *_wrapped(f"- {text}" for text in ledger.todo), ""]
-    lines += [f"Taken over ({len(ledger.taken)}):", *_taken(ledger.taken), ""]
     changed = [
         f"{e.key} = {e.shown}" + (f" -> {e.option} = {e.new}" if e.option else "") + f": {e.why}"
         for e in ledger.changed
     ]
-    lines += [f"Changed ({len(changed)}):", *_wrapped(changed or ["nothing"]), ""]
-    dropped = _dropped(ledger.dropped)
-    lines += [f"Dropped ({len(ledger.dropped)}):", *_wrapped(dropped or ["nothing"]), ""]
-    if ledger.added:
-        lines += [f"Added, as the source does not say ({len(ledger.added)}):"]
-        lines += [*_wrapped(f"{e.option} = {e.new}: {e.why}" for e in ledger.added), ""]
-    return lines[:-1]
+    added = [f"{e.option} = {e.new}: {e.why}" for e in ledger.added]
+    lists = {
+        "To do before training": [f"- {text}" for text in ledger.todo],
+        f"Taken over ({len(ledger.taken)})": _taken(ledger.taken) or ["nothing"],
+        f"Changed ({len(changed)})": changed or ["nothing"],
+        f"Dropped ({len(ledger.dropped)})": _dropped(ledger.dropped) or ["nothing"],
+        f"Added, as the source does not say ({len(added)})": added,
+    }
+    lines: list[str] = []
+    for title, texts in lists.items():
+        lines += ["", f"{title}:", *_wrapped(texts)] if texts else []
+    return lines[1:]
 
 
 def options_text(ledger: Ledger, cls: type, header: Iterable[str]) -> str:
@@ -57,22 +57,14 @@ def dataset_text(dataset: dict[str, Any], header: Iterable[str]) -> str:
 
 
 def _array_table(name: str, values: dict[str, Any]) -> str:
-    """One `[[name]]`; tables in it are written inline, as headers would end it."""
-    lines = [
-        f"{key} = {_inline(value)}" if isinstance(value, dict) else tomli_w.dumps({key: value})
-        for key, value in values.items()
-    ]
-    return "\n".join([f"[[{name}]]", *(line.rstrip("\n") for line in lines), ""])
+    return "\n".join([f"[[{name}]]", *(_pair(key, value) for key, value in values.items()), ""])
 
 
-def _inline(table: dict[str, Any]) -> str:
-    pairs = [
-        f"{key} = {_inline(value)}"
-        if isinstance(value, dict)
-        else tomli_w.dumps({key: value}).strip()
-        for key, value in table.items()
-    ]
-    return "{ " + ", ".join(pairs) + " }" if pairs else "{}"
+def _pair(key: str, value: Any) -> str:
+    """A key and its value; a table is written inline, as a header would end the one around it."""
+    if isinstance(value, dict) and value:
+        return f"{key} = {{ {', '.join(_pair(k, v) for k, v in value.items())} }}"
+    return f"{key} = {{}}" if value == {} else tomli_w.dumps({key: value}).strip()
 
 
 def _comments(lines: Iterable[str]) -> str:
@@ -82,50 +74,39 @@ def _comments(lines: Iterable[str]) -> str:
 
 
 def _taken(entries: list[Entry]) -> list[str]:
-    same = [e.option for e in entries if e.option == _name(e.key)]
-    renamed = [e for e in entries if e.option != _name(e.key) and e.new]
-    moved: dict[str, list[Entry]] = {}
+    """Keys of the same name in one line; of the others a line each, or one for each place."""
+    same, renamed, placed = [], [], dict[str, list[str]]()
     for entry in entries:
-        if entry.option != _name(entry.key) and not entry.new:
-            moved.setdefault(str(entry.option), []).append(entry)
+        if entry.option == entry.key.rsplit(".", 1)[-1].lstrip("-").replace("-", "_"):
+            same.append(entry.option)
+        elif entry.new:
+            renamed.append(f"{entry.key} -> {entry.option} = {entry.new}")
+        else:
+            placed.setdefault(str(entry.option), []).append(entry.key)
     lines = [", ".join(same)] if same else []
-    lines += [f"{e.key} -> {e.option} = {e.new}" for e in renamed]
-    lines += [f"{', '.join(e.key for e in moved[where])} -> {where}" for where in moved]
-    return _wrapped(lines or ["nothing"])
-
-
-def _name(key: str) -> str:
-    return key.rsplit(".", 1)[-1].lstrip("-").replace("-", "_")
+    return [*lines, *renamed, *(f"{', '.join(keys)} -> {where}" for where, keys in placed.items())]
 
 
 def _dropped(entries: list[Entry]) -> list[str]:
     """A line for each reason; many keys of one table are written as `table.*`."""
-    by_reason: dict[str, list[Entry]] = {}
+    by_reason: dict[str, dict[str, list[Entry]]] = {}
     for entry in entries:
-        by_reason.setdefault(entry.why, []).append(entry)
-    return [f"{', '.join(_folded(members))}: {why}" for why, members in by_reason.items()]
-
-
-def _folded(entries: list[Entry]) -> list[str]:
-    tables: dict[str, list[Entry]] = {}
-    for entry in entries:
-        table = re.sub(r"[^.]+$", "", entry.key) or entry.key
-        tables.setdefault(table if table.endswith(".") else entry.key, []).append(entry)
-    shown = []
-    for table, members in tables.items():
-        if len(members) > 3 and table.endswith("."):
-            shown.append(f"{table}* ({len(members)} keys)")
-        else:
-            shown += [f"{e.key} = {e.shown}" if len(entries) <= 6 else e.key for e in members]
-    return shown
+        table = entry.key.rpartition(".")[0] or entry.key
+        by_reason.setdefault(entry.why, {}).setdefault(table, []).append(entry)
+    lines = []
+    for why, tables in by_reason.items():
+        few, shown = sum(map(len, tables.values())) <= 6, []
+        for table, members in tables.items():
+            if len(members) > 3:
+                shown.append(f"{table}.* ({len(members)} keys)")
+            else:
+                shown += [f"{e.key} = {e.shown}" if few else e.key for e in members]
+        lines.append(f"{', '.join(shown)}: {why}")
+    return lines
 
 
 def _wrapped(texts: Iterable[str]) -> list[str]:
-    return [
-        line
-        for text in texts
-        for line in textwrap.wrap(
-            text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False,
-            break_on_hyphens=False,
-        )
-    ]  # fmt: skip
+    wrapper = textwrap.TextWrapper(
+        WIDTH, "  ", "    ", break_long_words=False, break_on_hyphens=False
+    )
+    return [line for text in texts for line in wrapper.wrap(text)]

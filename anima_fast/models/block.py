@@ -16,7 +16,7 @@ the three sublayer results stay too, as the gradients of the gates need them.
 
 Backward stops where nothing below needs a gradient, in the middle of a block too. Adapters are used
 in the dtype of the activations; their gradients have the parameters' own. The eager `Block` is the
-definition, and computes whatever this one does not take on (fuse.py, which installs it).
+definition, and computes whatever this one does not support (fuse.py installs it and decides).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ ADAPTERS = [n for group in NAMES.values() for kind in ("down", "up") for n in gr
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """What the Function gets besides tensors."""
+    """The Function's arguments besides tensors."""
 
     policy: str
     attn_mode: str
@@ -74,7 +74,7 @@ class BlockSettings:
     head_dim: int
     scales: dict[str, list[float]]
     rows: ZeroRows | None
-    # Of matrices, by kernels/lora_linear.py.
+    # The implementation of kernels/lora_linear.py.
     products: str = "auto"
     pack: Callable[[Tensor], Any] | None = None
     unpack: Callable[[Any], Tensor] | None = None
@@ -95,7 +95,7 @@ class BlockTensors:
     def cast_adapters(self) -> dict[str, Tensor]:
         """All adapters of the block in the dtype of the activations: one launch, one buffer.
 
-        Those of one group come behind each other, so that stacking them is a view.
+        Those of one group are adjacent, so that stacking them is a view.
         """
         given = {name: x for name in ADAPTERS if (x := self.t[name]).numel()}
         if all(x.dtype == self.settings.dtype for x in given.values()):
@@ -169,7 +169,7 @@ class BlockTensors:
         return self.kept[name].out.flatten(2)
 
     def forward(self) -> Tensor:
-        """x₃; everything that backward may want is in `t` and `kept` afterwards."""
+        """x₃; afterwards `t` and `kept` hold everything that backward may need."""
         t = self.t
         t["qkv"], _ = self.linear("qkv", self.modulated(t["x0"], 0))
         t["y0"], _ = self.linear("out", self.attention("self", *self.self_qkv()))
@@ -183,7 +183,7 @@ class BlockTensors:
         return gate_residual_forward(t["x2"], t["y2"], self.modulations[2].gate)
 
 
-# What `none` keeps besides inputs and the attentions' out and lse; `mlp` keeps no a.
+# What `none` keeps besides inputs and the attentions' out and lse; `mlp` drops a.
 KEPT = ("x1", "x2", "qkv", "q", "kv", "a", *(f"h.{group}" for group in GROUPS))
 SUBLAYERS = ("y0", "y1", "y2")
 
@@ -219,12 +219,12 @@ class Backward:
         return None if dx is None else dx.view(*shape, -1)
 
     def adapter_dtype(self, group: str) -> torch.dtype:
-        """That of the group's adapters, which a layer without one does not have."""
+        """The dtype of the group's adapters, from a layer that has one."""
         downs = [self.t[name] for name in NAMES[group]["down"]]
         return next((a.dtype for a in downs if a.shape[0]), downs[0].dtype)
 
     def modulated(self, x: Tensor, sublayer: int, group: str) -> Tensor | None:
-        """The input of a linear group again, if its adapters need it."""
+        """The input of a linear group, recomputed if its adapters need it."""
         return self.v.modulated(x, sublayer) if self.v.adapted(group) else None
 
     def run(self, dout: Tensor) -> dict[str, Tensor]:

@@ -1,16 +1,17 @@
 """CUDA graphs of the fused blocks: one launch forward and one backward instead of thousands.
 
-On small images a fast card is done with a kernel before Python has launched the next. A graph is
+On small images a fast card finishes a kernel before Python has launched the next. A graph is
 recorded for each shape of the inputs when the shape comes again, and replayed from then on: always
 when asked for, else where that pays. All graphs share one memory pool, as only one is between its
 forward and its backward.
 
 A graph repeats launches with the pointers and host numbers of its recording. So whatever it
 depends on is an input that is copied in (tokens, modulation, text, angles, counts of zero keys), or
-part of its key (shapes, strengths, where weights and adapters lie), or sends the step the plain way
-(dropout, rank masks, swapped, offloaded or eager blocks). The rows of the text are rounded up to
-`ROWS` by zero rows, which take the place of zero keys: the same result, and few shapes. Before a
-graph is used it must agree with the plain launches on values other than those of its recording.
+part of its key (shapes, strengths, addresses of weights and adapters), or makes the step run
+plainly (dropout, rank masks, swapped, offloaded or eager blocks). The rows of the text are rounded
+up to `ROWS` by zero rows, which take the place of zero keys: the same result, and few shapes.
+Before a graph is used it must agree with the plain launches on values other than those of its
+recording.
 
 Whether a graph pays is measured: it saves the host's time, which is worth having where the card
 waits for the host. One plain forward shows that: the host's time for its launches against the
@@ -97,7 +98,7 @@ class BlockStack(nn.Module):
 class TimedForward:
     """Times one forward on the host and on the card, without waiting for the card.
 
-    A context manager around the launches. `pays` tells later, when the card has done them.
+    A context manager around the launches. `pays` answers later, once the card has run them.
     """
 
     host: float = 0.0
@@ -117,7 +118,7 @@ class TimedForward:
         self._events[1].record()
 
     def pays(self) -> bool:
-        """Whether the card waited for the host, and the memory for a graph is there."""
+        """Whether the card waited for the host, and there is memory for a graph."""
         start, end = self._events
         end.synchronize()
         return start.elapsed_time(end) / 1e3 <= WAITING * self.host and self._fits()
@@ -292,7 +293,7 @@ class _Token:
 
 
 def adapters_of(dit: AnimaDiT) -> Iterator[Any]:
-    """The adapters on the layers that the fused blocks compute, in the order of the layers."""
+    """The adapters on the layers that the fused blocks compute, in layer order."""
     for block in dit.blocks:
         for layers in block.fused.modules.groups.values():
             for linear in layers:
@@ -334,7 +335,7 @@ def rounded_up(shared: Shared) -> Shared:
 
 
 def pointers(dit: AnimaDiT) -> Iterator[Hashable]:
-    """Where the blocks' weights and adapters lie, and the adapters' strengths."""
+    """Addresses of the blocks' weights and adapters, and the adapters' strengths."""
     for block in dit.blocks:
         for layers in block.fused.modules.packable():
             yield from (layer.weight.data_ptr() for layer in layers)

@@ -51,3 +51,10 @@ class DitConfig:
             in_channels=patch_in // PATCH**2 - 1,
             out_channels=size_of(shapes, "final_layer.linear.weight")[0] // PATCH**2,
         )
+
+
+# The published model.
+PUBLISHED = DitConfig(
+    model_channels=2048, num_blocks=28, num_heads=16, head_dim=128, context_dim=1024,
+    adaln_rank=256, mlp_hidden=8192,
+)  # fmt: skip

@@ -40,11 +40,11 @@ class Shared:
     cos: Tensor  # [L, K]
     sin: Tensor  # [L, K]
     zero_rows: ZeroRows | None
-    # Of the linear layers of attention and MLP.
+    # Dtype of the linear layers in attention and MLP.
     dtype: torch.dtype
     attn_mode: str = "torch"
     split_attn: bool = False
-    # Of all blocks at once, [blocks, B, 9, D], where blocks run fused (models/modulation.py).
+    # The modulation of all blocks, [blocks, B, 9, D], when they run fused (models/modulation.py).
     modulations: Tensor | None = None
 
 

@@ -112,7 +112,7 @@ def _layer(linear: nn.Linear, batch: int, length: int) -> FrozenLinear:
 
 
 def fuse_blocks(
-    dit: AnimaDiT, recompute: str | int = "none", *, swapped: Collection[int] = ()
+    dit: AnimaDiT, recompute: str | int | list[str] = "none", *, swapped: Collection[int] = ()
 ) -> None:
     """Let every block of a DiT run fused; call it where the weights are on their device.
 
@@ -121,7 +121,8 @@ def fuse_blocks(
 
     Args:
         dit: the model; adapters may be attached before or later.
-        recompute: none, mlp, block, or a count of blocks at `block`, the rest at `none`.
+        recompute: none, mlp, block, a count of blocks at `block`, the rest at `none`, or the policy
+            of every block.
         swapped: blocks whose weights are in host memory (memory/offload.py): they are not packed,
             and run with policy `none`, as their runner recomputes them.
 

@@ -2,8 +2,8 @@
 
     z = silu(e) [A₁; A₂; …]ᵀ      m_i = z_i B_iᵀ + a        i over the three AdaLN of every block
 
-The weights lie in two packed buffers of which the layers' own weights are views (`pack`), so the
-state dict stays as it is.
+The weights are in two packed buffers of which the layers' own weights are views (`pack`), so the
+state dict is unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def attached(layer: nn.Module) -> Sequence[Any]:
 
 
 def pack(layers: Sequence[nn.Module]) -> None:
-    """Put the weights of layers behind each other in memory; they become views of one buffer."""
+    """Put the weights of layers one after another in memory, as views of one buffer."""
     buffer = torch.cat([layer.weight.data for layer in layers])
     first = 0
     for layer in layers:

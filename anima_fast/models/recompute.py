@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 POLICIES = ("none", "mlp", "block")
 
 
-def block_policies(recompute: str | int, blocks: int) -> list[str]:
+def block_policies(recompute: str | int | list[str], blocks: int) -> list[str]:
     """The policy of every block: none, mlp or block for all, or how many blocks at `block`.
 
-    Raises `ValueError` for anything else.
+    A list is that of all blocks already. Raises `ValueError` for anything else.
     """
+    if isinstance(recompute, list):
+        return recompute
     if recompute in POLICIES:
         return [str(recompute)] * blocks
     count = int(recompute) if str(recompute).isdigit() else -1

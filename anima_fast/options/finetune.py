@@ -27,6 +27,11 @@ PARTS = {
 }
 
 
+def part_of(name: str) -> str:
+    """The learning-rate part of a weight: the first whose mark its name contains, else base."""
+    return next((part for part, (mark, _) in PARTS.items() if mark in name), "base")
+
+
 @dataclass(frozen=True)
 class FinetuneGroup:
     """Which weights are trained, and how they are updated and kept."""
@@ -57,12 +62,6 @@ class FinetuneGroup:
         False, "Update each weight as soon as its gradient is ready, so that gradients are never "
         "all in memory; max_grad_norm then clips each weight's gradient by itself.",
     )  # fmt: skip
-    vram: float | None = _full(
-        None, "Device memory in GiB to plan for, instead of what the card has free.", low=0.1
-    )
-    plan_memory: bool = _full(
-        False, "Print the predicted memory and what would change it, then stop."
-    )
 
 
 def network_options() -> dict[str, str]:

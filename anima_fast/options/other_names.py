@@ -65,7 +65,7 @@ REFUSED = _by_name({
     "fp8_base fp8_base_unet fp8_scaled",
     "use --compile, which compiles block by block": "torch_compile dynamo_backend",
     "it is an option of full fine-tuning (`anima-fast finetune`); remove it for a LoRA":
-    "fused_backward_pass weight_update vram plan_memory",
+    "fused_backward_pass weight_update",
     "training on several devices is not supported; use one device": "deepspeed zero_stage "
     "offload_optimizer_device offload_optimizer_nvme_path offload_param_device "
     "offload_param_nvme_path zero3_init_flag zero3_save_16bit_model "

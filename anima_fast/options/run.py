@@ -38,6 +38,7 @@ from anima_fast.options.training import (
     LoRAFileOptions,
     LoRASpeedOptions,
     MemoryOptions,
+    MemoryPlanOptions,
     NetworkOptions,
     NetworkRateOptions,
     OptimizerOptions,
@@ -88,7 +89,7 @@ class _Data(
 
 class _Learning(
     MetadataOptions, PreviewOptions, ValidationOptions, LogOptions, SaveOptions, MaskOptions,
-    MemoryOptions, FlowOptions, SchedulerOptions, OptimizerOptions,
+    MemoryPlanOptions, MemoryOptions, FlowOptions, SchedulerOptions, OptimizerOptions,
 ):  # fmt: skip
     """How it is trained, saved and logged."""
 
@@ -133,11 +134,6 @@ class TrainOptions(
     rules = (*NETWORK_RULES, *SHARED_RULES)
 
     @property
-    def about(self) -> tuple[str, dict[str, str]]:
-        """What kind of training it is, and facts that only this kind has, for the report."""
-        return "LoRA training", {"rank, alpha": f"{self.network_dim}, {self.network_alpha:g}"}
-
-    @property
     def network_arguments(self) -> NetworkArgs:
         """`network_args`, parsed and checked."""
         return parse_network_args(self.network_args, self.network_module)
@@ -173,16 +169,6 @@ class FinetuneOptions(RunOptions, _Learning, FinetuneGroup, _Data):
         "Saving and resuming", 30.0,
         "Minutes between the states of a rolling resume folder; 0 = off.", low=0,
     )  # fmt: skip
-
-    @property
-    def about(self) -> tuple[str, dict[str, str]]:
-        """What kind of training it is, and facts that only this kind has, for the report."""
-        rates = [f"{part} {rate:g}" for part, rate in self.part_rates.items()]
-        weights = "bfloat16" if self.full_bf16 else "float16" if self.full_fp16 else "float32"
-        return "Full fine-tuning", {
-            "learning rates": ", ".join(rates),
-            "weights, updates": f"{weights}, {self.weight_update}",
-        }
 
     @property
     def part_rates(self) -> dict[str, float]:

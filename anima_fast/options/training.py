@@ -182,6 +182,18 @@ class FlowOptions(FlowSettings):
 
 
 @dataclass(frozen=True)
+class MemoryPlanOptions:
+    """The memory of a run, known before it starts."""
+
+    vram: float | None = _memory(
+        None, "Device memory in GiB to plan for, instead of what the card has free.", low=0.1
+    )
+    plan_memory: bool = _memory(
+        False, "Print the predicted memory and what would change it, then stop."
+    )
+
+
+@dataclass(frozen=True)
 class DeviceOptions:
     """The device, and which implementation of the DiT blocks runs there."""
 

@@ -16,8 +16,7 @@ from anima_fast.device import (
 )
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder
-from anima_fast.memory.offload import check_graphs, check_policies
-from anima_fast.memory.swap import swapped_indices
+from anima_fast.memory.offload import choose_policies
 from anima_fast.models.attention import check_attn_mode
 from anima_fast.models.model_files import check_model_files
 from anima_fast.sampling.prompts import collect_prompts
@@ -58,14 +57,15 @@ def check_start(
     training.check(dit)
     find_optimizer(options.optimizer_type)
     collect_prompts(options)
-    swapped_indices(dit.num_blocks, options.blocks_to_swap or 0)
-    check_policies(options.recompute or "none", dit.num_blocks, fused=fused)
-    check_graphs(
-        training.cuda_graphs,
+    choose_policies(
+        dit.num_blocks,
         fused=fused,
-        moves=options.blocks_to_swap
-        or options.cpu_offload_checkpointing
-        or options.unsloth_offload_checkpointing,
+        recompute=options.recompute,
+        gradient_checkpointing=options.gradient_checkpointing,
+        cpu_offload=options.cpu_offload_checkpointing,
+        unsloth_offload=options.unsloth_offload_checkpointing,
+        blocks_to_swap=options.blocks_to_swap or 0,
+        cuda_graphs=training.cuda_graphs,
     )
     if options.mixed_precision == "bf16" and device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)

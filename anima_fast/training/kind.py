@@ -1,20 +1,22 @@
 """What LoRA training and full fine-tuning do differently, as one interface.
 
-Setup makes a `LoRATraining` (lora.py) or a `Finetuning` (finetune/finetuning.py); everything else
-asks `run.training` and knows neither. What either trains is a `Network`.
+Setup makes a `LoRATraining` (lora.py) or a `Finetuning` (finetune/finetuning.py), once. Everything
+else asks `run.training`, and knows neither. What either trains is a `Network`.
 """
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from anima_fast.training.optimizers.build import Trainable
 from anima_fast.training.state_checks import Remedies
 
 if TYPE_CHECKING:
@@ -25,11 +27,12 @@ if TYPE_CHECKING:
     from anima_fast.models.dit_config import DitConfig
     from anima_fast.training.optimizers.ema import Ema
 
+Say = Callable[[str], None]
 # The dtype of saved files by `save_precision`; None keeps that of training.
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Network(Protocol):
+class Network(Trainable, Protocol):
     """The trained part of a run."""
 
     # Strength of adapters, set for every batch.
@@ -44,9 +47,6 @@ class Network(Protocol):
     def at_noise(self, sigma: Tensor) -> None:
         """Called before each forward with the noise levels [B] of the batch."""
 
-    def param_groups(self, flat: bool = True) -> list[dict]:
-        """Groups for an optimizer: {"params", "lr", "name"}; `flat` allows one tensor a group."""
-
     def zero_grad_flat(self) -> None:
         """Forget all gradients."""
 
@@ -57,66 +57,59 @@ class Network(Protocol):
         """Load a file; returns the names in it that do not belong here."""
 
 
-class Training(Protocol):
-    """One kind of training: what is trained, and all that only this kind does."""
+class Training(ABC):
+    """One kind of training; what a kind does not override, it does not do.
 
-    # What messages about a resume state that does not fit advise.
+    Attributes:
+        device, seed: of the run.
+        network, optimizer: what is trained, and what trains it; after `build`.
+        ema: the running mean of the weights, if one is kept.
+        name: of this kind, and `facts` that only it has, for the report.
+        remedies: what messages about a resume state that does not fit advise.
+        saves_whole_model: files and states hold the whole model, gigabytes of it.
+        can_swap_later: more blocks may be swapped when memory runs out.
+        updates_in_backward: weights change during backward, so no step can be repeated.
+        cuda_graphs: whether blocks run as CUDA graphs; None leaves it to the card.
+        sink: gets the gradients of trained weights that are swapped.
+    """
+
+    name: str
+    network: Network
+    optimizer: torch.optim.Optimizer
     remedies: Remedies
-    # Files and states hold the whole model, gigabytes of it.
-    saves_whole_model: bool
-    # Whether more blocks may be swapped when memory runs out.
-    can_swap_later: bool
+    ema: Ema | None = None
+    saves_whole_model = False
+    can_swap_later = False
+    updates_in_backward = False
+    cuda_graphs: bool | None = False
+    sink: Sink | None = None
 
-    @property
-    def network(self) -> Network:
-        """What is trained, once it is built."""
+    def __init__(self, facts: dict[str, str], device: torch.device, seed: int) -> None:
+        self.facts, self.device, self.seed = facts, device, seed
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """What trains it."""
-
-    @property
-    def ema(self) -> Ema | None:
-        """The running mean of the weights, where one is kept."""
-
-    @property
-    def description(self) -> tuple[str, dict[str, str]]:
-        """The name of this kind, and facts that only this kind has, for the report."""
-
-    @property
-    def cuda_graphs(self) -> bool | None:
-        """Whether blocks run as CUDA graphs; None leaves it to the card."""
-
-    @property
-    def updates_in_backward(self) -> bool:
-        """Whether weights change during backward, so that no step can be repeated."""
-
-    @property
-    def sink(self) -> Sink | None:
-        """Gets the gradients of trained weights that are swapped."""
-
-    def check(self, sizes: DitConfig) -> None:
+    def check(self, sizes: DitConfig) -> None:  # noqa: B027
         """Refuse what does not fit a DiT of these sizes, before anything is written."""
 
-    def check_room(
-        self, plan: DatasetPlan, device: torch.device, *, say: Callable[[str], None]
-    ) -> None:
+    def check_room(self, plan: DatasetPlan, say: Say) -> None:  # noqa: B027
         """Refuse a run that memory or disk has no room for, before anything is encoded."""
 
-    def build(
-        self,
-        dit: AnimaDiT,
-        conditioning: Conditioning,
-        *,
-        device: torch.device,
-        seed: int,
-        say: Callable[[str], None],
-    ) -> list[str]:
+    @abstractmethod
+    def build(self, dit: AnimaDiT, conditioning: Conditioning, say: Say) -> list[str]:
         """Make the network and its optimizer, and bring the DiT to where it is trained.
 
-        Returns notices of the optimizer for the user.
+        Args:
+            dit: frozen, on the device, or on the CPU with block swap.
+            conditioning: the text path that stays on the device.
+            say: gets what is trained.
+
+        Returns:
+            Notices of the optimizer for the user.
+
+        Raises:
+            UserError: nothing to train, or an optimizer that cannot train it.
         """
 
+    @abstractmethod
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients of this step down to `max_norm` (0 = off).
 
@@ -125,10 +118,13 @@ class Training(Protocol):
 
     def after_step(self) -> dict[str, Any]:
         """What follows an optimizer step; returns facts about it for the log."""
+        return {}
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the saved one, besides the dataset."""
+        return {}
 
+    @abstractmethod
     def save(self, path: Path, plan: DatasetPlan, facts: Mapping[str, Any]) -> None:
         """Write the file that users load.
 
@@ -142,4 +138,5 @@ class Training(Protocol):
         """
 
     def preview_weights(self) -> AbstractContextManager[None]:
-        """Inside the block the model has the weights of its saved file, for previews."""
+        """Inside the block the weights are rounded as in the saved file, if a copy is cheap."""
+        return nullcontext()

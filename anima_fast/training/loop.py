@@ -12,7 +12,7 @@ one would have.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -25,6 +25,7 @@ from anima_fast.progress import Progress
 from anima_fast.reports.run_page import report_run
 from anima_fast.training.bad_batches import BadBatchTracker
 from anima_fast.training.checkpoints import remove_leftovers
+from anima_fast.training.checks import given
 from anima_fast.training.events import Events, StopSignal
 from anima_fast.training.logs import RunLog
 from anima_fast.training.oom import MemoryPolicies, one_line_out_of_memory
@@ -86,24 +87,7 @@ def train(options: TrainOptions | FinetuneOptions) -> TrainResult | None:
             events = Events(run, position, log=log, progress=progress, stop=stop)
             outcome = run_steps(run, position, events)
             file.finish(outcome)
-        try:
-            kind, facts = options.about
-            report_run(
-                options.output_stem,
-                kind=kind,
-                facts=facts,
-                base_model=options.pretrained_model_name_or_path or "",
-                optimizer=options.optimizer_type,
-                precision=options.mixed_precision,
-                output=outcome.output,
-                log=outcome.log,
-                steps=outcome.steps,
-                loss=outcome.loss,
-                interrupted_by=outcome.interrupted_by,
-            )
-        except UserError as error:
-            # The file is saved: a page that cannot be written does not make the run a failure.
-            progress.say(f"no report: {error}")
+        save_report(run, outcome, say=progress.say)
         return outcome
 
 
@@ -166,3 +150,24 @@ def step_batches(run: Run, order: list[list[int]], position: Position) -> Iterat
     with closing(loader):
         while batches := list(islice(loader, run.length.accumulation)):
             yield batches
+
+
+def save_report(run: Run, outcome: TrainResult, *, say: Callable[[str], None]) -> None:
+    """Write the page of a run that has ended; one that cannot be written does not make it fail."""
+    options = run.options
+    try:
+        report_run(
+            options.output_stem,
+            kind=run.training.name,
+            facts=run.training.facts,
+            base_model=given(options.pretrained_model_name_or_path),
+            optimizer=options.optimizer_type,
+            precision=options.mixed_precision,
+            output=outcome.output,
+            log=outcome.log,
+            steps=outcome.steps,
+            loss=outcome.loss,
+            interrupted_by=outcome.interrupted_by,
+        )
+    except UserError as error:
+        say(f"no report: {error}")

@@ -1,4 +1,4 @@
-"""LoRA training: adapters beside frozen weights, in one flat buffer."""
+"""LoRA training: adapters on frozen weights, in one flat buffer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from anima_fast.device import uses_fused_blocks
 from anima_fast.memory.install import install_memory_savers
 from anima_fast.models.model_files import check_lora_files
 from anima_fast.training.adapter_setup import base_files, build_network, check_network
-from anima_fast.training.kind import SAVE_DTYPES
+from anima_fast.training.kind import SAVE_DTYPES, Say, Training
 from anima_fast.training.optimizers.build import build_optimizer, clip_flat_grad
 from anima_fast.training.optimizers.ema import Ema
+from anima_fast.training.planning import check_memory
 from anima_fast.training.state_checks import LORA_REMEDIES
 
 if TYPE_CHECKING:
@@ -31,48 +32,36 @@ if TYPE_CHECKING:
     from anima_fast.options.run import TrainOptions
 
 
-class LoRATraining:
-    """A `Training` of a `LoRANetwork`; `network` and `optimizer` are there after `build`."""
+class LoRATraining(Training):
+    """Trains a `LoRANetwork` on a frozen model."""
 
+    name = "LoRA training"
     remedies = LORA_REMEDIES
-    saves_whole_model = False
-    updates_in_backward = False
-    sink = None
-
     network: LoRANetwork
-    optimizer: torch.optim.Optimizer
 
-    def __init__(self, options: TrainOptions) -> None:
+    def __init__(self, options: TrainOptions, device: torch.device, seed: int) -> None:
+        rank = {"rank, alpha": f"{options.network_dim}, {options.network_alpha:g}"}
+        super().__init__(rank, device, seed)
         self.options = options
-        self.ema: Ema | None = None
         # Frozen weights can be swapped at any time, except those of compiled blocks.
         self.can_swap_later = not options.compile
         self.cuda_graphs = options.cuda_graphs
-        self.description = options.about
 
     def check(self, sizes: DitConfig) -> None:
         """Refuse missing LoRA files and a network that does not fit the DiT."""
         check_lora_files((self.options.network_weights, *self.options.base_weights))
         check_network(self.options, sizes)
 
-    def check_room(
-        self, plan: DatasetPlan, device: torch.device, *, say: Callable[[str], None]
-    ) -> None:
-        """Nothing: what does not fit into memory is recomputed or swapped when it runs out."""
+    def check_room(self, plan: DatasetPlan, say: Say) -> None:
+        """Say what memory the run will take on a card, and refuse too little of it."""
+        check_memory(self.options, plan, self.device, say=say)
 
-    def build(
-        self,
-        dit: AnimaDiT,
-        conditioning: Conditioning,
-        *,
-        device: torch.device,
-        seed: int,
-        say: Callable[[str], None],
-    ) -> list[str]:
-        """Attach the adapters and make their optimizer; see `Training.build`."""
-        options = self.options
+    def build(self, dit: AnimaDiT, conditioning: Conditioning, say: Say) -> list[str]:
+        """Attach the adapters and make their optimizer."""
+        options, device = self.options, self.device
         fused = uses_fused_blocks(options.kernels, device, compiled=options.compile)
-        self.network = build_network(options, dit, conditioning, seed=seed, say=say).to(device)
+        network = build_network(options, dit, conditioning, seed=self.seed, say=say)
+        self.network = network.to(device)
         install_memory_savers(options, dit, device, cuda_graphs=self.cuda_graphs)
         if fused and conditioning.adapter is not None:
             conditioning.adapter.fuse_norms()

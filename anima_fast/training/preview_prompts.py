@@ -6,7 +6,7 @@ path runs again at each preview.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,17 +16,15 @@ from torch import Tensor
 from anima_fast.data.conditioning import Conditioning
 from anima_fast.data.encode_models import TextModels, load_run_tokenizers
 from anima_fast.errors import UserError
-from anima_fast.sampling.pictures import unescape
-from anima_fast.sampling.prompts import Prompt, collect_prompts, say_ignored
+from anima_fast.sampling.prompts import Prompt, collect_prompts, say_ignored, unescape
 from anima_fast.sampling.texts import PromptTokens, adapt, encode_states, tokenize_prompt
 from anima_fast.training.checks import given
+from anima_fast.training.kind import Say
 
 if TYPE_CHECKING:
-    from anima_fast.options.data import ModelOptions
+    from anima_fast.models.tokenizers import Tokenizers
     from anima_fast.options.output import PreviewOptions
     from anima_fast.options.run import FinetuneOptions, TrainOptions
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -109,20 +107,22 @@ def prepare_prompts(
         return PreviewPrompts(prompts, live=True)
     say("encoding the prompts of previews")
     texts = [unescape(text) for prompt in prompts for text in prompt.texts]
-    encoded = encode_texts(options, list(dict.fromkeys(texts)), text_mode, device, dtype)
+    models = TextModels(options, device, dtype, keep_cached=options.highvram)
+    encoded = encode_texts(
+        list(dict.fromkeys(texts)), models, load_run_tokenizers(options), text_mode, device
+    )
     return PreviewPrompts(prompts, encoded)
 
 
 @torch.no_grad()
 def encode_texts(
-    options: ModelOptions,
     texts: list[str],
+    models: TextModels,
+    tokenizers: Tokenizers,
     text_mode: str,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> dict[str, PreviewText]:
     """Run the frozen part of the text path over each text."""
-    tokenizers, models = load_run_tokenizers(options), TextModels(options, device, dtype)
     found = {}
     for text in texts:
         tokens = tokenize_prompt(tokenizers, text)

@@ -26,8 +26,9 @@ from anima_fast.sampling.jobs import Job
 from anima_fast.sampling.pictures import generation_parameters, save_png, to_image
 from anima_fast.sampling.prompts import Prompt
 from anima_fast.training.checks import given
+from anima_fast.training.kind import Say
 from anima_fast.training.optimizers.build import averaged_weights
-from anima_fast.training.preview_prompts import PreviewPrompts, Say
+from anima_fast.training.preview_prompts import PreviewPrompts
 
 if TYPE_CHECKING:
     from anima_fast.options.output import PreviewOptions

@@ -40,7 +40,7 @@ class RunFile:
         self.facts: dict[str, Any] = {
             "version": __version__,
             "output_name": options.output_stem,
-            "method": run.training.description[0],
+            "method": run.training.name,
             "pid": os.getpid(),
             "started_at": now,
             "updated_at": now,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,7 @@ from anima_fast.options.files import to_toml
 from anima_fast.options.run import FinetuneOptions, TrainOptions
 from anima_fast.training.checks import check_start, check_validation, given
 from anima_fast.training.finetune.finetuning import Finetuning
-from anima_fast.training.kind import Training
+from anima_fast.training.kind import Say, Training
 from anima_fast.training.lora import LoRATraining
 from anima_fast.training.optimizers.schedules import build_scheduler
 from anima_fast.training.position import Position
@@ -44,14 +43,13 @@ if TYPE_CHECKING:
     from anima_fast.models.vae import VAE
 
 
-Say = Callable[[str], None]
-
-
-def training_of(options: TrainOptions | FinetuneOptions) -> Training:
+def training_of(
+    options: TrainOptions | FinetuneOptions, device: torch.device, seed: int
+) -> Training:
     """The kind of training that these options ask for."""
     if isinstance(options, FinetuneOptions):
-        return Finetuning(options)
-    return LoRATraining(options)
+        return Finetuning(options, device, seed)
+    return LoRATraining(options, device, seed)
 
 
 def prepare(options: TrainOptions | FinetuneOptions, *, seed: int, say: Say) -> Run:
@@ -60,11 +58,12 @@ def prepare(options: TrainOptions | FinetuneOptions, *, seed: int, say: Say) -> 
     Raises `UserError` for anything wrong with the options, the dataset or the model files, as early
     as it can be known.
     """
-    device, training = choose_device(options.device), training_of(options)
+    device = choose_device(options.device)
+    training = training_of(options, device, seed)
     folder = check_start(options, training, device)
     seed_everything(seed)
     plan, length = read_dataset(options, say)
-    training.check_room(plan, device, say=say)
+    training.check_room(plan, say)
     # The VAE and the text encoder come and go here, before the DiT takes its memory.
     lowres, encoded = encode(options, plan, folder, device, say)
     batches = Batches(plan, encoded, options, seed, lowres)
@@ -75,7 +74,7 @@ def prepare(options: TrainOptions | FinetuneOptions, *, seed: int, say: Say) -> 
     dit = load_run_dit(options, device)
     conditioning = load_conditioning(options, encoded.text_mode, device=device, dtype=dit.dtype)
     vae = load_live_vae(options, device) if encoded.image_mode == "live" else None
-    notices = training.build(dit, conditioning, device=device, seed=seed, say=say)
+    notices = training.build(dit, conditioning, say)
     scheduler = build_scheduler(
         options, training.optimizer, length.steps, learning_rate=options.learning_rate
     )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from anima_fast.options.output import LogOptions
     from anima_fast.options.run import FinetuneOptions, TrainOptions
 
+Config = Mapping[str, Any]
 PROJECT = "network_train"
 
 
@@ -29,7 +30,7 @@ class Tracker(Protocol):
         """Finish and flush."""
 
 
-def open_trackers(output: Path, options: LogOptions, config: Mapping[str, Any]) -> list[Tracker]:
+def open_trackers(output: Path, options: LogOptions, config: Config) -> list[Tracker]:
     """The trackers of `--log_with`; TensorBoard when only `--logging_dir` is given."""
     chosen = options.log_with or ("tensorboard" if options.logging_dir else None)
     if chosen is None:
@@ -50,11 +51,7 @@ class TensorBoard:
     """Event files in `LOGGING_DIR/PREFIXyyyymmddHHMMSS/PROJECT`."""
 
     def __init__(
-        self,
-        options: LogOptions,
-        config: Mapping[str, Any],
-        folder: Path,
-        arguments: Mapping[str, Any],
+        self, options: LogOptions, config: Config, folder: Path, arguments: Config
     ) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -85,11 +82,7 @@ class Wandb:
     """A run of Weights & Biases."""
 
     def __init__(
-        self,
-        options: LogOptions,
-        config: Mapping[str, Any],
-        folder: Path,
-        arguments: Mapping[str, Any],
+        self, options: LogOptions, config: Config, folder: Path, arguments: Config
     ) -> None:
         try:
             import wandb

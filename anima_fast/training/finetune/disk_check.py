@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from anima_fast.errors import UserError
+from anima_fast.memory.finetune import model_sizes
 from anima_fast.memory.plan import GIB
 from anima_fast.training.checks import given
 from anima_fast.training.finetune.full_network import ADAPTER
-from anima_fast.training.finetune.memory_needs import model_sizes, state_bytes
 from anima_fast.training.finetune.start import base_tensors, training_dtype
 from anima_fast.training.kind import SAVE_DTYPES
+from anima_fast.training.optimizers.probe import state_bytes
 
 if TYPE_CHECKING:
     from anima_fast.options.run import FinetuneOptions
@@ -72,8 +73,8 @@ def model_bytes(options: FinetuneOptions) -> int:
 
 def resume_bytes(options: FinetuneOptions, device: torch.device) -> int:
     """Of a resume state: the trained weights as they are kept, and the optimizer's state."""
-    sizes = model_sizes(options)
-    trained = sizes.blocks * sizes.block_trained + sizes.rest_trained
+    base, _ = base_tensors(given(options.pretrained_model_name_or_path), options.llm_adapter_path)
+    trained = model_sizes(options, base.shapes, adapter_stays=options.trains_llm_adapter).trained
     wide = options.mixed_precision == "no" or options.weight_update == "fp32"
     return int(trained * ((4 if wide else 2) + state_bytes(options, device)))
 

@@ -5,8 +5,7 @@ The data, the loop, checkpoints and resuming are those of LoRA training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,88 +23,58 @@ from anima_fast.training.finetune.full_network import (
     train_everything,
     trained_counts,
 )
-from anima_fast.training.finetune.memory_check import check_memory
 from anima_fast.training.finetune.start import (
     base_tensors,
     build_updates,
     check_optimizer,
     training_dtype,
 )
-from anima_fast.training.kind import SAVE_DTYPES
+from anima_fast.training.kind import SAVE_DTYPES, Say, Training
+from anima_fast.training.planning import check_memory
 from anima_fast.training.state_checks import Remedies
 
 if TYPE_CHECKING:
     from anima_fast.data.conditioning import Conditioning
     from anima_fast.data.items import DatasetPlan
-    from anima_fast.memory.swap import Sink
     from anima_fast.models.dit import AnimaDiT
-    from anima_fast.models.dit_config import DitConfig
     from anima_fast.options.run import FinetuneOptions
     from anima_fast.training.optimizers.weight_updates import WeightUpdates
 
 
-class Finetuning:
-    """A `Training` of a `FullNetwork`; `network` and `optimizer` are there after `build`."""
+class Finetuning(Training):
+    """Trains a `FullNetwork`, the weights of the DiT and perhaps of its LLM adapter."""
 
+    name = "Full fine-tuning"
     remedies = Remedies(
         start_over="start again with --pretrained_model_name_or_path and a saved model",
         same_network="the learning rates of that run (0 freezes), --full_bf16 and --weight_update",
         compares_dtypes=True,
     )
     saves_whole_model = True
-    # Which weights are swapped decides where their masters and optimizer state live.
-    can_swap_later = False
-    # They record the fused blocks, which have frozen weights.
-    cuda_graphs = False
-    ema = None
-
     network: FullNetwork
     optimizer: WeightUpdates
 
-    def __init__(self, options: FinetuneOptions) -> None:
+    def __init__(self, options: FinetuneOptions, device: torch.device, seed: int) -> None:
+        rates = [f"{part} {rate:g}" for part, rate in options.part_rates.items()]
+        weights = str(training_dtype(options)).removeprefix("torch.")
+        facts = {
+            "learning rates": ", ".join(rates),
+            "weights, updates": f"{weights}, {options.weight_update}",
+        }
+        super().__init__(facts, device, seed)
         self.options = options
         self.updates_in_backward = options.fused_backward_pass
-        self.description = options.about
 
-    @property
-    def sink(self) -> Sink:
-        """Gets the gradients of swapped blocks."""
-        return self.network.swapped_gradients
-
-    def check(self, sizes: DitConfig) -> None:
-        """Nothing: whatever the model file holds can be trained."""
-
-    def check_room(
-        self, plan: DatasetPlan, device: torch.device, *, say: Callable[[str], None]
-    ) -> None:
+    def check_room(self, plan: DatasetPlan, say: Say) -> None:
         """Refuse an optimizer that cannot work this way, and too little memory or disk space."""
         check_optimizer(self.options)
-        check_memory(self.options, plan, device, say=say)
-        check_disk(self.options, device, say=say)
+        check_memory(self.options, plan, self.device, say=say)
+        check_disk(self.options, self.device, say=say)
         if any(item.dataset.network_multiplier != 1 for item in plan.items):
             say("network_multiplier has no effect: full fine-tuning has no network to scale")
 
-    def build(
-        self,
-        dit: AnimaDiT,
-        conditioning: Conditioning,
-        *,
-        device: torch.device,
-        seed: int,
-        say: Callable[[str], None],
-    ) -> list[str]:
-        """Make the model trainable and its optimizer; see `Training.build`.
-
-        Args:
-            dit: frozen, on the device, or on the CPU with block swap.
-            conditioning: its adapter is trained when it has a rate.
-            device: where steps are computed.
-            seed: of random rounding.
-            say: gets what is trained.
-
-        Raises:
-            UserError: nothing to train, or an optimizer that cannot work this way.
-        """
+    def build(self, dit: AnimaDiT, conditioning: Conditioning, say: Say) -> list[str]:
+        """Make the model trainable, and its optimizer."""
         options = self.options
         adapter = conditioning.adapter if options.trains_llm_adapter else None
         base, bundled = base_tensors(
@@ -119,7 +88,8 @@ class Finetuning:
             saves_adapter=bundled or adapter is not None,
             dtype=training_dtype(options),
         )
-        install_memory_savers(options, dit, device, sink=self.sink)
+        self.sink = self.network.swapped_gradients
+        install_memory_savers(options, dit, self.device, sink=self.sink)
         runner = dit.block_runner
         if isinstance(runner, BlockRunner) and runner.swap is not None:
             swapped = {id(param) for param in runner.swap.weights}
@@ -127,7 +97,7 @@ class Finetuning:
                 weight.swapped = id(weight.param) in swapped
         if options.weight_update == "fp32":
             keep_masters(self.network, base.get)
-        self.optimizer, notices = build_updates(options, self.network, device, seed=seed)
+        self.optimizer, notices = build_updates(options, self.network, self.device, seed=self.seed)
         self.network.attach(self.optimizer)
         say(trained_counts(self.network))
         return notices
@@ -135,14 +105,6 @@ class Finetuning:
     def clip(self, max_norm: float) -> Tensor:
         """Clip all gradients together; a fused backward pass has clipped each by itself."""
         return self.optimizer.clip_gradients(max_norm)
-
-    def after_step(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Nothing: the weights themselves are compared."""
-        return {}
 
     def save(self, path: Path, plan: DatasetPlan, facts: Mapping[str, Any]) -> None:
         """Write the whole model."""
@@ -159,7 +121,3 @@ class Finetuning:
         if options.training_comment:
             metadata["modelspec.comment"] = options.training_comment
         return metadata
-
-    def preview_weights(self) -> AbstractContextManager[None]:
-        """The weights as they are: a whole model is not copied for a preview."""
-        return nullcontext()

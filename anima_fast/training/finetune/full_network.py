@@ -15,7 +15,7 @@ from anima_fast.files import LazyTensor, save_safetensors
 from anima_fast.models.checkpoint import Checkpoint, open_checkpoint
 from anima_fast.models.dit import AnimaDiT, dit_tensors
 from anima_fast.models.llm_adapter import LLMAdapter, adapter_tensors
-from anima_fast.options.finetune import PARTS
+from anima_fast.options.finetune import PARTS, part_of
 from anima_fast.training.optimizers.weights import Weight
 
 if TYPE_CHECKING:
@@ -184,11 +184,6 @@ def joined(dit: Checkpoint, adapter: Checkpoint | None) -> Checkpoint:
         return adapter.get(name.removeprefix(ADAPTER)) if own else dit.get(name)
 
     return Checkpoint(dit.shapes | shapes, get, path=dit.path)
-
-
-def part_of(name: str) -> str:
-    """The learning-rate part of a weight: the first whose mark its name contains, else base."""
-    return next((part for part, (mark, _) in PARTS.items() if mark in name), "base")
 
 
 def train_everything(

@@ -28,7 +28,7 @@ class Trainable(Protocol):
     """A network as an optimizer sees it."""
 
     def param_groups(self, flat: bool = True) -> list[dict]:
-        """Groups with the rate and the name of each; `flat` allows one tensor a group."""
+        """Groups for an optimizer: {"params", "lr", "name"}; `flat` allows one tensor a group."""
 
 
 def build_optimizer(

@@ -1,17 +1,55 @@
-"""What the card of this machine reaches: one long copy and one large product."""
+"""What a card reaches: an assumed share of its data sheet, or one long copy and one large product.
+
+    t = launch + max(bytes / bandwidth, flops / tensor)
+
+is the time of one call at such rates. The constants are assumptions until a card has been measured.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
-from anima_fast.bench.model import Rates
 from anima_fast.errors import UserError
 from anima_fast.measure.cards import Card, find_card
 
+# Assumed: what a good kernel reaches of the data sheet, and what a launch costs in a queue that the
+# processor keeps filled.
+BANDWIDTH_SHARE, TENSOR_SHARE, LAUNCH_S = 0.85, 0.75, 4e-6
+# Bytes copied and the side of the square product when this machine's card is measured.
 COPY_BYTES, PRODUCT_SIZE, REPEATS = 1 << 29, 8192, 10
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a card reaches: bytes a second, tensor-core operations a second, seconds a launch."""
+
+    bandwidth: float
+    tensor: float
+    launch_s: float = LAUNCH_S
+
+    @classmethod
+    def of(cls, card: Card) -> Rates:
+        """The assumed share of a card's data sheet."""
+        return cls(
+            card.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE, card.bf16_tflops * 1e12 * TENSOR_SHARE
+        )
+
+    def seconds(self, bytes_moved: float, flops: float) -> float:
+        """Of one call; 0 for one that does nothing."""
+        if not bytes_moved and not flops:
+            return 0.0
+        return self.launch_s + max(bytes_moved / self.bandwidth, flops / self.tensor)
+
+    def bound(self, bytes_moved: float, flops: float) -> str:
+        """What such a call waits for: launch, memory or compute."""
+        memory, compute = bytes_moved / self.bandwidth, flops / self.tensor
+        if max(memory, compute) < self.launch_s:
+            return "launch"
+        return "memory" if memory >= compute else "compute"
 
 
 def measured_card() -> tuple[Card, Rates]:
