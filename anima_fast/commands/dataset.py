@@ -11,7 +11,7 @@ import typer
 from anima_fast.commands.app import PREPARE, option_command
 from anima_fast.errors import UserError
 from anima_fast.options.data import CaptionOptions, DatasetOptions, ImageOptions, MaskOptions
-from anima_fast.options.declare import convert, option, specs
+from anima_fast.options.declare import convert_all, option, specs
 from anima_fast.options.files import OTHER_NAMES, resolve_train_options
 from anima_fast.options.run import TrainOptions
 
@@ -63,16 +63,13 @@ def _dataset(values: dict[str, Any]) -> None:
     """
     from anima_fast.reports.dataset.run import report_dataset
 
-    own = {
-        name: convert(spec, values.pop(name), f"--{name}", text=True)
-        for name, spec in specs(ReportOptions).items()
-        if name in values
-    }
+    own = convert_all(ReportOptions, values, "--", text=True)
+    run = {name: value for name, value in values.items() if name not in own}
     for name in ("html", "masks"):
         if name in own and not own[name]:
             raise UserError(f"--{name} needs a name after it")
     config_file = own.pop("config_file", None)
-    options, _ = resolve_train_options(values, config_file, complete=False, cls=TrainOptions)
+    options, _ = resolve_train_options(run, config_file, complete=False, cls=TrainOptions)
     is_clean = report_dataset(options, **{n: v for n, v in own.items() if n != "strict"})
     if own.get("strict") and not is_clean:
         raise typer.Exit(1)

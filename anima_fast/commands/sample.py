@@ -6,7 +6,7 @@ from typing import Any
 
 from anima_fast.commands.app import USE, option_command
 from anima_fast.errors import UserError
-from anima_fast.options.declare import convert, specs
+from anima_fast.options.declare import convert_all
 from anima_fast.options.other_names import OUTSIDE
 from anima_fast.options.sample import SampleOptions
 
@@ -31,10 +31,7 @@ def _sample(values: dict[str, Any]) -> None:
         del values["pretrained_model_name_or_path"]
     if not values.keys() & {"prompt", "prompts"}:
         raise UserError("--prompt is required: what to show, or a file of prompts with --prompts")
-    known = specs(SampleOptions)
-    options = SampleOptions.of(
-        {name: convert(known[name], v, f"--{name}", text=True) for name, v in values.items()}
-    )
+    options = SampleOptions.of(convert_all(SampleOptions, values, "--", text=True))
     for name in ("dit", "qwen3", "vae"):
         if not getattr(options, name):
             raise UserError(f"--{name} is required: give the path of that model file")

@@ -21,7 +21,7 @@ _mask = partial(option, "Masked loss")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The networks beside the DiT, and the tokenizers."""
+    """The networks other than the DiT, and the tokenizers."""
 
     qwen3: str | None = _model(
         None, "Qwen3-0.6B text encoder: a Hugging Face folder or one .safetensors file (required)."

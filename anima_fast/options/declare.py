@@ -144,6 +144,17 @@ def convert(spec: Spec, value: Any, where: str, *, text: bool = False) -> Any:
     return check_value(spec, value, where, text=text)
 
 
+def convert_all(
+    cls: type, values: Mapping[str, Any], place: str, *, text: bool = False
+) -> dict[str, Any]:
+    """`convert` for each value that is an option of a dataclass; others are left out."""
+    return {
+        name: convert(spec, values[name], f"{place}{name}", text=text)
+        for name, spec in specs(cls).items()
+        if name in values
+    }
+
+
 def check_value(spec: Spec, value: Any, where: str, *, text: bool = False) -> Any:
     """`convert` where nothing is not a value: in dataset files."""
     try:

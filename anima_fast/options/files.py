@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from anima_fast.errors import UserError
 from anima_fast.files import parse_config, read_text, write_text
-from anima_fast.options.declare import Spec, convert, nearest, specs
+from anima_fast.options.declare import Spec, convert, convert_all, nearest, specs
 from anima_fast.options.finetune import network_options
 from anima_fast.options.other_names import ALIASES, IGNORED, REFUSED
 from anima_fast.options.presets import apply_presets
@@ -105,11 +105,7 @@ def _accept(
     """Options of one source in their types; the other known names become notices or errors."""
     known = specs(cls)
     present = {name: value for name, value in given.items() if value is not None}
-    values = {
-        name: convert(known[name], value, f"{place}{name}", text=text)
-        for name, value in present.items()
-        if name in known
-    }
+    values = convert_all(cls, present, place, text=text)
     for name, value in present.items():
         if name in known or _is_off(value):
             continue

@@ -136,7 +136,7 @@ _REFUSED = {
     "network_reg_alphas": "no release of sd-scripts has it; the alpha is the same everywhere",
 }
 _WITHOUT_EFFECT = {
-    "bypass_mode": "adapters are always applied beside the layer",
+    "bypass_mode": "adapters are always applied next to the layer",
     "rank_dropout_scale": "what rank dropout leaves is always scaled up",
 }
 
