@@ -21,7 +21,7 @@ from anima_fast import __version__
 from anima_fast.files import cached_sha256
 
 if TYPE_CHECKING:
-    from anima_fast.options.run import TrainOptions
+    from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 # The legacy hash reads 64 KiB at 1 MiB.
 LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000
@@ -135,7 +135,7 @@ def model_hashes(options: TrainOptions) -> dict[str, str]:
     return found
 
 
-def modelspec(options: TrainOptions) -> dict[str, str]:
+def modelspec(options: TrainOptions | FinetuneOptions) -> dict[str, str]:
     """The `modelspec.` keys (Stability AI's model specification, as sd-scripts fills it in)."""
     spec = {
         **lora_spec(options.metadata_title or options.output_stem),
