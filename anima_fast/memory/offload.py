@@ -123,13 +123,13 @@ def choose_policies(
             "--cpu_offload_checkpointing, --unsloth_offload_checkpointing and --blocks_to_swap "
             "exclude each other: keep one of them"
         )
-    swapped_indices(blocks, blocks_to_swap)
     offloads = cpu_offload or unsloth_offload
     if cuda_graphs and (not fused or offloads or blocks_to_swap):
         raise UserError(
             "--cuda_graphs needs the fused blocks on a CUDA card, without --kernels eager, "
             "--compile, --blocks_to_swap and offloaded checkpointing: leave it out, or those"
         )
+    swapped_indices(blocks, blocks_to_swap)
     if gradient_checkpointing or offloads:
         recompute = "block"
     try:

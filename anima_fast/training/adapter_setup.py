@@ -19,6 +19,7 @@ from anima_fast.device import DTYPES
 from anima_fast.errors import UserError
 from anima_fast.models.adapter_kinds import LORA
 from anima_fast.models.dit import AnimaDiT
+from anima_fast.models.model_files import check_lora_files
 from anima_fast.training.checks import given
 
 if TYPE_CHECKING:
@@ -76,6 +77,11 @@ def build_network(
         say(f"{whole} of them have two whole factors: rank and alpha have no effect there")
     say(f"{sum(p.numel() for p in network.parameters()):,} parameters")
     return network
+
+
+def check_files(options: NetworkOptions) -> None:
+    """Refuse `network_weights` and `base_weights` that are missing or of another kind."""
+    check_lora_files((options.network_weights, *options.base_weights))
 
 
 def base_files(options: NetworkOptions) -> list[tuple[str, float]]:

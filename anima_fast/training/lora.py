@@ -16,8 +16,7 @@ from anima_fast.adapters.network import LoRANetwork
 from anima_fast.data.summary import summarise
 from anima_fast.device import uses_fused_blocks
 from anima_fast.memory.install import install_memory_savers
-from anima_fast.models.model_files import check_lora_files
-from anima_fast.training.adapter_setup import base_files, build_network, check_network
+from anima_fast.training.adapter_setup import base_files, build_network, check_files, check_network
 from anima_fast.training.kind import SAVE_DTYPES, Say, Training
 from anima_fast.training.optimizers.build import build_optimizer, clip_flat_grad
 from anima_fast.training.optimizers.ema import Ema
@@ -49,7 +48,7 @@ class LoRATraining(Training):
 
     def check(self, sizes: DitConfig) -> None:
         """Refuse missing LoRA files and a network that does not fit the DiT."""
-        check_lora_files((self.options.network_weights, *self.options.base_weights))
+        check_files(self.options)
         check_network(self.options, sizes)
 
     def check_room(self, plan: DatasetPlan, say: Say) -> None:

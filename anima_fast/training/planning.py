@@ -27,12 +27,12 @@ from anima_fast.memory.plan import Asks, LargestBatch, Modes, Needs
 from anima_fast.models.dit import load_dit
 from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.llm_adapter import load_llm_adapter
-from anima_fast.models.model_files import check_lora_files, check_model_files
+from anima_fast.models.model_files import check_model_files
 from anima_fast.models.text_encoder import load_text_encoder
 from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.options.run import FinetuneOptions, TrainOptions
 from anima_fast.sampling.prompts import collect_prompts
-from anima_fast.training.adapter_setup import build_network
+from anima_fast.training.adapter_setup import build_network, check_files
 from anima_fast.training.checks import given
 from anima_fast.training.finetune.start import base_tensors, looks_at_all
 from anima_fast.training.optimizers.probe import network_state_bytes, state_bytes
@@ -79,7 +79,7 @@ def show_memory(options: Options, *, say: Callable[[str], None]) -> None:
         options.llm_adapter_path,
     )
     if isinstance(options, TrainOptions):
-        check_lora_files((options.network_weights, *options.base_weights))
+        check_files(options)
     plan = build_plan(options)
     for line in memory_plan(options, memory_needs(options, plan, device), device):
         say(line)
