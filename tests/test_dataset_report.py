@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -334,6 +335,19 @@ def test_names_and_tags_cannot_write_to_the_terminal(tmp_path):
     assert "\x1b" not in shown
     assert "a [31m b.png: 9x9" in shown and "red [31mtag" in shown
     assert "gone.png: a link to a file that does not exist" in shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux allows such names")
+def test_names_that_are_not_unicode_are_shown_with_a_placeholder(tmp_path):
+    folder, name = tmp_path / "images", os.fsdecode(b"bad\xff.png")
+    for file in (name, "same.png"):
+        put(folder / file, smooth(1), "a, b")
+    page = tmp_path / "page.html"
+    found = report(config(tmp_path), "--html", page)
+    assert kinds(found)["duplicate"] == {"same.png": "like bad_.png"}
+    assert {"bad_.png", "same.png"} == {Path(image["file"]).name for image in found["images"]}
+    assert page.read_text(encoding="utf-8").count("background-image") == 2
+    assert "like bad_.png" in call(config(tmp_path)).output
 
 
 def test_a_tall_thumbnail_does_not_fill_the_screen():

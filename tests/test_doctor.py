@@ -30,7 +30,7 @@ def test_a_machine_without_a_card_is_warned_and_not_refused(monkeypatch):
     report = doctor.examine()
     assert report["can_train"]
     assert any("no CUDA" in text for text in report["warnings"])
-    assert "warning: no CUDA" in doctor.render(report)
+    assert "warning: no CUDA" in doctor.doctor_text(report)
 
 
 def test_missing_torch_fails(monkeypatch, tmp_path):
@@ -63,7 +63,7 @@ def test_a_missing_library_fails_and_a_missing_extra_does_not(monkeypatch):
     monkeypatch.setattr(doctor, "version_of", lambda n: None if n == "wandb" else real(n))
     report = doctor.examine()
     assert report["can_train"]
-    assert 'missing: pip install "anima-fast[wandb]"' in doctor.render(report)
+    assert 'missing: pip install "anima-fast[wandb]"' in doctor.doctor_text(report)
     monkeypatch.setattr(doctor, "version_of", lambda n: None if n == "PIL" else real(n))
     report = doctor.examine()
     assert not report["can_train"]

@@ -190,7 +190,7 @@ def test_files_that_cannot_be_compared(tmp_path, base):
     bad = changed(base, tmp_path / "bad.safetensors", **{WEIGHT: float("nan")})
     assert "not finite" in refusal(base, bad, out, RankRule(2))
     assert "one of the inputs" in refusal(base, bad, bad, RankRule(2))
-    assert "no regular expression" in refusal(base, bad, out, RankRule(2), include=["["])
+    assert "not a regular expression" in refusal(base, bad, out, RankRule(2), include=["["])
     assert "no layer is left" in refusal(base, bad, out, RankRule(2), exclude=[".*"])
     assert not out.exists()
 

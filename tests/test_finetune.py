@@ -10,7 +10,7 @@ from stack import assert_close_files, same_tensors
 from anima_fast.data.encode import choose_text_mode
 from anima_fast.data.seeding import seeded
 from anima_fast.errors import UserError
-from anima_fast.inspection.file import describe
+from anima_fast.inspection.file import inspect_file
 from anima_fast.models.dit import load_dit
 from anima_fast.models.flow import FlowSettings, sample_sigma
 from anima_fast.models.llm_adapter import load_llm_adapter
@@ -113,7 +113,7 @@ def test_a_saved_model_loads_and_computes_what_was_trained(world, tmp_path):
     ids, ones = torch.tensor([[3, 4, 1]]), torch.ones(1, 3, dtype=torch.long)
     inputs = (ids, ones, torch.randn(1, 3, 32), ones)
     assert torch.equal(adapter(*inputs), run.conditioning.adapter(*inputs))
-    assert "DiT" in str(describe(result.output))
+    assert "DiT" in str(inspect_file(result.output))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "float"])

@@ -413,13 +413,13 @@ def refuse(source, folder, match, **options):
     ("key", "match"),
     [
         ("lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight", "another model"),
-        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "no Anima LoRA"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "not an Anima LoRA"),
         ("diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight", "another model"),
         ("diffusion_model.blocks.0.cross_attn.k.lora_A.weight", "another model"),
         ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "another model"),
-        ("unet.up_blocks.0.attentions.0.to_q.lora_A.weight", "no Anima LoRA"),
-        ("net.blocks.0.mlp.layer1.weight", "no Anima LoRA"),
-        ("model.diffusion_model.blocks.0.mlp.layer1.weight", "no Anima LoRA"),
+        ("unet.up_blocks.0.attentions.0.to_q.lora_A.weight", "not an Anima LoRA"),
+        ("net.blocks.0.mlp.layer1.weight", "not an Anima LoRA"),
+        ("model.diffusion_model.blocks.0.mlp.layer1.weight", "not an Anima LoRA"),
     ],
 )
 def test_files_of_other_models_are_refused(tmp_path, key, match):
@@ -451,7 +451,7 @@ def test_missing_folders_and_empty_files_are_refused(tmp_path):
     refuse(tmp_path / "absent.safetensors", tmp_path, "does not exist")
     refuse(tmp_path, tmp_path, "is a folder")
     save_file({}, tmp_path / "in.safetensors")
-    refuse(tmp_path / "in.safetensors", tmp_path, "no Anima LoRA")
+    refuse(tmp_path / "in.safetensors", tmp_path, "not an Anima LoRA")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from anima_fast.adapters.formats import read_lora
 from anima_fast.cli import app
 from anima_fast.data.legacy_cache import read_text
 from anima_fast.errors import UserError
-from anima_fast.inspection.file import describe, render
+from anima_fast.inspection.description import inspection_text
+from anima_fast.inspection.file import inspect_file
 from anima_fast.models.dit import load_dit
 from anima_fast.tools.convert import convert_file
 from anima_fast.training.loop import train
@@ -43,12 +44,12 @@ def world(tmp_path_factory):
 
 
 def look(path):
-    """`describe`, checked to be JSON with all its parts and to render within 80 columns."""
-    found = describe(path)
+    """`inspect_file`, checked to be JSON with all its parts and to render within 80 columns."""
+    found = inspect_file(path)
     assert found.keys() == KEYS
     assert json.loads(json.dumps(found)) == found
     for width in (60, 80):
-        for line in render(found, width).splitlines():
+        for line in inspection_text(found, width).splitlines():
             # Only a word that is longer than its column, such as a path or a hash, may stand out.
             assert len(line) <= width or " " not in line.strip()[30:], line
     return found
@@ -56,7 +57,7 @@ def look(path):
 
 def refusal(path):
     with pytest.raises(UserError) as error:
-        describe(path)
+        inspect_file(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     return str(error.value)
 
@@ -96,7 +97,7 @@ def test_dit(world):
     assert facts["parameters"] == dit
     assert "--pretrained_model_name_or_path" in found["option"]
     assert found["programs"]["sd-scripts"].startswith("no: it takes 28 blocks")
-    text = render(found, 80)
+    text = inspection_text(found, 80)
     assert f"\nparameters       {dit:,}\n" in text and "context width    32" in text
 
 
@@ -162,7 +163,7 @@ def test_what_is_said_about_loading_a_dit_is_what_loading_does(tmp_path):
         assert found["programs"] == {"anima-fast": "no: see the note"} and found["option"] is None
     del weights["final_layer.linear.weight"]
     save_file(weights, path)
-    assert "an incomplete Anima DiT" in refusal(path)
+    assert "not a complete Anima DiT" in refusal(path)
 
 
 def test_adapter_of_its_own_width(tmp_path):
@@ -399,7 +400,7 @@ def test_metadata_cannot_reach_the_terminal(tmp_path):
         "anima_fast.folded_alphas": '{"blocks.0.self_attn.q_proj": "NaN or not"}',
     }
     pair = {"lora_down__weight": torch.ones(2, 8), "lora_up__weight": torch.ones(8, 2)}
-    text = render(describe(lora_file(tmp_path / "lora.safetensors", metadata, **pair)))
+    text = inspection_text(inspect_file(lora_file(tmp_path / "lora.safetensors", metadata, **pair)))
     assert "[2Jtwo" in text and "\x1b" not in text and "x" * 200 not in text
 
 
@@ -555,7 +556,7 @@ def test_damaged_files(world, tmp_path):
     assert "is empty" in refusal(tmp_path / "empty.npz")
     assert "expected a model, LoRA or cache file" in refusal(tmp_path / "photo.png")
     np.savez(tmp_path / "other.npz", x=np.ones(2))
-    assert "no cache of images or captions" in refusal(tmp_path / "other.npz")
+    assert "not a cache of images or captions" in refusal(tmp_path / "other.npz")
     for name in ("absent.safetensors", "absent.npz", "a" * 400):
         refusal(tmp_path / name)
 
@@ -570,7 +571,7 @@ def test_flipped_bytes_of_old_caches_are_user_errors(tmp_path):
                 damaged[position] = rng.integers(256)
             path.write_bytes(damaged)
             with contextlib.suppress(UserError):
-                describe(path)
+                inspect_file(path)
 
 
 def test_folders(world, tmp_path):
@@ -594,9 +595,9 @@ def test_command(world, tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["inspect", path])
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[:2] == ["LoRA for Anima", path]
-    assert done.stdout == render(describe(path), 80) + "\n"
+    assert done.stdout == inspection_text(inspect_file(path), 80) + "\n"
     done = CliRunner().invoke(app, ["inspect", "--json", path])
-    assert done.exit_code == 0 and json.loads(done.stdout) == describe(path)
+    assert done.exit_code == 0 and json.loads(done.stdout) == inspect_file(path)
     (tmp_path / "x.safetensors").write_bytes(b"abc")
     for bad in (tmp_path / "x.safetensors", tmp_path / "absent", tmp_path):
         done = CliRunner().invoke(app, ["inspect", str(bad)])

@@ -55,6 +55,7 @@ def test_the_data_is_described(run):
     assert tags == {"images": {**tags["images"], "red tree": 5, "number 3": 1}}
     assert json.loads(metadata["ss_dataset_dirs"]) == {"images": {"n_repeats": 2, "img_count": 5}}
     (dataset,) = json.loads(metadata["ss_datasets"])
+    assert dataset["subsets"][0]["custom_attributes"] == {}
     assert dataset["resolution"] == [64, 64] and dataset["subsets"][0]["num_repeats"] == 2
     buckets = json.loads(metadata["ss_bucket_info"])["buckets"]
     assert sum(bucket["count"] for bucket in buckets.values()) == 10

@@ -140,7 +140,7 @@ def test_other_models_are_refused(tmp_path, module):
 
 def test_a_checkpoint_is_no_network(tmp_path):
     save_file({f"net.{Q}.weight": rand(64, 64)}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="is no Anima LoRA"):
+    with pytest.raises(UserError, match="is not an Anima LoRA"):
         read_lora(tmp_path / "a.safetensors")
 
 

@@ -68,7 +68,7 @@ def test_files_say_the_same_in_all_forms(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "match"),
     [
-        ("a.txt", "x --w wide", r"line 1: --w 'wide' is no number"),
+        ("a.txt", "x --w wide", r"line 1: --w 'wide' is not a number"),
         ("a.txt", "x\ny --q 3", r"line 2: --q is unknown"),
         ("a.txt", "x --s 0", "out of range"),
         ("a.txt", "x --l nan", "out of range"),

@@ -157,7 +157,7 @@ def test_modules_outside_the_blocks_and_metadata_stay(tmp_path):
         ({"to": 40, "source": 10}, "has a block 27"),
         ({"mapping": "0=99"}, "no block 99"),
         ({"mapping": "0=0,0=1"}, "given twice"),
-        ({"mapping": "0=0,x"}, "is no pair"),
+        ({"mapping": "0=0,x"}, "is not a pair"),
         ({"mapping": "nothing.txt"}, "expected pairs"),
         ({"mapping": "99999999=0"}, "numbers below 1000"),
         ({"to": 10**8}, "--to 100000000: use a number"),

@@ -351,7 +351,7 @@ def test_axes_change_what_they_name(loras):
     ("words", "match"),
     [
         (["seed"], "expected name=value"),
-        (["seed=1.5"], "no number of this kind"),
+        (["seed=1.5"], "not a number of this kind"),
         (["speed=1"], "speed is unknown"),
         (["weight=1"], "needs a --lora"),
         (["weight3=1"], "counted from weight1"),
@@ -438,7 +438,7 @@ def command(world, *words):
         (["--prompt", "x", "--strength", "0.5"], "--init_image"),
         (["--prompt", "x", "--strength", "0"], "out of range"),
         (["--prompt", "x", "--init_image", "none.png"], "does not exist"),
-        (["--prompt", "x", "--init_image", __file__, "--strength", "0.5"], "no readable picture"),
+        (["--prompt", "x", "--init_image", __file__, "--strength", "0.5"], "is not a readable"),
         (["--prompt", "x", "--controlnet", "c"], "ControlNet"),
         (["--prompt", "x", "--textual_inversion_embeddings", "e"], "textual inversion"),
         (["--prompt", "x", "--output", "a.jpg"], "give the name of a .png file"),

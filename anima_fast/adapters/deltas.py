@@ -2,8 +2,8 @@
 
     LoRA    Δ = (alpha / R) · up down
     LoHa    Δ = (alpha / R) · (w1_a w1_b) ∘ (w2_a w2_b)
-    LoKr    Δ = (alpha / R) · w1 ⊗ w2        each factor whole or a product of two; scale 1 when
-                                             both are whole, since then there is no R
+    LoKr    Δ = (alpha / R) · w1 ⊗ w2        each factor full or a product of two; scale 1 when
+                                             both are full, since then there is no R
     DoRA    W' = m · (W + Δ) / ‖W + Δ‖       norm over the inputs of each output (m [out, 1]), or
                                              over the outputs of each input (m [1, in])
 
@@ -55,12 +55,7 @@ class Delta:
 
     @property
     def rank(self) -> int | None:
-        """R; None where both factors of a LoKr are whole."""
-        raise NotImplementedError
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight it is for."""
+        """R; None where both factors of a LoKr are full."""
         raise NotImplementedError
 
     def product(self) -> Tensor:
@@ -71,14 +66,19 @@ class Delta:
         """Δ multiplied by a number, which one of the matrices takes."""
         raise NotImplementedError
 
-    @property
-    def columns(self) -> int:
-        """k of `factors`."""
-        raise NotImplementedError
-
     def factors(self) -> tuple[Tensor, Tensor]:
         """left [out, k] and right [k, in] whose product is `product()`, in the matrices' dtype."""
         raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight it is for."""
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> int:
+        """k of `factors`, without building them."""
+        return self.map(lambda tensor: tensor.to("meta")).factors()[0].shape[1]
 
     @property
     def title(self) -> str:
@@ -155,10 +155,6 @@ class LoRADelta(Delta):
     def times(self, factor: float) -> LoRADelta:
         return replace(self, up=_scaled(self.up, factor))
 
-    @property
-    def columns(self) -> int:
-        return self.rank
-
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.up, self.down
 
@@ -188,10 +184,6 @@ class LoHaDelta(Delta):
     def times(self, factor: float) -> LoHaDelta:
         return replace(self, w2_a=_scaled(self.w2_a, factor))
 
-    @property
-    def columns(self) -> int:
-        return self.rank**2
-
     def factors(self) -> tuple[Tensor, Tensor]:
         left = (self.w1_a[:, :, None] * self.w2_a[:, None, :]).flatten(1)
         return left, (self.w1_b[:, None, :] * self.w2_b[None, :, :]).flatten(0, 1)
@@ -199,7 +191,7 @@ class LoHaDelta(Delta):
 
 @dataclass(frozen=True)
 class LoKrDelta(Delta):
-    """w1 [out₁, in₁] and w2 [out₂, in₂], each whole or as w_a [.., R] and w_b [R, ..]."""
+    """w1 [out₁, in₁] and w2 [out₂, in₂], each full or as w_a [.., R] and w_b [R, ..]."""
 
     kind = LOKR
     w1: Tensor | None = None
@@ -218,18 +210,17 @@ class LoKrDelta(Delta):
 
     @property
     def shape(self) -> tuple[int, int]:
-        (first, *_), (second, *_) = self.first, self.second
-        (*_, inner), (*_, outer) = self.first, self.second
-        return first.shape[0] * second.shape[0], inner.shape[1] * outer.shape[1]
+        first, second = self.first, self.second
+        return first[0].shape[0] * second[0].shape[0], first[-1].shape[1] * second[-1].shape[1]
 
     @property
     def first(self) -> tuple[Tensor, ...]:
-        """w1 as (whole,) or (w1_a, w1_b)."""
+        """w1 as (full,) or (w1_a, w1_b)."""
         return _factor(self.w1, self.w1_a, self.w1_b)
 
     @property
     def second(self) -> tuple[Tensor, ...]:
-        """w2 as (whole,) or (w2_a, w2_b)."""
+        """w2 as (full,) or (w2_a, w2_b)."""
         return _factor(self.w2, self.w2_a, self.w2_b)
 
     def product(self) -> Tensor:
@@ -239,13 +230,6 @@ class LoKrDelta(Delta):
         if self.w2 is not None:
             return replace(self, w2=_scaled(self.w2, factor))
         return replace(self, w2_b=_scaled(self.second[1], factor))
-
-    @property
-    def columns(self) -> int:
-        first, second = (
-            f[0].shape[1] if len(f) == 2 else min(f[0].shape) for f in (self.first, self.second)
-        )
-        return first * second
 
     def factors(self) -> tuple[Tensor, Tensor]:
         (a1, b1), (a2, b2) = _as_pair(self.first), _as_pair(self.second)
@@ -257,25 +241,25 @@ DELTAS: dict[AdapterKind, type[Delta]] = {
 }
 
 
-def _factor(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, ...]:
-    found = (whole,) if whole is not None else (a, b)
+def _factor(full: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, ...]:
+    found = (full,) if full is not None else (a, b)
     return tuple(tensor for tensor in found if tensor is not None)
 
 
 def multiplied(factor: tuple[Tensor, ...]) -> Tensor:
-    """A factor of a LoKr, whole or two thin matrices, as one matrix in float32 or wider."""
+    """A factor of a LoKr, full or two thin matrices, as one matrix in float32 or wider."""
     first, *rest = (upcast(tensor) for tensor in factor)
     return first @ rest[0] if rest else first
 
 
 def _as_pair(factor: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """A factor as a product; a whole one is multiplied by the identity on its shorter side."""
+    """A factor as a product; a full one is multiplied by the identity on its shorter side."""
     if len(factor) == 2:
         return factor[0], factor[1]
-    whole = factor[0]
-    rows, columns = whole.shape
-    unit = torch.eye(min(rows, columns), dtype=whole.dtype, device=whole.device)
-    return (unit, whole) if rows <= columns else (whole, unit)
+    full = factor[0]
+    rows, columns = full.shape
+    unit = torch.eye(min(rows, columns), dtype=full.dtype, device=full.device)
+    return (unit, full) if rows <= columns else (full, unit)
 
 
 def delta_of(tensors: Mapping[str, Tensor]) -> Delta:
@@ -296,13 +280,15 @@ def delta_of(tensors: Mapping[str, Tensor]) -> Delta:
 
 def _check(delta: Delta) -> None:
     matrices, kind = delta.matrices(), delta.kind
+    # The products of a LoHa are multiplied element by element; those of a LoKr may differ in size.
+    elementwise = kind.products if kind is LOHA else ()
     shapes = ", ".join(f"{suffix} {list(t.shape)}" for suffix, t in matrices.items())
     if any(t.ndim != 2 or 0 in t.shape for t in matrices.values()):
         raise ValueError(f"{shapes}: expected matrices")
     for left, right in kind.products:
         if left in matrices and matrices[left].shape[1] != matrices[right].shape[0]:
             raise ValueError(f"{shapes}: the ranks differ")
-    if isinstance(delta, LoHaDelta) and delta.shape != (delta.w2_a.shape[0], delta.w2_b.shape[1]):
+    if len({(matrices[a].shape[0], matrices[b].shape[1]) for a, b in elementwise}) > 1:
         raise ValueError(f"{shapes}: the sizes differ")
     if delta.dora_scale is not None and delta.dora_scale.numel() not in delta.shape:
         raise ValueError(f"dora_scale {list(delta.dora_scale.shape)} fits no side of {shapes}")

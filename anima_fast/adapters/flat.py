@@ -1,8 +1,8 @@
 """One buffer for all parameters of a network and one for all gradients.
 
 Each matrix is a leaf parameter whose data and whose `.grad` are views, so autograd adds gradients
-in place. Matrices that share a learning rate stand next to each other: a group is a slice, and an
-optimizer step, a gradient norm or a copy is one launch, however many modules there are.
+in place. Matrices that share a learning rate are contiguous: a group is a slice, and an optimizer
+step, a gradient norm or a copy is one launch, however many modules there are.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
-class Group:
-    """A learning-rate group: its name, its rate and the matrices in it, in buffer order."""
+class ParamGroup:
+    """A learning-rate group: its name, its rate and its matrices, in buffer order."""
 
     name: str
     lr: float
@@ -30,13 +30,13 @@ class FlatBuffer:
 
     Args:
         groups: trained matrices; they become contiguous in this order.
-        frozen: matrices that are saved but not trained, behind the groups.
+        frozen: matrices that are saved but not trained, placed after the groups.
         device, dtype: of both buffers.
     """
 
     def __init__(
         self,
-        groups: list[Group],
+        groups: list[ParamGroup],
         frozen: list[nn.Parameter],
         *,
         device: torch.device | str,
@@ -73,7 +73,7 @@ class FlatBuffer:
     def group_slices(self) -> list[nn.Parameter]:
         """One parameter per group: a slice of `flat` with the slice of `flat_grad` as its `.grad`.
 
-        The slices are made once, since an optimizer keeps its state by parameter.
+        The slices are created once, since an optimizer keeps its state by parameter.
         """
         if self._slices is None:
             self._slices = []

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,36 @@ OURS = {theirs: ours for own in SUFFIXES.values() for ours, theirs in own.items(
 PEFT_MAGNITUDES = "lora_magnitude_vector"
 
 
+@dataclass(frozen=True)
+class NetworkKeys:
+    """The keys of a network file, sorted.
+
+    Attributes:
+        dialect: that of the names; None when the file has no network of this model.
+        modules: {dotted module name: {suffix as in the file: key}}.
+        unknown: keys of modules that no Anima model has.
+    """
+
+    dialect: str | None
+    modules: dict[str, dict[str, str]]
+    unknown: list[str]
+
+    @classmethod
+    def sort(cls, keys: Iterable[str]) -> NetworkKeys:
+        """Sort the keys of a file."""
+        keys = list(keys)
+        dialect = names.detect_dialect(keys)
+        found = cls(dialect, {}, [])
+        for key in keys:
+            module, suffix = split_key(key)
+            name = names.from_dialect(module, dialect) if module and dialect else None
+            if name is None:
+                found.unknown.append(key)
+            else:
+                found.modules.setdefault(name, {})[suffix] = key
+        return found
+
+
 def read_tensors(
     path: str | os.PathLike, ignored: list[str] | None = None
 ) -> tuple[dict[str, dict[str, Tensor]], str, dict[str, str]]:
@@ -58,30 +88,27 @@ def read_tensors(
             Anima model has; with a list `ignored`, such keys are added to it instead.
     """
     checkpoint = Checkpoint.open(path)
-    dialect = names.detect_dialect(checkpoint.keys())
+    keys = NetworkKeys.sort(checkpoint.shapes)
+    dialect = keys.dialect
     if dialect is None and detect_kind(checkpoint) not in ("lora", "unknown"):
         raise wrong_kind(checkpoint, "an Anima LoRA")
     if dialect is None:
-        raise UserError(f"{path} is no Anima LoRA: none of its keys has a known prefix")
-    modules: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key in checkpoint.shapes:
-        module, suffix = split_key(key)
-        name = names.from_dialect(module, dialect) if module else None
-        if name is None:
-            unknown.append(key)
-            continue
-        tensor, own = checkpoint.get(key), our_suffix(suffix)
-        # PEFT stores magnitudes as a vector; elsewhere those of the outputs are [out, 1].
-        vector = own == MAGNITUDES and suffix != own
-        modules.setdefault(name, {})[own] = tensor.reshape(-1, 1) if vector else tensor
+        raise UserError(f"{path} is not an Anima LoRA: none of its keys has a known prefix")
     if ignored is not None:
-        ignored += unknown
-    elif unknown:
+        ignored += keys.unknown
+    elif keys.unknown:
         raise UserError(
-            f"{path}: {len(unknown)} keys belong to no module of Anima ({', '.join(unknown[:3])}): "
-            "it is a LoRA of another model, or damaged"
+            f"{path}: {len(keys.unknown)} keys belong to no module of Anima "
+            f"({', '.join(keys.unknown[:3])}): it is a LoRA of another model, or damaged"
         )
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, own in keys.modules.items():
+        modules[name] = {}
+        for suffix, key in own.items():
+            tensor, ours = checkpoint.get(key), our_suffix(suffix)
+            # PEFT stores magnitudes as a vector; elsewhere those of the outputs are [out, 1].
+            vector = ours == MAGNITUDES and suffix != ours
+            modules[name][ours] = tensor.reshape(-1, 1) if vector else tensor
     for name, tensors in modules.items():
         if not is_complete(tensors):
             raise UserError(f"{path}: {name} is incomplete, it has only {', '.join(tensors)}")
@@ -145,9 +172,7 @@ def named_tensors(
         if theirs is None:
             raise UserError(f"{name} has no name in the {dialect} dialect: use comfyui or kohya")
         if dialect == "diffusers" and not delta.is_plain_lora:
-            raise UserError(
-                f"diffusers loads plain LoRA only, {name} is none: use comfyui or kohya"
-            )
+            raise UserError(f"diffusers loads plain LoRA only, {name} is not: use comfyui or kohya")
         if fold and delta.alpha is not None:
             folded[name] = delta.alpha.item()
             delta = replace(delta.times(delta.scale), alpha=None)

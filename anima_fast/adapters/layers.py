@@ -1,4 +1,4 @@
-"""The adapter of one linear layer while it trains: y = W x + multiplier · Δ(x), with W frozen.
+"""The adapter of one linear layer in training: y = W x + multiplier · Δ(x), with W frozen.
 
 `AdaptedLinear` is what LoRA, LoHa and LoKr (lycoris.py) share: it replaces the layer's `forward`,
 is made from a Δ as files hold it (deltas.py) and gives one back. Adapters on one layer add up.
@@ -44,7 +44,7 @@ class Dropouts:
         dropout: of zeroing an element of down(x) (LoRA only).
         rank: of zeroing a rank component for a sample (LoRA) or an output for a call (LoHa, LoKr);
             survivors are scaled up.
-        module: of leaving the adapter out of a call.
+        module: of skipping the adapter for a call.
     """
 
     dropout: float | None = None
@@ -74,8 +74,8 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
         self.alpha = float(delta.rank or 1) if delta.alpha is None else delta.alpha.item()
         self.multiplier = 1.0
         # float32 until the network's buffer takes over the values.
-        self._parameters_of = delta.map(lambda t: nn.Parameter(t.detach().float().contiguous()))
-        for name, parameter in self._parameters_of.fields().items():
+        self._trained = delta.map(lambda t: nn.Parameter(t.detach().float().contiguous()))
+        for name, parameter in self._trained.fields().items():
             self.register_parameter(name, parameter)
         # In a list, so that the layer does not become a submodule of its own adapter.
         self._linear = [target.linear]
@@ -86,7 +86,7 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
     @property
     def title(self) -> str:
         """LoRA, LoHa, LoKr or DoRA."""
-        return self._parameters_of.title
+        return self._trained.title
 
     # Attaching
 
@@ -113,7 +113,7 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
 
     def as_delta(self, convert: Callable[[Tensor], Tensor] = lambda t: t) -> AnyDelta:
         """The adapter as a file holds it, its matrices passed through `convert`."""
-        copied = self._parameters_of.map(lambda t: convert(t.detach()))
+        copied = self._trained.map(lambda t: convert(t.detach()))
         return replace(copied, alpha=torch.tensor(self.alpha))
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
         """[..., in] → [..., out] in x's dtype."""
         if self._removed or self._left_out():
             return self._plain_forward(x)
-        if self._parameters_of.dora_scale is None:
+        if self._trained.dora_scale is None:
             return self._plain_forward(x) + self.delta(x, self.multiplier)
         return self._decomposed(x)
 
@@ -166,13 +166,13 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
         factor = self._factor(self._linear[0].weight)
         # W' − W takes the factor minus one, which keeps its digits in 16 bits: a factor near one
         # would lose all changes below half a percent.
-        whole, change = factor.to(x.dtype), (factor - 1).to(x.dtype)
+        factor, change = factor.to(x.dtype), (factor - 1).to(x.dtype)
         if is_of_inputs(self.dora_scale):
             product = self._plain_forward(x * change)
             product = product if bias is None else product - bias
-            return plain + self.multiplier * (product + self.delta(x * whole, 1.0))
+            return plain + self.multiplier * (product + self.delta(x * factor, 1.0))
         product = plain if bias is None else plain - bias
-        return plain + self.multiplier * (change * product + whole * self.delta(x, 1.0))
+        return plain + self.multiplier * (change * product + factor * self.delta(x, 1.0))
 
     def _factor(self, weight: Tensor) -> Tensor:
         """m / ‖W + Δ‖, one number each output or input, float32."""
@@ -199,7 +199,7 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
         base = self._base_rows(weight, start, stop)
         if self._removed:
             return base
-        if self._parameters_of.dora_scale is None:
+        if self._trained.dora_scale is None:
             return base + self.multiplier * self.rows(start, stop)
         factor = self._factor(weight)
         factor = factor if is_of_inputs(self.dora_scale) else factor[start:stop, None]
@@ -266,7 +266,7 @@ class LoRALinear(AdaptedLinear[LoRADelta]):
         scale = strength * self.scale
         if self.training and self.dropouts.dropout:
             h = F.dropout(h, self.dropouts.dropout)
-        # One mask per sample, whatever number of token dimensions lies between.
+        # One mask per sample, however many token dimensions there are.
         for mask in self._masks((h.shape[0], *[1] * (h.ndim - 2), self.rank), h):
             h = h * mask
         if self.training and self.dropouts.rank:
@@ -277,7 +277,7 @@ class LoRALinear(AdaptedLinear[LoRADelta]):
         return self.scale * (upcast(self.up[start:stop]) @ upcast(self.down))
 
     def _masks(self, shape: tuple[int, ...], like: Tensor) -> list[Tensor]:
-        """Factors of down(x) that are the same for all tokens of a sample."""
+        """Factors of down(x) that all tokens of a sample share."""
         if not self.training:
             return []
         masks = []
@@ -289,5 +289,5 @@ class LoRALinear(AdaptedLinear[LoRADelta]):
 
 
 def row_ranges(rows: int) -> list[tuple[int, int]]:
-    """[0, rows) in pieces of at most `ROWS`."""
+    """[0, rows) in ranges of at most `ROWS`."""
     return [(start, min(start + ROWS, rows)) for start in range(0, rows, ROWS)]

@@ -20,7 +20,7 @@ from torch import nn
 
 from anima_fast.adapters import names
 from anima_fast.adapters.deltas import Delta, adapted_weight
-from anima_fast.adapters.flat import Group
+from anima_fast.adapters.flat import ParamGroup
 from anima_fast.adapters.formats import read_lora
 from anima_fast.adapters.layers import AdaptedLinear, Dropouts, LoRALinear
 from anima_fast.adapters.lycoris import LoHaLinear, LoKrLinear, initial_magnitudes
@@ -248,7 +248,7 @@ def _groups(
     rates: Mapping[str, float],
     ratios: Mapping[str, float],
     reg_lrs: Mapping[str, float],
-) -> list[Group]:
+) -> list[ParamGroup]:
     """Learning-rate groups; what has rate 0 is in none of them."""
     members: dict[tuple[str, float], list[nn.Parameter]] = {}
     titles = {"dit": "unet", "text_encoder": "textencoder"}
@@ -265,4 +265,4 @@ def _groups(
                 members.setdefault(key, []).extend(matrices)
     if not members:
         raise UserError("every learning rate is 0: nothing would be trained")
-    return [Group(title, lr, tuple(params)) for (title, lr), params in members.items()]
+    return [ParamGroup(title, lr, tuple(params)) for (title, lr), params in members.items()]

@@ -80,12 +80,12 @@ def initial_lokr(
     Args:
         shape: (out, in).
         rank: R; a factor that would not be smaller as two thin ones (R ≥ half its longer side) is
-            whole.
-        alpha: 0 or None means the rank; the scale is 1 where both factors are whole.
+            full.
+        alpha: 0 or None means the rank; the scale is 1 where both factors are full.
         generator: source of the numbers.
         factor: of `split`.
         decompose_both: w1 as two thin factors too.
-        full_matrix: both factors whole, whatever the rank.
+        full_matrix: both factors full, whatever the rank.
     """
     (out_1, out_2), (in_1, in_2) = (split(dimension, factor) for dimension in shape)
 
@@ -106,7 +106,7 @@ def initial_lokr(
 
 
 class LycorisLinear(AdaptedLinear[AnyDelta]):
-    """What LoHa and LoKr share: rank dropout drops outputs, the same ones for the whole call."""
+    """What LoHa and LoKr share: rank dropout drops outputs, the same ones throughout a call."""
 
     def _kept_outputs(self, y: Tensor) -> Tensor:
         if not (self.training and self.dropouts.rank):
@@ -139,7 +139,7 @@ class HadamardProduct(torch.autograd.Function):
     """y = scale · x ((w1_a w1_b) ∘ (w2_a w2_b))ᵀ, a band of rows of the product at a time.
 
     With G = scale · dyᵀ x, and W1, W2 the two products:
-    dw1_a = (G ∘ W2) w1_bᵀ, dw1_b = w1_aᵀ (G ∘ W2), likewise with 1 and 2 exchanged, and
+    dw1_a = (G ∘ W2) w1_bᵀ, dw1_b = w1_aᵀ (G ∘ W2), the same with 1 and 2 exchanged, and
     dx = scale · dy (W1 ∘ W2). Products of factors are made in float32; x, y and dy have one dtype.
     """
 
@@ -183,7 +183,7 @@ class HadamardProduct(torch.autograd.Function):
 
 
 class LoKrLinear(LycorisLinear[LoKrDelta]):
-    """Δ = (alpha / R) · w1 ⊗ w2, each factor whole or a product of two."""
+    """Δ = (alpha / R) · w1 ⊗ w2, each factor full or a product of two."""
 
     kind = LOKR
     plus = ("w1",)
@@ -191,10 +191,10 @@ class LoKrLinear(LycorisLinear[LoKrDelta]):
 
     def delta(self, x: Tensor, strength: float) -> Tensor:
         # The small factor takes the scale.
-        first = strength * self.scale * multiplied(self._parameters_of.first)
+        first = strength * self.scale * multiplied(self._trained.first)
         first = first.to(x.dtype)  # [out₁, in₁]
         # w2_b comes before w2_a on the way from x to y.
-        seconds = [w.to(x.dtype) for w in reversed(self._parameters_of.second)]
+        seconds = [w.to(x.dtype) for w in reversed(self._trained.second)]
         outer, inner = first.shape[1], seconds[0].shape[1]
         grid = x.reshape(-1, outer, inner)  # [N, in₁, in₂]
         if _first_is_cheaper(first.shape, [w.shape for w in seconds]):
@@ -204,8 +204,8 @@ class LoKrLinear(LycorisLinear[LoKrDelta]):
         return self._kept_outputs(y.reshape(*x.shape[:-1], -1))
 
     def rows(self, start: int, stop: int) -> Tensor:
-        first = multiplied(self._parameters_of.first)
-        second = multiplied(self._parameters_of.second)
+        first = multiplied(self._trained.first)
+        second = multiplied(self._trained.second)
         index = torch.arange(start, stop, device=first.device)
         outer, inner = index // second.shape[0], index % second.shape[0]
         # Row (l, k) of a Kronecker product is the outer product of row l and row k.

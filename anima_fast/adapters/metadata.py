@@ -21,12 +21,12 @@ from anima_fast import __version__
 from anima_fast.files import cached_sha256
 
 if TYPE_CHECKING:
-    from anima_fast.options.run import TrainOptions
+    from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 # The legacy hash reads 64 KiB at 1 MiB.
 LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000
 IMPLEMENTATION = "https://huggingface.co/circlestone-labs/Anima"
-# Options that are written as they are, under their own name.
+# Options that are written unchanged, under their own name.
 PLAIN_OPTIONS = (
     "learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps",
     "max_grad_norm", "gradient_checkpointing", "gradient_accumulation_steps", "mixed_precision",
@@ -39,7 +39,7 @@ PLAIN_OPTIONS = (
     "timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "training_comment",
     "network_dropout", "output_name",
 )  # fmt: skip
-# Options that sd-scripts writes and that have one fixed meaning here.
+# Options that sd-scripts writes and that have one fixed value here.
 FIXED = {
     "fp8_base": "False", "fp8_base_unet": "False", "lowram": "False", "min_snr_gamma": "None",
     "noise_offset": "None", "multires_noise_iterations": "None", "multires_noise_discount": "None",
@@ -135,18 +135,12 @@ def model_hashes(options: TrainOptions) -> dict[str, str]:
     return found
 
 
-def modelspec(options: TrainOptions) -> dict[str, str]:
+def modelspec(options: TrainOptions | FinetuneOptions) -> dict[str, str]:
     """The `modelspec.` keys (Stability AI's model specification, as sd-scripts fills it in)."""
-    now = datetime.datetime.now().replace(microsecond=0)
     spec = {
-        "sai_model_spec": "1.0.1",
-        "architecture": "anima-preview/lora",
-        "implementation": IMPLEMENTATION,
-        "implementation_version": f"anima_fast/{__version__}",
-        "title": options.metadata_title or options.output_stem,
-        "date": now.isoformat(),
+        **lora_spec(options.metadata_title or options.output_stem),
         "resolution": _resolution(options.resolution),
-        # Not the truth for a flow model, but what every other Anima LoRA says.
+        # Wrong for a flow model, but what every other Anima LoRA says.
         "prediction_type": "epsilon",
     }
     for name in MODELSPEC_OPTIONS:
@@ -156,6 +150,18 @@ def modelspec(options: TrainOptions) -> dict[str, str]:
         high = 1000 if options.max_timestep is None else options.max_timestep
         spec["timestep_range"] = f"{options.min_timestep or 0},{high}"
     return {f"modelspec.{name}": value for name, value in spec.items()}
+
+
+def lora_spec(title: str) -> dict[str, str]:
+    """The entries of the model specification that every LoRA has, without `modelspec.`."""
+    return {
+        "sai_model_spec": "1.0.1",
+        "architecture": "anima-preview/lora",
+        "implementation": IMPLEMENTATION,
+        "implementation_version": f"anima_fast/{__version__}",
+        "title": title,
+        "date": datetime.datetime.now().replace(microsecond=0).isoformat(),
+    }
 
 
 def _resolution(resolution: str | None) -> str:

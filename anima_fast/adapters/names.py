@@ -36,7 +36,7 @@ TOP_MODULES = (
     "final_layer.linear",
     "final_layer.adaln_modulation.1",
     "final_layer.adaln_modulation.2",
-    # Never adapted by default, but files of other trainers may have them.
+    # Not adapted by default, but files of other trainers may have them.
     f"{ADAPTER}in_proj",
     f"{ADAPTER}out_proj",
 )
@@ -90,7 +90,7 @@ DIFFUSERS_DIT = "transformer."
 # LyCORIS' own wrapper, on our modules or (SimpleTuner) on those of diffusers.
 LYCORIS = "lycoris_"
 PEFT = "base_model.model."
-# What other tools leave before a module's own name.
+# Prefixes that other tools leave on a module's own name.
 OTHER_PREFIXES = ("diffusion_model.", DIFFUSERS_DIT, "net.", "")
 
 
@@ -180,9 +180,9 @@ def to_dialect(name: str, dialect: str) -> str | None:
 
 
 def detect_dialect(keys: Iterable[str]) -> str | None:
-    """The dialect of a file's keys, or `OTHER`; None for no LoRA of this model."""
+    """The dialect of a file's keys, or `OTHER`; None when it has no LoRA of this model."""
     keys = list(keys)
-    # `transformer.blocks.` is no name of diffusers, whatever the other keys are.
+    # diffusers has no `transformer.blocks.`, whatever the other keys are.
     if any(key.startswith(f"{DIFFUSERS_DIT}blocks.") for key in keys):
         return OTHER
     for dialect, prefixes in (
@@ -207,5 +207,5 @@ def from_dialect(name: str, dialect: str) -> str | None:
         OTHER: from_other,
     }[dialect]
     dotted = reverse(name)
-    # Other models use the same prefixes: only a name that the table of modules has is taken.
+    # Other models use the same prefixes: only names in the table of modules are accepted.
     return dotted if dotted and from_flat(flat_name(dotted)) == dotted else None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from anima_fast.adapters import names
 from anima_fast.adapters.deltas import Delta
-from anima_fast.adapters.flat import FlatBuffer, Group
+from anima_fast.adapters.flat import FlatBuffer, ParamGroup
 from anima_fast.adapters.formats import named_tensors, read_lora, unfold, write_lora
 from anima_fast.adapters.layers import AdaptedLinear, LoRALinear
 from anima_fast.errors import UserError
@@ -36,7 +36,7 @@ class LoRANetwork(nn.Module):
     """
 
     def __init__(
-        self, adapters: Mapping[str, AdaptedLinear], groups: list[Group], dtype: torch.dtype
+        self, adapters: Mapping[str, AdaptedLinear], groups: list[ParamGroup], dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.modules_by_name = dict(adapters)
@@ -63,7 +63,7 @@ class LoRANetwork(nn.Module):
         return self.buffer.flat_grad
 
     def to(self, device: torch.device | str) -> LoRANetwork:
-        """Move buffers and parameters to a device; only before an optimizer is made."""
+        """Move buffers and parameters to a device; only before an optimizer is built."""
         self._build(device)
         return self
 
@@ -107,7 +107,7 @@ class LoRANetwork(nn.Module):
         ]
 
     def zero_grad_flat(self) -> None:
-        """Set all gradients to zero, in place: they stay views of the buffer."""
+        """Set all gradients to zero in place, so that they stay views of the buffer."""
         self.flat_grad.zero_()
 
     def is_finite(self) -> bool:
@@ -161,7 +161,7 @@ class LoRANetwork(nn.Module):
             keep their values.
 
         Raises:
-            UserError: no LoRA, none of its modules fits, or a rank differs.
+            UserError: the file is not a LoRA, none of its modules fits, or a rank differs.
         """
         ignored: list[str] = []
         deltas, _, metadata = read_lora(path, ignored)
@@ -190,7 +190,7 @@ class LoRANetwork(nn.Module):
             (pairs shrunk, mean norm, largest norm), norms after shrinking.
 
         Raises:
-            ValueError: an adapter that is no plain LoRA.
+            ValueError: an adapter that is not a LoRA.
         """
         adapters = [a for a in self.modules_by_name.values() if isinstance(a, LoRALinear)]
         if len(adapters) < len(self.modules_by_name):

@@ -95,7 +95,9 @@ def first_match(
     return default
 
 
-def _linears(root: nn.Module, classes: tuple[type, ...], prefix: str) -> Iterator[Target]:
+def _linears(
+    root: nn.Module, classes: tuple[type[nn.Module], ...], prefix: str
+) -> Iterator[Target]:
     for outer, module in root.named_modules():
         if isinstance(module, classes):
             for inner, layer in module.named_modules():
@@ -109,5 +111,7 @@ def _compiled(patterns: Iterable[str], option: str) -> list[re.Pattern]:
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
-            raise UserError(f"{option}: {pattern!r} is no regular expression ({error})") from None
+            raise UserError(
+                f"{option}: {pattern!r} is not a regular expression ({error})"
+            ) from None
     return compiled

@@ -7,8 +7,15 @@ from typing import Annotated
 
 import typer
 
+from anima_fast.adapters.names import DIALECTS
 from anima_fast.commands.app import USE, app
 from anima_fast.errors import UserError
+
+
+def check_dialect(to: str) -> None:
+    """Refuse a --to that is none of the dialects."""
+    if to not in DIALECTS:
+        raise UserError(f"--to {to}: use {', '.join(DIALECTS[:-1])} or {DIALECTS[-1]}")
 
 
 @app.command("convert", rich_help_panel=USE)
@@ -29,8 +36,8 @@ def _convert(
     """Convert a LoRA, LoHa, LoKr or DoRA file between kohya, ComfyUI and diffusers names."""
     from anima_fast.tools.convert import convert_file
 
-    if to is not None and to not in ("kohya", "comfyui", "diffusers"):
-        raise UserError(f"--to {to}: use kohya, comfyui or diffusers")
+    if to is not None:
+        check_dialect(to)
     if reverse and to not in (None, "kohya"):
         raise UserError(f"--reverse means --to kohya: give it or --to {to}")
     words = [path for path in (input, src, output, dst) if path is not None]
@@ -51,7 +58,9 @@ def _inspect(
     """Show what a model, LoRA or cache file holds and which programs load it."""
     from json import dumps
 
-    from anima_fast.inspection.file import describe, render
+    from anima_fast.inspection.description import inspection_text
+    from anima_fast.inspection.file import inspect_file
 
-    found = describe(file)
-    typer.echo(dumps(found, indent=1, ensure_ascii=False, default=str) if json else render(found))
+    found = inspect_file(file)
+    as_json = dumps(found, indent=1, ensure_ascii=False, default=str)
+    typer.echo(as_json if json else inspection_text(found))

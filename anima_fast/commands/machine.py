@@ -62,10 +62,10 @@ def _doctor(
     """Report what this machine has and what missing pieces would bring."""
     from json import dumps
 
-    from anima_fast.inspection.doctor import examine, render
+    from anima_fast.inspection.doctor import doctor_text, examine
 
     report = examine(models_dir)
-    typer.echo(dumps(report, indent=1, ensure_ascii=False) if json else render(report))
+    typer.echo(dumps(report, indent=1, ensure_ascii=False) if json else doctor_text(report))
     raise typer.Exit(0 if report["can_train"] else 1)
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anima_fast.commands.app import USE, app
+from anima_fast.commands.files import check_dialect
 from anima_fast.errors import UserError
+from anima_fast.models.adapter_kinds import TITLES
 
 if TYPE_CHECKING:
     from anima_fast.tools.ranks import ModuleLoss
@@ -163,7 +165,7 @@ def _extract(
     from anima_fast.tools.ranks import RankRule
 
     target = _required(output)
-    _check_dialect(to)
+    check_dialect(to)
     found = extract_lora(
         base,
         tuned,
@@ -192,7 +194,7 @@ def _extract(
 
 @app.command("resize", rich_help_panel=USE)
 def _resize(
-    src: Annotated[Path, typer.Argument(help="LoRA, LoHa, LoKr or DoRA file to read.")],
+    src: Annotated[Path, typer.Argument(help=f"{TITLES} file to read.")],
     output: Output = None,
     rank: Rank = None,
     energy: Energy = None,
@@ -268,11 +270,6 @@ def _required(output: Path | None) -> Path:
     if output is None:
         raise UserError("--output is required: the file to write")
     return output
-
-
-def _check_dialect(to: str) -> None:
-    if to not in ("kohya", "comfyui", "diffusers"):
-        raise UserError(f"--to {to}: use kohya, comfyui or diffusers")
 
 
 def _tell(losses: list[ModuleLoss], output: Path, verbose: bool) -> None:

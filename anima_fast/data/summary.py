@@ -73,6 +73,8 @@ def _subset(subset: Subset, items: list[ImageItem]) -> dict:
     for name in ("image_dir", "metadata_file"):
         if values[name] is not None:
             values[name] = Path(os.path.abspath(values[name])).name
+    # A table in the metadata of sd-scripts, empty or not.
+    values["custom_attributes"] = values["custom_attributes"] or {}
     values["img_count"] = sum(item.subset.index == subset.index for item in items)
     # A TOML table may hold dates, which JSON does not know.
     return json.loads(json.dumps(values, default=str))

@@ -1,1 +1,1 @@
-"""A whole run on a tiny stack, from images to a report."""
+"""`anima-fast demo`: a complete run on tiny models, from images to a report."""

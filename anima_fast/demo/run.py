@@ -2,7 +2,7 @@
 
 The models are tiny and random, made here (a VAE that can show photographs is trained first), so
 neither a card nor a download is needed. Everything after that is what a user runs: `train` with the
-options of the documentation, `convert`, `sample`. The demo overwrites only files of its own.
+options of the documentation, `convert`, `sample`. The demo overwrites only its own files.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from PIL import Image
 
+from anima_fast.demo.tiny_stack import Stack, build_stack, save_vae
+from anima_fast.demo.vae import fit_vae
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write, write_text
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from anima_fast.demo.tiny_stack import Stack
-    from anima_fast.options.run import TrainOptions
-    from anima_fast.progress import Progress
-    from anima_fast.reports.run_page import Picture
-    from anima_fast.training.run import TrainResult
+from anima_fast.models.adapter_kinds import LORA
+from anima_fast.options.run import TrainOptions
+from anima_fast.options.sample import SampleOptions
+from anima_fast.progress import Progress
+from anima_fast.reports.run_page import Picture, write_report
+from anima_fast.sampling import run_sample
+from anima_fast.tools.convert import convert_file
+from anima_fast.training.loop import train
+from anima_fast.training.run import TrainResult
 
 # Photographs inside the scikit-image wheel: function of skimage.data, caption, size of a preview
 # (that of the bucket it is trained in).
@@ -97,7 +100,7 @@ class Folders:
 def one_thread() -> Iterator[None]:
     """One thread for the matrices of a toy, which gain nothing from more.
 
-    On a busy machine threads that wait for each other made a step five times as slow.
+    On a busy machine, threads that waited for each other made a step five times slower.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -126,10 +129,6 @@ def run_demo(
     Raises:
         UserError: scikit-image is missing, or the folder cannot be written.
     """
-    from anima_fast.progress import Progress
-    from anima_fast.tools.convert import convert_file
-    from anima_fast.training.loop import train
-
     folders, started = Folders(Path(out)), time.perf_counter()
     with Progress() as progress:
         images = write_photographs(folders, repeats)
@@ -139,6 +138,8 @@ def run_demo(
         progress.say("rendered the previews before training")
     options = train_options(folders, stack, seed, steps)
     result = train(options)
+    # Only a run that asks for the memory plan alone has no result.
+    assert result is not None
     if result.interrupted_by:
         raise KeyboardInterrupt
     comfyui = result.output.with_name("demo_lora_comfyui.safetensors")
@@ -161,8 +162,6 @@ def write_photographs(folders: Folders, repeats: int) -> dict[str, Image.Image]:
         raise UserError(
             'the demo takes its photographs from scikit-image: pip install "anima-fast[demo]"'
         ) from error
-    from PIL import Image
-
     images = {}
     for name, caption in CAPTIONS.items():
         images[name] = Image.fromarray(getattr(data, name)()).convert("RGB")
@@ -180,9 +179,6 @@ def build_models(
     folder: Path, images: dict[str, Image.Image], vae_steps: int, seed: int, progress: Progress
 ) -> Stack:
     """A random DiT, LLM adapter, text encoder and tokenizers, and a VAE fitted to the images."""
-    from anima_fast.demo.tiny_stack import build_stack, save_vae
-    from anima_fast.demo.vae import fit_vae
-
     stack = build_stack(
         folder, seed=seed, blocks=4, width=128, context_dim=64, captions=CAPTIONS.values()
     )
@@ -201,9 +197,6 @@ def build_models(
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """An image at the area of the training buckets, [3, H, W] in [-1, 1]."""
-    import numpy as np
-    from PIL import Image
-
     scale = RESOLUTION / (image.width * image.height) ** 0.5
     size = (round(image.width * scale), round(image.height * scale))
     pixels = np.array(image.resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
@@ -212,8 +205,6 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 def train_options(folders: Folders, stack: Stack, seed: int, steps: int) -> TrainOptions:
     """The documentation's command, with what four photographs and a CPU need changed."""
-    from anima_fast.options.run import TrainOptions
-
     return TrainOptions(
         pretrained_model_name_or_path=str(stack.dit),
         qwen3=str(stack.qwen3),
@@ -223,7 +214,7 @@ def train_options(folders: Folders, stack: Stack, seed: int, steps: int) -> Trai
         output_dir=str(folders.run),
         output_name="demo_lora",
         save_model_as="safetensors",
-        network_module="networks.lora_anima",
+        network_module=LORA.module,
         network_dim=64,
         network_alpha=64.0,
         learning_rate=3e-3,
@@ -252,9 +243,6 @@ def render_previews(
     folders: Folders, stack: Stack, stage: str, seed: int, steps: int, lora: Path | None
 ) -> list[Path]:
     """One picture for each caption; returns the files in the order of `PHOTOGRAPHS`."""
-    from anima_fast.options.sample import SampleOptions
-    from anima_fast.sampling import run_sample
-
     return [
         run_sample(
             SampleOptions(
@@ -290,7 +278,6 @@ def write_demo_report(
     seconds: float,
 ) -> Path:
     """`report.html` with the curves of the run and the pictures before and after."""
-    from anima_fast.reports.run_page import Picture, write_report
 
     def gallery(paths: list[Path]) -> list[Picture]:
         captions = CAPTIONS.values()

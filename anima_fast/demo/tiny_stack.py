@@ -1,8 +1,8 @@
 """A tiny model stack with random weights in the published file formats, for the demo and the tests.
 
 DiT with bundled LLM adapter (prefix `net.`), Qwen3 folder with a tokenizer, VAE under its original
-(Wan) names with three-dimensional kernels, T5 tokenizer. The tokenizers are trained on the spot on
-a few captions. Weights are scaled by fan-in, so activations stay of order one.
+(Wan) names with three-dimensional kernels, T5 tokenizer. The tokenizers are trained on a few
+captions. Weights are scaled by fan-in, so activations stay of order one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer, UnigramTrainer
 from torch import Tensor
 
 from anima_fast.files import save_safetensors, write_json
@@ -141,9 +143,6 @@ def vae_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
 
 def _train_tokenizers(stack: Stack, corpus: list[str]) -> int:
     """Byte-level BPE for Qwen3 and a unigram model for T5; returns the size of the first."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from tokenizers.trainers import BpeTrainer, UnigramTrainer
-
     qwen = Tokenizer(models.BPE())
     qwen.normalizer = normalizers.NFC()
     qwen.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -180,7 +179,7 @@ def _train_tokenizers(stack: Stack, corpus: list[str]) -> int:
     return qwen.get_vocab_size()
 
 
-def _save_tokenizer(tokenizer: object, path: Path) -> None:
+def _save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     write_json(path, json.loads(tokenizer.to_str()))
 
 

@@ -1,9 +1,9 @@
 """A tiny VAE that can show photographs, trained in half a minute on a CPU, for the demo only.
 
-With random weights a decoded latent is noise, and previews would tell nothing. Encoder and decoder
-learn apart from each other, which is far faster than through their bottleneck: the encoder to give
-the 16 strongest principal components of each 8x8 patch, the decoder to turn these components (with
-a little noise) back into pixels. What comes out is blurred, but a cat is a cat.
+With random weights a decoded latent is noise, and previews would show nothing. Encoder and decoder
+are trained separately, which is far faster than through their bottleneck: the encoder to give the
+16 strongest principal components of each 8x8 patch, the decoder to turn these components (with a
+little noise) back into pixels. The result is blurred, but a cat is a cat.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""`anima-fast inspect`: what a file holds and which programs load it, told from headers."""
+"""`anima-fast inspect`, what a file holds and which programs load it, and `anima-fast doctor`."""

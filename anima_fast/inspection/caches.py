@@ -8,12 +8,14 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from anima_fast.data.cache import CACHE_VERSION, LATENT_SCALE
 from anima_fast.errors import UserError
-from anima_fast.models.checkpoint import Checkpoint
+from anima_fast.inspection.description import SEE_NOTE, Description, shape_text
+from anima_fast.models.checkpoint import Checkpoint, detect_kind
 
 KEYED_BY = {
     "latent_cache": "image bytes, bucket, resizing and crop, VAE file, dtype, flip_aug, alpha_mask",
@@ -27,10 +29,10 @@ FORMS = {
     "context": "context: what the DiT reads, after the LLM adapter",
     "states": "Qwen3 states and T5 ids: what the LLM adapter reads",
 }
-# What the metadata of a cache file tells about its origin.
+# Entries of the metadata about the origin of a cache file.
 ORIGINS = ("image", "image_size", "bucket", "vae", "caption", "encoder", "dtype")
 NEEDED = {"latent_cache": [{"latents"}], "text_cache": [{"context"}, {"source_states", "t5_ids"}]}
-# RuntimeError: an encrypted member or an unknown compression, which a flipped bit asks for.
+# RuntimeError: an encrypted member or an unknown compression, which a flipped bit can suggest.
 _DAMAGE = (
     OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
     tokenize.TokenError,
@@ -38,24 +40,26 @@ _DAMAGE = (
 _TEXT_NAMES = ("prompt_embeds", "attn_mask", "t5_input_ids", "t5_attn_mask")
 
 
-def describe_cache(checkpoint: Checkpoint, kind: str) -> dict:
+def describe_cache(checkpoint: Checkpoint) -> Description:
     """Origin, key and shapes of a cache file of this program.
 
     Raises `UserError` when it lacks what a file of its kind holds.
     """
-    metadata, shapes = checkpoint.metadata, checkpoint.shapes
+    kind, metadata, shapes = detect_kind(checkpoint), checkpoint.metadata, checkpoint.shapes
     if not any(names <= shapes.keys() for names in NEEDED[kind]):
         raise UserError(
             f"{checkpoint.name} is a cache file without its tensors: delete it, the next run "
             "encodes again"
         )
-    facts = {name: metadata[name] for name in ORIGINS if metadata.get(name) is not None}
+    facts: dict[str, Any] = {
+        name: metadata[name] for name in ORIGINS if metadata.get(name) is not None
+    }
     if "dtype" in facts:
         facts["computed_in"] = facts.pop("dtype").removeprefix("torch.")
     if form := FORMS.get(metadata.get("form", "")):
         facts["form"] = form
     facts |= {
-        "tensors": {name: _shape(shapes[name]) for name in sorted(shapes)},
+        "tensors": _tensors(shapes),
         "key": metadata.get("key", "none"),
         "keyed_by": KEYED_BY[kind],
     }
@@ -65,18 +69,18 @@ def describe_cache(checkpoint: Checkpoint, kind: str) -> dict:
             f"made by cache version {metadata.get('version')}, this program uses {CACHE_VERSION}: "
             "the next run encodes again"
         )
-    programs = {"anima-fast": "no: see the note" if notes else "yes, found by its key"}
-    return {"title": TITLES[kind], "facts": facts, "programs": programs, "notes": notes}
+    programs = {"anima-fast": SEE_NOTE if notes else "yes, found by its key"}
+    return Description(TITLES[kind], facts, programs, notes)
 
 
-def describe_npz(path: Path) -> dict:
-    """What sd-scripts has cached in an .npz file: kind, title, facts, programs and notes.
+def describe_npz(path: Path) -> Description:
+    """What sd-scripts has cached in an .npz file.
 
     Headers are read, and of a text cache the two masks. Raises `UserError` when the file is
-    damaged, holds Python objects (which could run code) or is no such cache.
+    damaged, holds Python objects (which could run code) or is not such a cache.
     """
     try:
-        # Anything else goes to readers of single arrays and pickles.
+        # np.load hands anything else to its readers of single arrays and pickles.
         if not zipfile.is_zipfile(path):
             raise ValueError("cut off, or no .npz file")
         with np.load(path, allow_pickle=False) as archive:
@@ -93,44 +97,45 @@ def describe_npz(path: Path) -> dict:
     except _DAMAGE as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(
-            f"{path} is no readable cache ({reason}): delete it, the next run encodes again"
+            f"{path} is not a readable cache ({reason}): delete it, the next run encodes again"
         ) from error
     if found is None:
+        held = ", ".join(sorted(arrays)[:3])
         raise UserError(
-            f"{path} is no cache of images or captions (it holds {', '.join(sorted(arrays)[:3])}): "
+            f"{path} is not a cache of images or captions (it holds {held}): "
             "expected *_anima.npz or *_anima_te.npz of sd-scripts"
         )
     dtypes = {str(dtype) for _, dtype in arrays.values()}
-    found["facts"] |= {
-        "tensors": {name: _shape(shapes[name]) for name in sorted(shapes)},
+    found.facts |= {
+        "tensors": _tensors(shapes),
         "dtype": ", ".join(sorted(dtypes)),
         "keyed_by": "its file name only: the file does not say which contents it was made from",
     }
-    return {"notes": [], **found}
+    return found
 
 
-def _npz_latents(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict:
+def _npz_latents(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Description:
     matches = (re.fullmatch(r"latents_(\d+)x(\d+)", name) for name in shapes)
     buckets = [f"{LATENT_SCALE * int(m[2])}x{LATENT_SCALE * int(m[1])}" for m in matches if m]
     if not buckets:
-        raise ValueError("its names tell no latent size")
-    facts = {"bucket": ", ".join(buckets)}
-    if named := re.fullmatch(r".+_0*(\d+)x0*(\d+)_anima", path.stem):
-        facts = {"image_size": f"{named[1]}x{named[2]}", **facts}
+        raise ValueError("its names give no latent size")
+    named = re.fullmatch(r".+_0*(\d+)x0*(\d+)_anima", path.stem)
+    facts: dict[str, Any] = {"image_size": f"{named[1]}x{named[2]}"} if named else {}
+    facts["bucket"] = ", ".join(buckets)
     for part, prefix in (("flipped", "latents_flipped_"), ("alpha_mask", "alpha_mask_")):
         facts[part] = "yes" if any(name.startswith(prefix) for name in shapes) else "no"
     state = "yes" if named else "no: its name must be STEM_WWWWxHHHH_anima.npz"
-    return {
-        "kind": "sd_scripts_latent_cache",
-        "title": "latents of one image, cached by sd-scripts",
-        "facts": facts,
-        "programs": {"anima-fast": state, "sd-scripts": state},
-    }
+    return Description(
+        "latents of one image, cached by sd-scripts",
+        facts,
+        {"anima-fast": state, "sd-scripts": state},
+        kind="sd_scripts_latent_cache",
+    )
 
 
 def _npz_text(
     path: Path, archive: np.lib.npyio.NpzFile, shapes: Mapping[str, tuple[int, ...]]
-) -> dict:
+) -> Description:
     # A few hundred numbers each.
     qwen, t5 = (int(np.count_nonzero(archive[name])) for name in ("attn_mask", "t5_attn_mask"))
     state = "yes"
@@ -138,19 +143,17 @@ def _npz_text(
         state = "no: its name must be STEM_anima_te.npz"
     elif "caption_dropout_rate" not in shapes:
         state = "no: it lacks caption_dropout_rate"
-    return {
-        "kind": "sd_scripts_text_cache",
-        "title": "encoding of one caption, cached by sd-scripts",
-        "facts": {
-            "tokens": f"{qwen} of Qwen3, {t5} of T5",
-            "width": shapes["prompt_embeds"][-1],
-        },
-        "programs": {"anima-fast": state, "sd-scripts": state},
-    }
+    return Description(
+        "encoding of one caption, cached by sd-scripts",
+        {"tokens": f"{qwen} of Qwen3, {t5} of T5", "width": shapes["prompt_embeds"][-1]},
+        {"anima-fast": state, "sd-scripts": state},
+        kind="sd_scripts_text_cache",
+    )
 
 
 def _array_header(archive: np.lib.npyio.NpzFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of an array, without its data."""
+    assert archive.zip is not None
     with archive.zip.open(f"{name}.npy") as file:
         version = np.lib.format.read_magic(file)
         read = {
@@ -161,5 +164,5 @@ def _array_header(archive: np.lib.npyio.NpzFile, name: str) -> tuple[tuple[int, 
     return shape, dtype
 
 
-def _shape(shape: tuple[int, ...]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
+def _tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    return {name: shape_text(shapes[name]) for name in sorted(shapes)}

@@ -1,4 +1,4 @@
-"""What this machine has, and what each missing piece would bring.
+"""`anima-fast doctor`: what this machine has, and what each missing piece would bring.
 
 Only what makes training impossible counts as a failure: no PyTorch, one that is too old, or a
 missing required library. Training without a card works, slowly, so that is a warning.
@@ -55,16 +55,17 @@ def examine(models_dir: str | Path | None = None) -> dict[str, Any]:
     folder = Path(models_dir) if models_dir else default_models_dir()
     problems: list[str] = []
     warnings: list[str] = []
+    libraries = {name: version_of(name) for name in REQUIRED}
     report = {
         "system": system_report(),
         "torch": torch_report(problems, warnings),
         "cards": card_report(warnings),
-        "libraries": {name: version_of(name) for name in REQUIRED},
+        "libraries": libraries,
         "extras": {name: version_of(name) for name in EXTRAS},
         "models": models_report(folder),
         "disk": disk_report(folder, warnings),
     }
-    for name, version in report["libraries"].items():
+    for name, version in libraries.items():
         if version is None:
             problems.append(f"{_DISTRIBUTIONS.get(name, name)} is missing: pip install anima-fast")
     return report | {"problems": problems, "warnings": warnings, "can_train": not problems}
@@ -177,7 +178,8 @@ def _driver_version() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return (done.stdout.strip().splitlines() or [None])[0]
+    versions = done.stdout.strip().splitlines()
+    return versions[0] if versions else None
 
 
 def _memory_gib() -> float | None:
@@ -189,7 +191,7 @@ def _memory_gib() -> float | None:
     return round(pages / 2**30, 1)
 
 
-def render(report: dict[str, Any]) -> str:
+def doctor_text(report: dict[str, Any]) -> str:
     """The report as lines of text."""
     system, torch, models = report["system"], report["torch"], report["models"]
     memory = f", {system['memory_gib']} GiB memory" if system["memory_gib"] else ""

@@ -1,54 +1,91 @@
 """`anima-fast inspect`: what any file or folder of this program holds, and who reads it.
 
-`describe` tells the kind from the content and hands the file to one of the `inspect_*` modules.
-Headers are read, never weights, so a model of 4 GB is answered at once. `render` is its text.
+The kind is recognised from the content; a row of `KINDS` names the options that take such a file
+and the function that describes it. Headers are read, never weights, so a model of 4 GB is answered
+at once.
 """
 
 from __future__ import annotations
 
-import shutil
-import textwrap
-from collections.abc import Mapping
+import json
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from anima_fast.console import one_line
 from anima_fast.errors import UserError
 from anima_fast.inspection.caches import describe_cache, describe_npz
-from anima_fast.inspection.header import dtype_names, dtype_summary, highlights, shorten, size_text
+from anima_fast.inspection.description import (
+    Description,
+    dtype_names,
+    dtype_summary,
+    highlights,
+    plural,
+    shorten,
+    size_text,
+)
 from anima_fast.inspection.lora import describe_lora
 from anima_fast.inspection.models import (
     describe_adapter,
     describe_dit,
     describe_qwen3,
     describe_vae,
-    qwen3_files,
 )
 from anima_fast.models.checkpoint import PICKLES, Checkpoint, detect_kind
+from anima_fast.models.text_encoder import weight_files
+from anima_fast.training.resume import find_states, is_foreign_state
+from anima_fast.training.state_files import FORMAT, NETWORK_FILE, STATE_FILE, read_record
 
-# The options that take a file, by kind.
-OPTIONS = {
-    "dit": "train --pretrained_model_name_or_path, sample --dit",
-    "llm_adapter": "--llm_adapter_path",
-    "qwen3": "--qwen3",
-    "vae": "--vae",
-    "lora": "train --network_weights or --base_weights, sample --lora",
-    "resume_state": "train --resume",
-    "sd_scripts_state": "train --resume",
-}
 PROGRAMS = ("ComfyUI", "Forge Neo, SwarmUI", "diffusers", "sd-scripts", "anima-fast")
 SUFFIXES = (".safetensors", ".npz", *PICKLES)
 FIRST_NAMES = 8
-WIDEST = 100
+SHOWN = 4
+NETWORK_NOTE = "the trained network is a LoRA file:"
 
 
-def describe(path: str | Path) -> dict:
+def _describe_unknown(checkpoint: Checkpoint) -> Description:
+    names = list(checkpoint.shapes)[:FIRST_NAMES]
+    label = "first_tensors" if len(checkpoint.shapes) > len(names) else "names"
+    shapes = {name: str(list(checkpoint.shape(name))) for name in names}
+    metadata = list(checkpoint.metadata.items())[:FIRST_NAMES]
+    return Description(
+        "unknown: no model, LoRA or cache of Anima",
+        {"tensors": len(checkpoint.shapes), label: shapes},
+        {"anima-fast": "no"},
+        metadata={key: shorten(value) for key, value in metadata},
+    )
+
+
+class FileKind(NamedTuple):
+    """The options that take a kind of file, and what describes a file of tensors of this kind."""
+
+    option: str | None = None
+    describe: Callable[[Checkpoint], Description] = _describe_unknown
+
+
+KINDS = {
+    "dit": FileKind("train --pretrained_model_name_or_path, sample --dit", describe_dit),
+    "llm_adapter": FileKind("--llm_adapter_path", describe_adapter),
+    "qwen3": FileKind("--qwen3", lambda checkpoint: describe_qwen3(Path(checkpoint.name))),
+    "vae": FileKind("--vae", describe_vae),
+    "lora": FileKind("train --network_weights or --base_weights, sample --lora", describe_lora),
+    "latent_cache": FileKind(describe=describe_cache),
+    "text_cache": FileKind(describe=describe_cache),
+    "unknown": FileKind(),
+    # These are .npz files and folders.
+    "sd_scripts_latent_cache": FileKind(),
+    "sd_scripts_text_cache": FileKind(),
+    "resume_state": FileKind("train --resume"),
+    "sd_scripts_state": FileKind("train --resume"),
+}
+
+
+def inspect_file(path: str | Path) -> dict:
     """What a file or folder is, as JSON values.
 
     Returns:
-        file, kind (a key of `OPTIONS`, a cache or "unknown"), title, facts {label: value or
-        {name: value}}, option (None when no option takes it), programs {name: "yes" or "no", with
-        the reason}, metadata, notes.
+        file, kind (a key of `KINDS`), title, facts {label: value or {name: value}}, option (None
+        when no option takes it), programs {name: "yes" or "no", with the reason}, metadata, notes.
 
     Raises:
         UserError: missing, damaged, cut off, a pickle with code, or nothing that is read here.
@@ -58,143 +95,165 @@ def describe(path: str | Path) -> dict:
         found = _find(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; check the path") from error
-    kind, programs = found["kind"], found["programs"]
-    size = {"size": size_text(found["size"])} if "size" in found else {}
-    usable = programs.get("anima-fast", "no").startswith("yes")
+    usable = found.programs.get("anima-fast", "no").startswith("yes")
     return {
         "file": str(path),
-        "kind": kind,
-        "title": found["title"],
-        "facts": found["facts"] | size,
-        "option": (found.get("option") or OPTIONS.get(kind)) if usable else None,
-        "programs": {name: programs[name] for name in PROGRAMS if name in programs},
-        "metadata": found.get("metadata", {}),
-        "notes": found["notes"],
+        "kind": found.kind,
+        "title": found.title,
+        "facts": found.facts,
+        "option": (found.option or KINDS[found.kind].option) if usable else None,
+        "programs": {name: found.programs[name] for name in PROGRAMS if name in found.programs},
+        "metadata": found.metadata or {},
+        "notes": found.notes,
     }
 
 
-def _find(path: Path) -> dict:
+def _find(path: Path) -> Description:
     if path.is_dir():
-        return _folder(path)
+        found = _describe_folder(path)
+        return found if found is not None else _tensors(path)
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file: give a model, LoRA or cache file")
+        raise UserError(f"{path} is not a regular file: give a model, LoRA or cache file")
     if path.exists() and path.stat().st_size == 0:
         raise UserError(f"{path} is empty: copy or download it again")
     if path.exists() and path.suffix.lower() == ".npz":
-        return {**describe_npz(path), "size": path.stat().st_size}
+        found = describe_npz(path)
+        found.facts["size"] = size_text(path.stat().st_size)
+        return found
     return _tensors(path)
 
 
-def _folder(path: Path) -> dict:
-    # Imported here: files need nothing of the training code.
-    from anima_fast.inspection.folders import (
-        describe_resume_state,
-        is_language_model,
-        unknown_folder,
-    )
-
-    if found := describe_resume_state(path):
-        return found
-    if is_language_model(path):
-        found = describe_qwen3(path)
-        names: dict[str, str] = {}
-        for file in qwen3_files(path):
-            names |= dtype_names(Checkpoint.open(file))
-        size = sum(file.stat().st_size for file in qwen3_files(path))
-        found["facts"]["dtype"] = dtype_summary(names)
-        return {"kind": "qwen3", **found, "size": size}
-    raise unknown_folder(path)
+def _tensors(path: Path) -> Description:
+    """A file of tensors, or the folder of a text encoder."""
+    if path.is_dir():
+        kind, found = "qwen3", describe_qwen3(path)
+        checkpoints = [Checkpoint.open(file) for file in weight_files(path)]
+    else:
+        checkpoint = _open(path)
+        kind, checkpoints = detect_kind(checkpoint), [checkpoint]
+        found = KINDS[kind].describe(checkpoint)
+        if found.metadata is None:
+            found.metadata = highlights(checkpoint.metadata)
+    dtypes = [dtype for one in checkpoints for dtype in dtype_names(one).values()]
+    found.facts["dtype"] = dtype_summary(dtypes)
+    found.facts["size"] = size_text(sum(file.stat().st_size for file in weight_files(path)))
+    found.kind = kind
+    return found
 
 
-def _tensors(path: Path) -> dict:
+def _open(path: Path) -> Checkpoint:
     try:
         checkpoint = Checkpoint.open(path)
     except UserError as error:
         if path.exists() and path.suffix.lower() not in SUFFIXES:
             raise UserError(
-                f"{path} is no file that inspect reads: expected a model, LoRA or cache file "
+                f"{path} is not a file that inspect reads: expected a model, LoRA or cache file "
                 f"({', '.join(SUFFIXES)})"
             ) from error
         raise
     if not checkpoint.shapes:
         raise UserError(f"{path} holds no tensors: copy or download it again")
-    kind = detect_kind(checkpoint)
-    if kind == "lora":
-        found = describe_lora(checkpoint)
-    elif kind in ("latent_cache", "text_cache"):
-        found = describe_cache(checkpoint, kind)
-    elif kind == "qwen3":
-        found = describe_qwen3(path)
-    elif kind == "unknown":
-        found = _unknown(checkpoint)
-    else:
-        known = {"dit": describe_dit, "llm_adapter": describe_adapter, "vae": describe_vae}
-        found = known[kind](checkpoint)
-    found["facts"]["dtype"] = dtype_summary(dtype_names(checkpoint))
-    found.setdefault("metadata", highlights(checkpoint.metadata))
-    return {"kind": kind, **found, "size": path.stat().st_size}
+    return checkpoint
 
 
-def _unknown(checkpoint: Checkpoint) -> dict:
-    names = list(checkpoint.shapes)[:FIRST_NAMES]
-    shapes = {name: str(list(checkpoint.shape(name))) for name in names}
-    more = len(checkpoint.shapes) > len(names)
-    metadata = {
-        key: shorten(value) for key, value in list(checkpoint.metadata.items())[:FIRST_NAMES]
+def _describe_folder(folder: Path) -> Description | None:
+    """A resume state; None for the folder of a language model, which its tensors describe.
+
+    Raises `UserError` for a damaged state, and for a folder that is neither.
+    """
+    if is_foreign_state(folder):
+        return _foreign_state(folder)
+    named = folder.name.removesuffix(".prev").endswith("-state")
+    if (folder / STATE_FILE).exists() or (named and (folder / NETWORK_FILE).exists()):
+        return _state(folder)
+    if _is_language_model(folder):
+        return None
+    raise _unknown_folder(folder)
+
+
+def _state(folder: Path) -> Description:
+    """The position of a run; checksums of the other files are compared when a run resumes."""
+    record, problem = read_record(folder)
+    files = record.get("files", {})
+    missing = [name for name in files if not (folder / name).is_file()]
+    if problem is None and record["format"] != FORMAT:
+        problem = f"its format is {record['format']}, this version reads {FORMAT}"
+    elif problem is None and missing:
+        problem = f"{missing[0]} is missing"
+    if problem:
+        raise UserError(
+            f"the resume state {folder} is damaged ({problem}): use another state, --resume auto "
+            "takes the newest whole one"
+        )
+    position = record["position"]
+    facts = {
+        "step": position.get("step"),
+        "epoch": position.get("epoch"),
+        "batch_of_epoch": position.get("batch"),
+        "seed": record["seed"],
+        "optimizer": record["optimizer"],
+        "saved_at": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["saved_at"])),
+        "versions": record["versions"],
+        "files": {name: size_text((folder / name).stat().st_size) for name in files},
     }
-    return {
-        "title": "unknown: no model, LoRA or cache of Anima",
-        "facts": {
-            "tensors": len(checkpoint.shapes),
-            "first_tensors" if more else "names": shapes,
-        },
-        "programs": {"anima-fast": "no"},
-        "metadata": metadata,
-        "notes": [],
-    }
-
-
-def render(described: Mapping[str, Any], width: int | None = None) -> str:
-    """What `describe` found as lines of text, as wide as the terminal (at most 100 columns)."""
-    width = min(width or shutil.get_terminal_size((80, 24)).columns, WIDEST)
-    lines = [one_line(described["title"]), one_line(described["file"]), ""]
-    lines += _rows(described["facts"], width)
-    if described["option"]:
-        lines += ["", *_wrap("use it with: ", described["option"], width)]
-    lines += ["", "loads in", *_rows(described["programs"], width, indent=2)]
-    if described["metadata"]:
-        lines += ["", "metadata", *_rows(described["metadata"], width, indent=2)]
-    for note in described["notes"]:
-        lines += ["", *_wrap("note: ", note, width)]
-    return "\n".join(lines)
-
-
-def _rows(values: Mapping[str, Any], width: int, indent: int = 0) -> list[str]:
-    """Labels in one column, values wrapped beside them; a table of values has one line each."""
-    labels = {key: one_line(key.replace("_", " ")) for key in values}
-    column = indent + max(map(len, labels.values()), default=0) + 2
-    lines = []
-    for key, value in values.items():
-        start = " " * indent + labels[key].ljust(column - indent)
-        if isinstance(value, Mapping):
-            for i, (name, item) in enumerate(value.items()):
-                lines += _wrap(start if i == 0 else " " * column, f"{name} {_text(item)}", width)
-        else:
-            lines += _wrap(start, _text(value, key), width)
-    return lines
-
-
-def _text(value: Any, key: str = "") -> str:
-    return f"{value:,}" if key == "parameters" else str(value) or '""'
-
-
-def _wrap(start: str, text: str, width: int) -> list[str]:
-    # Paths and names are never broken: they are there to be copied.
-    wrapped = textwrap.wrap(
-        one_line(text),
-        max(width - len(start), 20),
-        break_long_words=False,
-        break_on_hyphens=False,
+    losses = position.get("losses")
+    if losses:
+        facts["loss_average"] = f"{sum(losses) / len(losses):.4f}"
+    done = max((position.get("epoch") or 1) - 1, 0)
+    return Description(
+        f"resume state after step {position.get('step')}, {plural(done, 'whole epoch')} done",
+        facts,
+        {"anima-fast": "yes", "sd-scripts": "no"},
+        [f"{NETWORK_NOTE} {folder / NETWORK_FILE}"],
+        kind="resume_state",
     )
-    first, *rest = wrapped or [""]
-    return [f"{start}{first}".rstrip(), *(" " * len(start) + line for line in rest)]
+
+
+def _foreign_state(folder: Path) -> Description:
+    """A resume state of sd-scripts, of which only the network is used here."""
+    record = _read_json(folder / "train_state.json")
+    record = record if isinstance(record, dict) else {}
+    names = {"step": "current_step", "epoch": "current_epoch"}
+    return Description(
+        "resume state of sd-scripts",
+        {label: record.get(name, "not told") for label, name in names.items()},
+        {
+            "anima-fast": "yes, the network only: optimizer, schedule and steps start again",
+            "sd-scripts": "yes",
+        },
+        [f"{NETWORK_NOTE} {folder / 'model.safetensors'}"],
+        kind="sd_scripts_state",
+    )
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a JSON file, None when it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _is_language_model(folder: Path) -> bool:
+    """Whether a folder's config.json is that of a model of transformers, or cannot be read."""
+    if not (folder / "config.json").exists():
+        return False
+    config = _read_json(folder / "config.json")
+    return not isinstance(config, dict) or "model_type" in config
+
+
+def _unknown_folder(folder: Path) -> UserError:
+    """The error for a folder that is nothing itself; it names what can be inspected in it."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        return UserError(f"cannot read {folder}: {error.strerror or error}; check the path")
+    found = [state.name for state in find_states(folder)]
+    found += [p.name for p in entries if p.suffix.lower() in SUFFIXES and p.is_file()]
+    if not found:
+        return UserError(
+            f"{folder} is a folder with nothing that inspect reads: expected a model, LoRA or "
+            "cache file, a Hugging Face folder of Qwen3, or a resume state"
+        )
+    shown = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+    return UserError(f"{folder} is a folder of files or states: give one of them ({shown})")

@@ -31,7 +31,7 @@ class AdapterKind:
         prefix: what precedes a matrix's name in its suffix; empty for LoRA, whose two suffixes
             differ between dialects (adapters/formats.py).
         products: suffixes of the pairs that are multiplied: left [.., R], right [R, ..].
-        wholes: suffixes of the matrices that may replace these products, in the same order.
+        full: suffixes of the matrices that may replace these products, in the same order.
     """
 
     word: str
@@ -41,13 +41,13 @@ class AdapterKind:
     mark: str
     prefix: str
     products: tuple[tuple[str, str], ...]
-    wholes: tuple[str, ...] = ()
+    full: tuple[str, ...] = ()
 
     def is_complete(self, suffixes: Collection[str]) -> bool:
         """Whether a module with tensors of these suffixes has all matrices of this kind."""
         return all(
-            whole in suffixes or (left in suffixes and right in suffixes)
-            for (left, right), whole in zip_longest(self.products, self.wholes)
+            full in suffixes or (left in suffixes and right in suffixes)
+            for (left, right), full in zip_longest(self.products, self.full)
         )
 
 

@@ -143,7 +143,7 @@ def _read_config(folder: Path) -> dict:
 def _open(path: Path) -> Checkpoint:
     """All weights of a file or directory, without name prefix; refuses files of another kind."""
     stored: dict[str, Checkpoint] = {}
-    for file in _weight_files(path) if path.is_dir() else [path]:
+    for file in weight_files(path):
         checkpoint = Checkpoint.open(file)
         stored |= dict.fromkeys(checkpoint.shapes, checkpoint)
     shapes = {key: checkpoint.shape(key) for key, checkpoint in stored.items()}
@@ -166,14 +166,16 @@ def _refusal(checkpoint: Checkpoint) -> UserError:
     return wrong_kind(checkpoint, "the Qwen3 text encoder that --qwen3 needs")
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a directory, those of the index when there is one."""
-    index = folder / "model.safetensors.index.json"
+def weight_files(path: Path) -> list[Path]:
+    """The file itself, or the safetensors files of a directory: of its index when it has one."""
+    if not path.is_dir():
+        return [path]
+    index = path / "model.safetensors.index.json"
     if not index.exists():
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
         if len(files) != 1:
             raise UserError(
-                f"{folder} holds {len(files)} safetensors files and no {index.name}, expected one "
+                f"{path} holds {len(files)} safetensors files and no {index.name}, expected one "
                 f"model.safetensors: {EXPECTED}"
             )
         return files
@@ -181,10 +183,10 @@ def _weight_files(folder: Path) -> list[Path]:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {index}: {error}; download it again") from error
-    absent = sorted(name for name in names if not (folder / name).exists())
+    absent = sorted(name for name in names if not (path / name).exists())
     if absent:
-        raise UserError(f"{folder} lacks {', '.join(absent)}, named by {index.name}: download it")
-    return [folder / name for name in sorted(names)]
+        raise UserError(f"{path} lacks {', '.join(absent)}, named by {index.name}: download it")
+    return [path / name for name in sorted(names)]
 
 
 def _infer(shapes: Mapping[str, tuple[int, ...]], path: Path) -> Qwen3Shape:

@@ -1,4 +1,4 @@
-"""From prompts to pictures; `run_sample` is the whole of `anima-fast sample`.
+"""From prompts to pictures; `run_sample` is all of `anima-fast sample`.
 
 Each model is loaded, used for all pictures and freed before the next: the VAE for a picture to
 start from, text encoder and LLM adapter, DiT, VAE.

@@ -121,13 +121,13 @@ def _number(name: str, text: str) -> float:
     try:
         value = NUMBERS[name](text)
     except ValueError:
-        raise UserError(f"--grid {name}: {text[:40]!r} is no number of this kind") from None
+        raise UserError(f"--grid {name}: {text[:40]!r} is not a number of this kind") from None
     low, high = LIMITS[name]
     # Written so that a NaN is refused too.
     if not low <= value <= high:
         raise UserError(f"--grid {name}: {text} is out of range: use {low:g} to {high:g}")
     if name in ("width", "height") and value % MULTIPLE:
-        raise UserError(f"--grid {name}: {text} is no multiple of {MULTIPLE}")
+        raise UserError(f"--grid {name}: {text} is not a multiple of {MULTIPLE}")
     return value
 
 

@@ -31,7 +31,7 @@ class LoRAFile:
 
     @classmethod
     def read(cls, path: str | Path, weight: float = 1.0) -> LoRAFile:
-        """Read a file of any dialect; raises `UserError` when it is no LoRA of this model."""
+        """Read a file of any dialect; raises `UserError` when it is not a LoRA of this model."""
         return cls(Path(path), weight, read_lora(path)[0])
 
 

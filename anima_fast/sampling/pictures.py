@@ -110,7 +110,7 @@ def _open(path: str) -> Image.Image:
         raise UserError(f"--init_image {path} does not exist: check the path") from None
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"--init_image {path} is no readable picture ({reason})") from None
+        raise UserError(f"--init_image {path} is not a readable picture ({reason})") from None
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -125,7 +125,7 @@ def save_png(path: Path, image: Image.Image, parameters: str, prompt: str | None
     parameters: for A1111 and its like. prompt: ComfyUI's nodes as JSON.
     """
     info = PngImagePlugin.PngInfo()
-    # Text that is not Latin-1 becomes an international chunk by itself.
+    # PIL writes text that is not Latin-1 as an international chunk.
     info.add_text("parameters", parameters)
     if prompt is not None:
         info.add_text("prompt", prompt)
@@ -220,5 +220,5 @@ def comfyui_prompt(
     )  # fmt: skip
     image = add("VAEDecode", samples=samples, vae=decoder)
     add("SaveImage", images=image, filename_prefix="anima")
-    # ASCII: ComfyUI's page reads the chunk as UTF-8, which a PNG's plain text is not.
+    # ASCII: ComfyUI reads the chunk as UTF-8, which plain text in a PNG is not.
     return json.dumps(nodes)

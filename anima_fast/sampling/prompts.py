@@ -87,7 +87,7 @@ def read_prompts(path: str | Path, defaults: Prompt | None = None) -> list[Promp
     """
     prompts = list(_read(Path(path), defaults or Prompt("")))
     if not prompts:
-        raise UserError(f"{path} holds no prompts: write one a line")
+        raise UserError(f"{path} holds no prompts: write one per line")
     return prompts
 
 
@@ -102,7 +102,7 @@ def _read(path: Path, defaults: Prompt) -> Iterable[Prompt]:
         raise UserError(f"cannot read the prompts {path}: {error.strerror or error}") from None
     suffix = path.suffix.lower()
     if suffix not in (".txt", ".toml", ".json"):
-        raise UserError(f"{path}: prompts stand in a .txt, .toml or .json file: rename it")
+        raise UserError(f"{path}: prompts must be in a .txt, .toml or .json file: rename it")
     if suffix == ".txt":
         lines = ((i, line.strip()) for i, line in enumerate(text.splitlines(), 1))
         return [
@@ -127,7 +127,7 @@ def parse_prompt(line: str, defaults: Prompt | None = None, where: str = "prompt
 
 
 def unescape(prompt: str) -> str:
-    r"""Replace \n, \t and \uXXXX by what they stand for; all other text stays as it is."""
+    r"""Replace \n, \t and \uXXXX by their characters; all other text stays unchanged."""
 
     def replace(match: re.Match) -> str:
         word = match[0]
@@ -207,7 +207,7 @@ def _with(prompt: Prompt, flag: str, value: str, where: str) -> Prompt:
     try:
         parsed = kind(value)
     except ValueError:
-        raise UserError(f"{where}: --{flag} {value[:40]!r} is no number") from None
+        raise UserError(f"{where}: --{flag} {value[:40]!r} is not a number") from None
     if name in ("width", "height"):
         parsed = max(LEAST_SIDE, parsed // MULTIPLE * MULTIPLE)
     if name in ("width", "height") and parsed > 16384:

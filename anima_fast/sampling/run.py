@@ -28,7 +28,7 @@ from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.options.sample import SampleOptions
 from anima_fast.progress import Progress
 from anima_fast.sampling.euler import sample_jobs
-from anima_fast.sampling.grid import compose, expand, read_axes
+from anima_fast.sampling.grid import Axis, compose, expand, read_axes
 from anima_fast.sampling.jobs import Job, batches, make_jobs
 from anima_fast.sampling.loras import LoRAFile, attach_lora, check_fit
 from anima_fast.sampling.pictures import (
@@ -89,7 +89,7 @@ class Session:
 
 
 def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
-    """Render pictures and write them as PNG; the whole of `anima-fast sample`.
+    """Render pictures and write them as PNG; all of `anima-fast sample`.
 
     Args:
         options: model files, prompts, seed, size and so on.
@@ -105,53 +105,74 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
         KeyboardInterrupt: passed on; the pictures that were sampled before it are written.
     """
     models = ModelPaths.of(options)
-    given = list(options.loras)
     notices: list[str] = []
+    jobs, axes, loras = _plan(options, models, notices.append)
+    device, dtype = choose_device(options.device), DTYPES[options.dtype]
+    set_backends()
+    sheets = [expand(job, axes) for job in jobs] if axes else []
+    if sheets:
+        jobs = [job for rows in sheets for row in rows for job in row]
+    outputs = PicturePaths(options.output, len(jobs), grid=bool(axes))
+    with Progress() as progress, torch.no_grad():
+        say = (lambda text: None) if quiet else progress.say
+        for notice in (*notices, *_without_effect(options, jobs)):
+            say(notice)
+        shown = None if quiet else progress
+        session = Session(options, models, device, dtype, loras, jobs, say, shown)
+        images = _render(session, outputs)
+        if session.interrupted:
+            raise KeyboardInterrupt
+        _write_sheets(session, outputs, sheets, axes, images)
+    return outputs.grid(0) if sheets else outputs.picture(0)
+
+
+def _plan(
+    options: SampleOptions, models: ModelPaths, say: Callable[[str], None]
+) -> tuple[list[Job], list[Axis], list[LoRAFile]]:
+    """The pictures before a grid multiplies them, its axes, and all LoRA files."""
+    if options.init_image and Path(options.init_image).resolve() == Path(options.output).resolve():
+        raise UserError(f"--output {options.output} is --init_image itself: give another name")
     size = picture_size(options.init_image) if options.init_image else None
-    jobs = make_jobs(options, [], size, notices.append)
+    jobs = make_jobs(options, [], size, say)
+    given = list(options.loras)
     axes = read_axes(options.grid, len(given), [job.text for job in jobs])
     for axis in axes:
         if axis.name == "lora":
             given += [(path, options.lora_weight) for path in axis.values]
         if axis.name == "strength" and not options.init_image:
             raise UserError("--grid strength needs --init_image FILE")
-    device, dtype = choose_device(options.device), DTYPES[options.dtype]
-    set_backends()
     for path, weight in given:
         if not math.isfinite(weight):
-            raise UserError(f"--lora {path}:{weight}: use a finite weight")
+            raise UserError(f"--lora {path}:{weight}: the weight must be a finite number")
     loras = [LoRAFile.read(path, weight) for path, weight in given]
     check_fit(loras, dit_tensors(Checkpoint.open(models.dit)).shapes)
-    jobs = [replace(job, weights=tuple(weight for _, weight in given)) for job in jobs]
-    sheets = [expand(job, axes) for job in jobs] if axes else []
-    if sheets:
-        jobs = [job for rows in sheets for row in rows for job in row]
-    if options.init_image and Path(options.init_image).resolve() == Path(options.output).resolve():
-        raise UserError(f"--output {options.output} is --init_image itself: give another name")
-    outputs = PicturePaths(options.output, len(jobs), grid=bool(axes))
-    with Progress() as progress, torch.no_grad():
-        say = (lambda text: None) if quiet else progress.say
-        for notice in notices:
-            say(notice)
-        if options.negative_prompt and all(job.cfg == 1 for job in jobs):
-            say("--negative_prompt has no effect with --cfg 1")
-        if options.init_image and all(job.strength == 1 for job in jobs):
-            say(
-                "--init_image gives its size only with --strength 1: use a smaller one, such as 0.6"
-            )
-        shown = None if quiet else progress
-        session = Session(options, models, device, dtype, loras, jobs, say, shown)
-        images = _render(session, outputs)
-        if session.interrupted:
-            raise KeyboardInterrupt
-        for number, rows in enumerate(sheets):
-            cells = iter(images[number * len(rows) * len(rows[0]) :])
-            sheet = compose([[next(cells) for _ in row] for row in rows], axes)
-            target = outputs.grid(number)
-            facts = generation_parameters(rows[0][0], models.dit, session.lora_paths)
-            save_png(target, sheet, facts)
-            say(f"wrote {target}")
-    return outputs.grid(0) if sheets else outputs.picture(0)
+    weights = tuple(weight for _, weight in given)
+    return [replace(job, weights=weights) for job in jobs], axes, loras
+
+
+def _without_effect(options: SampleOptions, jobs: Sequence[Job]) -> Iterator[str]:
+    """Notices about options that change nothing."""
+    if options.negative_prompt and all(job.cfg == 1 for job in jobs):
+        yield "--negative_prompt has no effect with --cfg 1"
+    if options.init_image and all(job.strength == 1 for job in jobs):
+        yield "--init_image gives its size only with --strength 1: use a smaller one, such as 0.6"
+
+
+def _write_sheets(
+    session: Session,
+    outputs: PicturePaths,
+    sheets: Sequence[Sequence[Sequence[Job]]],
+    axes: Sequence[Axis],
+    images: Sequence[Image.Image],
+) -> None:
+    """Compose the cells of each grid into its sheet; `images` are those of all cells, in order."""
+    cells = iter(images)
+    for number, rows in enumerate(sheets):
+        sheet = compose([[next(cells) for _ in row] for row in rows], axes)
+        path = outputs.grid(number)
+        facts = generation_parameters(rows[0][0], session.models.dit, session.lora_paths)
+        save_png(path, sheet, facts)
+        session.say(f"wrote {path}")
 
 
 def _render(session: Session, outputs: PicturePaths) -> list[Image.Image]:
@@ -189,7 +210,7 @@ def _render(session: Session, outputs: PicturePaths) -> list[Image.Image]:
 
 
 def _encode(session: Session) -> Contexts:
-    """Text phase: every text that is needed, once for each set of weights that changes it."""
+    """Text phase: encode every text once for each set of weights that changes it."""
     options, device, dtype = session.options, session.device, session.dtype
     session.say("encoding the prompt")
     tokenizers = load_run_tokenizers(options)

@@ -86,7 +86,7 @@ def encode_prompts(
     """Context [1, S, C] of each prompt, on the device; S differs."""
     contexts = []
     for prompt in prompts:
-        # One prompt at a time has no padding, so every row is a real one.
+        # A single prompt has no padding, so every row is real.
         tokens = tokenize_prompt(tokenizers, prompt, weighted=weighted)
         contexts.append(adapt(tokens, encode_states(tokens, encoder, device), adapter))
     return contexts

@@ -1,1 +1,1 @@
-"""What is done with finished files: merge, extract, resize and remap."""
+"""Commands on finished files: convert, merge, extract, resize and remap."""

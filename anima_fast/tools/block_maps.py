@@ -1,9 +1,9 @@
 """Which block of one DiT is which block of a deeper or shallower one.
 
 The 40-block model (Anima-2.9B) was made from the 28-block one by copying twelve blocks to the
-places below, and the 52-block model (Anima-3.8B) from that one likewise (LLaMA-Pro's way: a copy
-starts with output projections of zero, so it adds nothing until it is trained). The numbers are
-those of Anima-2.9B's `expand_manifest.json` and of the metadata of Anima-3.8B's checkpoint.
+places below, and the 52-block model (Anima-3.8B) from that one in the same way (as LLaMA-Pro does:
+a copy starts with output projections of zero, so it adds nothing until it is trained). The numbers
+are those of Anima-2.9B's `expand_manifest.json` and of the metadata of Anima-3.8B's checkpoint.
 
 Other depths are matched evenly: block i of N goes to round(i · (M − 1) / (N − 1)) of M.
 """
@@ -27,21 +27,21 @@ EXPANSIONS: dict[tuple[int, int], dict[int, int]] = {
 }  # fmt: skip
 # The depths of published models.
 DEPTHS = (28, 40, 52)
-# More is a slip of the finger.
+# More is a typing mistake.
 MOST_BLOCKS = 1000
 PAIR = re.compile(r"(\d+)=(\d+)(?:\*(-?[\d.]+))?")
 
 
 @dataclass(frozen=True)
 class BlockMap:
-    """What each block of the target gets.
+    """What each block of the target receives.
 
     Attributes:
         source, target: numbers of blocks.
         same: {block of the target: the block of the source that it is}.
         copies: {block of the target: the block of the source that it was copied from}.
-        strengths: of blocks of the target whose Δ is to be multiplied.
-        origin: where the map is from, for people.
+        strengths: factors on the Δ of blocks of the target.
+        origin: where the map comes from, for people.
     """
 
     source: int
@@ -53,7 +53,7 @@ class BlockMap:
 
     @property
     def dropped(self) -> list[int]:
-        """Blocks of the source that no block of the target is."""
+        """Blocks of the source that have no counterpart in the target."""
         return sorted(set(range(self.source)) - set(self.same.values()))
 
     def pairs(self, duplicate: float) -> dict[int, tuple[int, float]]:
@@ -63,7 +63,7 @@ class BlockMap:
 
 
 def known_map(source: int, target: int) -> BlockMap:
-    """The map between two depths: the published one where there is one, else an even one."""
+    """The map between two depths: the published one if there is one, otherwise an even one."""
     if source > target:
         grown = known_map(target, source)
         same = {small: large for large, small in grown.same.items()}
@@ -82,12 +82,12 @@ def known_map(source: int, target: int) -> BlockMap:
 
 
 def _published(source: int, target: int) -> tuple[dict[int, int], dict[int, int]]:
-    """{block: the source's block that it is or was copied from}, and those that it is."""
+    """{block: the source's block that it is or was copied from}, and only those that it is."""
     origins = same = {block: block for block in range(source)}
     for i in range(DEPTHS.index(source), DEPTHS.index(target)):
         inserted = EXPANSIONS[DEPTHS[i], DEPTHS[i + 1]]
         kept = [block for block in range(DEPTHS[i + 1]) if block not in inserted]
-        # Where each block of the shallower model stands in the deeper one.
+        # The position of each block of the shallower model in the deeper one.
         moved = dict(enumerate(kept))
         origins = {moved[b]: o for b, o in origins.items()} | {
             block: origins[copied] for block, copied in inserted.items()
@@ -99,9 +99,9 @@ def _published(source: int, target: int) -> tuple[dict[int, int], dict[int, int]
 def given_map(text: str, source: int, target: int | None) -> BlockMap:
     """The map of --map: pairs TARGET=SOURCE or TARGET=SOURCE*STRENGTH, or a file.
 
-    A file holds such pairs, one a line or separated by commas, or an expansion manifest (JSON with
-    old_block_count, new_block_count and inserted_to_source). Raises `UserError` for anything else
-    and for blocks that do not exist.
+    A file holds such pairs, one per line or separated by commas, or an expansion manifest (JSON
+    with old_block_count, new_block_count and inserted_to_source). Raises `UserError` for anything
+    else and for blocks that do not exist.
     """
     path = Path(text)
     if not PAIR.match(text):
@@ -118,7 +118,9 @@ def given_map(text: str, source: int, target: int | None) -> BlockMap:
     for word in re.split(r"[,\s]+", text.strip()):
         match = PAIR.fullmatch(word)
         if not match:
-            raise UserError(f"--map: {word!r} is no pair TARGET=SOURCE or TARGET=SOURCE*STRENGTH")
+            raise UserError(
+                f"--map: {word!r} is not a pair TARGET=SOURCE or TARGET=SOURCE*STRENGTH"
+            )
         block, origin = int(match[1]), int(match[2])
         if block in same:
             raise UserError(f"--map: block {block} of the target is given twice")
@@ -132,7 +134,7 @@ def _strength(word: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"--map: {word!r}: {text!r} is no number") from None
+        raise UserError(f"--map: {word!r}: {text!r} is not a number") from None
 
 
 def _manifest_map(path: Path, text: str, source: int) -> BlockMap:
@@ -142,8 +144,8 @@ def _manifest_map(path: Path, text: str, source: int) -> BlockMap:
         copies = {int(block): int(origin) for block, origin in found["inserted_to_source"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"--map {path} is no expansion manifest: expected old_block_count, new_block_count and "
-            f"inserted_to_source ({error})"
+            f"--map {path} is not an expansion manifest: expected old_block_count, new_block_count "
+            f"and inserted_to_source ({error})"
         ) from None
     kept = [block for block in range(new) if block not in copies]
     if len(kept) != old or source not in (old, new):

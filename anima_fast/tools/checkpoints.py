@@ -52,7 +52,7 @@ class ModelFile:
         kind = detect_kind(checkpoint)
         if kind not in ("dit", "llm_adapter", "qwen3"):
             raise UserError(
-                f"{path} is no checkpoint of Anima: {KIND_NAMES[kind]}; expected a DiT, LLM "
+                f"{path} is not a checkpoint of Anima: {KIND_NAMES[kind]}; expected a DiT, LLM "
                 "adapter or text encoder file"
             )
         found = cls(checkpoint, _prefixes(checkpoint))

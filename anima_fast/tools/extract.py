@@ -77,7 +77,7 @@ def extract_lora(
         say: gets lines of progress.
 
     Raises:
-        UserError: files that hold no DiT, differ in shape, are the same, or a bad path.
+        UserError: files without a DiT, of different shapes or identical, or a bad path.
     """
     check_output(output, [base, tuned])
     dtype = dtype_of(precision)
@@ -189,7 +189,7 @@ def _closest(
 
 
 def _outside(old: Checkpoint, new: Checkpoint, targets: Collection[str]) -> dict[str, float]:
-    """Relative change of every tensor that is no target and differs, the largest first."""
+    """Relative change of every other tensor that differs, the largest first."""
     changes = {}
     for name in old.shapes.keys() & new.shapes.keys() - targets:
         before, after = old.get(name), new.get(name)

@@ -187,7 +187,7 @@ def _converted(
 
 
 def entries(networks: Sequence[NetworkFile]) -> list[dict]:
-    """What a merged file says of the networks in it."""
+    """What a merged file says about the networks in it."""
     return [
         {
             "file": network.path.name,
@@ -202,8 +202,8 @@ def entries(networks: Sequence[NetworkFile]) -> list[dict]:
 def _metadata(model: ModelFile, networks: Sequence[NetworkFile], name: str) -> dict[str, str]:
     """The checkpoint's own metadata, and what was merged into it."""
     old = {k: v for k, v in model.checkpoint.metadata.items() if k not in STALE}
-    told = [*_earlier(old), *entries(networks)]
-    merged = {**old, MERGED: json.dumps(told, ensure_ascii=False)}
+    listed = [*_earlier(old), *entries(networks)]
+    merged = {**old, MERGED: json.dumps(listed, ensure_ascii=False)}
     if "" not in model.prefixes:
         return merged
     return {
@@ -221,7 +221,7 @@ def _metadata(model: ModelFile, networks: Sequence[NetworkFile], name: str) -> d
 
 
 def _earlier(metadata: dict[str, str]) -> list:
-    """The entries of earlier merges, empty where there is no list that can be read."""
+    """The entries of earlier merges; empty where there is no readable list."""
     try:
         found = json.loads(metadata.get(MERGED, "[]"))
     except ValueError:

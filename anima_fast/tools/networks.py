@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 from collections import Counter
@@ -12,10 +11,9 @@ from pathlib import Path
 
 import torch
 
-from anima_fast import __version__
 from anima_fast.adapters.deltas import Delta
 from anima_fast.adapters.formats import FOLDED, read_lora, unfold, write_lora
-from anima_fast.adapters.metadata import IMPLEMENTATION
+from anima_fast.adapters.metadata import lora_spec
 from anima_fast.adapters.names import DIALECTS
 from anima_fast.device import DTYPES
 from anima_fast.errors import UserError
@@ -49,7 +47,7 @@ class NetworkFile:
     def read(cls, path: str | os.PathLike, strength: float = 1.0) -> NetworkFile:
         """Read a file of any dialect.
 
-        Raises `UserError` when it is no network of this model, or holds numbers that are not
+        Raises `UserError` when it is not a network of this model, or holds numbers that are not
         finite.
         """
         deltas, dialect, metadata = read_lora(path)
@@ -91,7 +89,7 @@ def write_network(
     *,
     fold_alpha: bool = False,
 ) -> None:
-    """Write a network file with `ss_network_` keys that tell its ranks and alphas, and new hashes.
+    """Write a network file with its ranks and alphas as `ss_network_` keys, and new hashes.
 
     Raises `UserError` for an unknown precision, values that are not finite in it, or a full disk.
     """
@@ -146,23 +144,14 @@ def module_key(deltas: Mapping[str, Delta]) -> dict[str, str]:
 
 
 def _one(values: Iterable[float | None]) -> str:
-    """The number that all modules share; a LoKr of two whole factors has none."""
+    """The number that all modules share; a LoKr of two full factors has none."""
     found = {value for value in values if value is not None}
     return f"{found.pop():g}" if len(found) == 1 else SEVERAL
 
 
 def new_metadata(title: str, comment: str, **modelspec: str) -> dict[str, str]:
     """The metadata of a LoRA that was not trained."""
-    spec = {
-        "sai_model_spec": "1.0.1",
-        "architecture": "anima-preview/lora",
-        "implementation": IMPLEMENTATION,
-        "implementation_version": f"anima_fast/{__version__}",
-        "title": title,
-        "date": datetime.datetime.now().replace(microsecond=0).isoformat(),
-        "prediction_type": "epsilon",
-        **modelspec,
-    }
+    spec = {**lora_spec(title), "prediction_type": "epsilon", **modelspec}
     return {
         "ss_v2": "False",
         "ss_base_model_version": "anima",

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json as json_text
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder
+from anima_fast.progress import Bars
 from anima_fast.reports.dataset.masks import draw_masks
 from anima_fast.reports.dataset.page import write_page
 from anima_fast.reports.dataset.record import make_record
-from anima_fast.reports.dataset.survey import OnProgress, survey_dataset
+from anima_fast.reports.dataset.survey import survey_dataset
 from anima_fast.reports.dataset.terminal import show_record
 
 if TYPE_CHECKING:
@@ -49,17 +46,17 @@ def report_dataset(
         UserError: a broken configuration, a missing folder, or a place that cannot be written.
     """
     _check_targets(html, masks)
-    with _progress() as on_progress:
+    with Bars() as bars:
         survey = survey_dataset(
             options,
             decode=not headers_only,
             thumbnails=html is not None,
-            on_progress=on_progress,
+            on_progress=bars.show,
             masked=masks is not None,
         )
         written = []
         if masks is not None:
-            written.append(draw_masks(survey, Path(masks), on_progress=on_progress))
+            written.append(draw_masks(survey, Path(masks), on_progress=bars.show))
         record = make_record(survey)
         if html is not None:
             most = HTML_IMAGES if html_images is None else html_images
@@ -85,27 +82,3 @@ def _check_targets(html: str | None, masks: str | None) -> None:
         check_folder(Path(html).parent)
     if masks is not None and Path(masks).is_file():
         raise UserError(f"--masks {masks} is a file: give the name of a folder")
-
-
-@contextmanager
-def _progress() -> Iterator[OnProgress]:
-    """A bar on stderr where there is a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda what, done, total: None
-        return
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    tasks: dict[str, TaskID] = {}
-
-    def show(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done)
-
-    with bar:
-        yield show
