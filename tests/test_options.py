@@ -84,7 +84,7 @@ def test_every_option_is_read_somewhere():
         name
         for name in specs(TrainOptions)
         if name not in copied
-        and not re.search(rf"(\b_?options\.|[\"']){through.get(name, name)}\b", text)
+        and not re.search(rf"(\b(_?options|caches)\.|[\"']){through.get(name, name)}\b", text)
         and not re.search(rf"\b(self|dataset|subset)\.{keys.get(name, '-')}\b", text)
     ]
     assert set(unread) <= NO_OPS | ONE_VALUE, sorted(set(unread) - NO_OPS - ONE_VALUE)
