@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from anima_fast.models import fused_attention
 from anima_fast.models.attention import ZeroRows
-from anima_fast.models.block import GROUPS, FusedBlockFunction, Settings
+from anima_fast.models.block import GROUPS, BlockSettings, FusedBlockFunction
 
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is None, reason="this PyTorch is not built for CUDA"
@@ -112,7 +112,7 @@ def test_operators_of_the_fused_block_exist(
     with FakeTensorMode(), torch.no_grad(), Operators() as operators:
         tensors = make_tensors(adapters_dtype)
         counts = torch.empty(B, dtype=torch.int32, device="cuda")
-        settings = Settings(
+        settings = BlockSettings(
             policy=policy, attn_mode=attn_mode, dtype=torch.bfloat16, head_dim=HEAD,
             scales={group: [0.5] * len(layers) for group, layers in GROUPS.items()},
             rows=ZeroRows((512 - S, 9), counts, counts),

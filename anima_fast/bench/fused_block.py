@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
-from anima_fast.models.block import GROUPS, FusedBlockFunction, Settings
+from anima_fast.models.block import GROUPS, BlockSettings, FusedBlockFunction
 
 WIDTH, HIDDEN, CONTEXT, HEAD = 2048, 8192, 1024, 128
 # Outputs and inputs of the layers of each group.
@@ -54,7 +54,7 @@ def run_block(
     }  # fmt: skip
     for (_, name), weight, down, up in zip(layer_names(), weights, downs, ups, strict=True):
         tensors |= {f"weight.{name}": weight, f"down.{name}": down, f"up.{name}": up}
-    settings = Settings(
+    settings = BlockSettings(
         policy=policy,
         attn_mode="triton",
         dtype=context.dtype,

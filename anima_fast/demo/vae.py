@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anima_fast.models.vae import LATENT_MEAN, LATENT_STD, SCALE, VAE, VaeConfig
+from anima_fast.models.vae import LATENT_MEAN, LATENT_SCALE, LATENT_STD, VAE, VaeConfig
 
 CROP, BATCH = 64, 2
 LEARNING_RATE = 2e-3
@@ -42,12 +42,12 @@ class PatchComponents:
     def __call__(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] to [B, count, H/8, W/8]."""
         batch, _, height, width = images.shape
-        centred = _patches(images, SCALE) - self.mean[:, None]
-        return (self.axes @ centred).view(batch, -1, height // SCALE, width // SCALE)
+        centred = _patches(images, LATENT_SCALE) - self.mean[:, None]
+        return (self.axes @ centred).view(batch, -1, height // LATENT_SCALE, width // LATENT_SCALE)
 
 
 def _patches(images: Tensor, stride: int) -> Tensor:
-    return F.unfold(images, SCALE, stride=stride)  # [B, 192, N]
+    return F.unfold(images, LATENT_SCALE, stride=stride)  # [B, 192, N]
 
 
 def fit_vae(
