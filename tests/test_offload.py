@@ -256,7 +256,7 @@ def test_state_dict_survives_the_swap_and_install_undoes_it():
 
 
 def test_placement_is_even_and_limited():
-    assert swapped_indices(28, 0) == []
+    assert swapped_indices(28, 0) == swapped_indices(1, 0) == []
     assert swapped_indices(28, 2) == [7, 21]
     assert swapped_indices(28, 14) == list(range(1, 28, 2))
     for count in range(1, 27):

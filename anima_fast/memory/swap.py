@@ -32,10 +32,10 @@ def swapped_indices(blocks: int, count: int) -> list[int]:
 
     Raises `UserError` for a count above blocks − 2 or below 0.
     """
-    if not 0 <= count <= blocks - 2:
+    most = max(blocks - 2, 0)
+    if not 0 <= count <= most:
         raise UserError(
-            f"--blocks_to_swap {count} does not fit a DiT of {blocks} blocks: give 0 to "
-            f"{max(blocks - 2, 0)}"
+            f"--blocks_to_swap {count} does not fit a DiT of {blocks} blocks: give 0 to {most}"
         )
     return [(2 * i + 1) * blocks // (2 * count) for i in range(count)]
 
