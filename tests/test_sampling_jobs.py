@@ -447,6 +447,7 @@ def command(world, *words):
         (["--prompts", "none.txt", "--prompt", "x"], "exclude each other"),
         (["--prompt", "x", "--lora", "a.safetensors:nan"], "must be a finite number"),
         (["--prompt", "x", "--grid", "seed"], "expected name=value"),
+        (["--prompt", "x", "--attn_mode", "xformers"], 'pip install "anima-fast[xformers]"'),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(world, tmp_path, monkeypatch, words, match):

@@ -268,6 +268,6 @@ def check_attn_mode(
         raise UserError(f"--attn_mode {mode} needs a CUDA card: use --attn_mode torch here")
     if mode != "xformers" and dtype is not None and dtype not in HALF:
         raise UserError(
-            f"--attn_mode {mode} works in 16 bit only: use --mixed_precision bf16 or fp16, or "
-            "--attn_mode torch"
+            f"--attn_mode {mode} works in 16 bit only: use bf16 or fp16 (--mixed_precision, in "
+            "`sample` --dtype), or --attn_mode torch"
         )

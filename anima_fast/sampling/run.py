@@ -20,6 +20,7 @@ from anima_fast.errors import UserError
 from anima_fast.memory.free import free_memory
 from anima_fast.memory.offload import install_block_runner
 from anima_fast.models import text_encoder
+from anima_fast.models.attention import check_attn_mode
 from anima_fast.models.checkpoint import Checkpoint
 from anima_fast.models.dit import dit_tensors, load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
@@ -108,6 +109,7 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
     notices: list[str] = []
     jobs, axes, loras = _plan(options, models, notices.append)
     device, dtype = choose_device(options.device), DTYPES[options.dtype]
+    check_attn_mode(options.attn_mode, training=False, device=device, dtype=dtype)
     set_backends()
     sheets = [expand(job, axes) for job in jobs] if axes else []
     if sheets:
