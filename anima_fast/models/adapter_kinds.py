@@ -8,7 +8,10 @@ To add a kind, write
 
 - a row here, in `ADAPTER_KINDS`;
 - a class in adapters/deltas.py, in `DELTAS`: Δ from the matrices that a file holds;
-- a class in adapters/ that trains it, in `LAYERS` of adapters/lora.py: Δ(x) and initial values.
+- a class in adapters/ that trains it, in `LAYERS` of adapters/lora.py: Δ(x) and initial values;
+- its title in docs/methods.md and docs/lora-files.md, and docs/options.md made again.
+
+A kind with settings of its own also needs them in options/network_args.py and in `add_lora`.
 """
 
 from __future__ import annotations
@@ -71,9 +74,10 @@ LYCORIS = "lycoris.kohya"
 
 # What the keys of a network file contain, whatever program wrote it.
 MARKS = tuple(f".{kind.mark}" for kind in ADAPTER_KINDS)
-# For help texts: "lora, loha or lokr" and "LoRA, LoHa, LoKr or DoRA".
+# For help texts: "lora, loha or lokr", "LoRA, LoHa, LoKr or DoRA", "LoRA, LoHa or LoKr".
 WORDS = f"{', '.join(kind.word for kind in ADAPTER_KINDS[:-1])} or {ADAPTER_KINDS[-1].word}"
 TITLES = f"{', '.join(kind.title for kind in ADAPTER_KINDS)} or {DORA}"
+KINDS = f"{', '.join(kind.title for kind in ADAPTER_KINDS[:-1])} or {ADAPTER_KINDS[-1].title}"
 
 
 def kind_of(suffixes: Iterable[str]) -> AdapterKind:

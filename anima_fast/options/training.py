@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from anima_fast.models.adapter_kinds import ADAPTER_KINDS, LORA, LYCORIS, WORDS
+from anima_fast.models.adapter_kinds import ADAPTER_KINDS, KINDS, LORA, LYCORIS, WORDS
 from anima_fast.models.flow_settings import FlowSettings
 from anima_fast.options.declare import option
 from anima_fast.options.words import parse_arguments
@@ -49,7 +49,7 @@ class NetworkOptions:
     network_weights: str | None = _network(None, "LoRA file to start from.")
     dim_from_weights: bool = _network(False, "Take ranks and alphas from network_weights.")
     base_weights: tuple[str, ...] = _network(
-        (), "LoRA, LoHa or LoKr files merged into the model before training."
+        (), f"{KINDS} files merged into the model before training."
     )
     base_weights_multiplier: tuple[float, ...] = _network(
         (), "Their strengths; missing ones are 1."
