@@ -114,6 +114,7 @@ def test_whole_numbers_stand_for_fractions_and_subsets_may_split(tmp_path):
         ("caption_separator = ''", ["empty"]),
         ("resize_interpolation = 'lancsoz'", ["'lanczos'"]),
         ("face_crop_aug_range = [4.0, 2.0]", ["smaller first"]),
+        ("face_crop_aug_range = [2.0]", ["two numbers"]),
         ("custom_attributes = 1", ["a table"]),
         ("caption_extension = '/x'", ["caption_extension"]),
     ],
@@ -121,6 +122,11 @@ def test_whole_numbers_stand_for_fractions_and_subsets_may_split(tmp_path):
 def test_refused_subset_keys(tmp_path, line, expected):
     text = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'a'\n{line}\n"
     refuse(tmp_path, text, "data.toml" if "extension" not in line else "datasets[0]", *expected)
+
+
+def test_a_list_of_one_number_is_no_size(tmp_path):
+    text = "[general]\nresolution = [64]\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\n"
+    refuse(tmp_path, text, "general.resolution", "a whole number or two")
 
 
 @pytest.mark.parametrize(

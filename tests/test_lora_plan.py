@@ -350,6 +350,9 @@ def test_plan_reads_the_file_of_a_run(world, tmp_path):
     done = CliRunner().invoke(app, ["plan", "--config_file", str(file), "--device", "cpu"])
     assert done.exit_code == 0 and "other models" in done.output
     assert not (tmp_path / "out").exists()
+    # Written as a file, the options are those of a run and not of a plan.
+    CliRunner().invoke(app, ["plan", "--output_config", "--config_file", str(tmp_path / "o.toml")])
+    assert "plan_memory" not in (tmp_path / "o.toml").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,15 @@ def test_what_only_running_a_script_could_tell_is_refused_by_name(sources, text,
     assert not Path("never.toml").exists()
 
 
-@pytest.mark.parametrize("text", ["# if x; then $(y)\na", "a '$(b) `c` ${d:-e}' \"if\" --for"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# if x; then $(y)\na",
+        "a '$(b) `c` ${d:-e}' \"if\" --for",
+        'a --name "b; if c" --comment "x << y" --other "\\$(d)"',
+        "@echo off\ntitle It's training\npause it's\na",
+    ],
+)
 def test_what_is_quoted_or_a_comment_is_not_refused(text):
     assert split_commands(text)[-1].words[0] == "a"
 

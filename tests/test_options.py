@@ -270,9 +270,9 @@ def test_network_args():
     [
         ("train_llm_adaptor=True", "train_llm_adapter"),
         ("train_llm_adapter=maybe", "true or false"),
-        ("rank_dropout=2", "from 0 to 0.99"),
+        ("rank_dropout=2", "from 0 to 1"),
         ("rank_dropout=nan", "expected a number"),
-        ("module_dropout=1", "from 0 to 0.99"),
+        ("module_dropout=1", "below 1"),
         ("network_reg_dims=a=0", "at least 1"),
         ("network_reg_dims=a", "pattern=number"),
         ("exclude_patterns=(", "regular expression"),

@@ -42,7 +42,8 @@ _SHOWN = frozenset(
     | {
         "qwen3", "qwen3_tokenizer_path", "t5_tokenizer_path", "models_dir",
         "qwen3_max_token_length", "t5_max_token_length", "cache_latents", "validation_split",
-        "validation_seed", "max_train_steps", "max_train_epochs", "gradient_accumulation_steps",
+        "validation_seed", "masked_loss_normalize", "max_train_steps",
+        "max_train_epochs", "gradient_accumulation_steps",
     }
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ def _train(values: dict[str, Any]) -> None:
 @option_command("plan", FileOptions, TrainOptions, allowed=OTHER_NAMES, panel=PREPARE)
 def _plan(values: dict[str, Any]) -> None:
     """Print the memory that `train` with the same options would take, and train nothing."""
-    _run(TrainOptions, values | {"plan_memory": "true"})
+    _run(TrainOptions, values, plan=True)
 
 
 @option_command(
@@ -36,7 +36,7 @@ def _finetune(values: dict[str, Any]) -> None:
     _run(FinetuneOptions, values)
 
 
-def _run(cls: type[Any], values: dict[str, Any]) -> None:
+def _run(cls: type[Any], values: dict[str, Any], *, plan: bool = False) -> None:
     config_file = values.pop("config_file", None)
     if values.pop("output_config", "false").lower() == "true":
         options, _ = resolve_train_options(values, None, complete=False, cls=cls)
@@ -49,7 +49,7 @@ def _run(cls: type[Any], values: dict[str, Any]) -> None:
     for notice in notices:
         # What a preset sets was asked for; everything else may come as a surprise.
         (log.info if notice.startswith("preset ") else log.warning)(notice)
-    if options.plan_memory:
+    if plan or options.plan_memory:
         from anima_fast.training.planning import show_memory
 
         show_memory(options, say=typer.echo)

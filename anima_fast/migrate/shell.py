@@ -28,7 +28,10 @@ _WINDOWS = re.compile(
 )
 _CONTINUED = re.compile(r"[ \t]*[\\^`][ \t]*\r?\n[ \t]*")
 # Remarks of cmd, lines that only print, and the exclamation mark before a notebook's command.
-_IGNORED = re.compile(r"(?mi)^[ \t]*(?:@?(?:rem\b|::).*|@?(?:echo|write-host)\b(?!.*\.py\b).*|!)")
+_IGNORED = re.compile(
+    r"(?mi)^[ \t]*(?:@?(?:rem\b|::).*"
+    r"|@?(?:echo|write-host|printf|title|pause|color)\b(?!.*\.py\b).*|!)"
+)
 _START = r"(?mi)(?:^|;|&&)\s*"
 # What is refused -> how it looks, quotes and comments aside.
 _REFUSED = {
@@ -42,6 +45,8 @@ _REFUSED = {
     "a here-document": r"<<",
     "a shell within the shell": r"\b(?:ba|z|da)?sh\s+-\w*c\b|\bcmd(?:\.exe)?\s+/[ck]\b",
 }
+# What a shell reads inside double quotes too.
+_EXPANSION = re.compile(r"(?<![\\`])(?:\$\([^)]*\)?|\$\{[^}]*\}?)|`[^`\n]*`")
 # The variables of cmd are put in before a line is read, also into quotes.
 _PERCENT = re.compile(r"%(?P<name>[A-Za-z_]\w*)%|%(?P<script>~dp0)")
 _CMD_SET = re.compile(r"(?i)\s*@?set\s+(\")?(?P<name>[A-Za-z_]\w*)=(?P<value>.*?)(?(1)\"\s*)")
@@ -229,11 +234,18 @@ def _escaped(character: str) -> str:
     return _LITERAL if character == "$" else character
 
 
+def _acting(match: re.Match[str]) -> str:
+    """A piece of a text without what a shell only passes on: quoted words and comments."""
+    if match["single"] is not None or match["comment"]:
+        return "''"
+    if (inside := match["double"]) is not None:
+        return '"' + "".join(_EXPANSION.findall(inside)) + '"'
+    return match[0]
+
+
 def _refuse(text: str, windows: bool) -> None:
     """Raise `UserError` for what only running the text could tell."""
-    live = _PIECES[windows].sub(
-        lambda m: "''" if m["single"] is not None or m["comment"] else m[0], text
-    )
+    live = _PIECES[windows].sub(_acting, text)
     for name, pattern in _REFUSED.items():
         if match := re.search(pattern, live):
             shown = " ".join(match[0].split())

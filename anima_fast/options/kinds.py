@@ -83,7 +83,7 @@ def _parts(value: Any) -> list[Any]:
 def _pair(value: Any, number: Callable[[Any, bool], Any]) -> tuple[Any, Any]:
     """`1024`, `[832, 1216]` or "832,1216"; a single number counts for both."""
     parsed = [number(part, isinstance(value, str)) for part in _parts(value)]
-    if not 1 <= len(parsed) <= 2:
+    if len(parsed) != 2 and (len(parsed) != 1 or isinstance(value, (list, tuple))):
         raise ValueError
     return parsed[0], parsed[-1]
 

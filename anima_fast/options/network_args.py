@@ -98,7 +98,15 @@ def _ranks(value: str, where: str) -> dict[str, int]:
     return {pattern: int(rank) for pattern, rank in ranks.items()}
 
 
-_FLAG, _NUMBER, _RATE = _one("bool"), _one("float", low=0), _one("float", low=0, high=0.99)
+_FLAG, _NUMBER, _SHARE = _one("bool"), _one("float", low=0), _one("float", low=0, high=1)
+
+
+def _rate(value: str, where: str) -> float:
+    number: float = _SHARE(value, where)
+    if number == 1:
+        raise UserError(f"{where}: 1 leaves nothing to train: use a number below 1")
+    return number
+
 
 # Key -> (reader of its value, keyword of add_lora); an empty keyword is handled below.
 _KEYS: dict[str, tuple[Reader, str]] = {
@@ -109,8 +117,8 @@ _KEYS: dict[str, tuple[Reader, str]] = {
     "train_block_indices": (_indices, "blocks"),
     "network_reg_dims": (_ranks, "reg_dims"),
     "network_reg_lrs": (_pairs, "reg_lrs"),
-    "rank_dropout": (_RATE, "rank_dropout"),
-    "module_dropout": (_RATE, "module_dropout"),
+    "rank_dropout": (_rate, "rank_dropout"),
+    "module_dropout": (_rate, "module_dropout"),
     "loraplus_lr_ratio": (_NUMBER, "loraplus_ratio"),
     "loraplus_unet_lr_ratio": (_NUMBER, "loraplus_unet_ratio"),
     "loraplus_text_encoder_lr_ratio": (_NUMBER, "loraplus_te_ratio"),
