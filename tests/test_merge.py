@@ -437,7 +437,7 @@ def test_command(tmp_path, base):
         (("--lora", lora, "--rank", 0, "--output", out), "at least 1"),
         (
             ("--lora", lora, "--output", both, "--device", "abc"),
-            "abc is no device that PyTorch knows",
+            "--device abc is unknown to PyTorch",
         ),
     ):
         result = run(*words)

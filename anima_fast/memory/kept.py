@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from anima_fast.models.dit import AnimaDiT, Block
-from anima_fast.models.dit_layers import Shared
-from anima_fast.models.modulation import attached
+from anima_fast.models.dit_layers import Shared, attached
 
 Storages = dict[int, torch.UntypedStorage]
 

@@ -37,9 +37,8 @@ from torch import Tensor, nn
 from anima_fast.device import NOT_WHILE_RECORDING
 from anima_fast.models.attention import prepare_zero_rows
 from anima_fast.models.dit import AnimaDiT
-from anima_fast.models.dit_layers import Shared
+from anima_fast.models.dit_layers import Shared, attached
 from anima_fast.models.fuse import NotFused, say_once
-from anima_fast.models.modulation import attached
 
 # Text rows are a multiple of this inside a graph.
 ROWS = 64

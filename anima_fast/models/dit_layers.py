@@ -7,7 +7,9 @@ float32, rounded once to the activation dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -183,3 +185,8 @@ class FinalLayer(nn.Module):
         vectors = vectors + shared.shared_modulation[..., : vectors.shape[-1]]
         modulation = Modulation(*vectors.chunk(2, -1))
         return self.linear(layernorm_modulate(x, modulation, self.linear.weight.dtype))
+
+
+def attached(layer: nn.Module) -> Sequence[Any]:
+    """The adapters on a layer (adapters/layers.py puts them there); () without one."""
+    return getattr(layer, "adapters", ())

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from anima_fast.kernels.products import stacked
 from anima_fast.models.block import GROUPS, KINDS, NAMES, BlockSettings, FusedBlockFunction
 from anima_fast.models.dit import AnimaDiT, Block
-from anima_fast.models.dit_layers import Shared
-from anima_fast.models.modulation import adaln_layers, attached, batched_modulation, pack
+from anima_fast.models.dit_layers import Shared, attached
+from anima_fast.models.modulation import adaln_layers, batched_modulation, pack
 from anima_fast.models.recompute import block_policies, recomputed
 
 log = logging.getLogger(__name__)

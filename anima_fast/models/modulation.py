@@ -9,7 +9,6 @@ state dict is unchanged.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +16,9 @@ from torch import Tensor, nn
 
 from anima_fast.kernels.products import stacked
 from anima_fast.models.dit import Block
+from anima_fast.models.dit_layers import attached
 
 BRANCHES = ("adaln_modulation_self_attn", "adaln_modulation_cross_attn", "adaln_modulation_mlp")
-
-
-def attached(layer: nn.Module) -> Sequence[Any]:
-    """The adapters on a layer (adapters/layers.py puts them there); () without one."""
-    return getattr(layer, "adapters", ())
 
 
 def pack(layers: Sequence[nn.Module]) -> None:
