@@ -546,3 +546,9 @@ def test_training_writes_health_with_token_counts(world, tmp_path):
     found = json.loads((tmp_path / "out" / "dataset.json").read_text(encoding="utf-8"))
     assert found["images"] == 5 and found["captions"]["count"] == 5
     assert found["captions"]["long"] == [] and found["batches_per_epoch"] >= 3
+
+
+def test_the_help_page_has_every_option_of_masks():
+    result = CliRunner().invoke(app, ["dataset", "--help"], env={"COLUMNS": "200"})
+    for name in ("masked_loss", "alpha_mask", "masked_loss_normalize"):
+        assert f"--{name}" in result.output.split(), name
