@@ -60,17 +60,16 @@ def test_adapters_of_the_text_path_are_merged_where_its_models_are(tmp_path):
 
 
 def test_what_is_not_merged_is_said(world, tmp_path):
-    trained = run(
-        world, tmp_path / "a", learning_rate=0.1, network_args=("train_llm_adapter=True",)
-    )
-    base, said, losses = (str(trained.output),), [], []
+    path = tmp_path / "adapter.safetensors"
+    write_lora(path, make_parts(["llm_adapter.blocks.0.mlp.0"], inputs=32, outputs=128), "kohya")
+    base, said, losses = (str(path),), [], []
     for folder, cached in ((tmp_path / "cached", True), (tmp_path / "live", False)):
         given = {"network_train_unet_only": True, "cache_text_encoder_outputs": cached}
         losses.append(run(world, folder, base_weights=base, **given).loss)
         text = (folder / "console.log").read_text(encoding="utf-8")
         said.append("only without --cache_text_encoder_outputs" in text)
     assert said == [True, False]
-    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] != pytest.approx(losses[1], rel=2e-5)
 
 
 @pytest.mark.parametrize(
