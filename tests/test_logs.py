@@ -15,7 +15,6 @@ from anima_fast.options.run import TrainOptions
 from anima_fast.progress import Progress, clock, describe
 from anima_fast.training.bad_batches import BadBatchTracker, find_fault
 from anima_fast.training.logs import RunLog
-from anima_fast.training.trackers import public_options
 
 
 def record(step, **others):
@@ -27,7 +26,7 @@ def options(tmp_path, **others):
 
 
 def run_log(chosen, **others):
-    return RunLog(Path(chosen.output_dir), chosen, config=public_options(chosen), **others)
+    return RunLog(Path(chosen.output_dir), chosen, **others)
 
 
 def lines(tmp_path):

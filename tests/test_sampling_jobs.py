@@ -24,8 +24,8 @@ from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.options.sample import SampleOptions
 from anima_fast.sampling import euler, euler_sample, run_sample
 from anima_fast.sampling.grid import compose, expand, read_axes
-from anima_fast.sampling.jobs import Job, batches, make_jobs
 from anima_fast.sampling.pictures import generation_parameters
+from anima_fast.sampling.prompts import Job, batches, make_jobs
 from anima_fast.sampling.texts import adapt, encode_states, tokenize_prompt, weighted_segments
 
 

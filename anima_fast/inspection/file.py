@@ -33,8 +33,14 @@ from anima_fast.inspection.models import (
 )
 from anima_fast.models.checkpoint import PICKLES, Checkpoint, detect_kind
 from anima_fast.models.text_encoder import weight_files
-from anima_fast.training.resume import find_states, is_foreign_state
-from anima_fast.training.state_files import FORMAT, NETWORK_FILE, STATE_FILE, read_record
+from anima_fast.training.state_files import (
+    FORMAT,
+    NETWORK_FILE,
+    STATE_FILE,
+    find_states,
+    is_foreign_state,
+    read_record,
+)
 
 PROGRAMS = ("ComfyUI", "Forge Neo, SwarmUI", "diffusers", "sd-scripts", "anima-fast")
 SUFFIXES = (".safetensors", ".npz", *PICKLES)

@@ -37,12 +37,7 @@ class Policy:
 
 
 class MemoryPolicies:
-    """What a run can still give up when memory runs out.
-
-    Args:
-        run: the run.
-        tell: gets a line for each thing given up.
-    """
+    """What a run can still give up when memory runs out; `tell` gets a line for each thing."""
 
     def __init__(self, run: Run, tell: Callable[[str], None]) -> None:
         self._run, self._tell = run, tell
@@ -98,15 +93,9 @@ class MemoryPolicies:
 def lower_policies(
     options: MemoryOptions, *, blocks: int, fused: bool, can_swap: bool
 ) -> list[Policy]:
-    """The policies below the one that a run starts with.
+    """The policies below the one that a run with so many blocks starts with.
 
     Where block inputs are already kept in host memory only swapping is left, which replaces that.
-
-    Args:
-        options: of the run.
-        blocks: how many the DiT has.
-        fused: whether they run through the fused kernels.
-        can_swap: whether more of them can be swapped.
     """
     swapped = options.blocks_to_swap or 0
     offloads = options.cpu_offload_checkpointing or options.unsloth_offload_checkpointing

@@ -33,8 +33,8 @@ from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.options.run import FinetuneOptions, TrainOptions
 from anima_fast.sampling.prompts import collect_prompts
 from anima_fast.training.adapter_setup import build_network, check_files
-from anima_fast.training.checks import given
 from anima_fast.training.finetune.start import base_tensors, looks_at_all
+from anima_fast.training.kind import given
 from anima_fast.training.optimizers.probe import network_state_bytes, state_bytes
 from anima_fast.training.optimizers.recipes import find_optimizer
 from anima_fast.training.optimizers.weight_updates import CHUNK
@@ -48,13 +48,10 @@ META = torch.device("meta")
 def check_memory(
     options: Options, plan: DatasetPlan, device: torch.device, *, say: Callable[[str], None]
 ) -> None:
-    """Say what a run will take; refuse one that cannot fit.
+    """Say what a run will take; refuse one that cannot fit, naming the options that help.
 
     A LoRA is refused only where `--vram` says what there is: else it is warned of, as a run that
     is out of memory goes on at a lower policy. On the CPU nothing is said about a LoRA.
-
-    Raises:
-        UserError: with the predicted and the free memory, and the options that would make it fit.
     """
     lora = isinstance(options, TrainOptions)
     if lora and device.type == "cpu" and options.vram is None:
@@ -98,7 +95,7 @@ def finetune_needs(
     options: FinetuneOptions, batch: LargestBatch, device: torch.device
 ) -> FinetuneNeeds:
     """The predictor of full fine-tuning."""
-    base, _ = base_tensors(given(options.pretrained_model_name_or_path), options.llm_adapter_path)
+    base, _ = base_tensors(options)
     return FinetuneNeeds(
         batch,
         device,
