@@ -80,7 +80,7 @@ class JsonFile:
     def _read(self) -> dict[str, Any] | None:
         content = read_whole(self.path, MOST_JSON_BYTES)
         try:
-            value = plain(json.loads(content.decode("utf-8"))) if content is not None else None
+            value = parse_json(content) if content is not None else None
         except (ValueError, RecursionError):
             return None
         return value if isinstance(value, dict) else None
@@ -101,38 +101,32 @@ class Tail:
         self.bytes_read = 0
         # Whether the last read took all it could, so that more may be waiting.
         self.behind = False
-        # Counts how often reading started over.
+        # Counts how often reading started over, and whether the last read did.
         self.generation = 0
+        self.restarted = False
         self._before = b""
         self._skipping = False
 
-    def start(self, position: int = 0) -> None:
-        """Read from `position` on; the line that it may cut is left out."""
-        self.generation += 1
-        self.position = position
-        self._before = b""
-        self._skipping = position > 0
-
     def read(self, most: int, start_at_end: bool = False) -> list[bytes]:
-        """The complete lines that follow, without their line ends.
+        """The complete lines that follow, without their line ends; none when the file is absent.
 
         Args:
             most: bytes to read at most; the rest comes with the next call.
             start_at_end: begin a file, when reading starts over, only `most` bytes before its end.
-
-        Returns:
-            The lines; none when the file is absent. `generation` tells whether they follow those
-            of the previous call.
         """
+        self.restarted = False
         try:
             if not self.path.is_file():
-                return self._lost()
+                self.size, self.behind = 0, False
+                if self.position:
+                    self._restart()
+                return []
             with open_shared(self.path) as file:
                 self.size = file.seek(0, os.SEEK_END)
                 if not self._is_the_same(file):
-                    self.start()
+                    self._restart()
                 if start_at_end and self.position == 0 and self.size > most:
-                    self.start(self.size - most)
+                    self._restart(self.size - most)
                 file.seek(self.position)
                 content = file.read(most)
         except (OSError, ValueError):
@@ -141,11 +135,13 @@ class Tail:
         self.behind = len(content) == most
         return self._take(content, most)
 
-    def _lost(self) -> list[bytes]:
-        self.size, self.behind = 0, False
-        if self.position:
-            self.start()
-        return []
+    def _restart(self, position: int = 0) -> None:
+        """Read from `position` on; the line that it may cut is left out."""
+        self.generation += 1
+        self.restarted = True
+        self.position = position
+        self._before = b""
+        self._skipping = position > 0
 
     def _is_the_same(self, file: BinaryIO) -> bool:
         if self.size < self.position:
@@ -209,15 +205,17 @@ def changed_at(path: Path) -> float | None:
     return None if stamp is None else stamp[0] / 1e9
 
 
-def plain(value: Any) -> Any:
-    """The value with numbers that JSON cannot hold (NaN, infinities, vast integers) as None."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value if number(value) is not None else None
-    return value
+def parse_json(content: bytes) -> Any:
+    """JSON in which numbers that are not finite, or too large for a float, are None.
+
+    Raises `ValueError` and `RecursionError`.
+    """
+    return json.loads(
+        content.decode("utf-8"),
+        parse_constant=lambda _: None,
+        parse_float=lambda text: number(float(text)),
+        parse_int=lambda text: None if number(value := int(text)) is None else value,
+    )
 
 
 def number(value: Any) -> float | None:

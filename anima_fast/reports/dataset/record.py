@@ -46,13 +46,10 @@ def make_record(survey: Survey) -> Record:
         "images": _images(survey),
         "tokens": _tokens(survey),
         "duplicates": {
-            "exact": [[str(path) for path in group] for group in survey.exact],
-            "near": [[str(path) for path in group] for group in survey.near],
+            kind: [[str(path) for path in group] for group in groups]
+            for kind, groups in survey.duplicates.items()
         },
-        "masks": [
-            {"file": str(mask.image), "mask": mask.source, "trained": round(mask.area, 4)}
-            for mask in survey.masks
-        ],
+        "masks": [{**mask, "trained": round(mask["trained"], 4)} for mask in survey.masks],
         "tags": [list(entry) for entry in survey.tags.most_common()],
         "tag_spellings": [[list(entry) for entry in group] for group in survey.spellings],
         "problems": [
