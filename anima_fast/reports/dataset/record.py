@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -185,24 +185,19 @@ def largest_crops(record: Record) -> list[Record]:
     return sorted(cropped, key=lambda image: image["cut_off"], reverse=True)
 
 
-@dataclass(frozen=True)
-class ProblemGroup:
-    """All problems of one kind, and what to do about them."""
-
-    kind: str
-    title: str
-    remedy: str
-    stops: bool
-    problems: list[Record]
+def size_text(size: Sequence[int]) -> str:
+    """Width and height of an image or a bucket: "96x64"."""
+    return f"{size[0]}x{size[1]}"
 
 
-def problem_groups(record: Record) -> list[ProblemGroup]:
-    """The problems by kind, those that stop training first."""
+def problem_groups(record: Record) -> list[Record]:
+    """Problems by kind, with title and remedy of each; those that stop training come first."""
     found = []
     for kind, about in sorted(KINDS.items(), key=lambda entry: not entry[1].stops):
         if problems := [one for one in record["problems"] if one["kind"] == kind]:
             title = about.title[0].upper() + about.title[1:]
-            found.append(ProblemGroup(kind, title, about.remedy, about.stops, problems))
+            group = {"kind": kind, "title": title, "remedy": about.remedy, "stops": about.stops}
+            found.append({**group, "problems": problems})
     return found
 
 
