@@ -133,13 +133,11 @@ def describe_lora(checkpoint: Checkpoint) -> Description:
             {"tensors": len(checkpoint.shapes), "first_name": min(checkpoint.shapes)},
             {"anima-fast": "no"},
         )
-    return Description(
-        f"{file.title} for Anima",
-        _facts(file),
-        programs(file),
-        _notes(file),
-        option="train --network_weights" if file.keys.unknown else None,
-    )
+    option = "train --network_weights or --base_weights, sample --lora"
+    if file.keys.unknown:
+        option = "train --network_weights"
+    title = f"{file.title} for Anima"
+    return Description(title, _facts(file), programs(file), _notes(file), option)
 
 
 def _notes(file: LoRAHeader) -> list[str]:

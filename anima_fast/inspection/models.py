@@ -63,6 +63,7 @@ def describe_dit(checkpoint: Checkpoint) -> Description:
         },
         programs,
         notes,
+        "train --pretrained_model_name_or_path, sample --dit",
     )
 
 
@@ -101,6 +102,7 @@ def describe_adapter(checkpoint: Checkpoint) -> Description:
         },
         _usable(notes) | {"sd-scripts": "no: it takes the adapter inside the DiT file only"},
         notes,
+        "--llm_adapter_path",
     )
 
 
@@ -140,6 +142,7 @@ def describe_qwen3(path: Path) -> Description:
         },
         programs,
         notes,
+        "--qwen3",
     )
 
 
@@ -192,6 +195,7 @@ def describe_vae(checkpoint: Checkpoint) -> Description:
             "ComfyUI" if wan else "diffusers": "yes",
             "sd-scripts": "no: it takes .safetensors only" if pickle else "yes",
         },
+        option="--vae",
     )
 
 

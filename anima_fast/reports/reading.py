@@ -80,7 +80,7 @@ class JsonFile:
     def _read(self) -> dict[str, Any] | None:
         content = read_whole(self.path, MOST_JSON_BYTES)
         try:
-            value = parse_json(content) if content is not None else None
+            value = plain(json.loads(content.decode("utf-8"))) if content is not None else None
         except (ValueError, RecursionError):
             return None
         return value if isinstance(value, dict) else None
@@ -205,17 +205,15 @@ def changed_at(path: Path) -> float | None:
     return None if stamp is None else stamp[0] / 1e9
 
 
-def parse_json(content: bytes) -> Any:
-    """JSON in which numbers that are not finite, or too large for a float, are None.
-
-    Raises `ValueError` and `RecursionError`.
-    """
-    return json.loads(
-        content.decode("utf-8"),
-        parse_constant=lambda _: None,
-        parse_float=lambda text: number(float(text)),
-        parse_int=lambda text: None if number(value := int(text)) is None else value,
-    )
+def plain(value: Any) -> Any:
+    """The value with numbers that JSON cannot hold (NaN, infinities, vast integers) as None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value if number(value) is not None else None
+    return value
 
 
 def number(value: Any) -> float | None:
