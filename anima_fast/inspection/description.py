@@ -42,14 +42,9 @@ LONGEST_VALUE = 160
 class Description:
     """A file or folder, as JSON values.
 
-    Attributes:
-        title: what it is.
-        facts: {label: value or {name: value}}.
-        programs: {name: "yes" or "no", with the reason}.
-        notes: what else to know.
-        option: the options that take it.
-        metadata: entries of the file's own metadata; None takes those worth showing.
-        kind: its word in the JSON; of a file of tensors, the one that `detect_kind` gave.
+    facts: {label: value or {name: value}}. programs: {name: "yes" or "no", with the reason}. notes:
+    what else to know. option: the options that take it. metadata: of the file's own; None takes the
+    entries worth showing. kind: of a file of tensors, the word that `detect_kind` gives.
     """
 
     title: str

@@ -45,13 +45,9 @@ _DISTRIBUTIONS = {
 
 
 def examine(models_dir: str | Path | None = None) -> dict[str, Any]:
-    """The report as plain values.
+    """The report as plain values; `problems` are those with which training cannot run.
 
-    Args:
-        models_dir: the models folder to look into (default: the one that `download` fills).
-    Returns:
-        sections `system`, `torch`, `cards`, `libraries`, `extras`, `models`, `disk`, with the
-        lists `problems` (training cannot run) and `warnings`, and `can_train`.
+    The models folder is the one that `download` fills, unless one is given.
     """
     folder = Path(models_dir) if models_dir else default_models_dir()
     problems: list[str] = []

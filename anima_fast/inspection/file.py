@@ -68,14 +68,10 @@ DESCRIBE: dict[str, Callable[[Checkpoint], Description]] = {
 
 
 def inspect_file(path: str | Path) -> dict:
-    """What a file or folder is, as JSON values.
+    """What a file or folder is, as JSON values: those of `Description`, and its path as `file`.
 
-    Returns:
-        file, kind, title, facts {label: value or {name: value}}, option (None when no option takes
-        it), programs {name: "yes" or "no", with the reason}, metadata, notes.
-
-    Raises:
-        UserError: missing, damaged, cut off, a pickle with code, or nothing that is read here.
+    Raises `UserError` for one that is missing, damaged, cut off, a pickle with code, or nothing
+    that is read here.
     """
     path = Path(path)
     try:

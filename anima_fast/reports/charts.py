@@ -75,13 +75,7 @@ def chart(
 
 
 def bars(title: str, labels: Sequence[str], values: Sequence[float | None]) -> Markup:
-    """An SVG element with a bar for each value; None leaves its place empty.
-
-    Args:
-        title: above the bars.
-        labels: below them, one each.
-        values: heights, from 0.
-    """
+    """An SVG element with a bar from 0 for each value, and its label; None leaves a gap."""
     known = [v for v in values if v is not None and math.isfinite(v)]
     if not known:
         return _draw(title)
@@ -99,13 +93,7 @@ def bars(title: str, labels: Sequence[str], values: Sequence[float | None]) -> M
 
 
 class _Plot:
-    """A title, the vertical axis, and the place of each value.
-
-    Args:
-        title: above all.
-        marks: of the axis, from its lowest value to its highest.
-        legend_rows: lines of the legend; more than one make the chart higher.
-    """
+    """The vertical axis and the place of each value; rows of a legend make the chart higher."""
 
     def __init__(self, title: str, marks: Sequence[float], legend_rows: int = 1) -> None:
         self.title, self.marks = title, marks

@@ -55,8 +55,7 @@ def read_whole(path: str | os.PathLike, most: int) -> bytes | None:
 class JsonFile:
     """A JSON object in a file that is replaced now and then.
 
-    The last object that could be read stays while the file is half written, and goes when the file
-    goes.
+    The last one that could be read stays while the file is half written, and goes with the file.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -110,9 +109,8 @@ class Tail:
     def read(self, most: int, start_at_end: bool = False) -> list[bytes]:
         """The complete lines that follow, without their line ends; none when the file is absent.
 
-        Args:
-            most: bytes to read at most; the rest comes with the next call.
-            start_at_end: begin a file, when reading starts over, only `most` bytes before its end.
+        At most `most` bytes are read, the rest comes with the next call. `start_at_end` begins a
+        file, when reading starts over, only so many bytes before its end.
         """
         self.restarted = False
         try:
@@ -228,10 +226,7 @@ def number(value: Any) -> float | None:
 
 
 def moment(value: Any) -> float | None:
-    """A time written as seconds since 1970 or in ISO 8601, as seconds; None when it is neither.
-
-    A text without an offset is local time.
-    """
+    """Seconds since 1970 from such a number or from ISO 8601, local without an offset, or None."""
     if isinstance(value, str):
         try:
             # Before 3.11 `fromisoformat` does not know the letter Z.

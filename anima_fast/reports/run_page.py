@@ -43,17 +43,9 @@ def report_run(
 ) -> Path:
     """Write `report.html` for a run that has ended, into the folder of its log.
 
-    Args:
-        name: of the run.
-        kind: what was trained, "LoRA training" say.
-        facts: further rows of the table.
-        base_model, optimizer, precision: as the options name them.
-        output, log: the saved file and the run's `log.jsonl`.
-        steps, loss: how many were made, and the average loss of the last epoch, if there is one.
-        interrupted_by: the signal that stopped the run.
-
-    Raises:
-        UserError: the page cannot be written.
+    kind: what was trained, "LoRA training" say. facts: further rows of the table. output: the saved
+    file. loss: the average of the last epoch. interrupted_by: the signal that stopped the run.
+    Raises `UserError` when the page cannot be written.
     """
     state = f"stopped by signal {interrupted_by}" if interrupted_by else "finished"
     return write_report(
@@ -85,14 +77,9 @@ def write_report(
 ) -> Path:
     """Write the page of a run to `path`, atomically.
 
-    Args:
-        title, lead: heading and the sentence below it.
-        facts: name and value of each row of the table.
-        log: the run's `log.jsonl`; unreadable lines are left out.
-        galleries: PNG or JPEG files by the text below them, under a heading each.
-
-    Raises:
-        UserError: the page cannot be written.
+    facts: name and value of each row of the table. log: the run's `log.jsonl`; unreadable lines are
+    left out. galleries: PNG or JPEG files by the text below them, under a heading each. Raises
+    `UserError` when the page cannot be written.
     """
     records = read_log(log)
     page = render(
@@ -156,16 +143,11 @@ def _by_noise(records: Sequence[LogRecord]) -> list[Markup]:
 
 
 def preview_table(records: Sequence[LogRecord], folder: Path) -> dict[str, Any] | None:
-    """The previews of a run over time; None without any.
+    """The previews of a run over time, from its log and its output folder; None without any.
 
-    Args:
-        records: of the log.
-        folder: the output folder; names of files are relative to it.
-
-    Returns:
-        `steps`: at most `MOST_COLUMNS` of them, evenly spread, the first and the last included.
-        `left_out`: how many have no column. `rows`: each prompt with a picture at each step, as a
-        URL that holds it, or None where it is gone.
+    `steps`: at most `MOST_COLUMNS` of them, evenly spread, the first and the last included.
+    `left_out`: how many have no column. `rows`: each prompt with a picture at each step, or None
+    where it is gone.
     """
     previews = [r for r in _of_kind(records, "preview") if r.get("files")]
     if not previews:

@@ -37,12 +37,10 @@ _FAINT = 0.3
 
 
 def draw_masks(survey: Survey, folder: Path, *, on_progress: OnProgress) -> str:
-    """Write a picture of each mask into `folder`, and add what is wrong with masks to the survey.
+    """Write a picture of each mask into `folder`, and say how many were written.
 
-    Returns:
-        a line that says how many were written.
-    Raises:
-        UserError: no subset has masks, or the folder cannot be written.
+    Masks, and what is wrong with them, are added to the survey. Raises `UserError` when no subset
+    has masks, or when the folder cannot be written.
     """
     subsets = [item.subset for item in survey.items]
     if not any(subset.alpha_mask or subset.conditioning_data_dir for subset in subsets):
@@ -72,13 +70,9 @@ def draw_masks(survey: Survey, folder: Path, *, on_progress: OnProgress) -> str:
 
 
 def overlay(pixels: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """The picture of a mask.
+    """The picture of a mask, [h, w, 3] uint8, as are the `pixels` below it.
 
-    Args:
-        pixels: [h, w, 3] uint8.
-        cells: [h / 8, w / 8] float32 in [0, 1], the loss factor of each latent cell.
-    Returns:
-        [h, w, 3] uint8.
+    cells: [h / 8, w / 8] float32 in [0, 1], the loss factor of each latent cell.
     """
     factor = _enlarged(cells)[..., None]
     hidden = _FAINT * pixels + (1 - _FAINT) * _RED

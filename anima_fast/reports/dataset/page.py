@@ -37,16 +37,10 @@ _TALLEST = 240
 def write_page(
     record: Record, thumbnails: Mapping[str, bytes], path: Path, *, most_images: int
 ) -> Path:
-    """Write the page, atomically.
+    """Write the page to `path`, atomically; raises `UserError` when it cannot be written.
 
-    Args:
-        record: of the dataset.
-        thumbnails: a JPEG file for each image of the record that could be read, by its file.
-        path: the HTML file.
-        most_images: thumbnails in it, at most.
-
-    Raises:
-        UserError: the file cannot be written.
+    thumbnails: a JPEG file for each image of the record that could be read, by its file; at most
+    `most_images` of them are shown.
     """
     shown = choose_thumbnails(record, thumbnails, most_images)
     # The style rule that holds the thumbnail of each file.

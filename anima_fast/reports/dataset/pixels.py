@@ -53,13 +53,10 @@ def look_at(
     masked: Set[Path],
     on_progress: OnProgress,
 ) -> dict[Path, Look]:
-    """Decode images in threads, each once.
+    """Decode images in threads, each once; `thumbnails` makes small pictures of them too.
 
-    Args:
-        paths: of the images; `thumbnails` makes small pictures of them too.
-        turned: images that training turns as their EXIF data says.
-        masked: images whose transparency is a loss mask.
-        on_progress: called after each image, in the calling thread.
+    turned: images that training turns as their EXIF data says. masked: images whose transparency is
+    a loss mask. on_progress: called after each image, in the calling thread.
     """
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), "look") as pool:
         waiting = {

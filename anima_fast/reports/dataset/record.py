@@ -21,10 +21,8 @@ Record = dict[str, Any]
 def make_record(survey: Survey) -> Record:
     """Everything that is known about a dataset, uncapped; it serialises to JSON.
 
-    Returns:
-        plan: numbers of the run. subsets, buckets: as in `dataset.json`. images: one entry for each
-        use of a file by a dataset. decoded: whether the pixels were read. The others are named as
-        what they hold.
+    `plan` has the numbers of the run, `subsets` and `buckets` are as in `dataset.json`, `images`
+    has an entry for each use of a file by a dataset.
     """
     plan, length = survey.plan, survey.length
     record = {

@@ -72,17 +72,12 @@ def survey_dataset(
     masked: bool,
     on_progress: OnProgress,
 ) -> Survey:
-    """Look at everything that the options would train.
+    """Look at everything that the options would train; no model file is opened but the tokenizers.
 
-    Args:
-        options: those of a training run; no model file is opened but the tokenizers.
-        decode: look at the pixels too: damage, duplicates, transparency.
-        thumbnails: keep a small picture of each image.
-        masked: read mask folders even if `masked_loss` is off.
-        on_progress: see `OnProgress`.
-    Raises:
-        UserError: a broken configuration, or a folder that is missing or holds no image. Single
-            files that are wrong become problems instead.
+    decode: look at the pixels too: damage, duplicates, transparency. thumbnails: keep a small
+    picture of each image. masked: read mask folders even if `masked_loss` is off. Raises
+    `UserError` for a broken configuration, and for a folder that is missing or holds no image;
+    single files that are wrong become problems instead.
     """
     problems: list[Problem] = []
     unmasked = masked and not options.masked_loss

@@ -69,10 +69,9 @@ class Pictures:
         return {"total": self.total, "pictures": shown}
 
     def read(self, name: str) -> tuple[bytes, str] | None:
-        """The bytes and the type of the picture of that name.
+        """The bytes and the type of a picture, None when the folder holds none of that name.
 
-        None when the folder holds no such picture: the name must be one of its entries, a regular
-        file inside the output folder, links followed.
+        It must be one of the entries, and a regular file inside the output folder, links followed.
         """
         try:
             if not is_picture(name) or name not in os.listdir(self.folder):
@@ -119,10 +118,7 @@ def is_picture(name: str) -> bool:
 
 
 def name_facts(name: str) -> dict[str, Any]:
-    """`label`, `index`, `seed`, and `epoch` or `step`, from the name of a preview.
-
-    A picture with another name has none of them.
-    """
+    """`label`, `index`, `seed`, and `epoch` or `step`, from a preview's name; {} from another."""
     found = _NAME.fullmatch(name)
     if not found:
         return {}

@@ -48,11 +48,7 @@ class WatchedRun:
         self._lock = threading.Lock()
 
     def answer(self, known: Mapping[str, str]) -> dict[str, Any]:
-        """Everything that changed, as JSON holds it.
-
-        Args:
-            known: `tokens` of the previous answer; without them the answer is complete.
-        """
+        """Everything that changed since the answer with the tokens `known`, as JSON holds it."""
         with self._lock:
             self.run_file.refresh()
             self.dataset_file.refresh()
@@ -190,13 +186,9 @@ def describe_state(
 ) -> dict[str, str]:
     """`name` (for the badge) and `text` (a sentence) of a run.
 
-    Args:
-        run: `run.json`, empty when there is none.
-        step: the last step in the log.
-        step_s: seconds per step.
-        quiet_s: seconds since the run last wrote anything.
-        says: the last line of the console log; None when there is none.
-        goes_on: whether an ended run writes again.
+    run: `run.json`, empty when there is none. step, step_s: the last one in the log, and seconds
+    per step. quiet_s: seconds since the run last wrote anything. says: the last line of the console
+    log. goes_on: whether an ended run writes again.
     """
     said = str(run.get("state"))
     if said in ENDED and goes_on:

@@ -194,16 +194,10 @@ def open_server(run: WatchedRun, port: int | None = None) -> WatchServer:
 def watch(
     out: Path, *, port: int | None, open_browser: bool, say: Callable[[str], None] = print
 ) -> None:
-    """Serve the page of a run until Ctrl-C.
+    """Serve the page of a run until Ctrl-C; its output folder `out` may be created later.
 
-    Args:
-        out: the run's output folder; it may be created later.
-        port: None for the default one or the next that is free, 0 for any.
-        open_browser: show the page in the system's browser.
-        say: takes each line for the console.
-
-    Raises:
-        UserError: `out` is a file, or the port cannot be had.
+    `port` is as `open_server` takes it, 0 means any. Raises `UserError` when `out` is a file, or
+    when the port cannot be had.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give the output folder of the run ({out.parent})")
