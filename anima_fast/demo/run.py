@@ -26,7 +26,7 @@ from anima_fast.models.adapter_kinds import LORA
 from anima_fast.options.run import TrainOptions
 from anima_fast.options.sample import SampleOptions
 from anima_fast.progress import Progress
-from anima_fast.reports.run_page import Picture, write_report
+from anima_fast.reports.run_page import write_report
 from anima_fast.sampling import run_sample
 from anima_fast.tools.convert import convert_file
 from anima_fast.training.loop import train
@@ -279,9 +279,8 @@ def write_demo_report(
 ) -> Path:
     """`report.html` with the curves of the run and the pictures before and after."""
 
-    def gallery(paths: list[Path]) -> list[Picture]:
-        captions = CAPTIONS.values()
-        return [Picture(text, path) for text, path in zip(captions, paths, strict=True)]
+    def gallery(paths: list[Path]) -> dict[str, Path]:
+        return dict(zip(CAPTIONS.values(), paths, strict=True))
 
     photographs = [folders.photographs / f"{name}.png" for name in PHOTOGRAPHS]
     return write_report(

@@ -63,6 +63,7 @@ def describe_dit(checkpoint: Checkpoint) -> Description:
         },
         programs,
         notes,
+        "train --pretrained_model_name_or_path, sample --dit",
     )
 
 
@@ -70,15 +71,16 @@ def _dit_programs(
     config: DitConfig, prefix: str, bundled: bool, all_in_one: bool
 ) -> dict[str, str]:
     size = (config.model_channels, config.num_heads, config.num_blocks)
-    sd_scripts = "yes"
+    found = {"sd-scripts": "yes"}
     if size != SD_SCRIPTS_DIT:
-        sd_scripts = "no: it takes 28 blocks of width 2048 only"
+        found["sd-scripts"] = "no: it takes 28 blocks of width 2048 only"
     elif prefix not in ("net.", "") or all_in_one:
-        sd_scripts = "no: it takes names with `net.` or without prefix only"
+        found["sd-scripts"] = "no: it takes names with `net.` or without prefix only"
     elif not bundled:
-        sd_scripts = "no: it needs the LLM adapter in the same file"
-    comfyui = bundled and prefix in ("net.", "model.diffusion_model.")
-    return ({"ComfyUI": "yes"} if comfyui else {}) | {"sd-scripts": sd_scripts}
+        found["sd-scripts"] = "no: it needs the LLM adapter in the same file"
+    if bundled and prefix in ("net.", "model.diffusion_model."):
+        found["ComfyUI"] = "yes"
+    return found
 
 
 def describe_adapter(checkpoint: Checkpoint) -> Description:
@@ -101,6 +103,7 @@ def describe_adapter(checkpoint: Checkpoint) -> Description:
         },
         _usable(notes) | {"sd-scripts": "no: it takes the adapter inside the DiT file only"},
         notes,
+        "--llm_adapter_path",
     )
 
 
@@ -140,6 +143,7 @@ def describe_qwen3(path: Path) -> Description:
         },
         programs,
         notes,
+        "--qwen3",
     )
 
 
@@ -192,6 +196,7 @@ def describe_vae(checkpoint: Checkpoint) -> Description:
             "ComfyUI" if wan else "diffusers": "yes",
             "sd-scripts": "no: it takes .safetensors only" if pickle else "yes",
         },
+        option="--vae",
     )
 
 
