@@ -171,7 +171,9 @@ class Batches:
     def _cached(self, uses: list[ItemUse]) -> Batch:
         entries = [self._latents(use).get() for use in uses]
         flips = [use.is_flipped for use in uses]
-        latents = [e.flipped if flip else e.latents for e, flip in zip(entries, flips, strict=True)]
+        latents = [
+            e.latents_flipped if flip else e.latents for e, flip in zip(entries, flips, strict=True)
+        ]
         masks = [
             self._mask(use, _alpha(entry), flip)
             for use, entry, flip in zip(uses, entries, flips, strict=True)
@@ -302,7 +304,7 @@ def _pad_masked(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _alpha(entry: LatentEntry) -> np.ndarray | None:
-    return None if entry.alpha is None else entry.alpha.numpy() / np.float32(255)
+    return None if entry.alpha_mask is None else entry.alpha_mask.numpy() / np.float32(255)
 
 
 def _stack_masks(masks: list[np.ndarray | None], size: tuple[int, int]) -> Tensor | None:

@@ -9,7 +9,6 @@ staying in memory.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +19,7 @@ from anima_fast.data.cache_folders import CacheFolders
 from anima_fast.data.caption_tokens import CaptionTokens, count_tokens, renderings
 from anima_fast.data.dataset_config import caches_latents
 from anima_fast.data.encode_latents import LatentPhase
-from anima_fast.data.encode_models import load_run_tokenizers
+from anima_fast.data.encode_models import EncodingModels, load_run_tokenizers
 from anima_fast.data.encode_text import TextPhase
 from anima_fast.data.items import DatasetPlan
 from anima_fast.data.lowres import LowRes
@@ -98,8 +97,9 @@ def encode_dataset(
     folders = CacheFolders(options.cache_dir, options.output_dir, report)
     folders.register(item.path for item in items)
     if encoded.image_mode == "cached":
-        threads = max(1, min(options.max_data_loader_n_workers, os.cpu_count() or 1))
-        phase = LatentPhase(options, options, folders, device, vae_dtype, report, threads)
+        models = EncodingModels(options, device, vae_dtype)
+        keep = not options.cache_latents_to_disk
+        phase = LatentPhase(options, folders, models, keep, report)
         latents = phase.run(items)
         encoded.latents, encoded.validation_latents = latents[:count], latents[count:]
         if lowres is not None:
@@ -108,17 +108,12 @@ def encode_dataset(
             found = zip(small, replace(phase, legacy=False).run(small), strict=True)
             encoded.small_latents = {item.index: entry for item, entry in found}
     if encoded.text_mode != "live":
+        models = EncodingModels(options, device, text_dtype)
+        keep = not options.cache_text_encoder_outputs_to_disk
+        largest = max(item.dataset.batch_size for item in items)
+        size = options.text_encoder_batch_size or largest
         entries, encoded.empty_text = TextPhase(
-            models=options,
-            caches=options,
-            tokenizers=tokenizers,
-            tokens=tokens,
-            token_limits=options.token_limits,
-            folders=folders,
-            device=device,
-            dtype=text_dtype,
-            form=encoded.text_mode,
-            say=report,
+            options, folders, models, keep, report, tokenizers, tokens, encoded.text_mode, size
         ).run(items, texts)
         encoded.texts, encoded.validation_texts = entries[:count], entries[count:]
     return encoded

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anima_fast.data.conditioning import Conditioning
-from anima_fast.data.encode_models import TextModels, load_run_tokenizers
+from anima_fast.data.encode_models import EncodingModels, load_run_tokenizers
 from anima_fast.errors import UserError
 from anima_fast.sampling.prompts import Prompt, collect_prompts, say_ignored, unescape
 from anima_fast.sampling.texts import PromptTokens, adapt, encode_states, tokenize_prompt
@@ -107,7 +107,7 @@ def prepare_prompts(
         return PreviewPrompts(prompts, live=True)
     say("encoding the prompts of previews")
     texts = [unescape(text) for prompt in prompts for text in prompt.texts]
-    models = TextModels(options, device, dtype, keep_cached=options.highvram)
+    models = EncodingModels(options, device, dtype)
     encoded = encode_texts(
         list(dict.fromkeys(texts)), models, load_run_tokenizers(options), text_mode, device
     )
@@ -117,7 +117,7 @@ def prepare_prompts(
 @torch.no_grad()
 def encode_texts(
     texts: list[str],
-    models: TextModels,
+    models: EncodingModels,
     tokenizers: Tokenizers,
     text_mode: str,
     device: torch.device,
@@ -126,10 +126,10 @@ def encode_texts(
     found = {}
     for text in texts:
         tokens = tokenize_prompt(tokenizers, text)
-        states = encode_states(tokens, models.encoder(), device)
+        states = encode_states(tokens, models.encoder, device)
         if text_mode == "states":
             found[text] = PreviewText(tokens, states=states.cpu())
         else:
-            found[text] = PreviewText(tokens, context=adapt(tokens, states, models.adapter()).cpu())
+            found[text] = PreviewText(tokens, context=adapt(tokens, states, models.adapter).cpu())
     models.free()
     return found
