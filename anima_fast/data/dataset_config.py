@@ -141,10 +141,7 @@ def _resolve_dataset(
     if values["enable_bucket"]:
         given = {n for n in values if n in entry or n in general or _is_set(n, options)}
         notices += fit_defaults(values, given, where)
-        limits = values["min_bucket_reso"], values["max_bucket_reso"], values["bucket_reso_steps"]
-        low, high, changes = adjust_limits(values["resolution"], *limits, where)
-        values |= {"min_bucket_reso": low, "max_bucket_reso": high}
-        notices += changes
+        notices += adjust_limits(values, where)
     elif any(side % TOKEN_PIXELS for side in values["resolution"]):
         raise UserError(
             f"{where}: resolution {values['resolution']} is not a multiple of {TOKEN_PIXELS} on "

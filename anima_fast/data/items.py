@@ -32,10 +32,14 @@ class ImageItem:
     resized: Size
     bucket: Size
     repeats: int
-    is_reg: bool
     loss_weight: float
     mask_path: Path | None
     exif_rotated: bool
+
+    @property
+    def is_reg(self) -> bool:
+        """Whether it is a regularisation image."""
+        return self.subset.is_reg
 
     @property
     def is_turned(self) -> bool:
