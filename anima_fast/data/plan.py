@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from anima_fast.data import advice, images, layouts
+from anima_fast.data import findings, images, layouts
 from anima_fast.data.buckets import Size, place
 from anima_fast.data.dataset_config import option, resolve_datasets
 from anima_fast.data.items import DatasetPlan, ImageItem
@@ -63,10 +63,10 @@ def build_plan(options: object, problems: list[Problem] | None = None) -> Datase
     items = [replace(item, index=i) for i, item in enumerate(items)]
     held_out = [replace(item, index=i) for i, item in enumerate(held_out)]
     everything = items + held_out
-    advice.check_exact_sizes(everything, options, problems)
+    findings.check_exact_sizes(everything, options, problems)
     if problems is None:
-        notices += advice.about_rotation(everything)
-    notices += advice.advise(everything, datasets, options)
+        notices += findings.about_rotation(everything)
+    notices += findings.advise(everything, datasets, options)
     if not held_out and any(s.validation_split > 0 for d in datasets for s in d.subsets):
         notices.append("validation_split holds out no image: the subsets are too small for it")
     return DatasetPlan(items, held_out, datasets, notices, unused)

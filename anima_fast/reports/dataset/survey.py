@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 from anima_fast.data.cache_folders import printable
 from anima_fast.data.caption_tokens import CaptionTokens, count_tokens, renderings
 from anima_fast.data.findings import plan_problems
-from anima_fast.data.items import DatasetPlan, ImageItem
-from anima_fast.data.length import Length, run_length
+from anima_fast.data.health import count_tags, spelling_variants
+from anima_fast.data.items import DatasetPlan, ImageItem, Length, run_length
 from anima_fast.data.plan import build_plan
 from anima_fast.data.problems import Problem
-from anima_fast.data.tags import count_tags, spelling_variants
 from anima_fast.models.tokenizer_files import QWEN3, T5, TokenizerMissing, explicit_files
 from anima_fast.models.tokenizers import Tokenizers, load_tokenizers
 from anima_fast.reports.dataset.duplicates import find_duplicates
