@@ -9,7 +9,7 @@ import torch
 
 from anima_fast.data import cache, cache_folders
 from anima_fast.data.cache import CacheError, LatentEntry, Stored, TextEntry
-from anima_fast.data.cache_folders import CacheFolders, FileHashes
+from anima_fast.data.cache_folders import CacheFolders, file_hashes
 from anima_fast.errors import UserError
 
 LATENTS = LatentEntry(torch.zeros(16, 4, 8))
@@ -120,7 +120,7 @@ def test_hashes_are_read_once(tmp_path, monkeypatch):
 
     def hashes():
         read.clear()
-        return FileHashes(CacheFolders(None, None, print)).many([*paths, paths[0]], 2)
+        return file_hashes(CacheFolders(None, None, print), [*paths, paths[0]], 2)
 
     first = hashes()
     assert len(read) == 2
@@ -140,13 +140,13 @@ def test_damaged_index_is_ignored(tmp_path, text):
     (tmp_path / ".anima_cache").mkdir()
     (tmp_path / ".anima_cache" / "index.json").write_text(text)
     (tmp_path / "a").write_bytes(b"a")
-    found = FileHashes(CacheFolders(None, None, print)).many([tmp_path / "a"], 1)
+    found = file_hashes(CacheFolders(None, None, print), [tmp_path / "a"], 1)
     assert len(found[tmp_path / "a"]) == 64
 
 
 def test_missing_image_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"gone\.png"):
-        FileHashes(CacheFolders(None, None, print)).many([tmp_path / "gone.png"], 1)
+        file_hashes(CacheFolders(None, None, print), [tmp_path / "gone.png"], 1)
 
 
 def test_no_folder_to_write_to_is_a_user_error(tmp_path):

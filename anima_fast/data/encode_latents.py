@@ -21,7 +21,7 @@ from torch import Tensor
 from anima_fast.data import cache, images, legacy_cache
 from anima_fast.data.buckets import Size
 from anima_fast.data.cache import CacheError, LatentEntry, Stored
-from anima_fast.data.cache_folders import FileHashes, latent_name, printable
+from anima_fast.data.cache_folders import file_hashes, latent_name, printable
 from anima_fast.data.encode_phase import Job, Phase
 from anima_fast.data.items import ImageItem
 from anima_fast.data.layouts import some
@@ -97,7 +97,7 @@ class LatentPhase(Phase[LatentJob, LatentEntry]):
     def _jobs(self, items: list[ImageItem]) -> list[LatentJob]:
         if not items:
             return []
-        hashes = FileHashes(self.folders).many([item.path for item in items], self.threads)
+        hashes = file_hashes(self.folders, [item.path for item in items], self.threads)
         vae, dtype = cache.model_identity(given(self.options.vae, "vae")), self.models.dtype
         jobs = []
         for item in items:

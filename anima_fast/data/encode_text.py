@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from anima_fast.data import cache, legacy_cache
 from anima_fast.data.cache import CacheError, Stored, TextEntry
-from anima_fast.data.cache_folders import FileHashes, text_name
+from anima_fast.data.cache_folders import file_hashes, text_name
 from anima_fast.data.caption_tokens import CaptionTokens
 from anima_fast.data.encode_models import adapter_path, source_width
 from anima_fast.data.encode_phase import Job, Phase
@@ -116,7 +117,7 @@ class TextPhase(Phase[TextJob, TextEntry]):
             text: [path for path in map(legacy_cache.text_path, images) if path.is_file()]
             for text, images in owners.items()
         }
-        hashes = FileHashes(self.folders).many([p for paths in files.values() for p in paths], 1)
+        hashes = file_hashes(self.folders, chain(*files.values()), 1)
         found: dict[str, Stored[TextEntry] | TextJob] = {}
         stale: list[str] = []
         for text, paths in files.items():
