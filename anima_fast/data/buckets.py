@@ -24,9 +24,9 @@ TOKEN_PIXELS = 16
 
 
 def place(size: Size, dataset: Dataset) -> tuple[Size, Size]:
-    """The size that an image of `size` is resized to, and the bucket cut out of it.
+    """The size that an image of `size` is resized to, and the bucket that is cut out of it.
 
-    Raises `UserError` (without the file's name) when the image has no bucket.
+    Raises `UserError` (without the file's name) when no bucket fits.
     """
     if not dataset.enable_bucket:
         return cover(size, dataset.resolution), dataset.resolution
@@ -43,13 +43,9 @@ def place(size: Size, dataset: Dataset) -> tuple[Size, Size]:
 
 
 def fit_defaults(values: dict, given: set[str], where: str) -> list[str]:
-    """Let bucket limits that nobody set follow a resolution that they would exclude.
+    """Let limits that nobody set follow a resolution that they would exclude, in place.
 
-    Args:
-        values: settings of a dataset by key; changed in place.
-        given: the keys that the user set.
-    Returns:
-        A notice for each change.
+    `given` are the keys of `values` that the user set. Returns a notice for each change.
     """
     small, large = min(values["resolution"]), max(values["resolution"])
     before = dict(values)

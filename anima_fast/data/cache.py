@@ -85,11 +85,7 @@ def digest(parts: Mapping[str, object]) -> str:
 
 
 def latent_key(item: ImageItem, *, image_sha256: str, vae: str, dtype: torch.dtype) -> str:
-    """Key of an item's latent file.
-
-    image_sha256, vae: content hashes of the image file and of the VAE file, which computes in
-    `dtype`.
-    """
+    """Key of an item's latent file, with the content hash of the VAE that computes in `dtype`."""
     subset = item.subset
     return digest(
         {
@@ -109,10 +105,7 @@ def latent_key(item: ImageItem, *, image_sha256: str, vae: str, dtype: torch.dty
 
 
 def model_identity(path: str | Path) -> str:
-    """Content hash of a model file, or of the weights and configuration of a model folder.
-
-    Raises `UserError` when there is nothing at `path`.
-    """
+    """Content hash of a model file, or of weights and configuration of a folder, if it exists."""
     path = Path(path)
     try:
         if not path.is_dir():

@@ -48,7 +48,7 @@ def check_exact_sizes(
 
 
 def about_rotation(items: list[ImageItem]) -> list[str]:
-    """A notice that names the images with an EXIF rotation that is not applied."""
+    """A notice that names the images whose EXIF rotation is not applied."""
     rotated = sorted({item.path.name for item in items if item.exif_rotated and not item.is_turned})
     if not rotated:
         return []
@@ -60,11 +60,7 @@ def about_rotation(items: list[ImageItem]) -> list[str]:
 
 
 def advise(items: list[ImageItem], datasets: list[Dataset], options: object) -> Iterator[str]:
-    """Notices about what will be trained but may not be what the user wants.
-
-    Args:
-        items: training and validation images of all datasets.
-    """
+    """Notices about what will be trained but may not be what the user wants."""
     for dataset in datasets:
         mine = [item for item in items if item.dataset.index == dataset.index]
         if shrunk := sum(_is_shrunk_by_limit(item) for item in mine):
@@ -121,12 +117,7 @@ def has_no_caption(item: ImageItem) -> bool:
 
 
 def plan_problems(items: Iterable[ImageItem], tokens: CaptionTokens | None) -> list[Problem]:
-    """What the images' headers and captions show, each file once per kind.
-
-    Args:
-        items: training and validation images.
-        tokens: the captions' lengths, when they are known.
-    """
+    """What the images' headers and captions show, each file once per kind."""
     items = list(items)
     in_order = chain(
         *(_of_caption(item) for item in items),

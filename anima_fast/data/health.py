@@ -1,7 +1,7 @@
 """`dataset.json` in the output folder: the dataset of a run in numbers, for `anima-fast watch`.
 
-Written when training starts, from the plan alone. Lists of files are capped; each
-comes with the full count under its name plus `_total`.
+Written when training starts, from the plan alone. Lists of files are capped; the full count is
+under the name plus `_total`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,7 @@ _MOST_WORDS = 6
 def write_health(
     output_dir: str | Path, plan: DatasetPlan, tokens: CaptionTokens | None = None
 ) -> Path:
-    """Write the summary into the output folder, atomically.
-
-    Args:
-        output_dir: the run's folder.
-        plan: what is trained.
-        tokens: the captions' lengths, once they are counted.
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Write the summary into the run's folder; `tokens` once the captions are counted."""
     path = Path(output_dir) / NAME
     write_json(path, health(plan, tokens))
     return path

@@ -46,10 +46,7 @@ def image_extensions() -> tuple[str, ...]:
 
 
 def list_images(folder: str | os.PathLike, notices: list[str]) -> list[Path]:
-    """The images directly in `folder`, sorted by name; other files are left alone.
-
-    Raises `UserError` when the folder is missing, unreadable or has no image.
-    """
+    """The images directly in `folder`, sorted by name; `UserError` when there are none."""
     if not os.path.isdir(folder):
         kind = "is not a folder" if os.path.exists(folder) else "does not exist"
         base = "" if os.path.isabs(folder) else f" in {os.getcwd()}, which it is relative to"
@@ -102,9 +99,7 @@ def captioned_images(
 ) -> list[tuple[Path, Caption]]:
     """The images of a subset in order, each with its caption.
 
-    Args:
-        notices: gets what the user should know.
-        problems: collects what is wrong with single files, which are left out; None raises instead.
+    `problems` collects what is wrong with single files, which are left out; None raises instead.
     """
     if subset.metadata_file is not None:
         return _read_metadata_file(subset.metadata_file, subset, problems)
@@ -149,10 +144,7 @@ def _caption_text(file: Path, problems: list[Problem] | None) -> str | None:
 
 
 def caption_file(image: Path, extension: str | None) -> Path | None:
-    """The caption file of an image, or None.
-
-    The stem without its last four "_" parts (a face box, see `images.face_box`) is tried second.
-    """
+    """The caption file of an image; tried second, that of its stem without a face box."""
     extensions: tuple[str, ...] = DEFAULT_CAPTION_EXTENSIONS
     if extension is not None:
         extensions = (extension if extension.startswith(".") else "." + extension,)
@@ -171,10 +163,7 @@ def caption_file(image: Path, extension: str | None) -> Path | None:
 def mask_files(
     images: list[Path], folder: str, where: str, problems: list[Problem] | None = None
 ) -> dict[Path, Path]:
-    """The mask of each image: the image of the same stem in `folder`.
-
-    One that is missing goes to `problems`, or raises `UserError` when that is None.
-    """
+    """The mask of each image: the image of the same stem in `folder`; `problems` as above."""
     by_stem = {path.stem: path for path in reversed(list_images(folder, []))}
     missing = [path for path in images if path.stem not in by_stem]
     if problems is not None:

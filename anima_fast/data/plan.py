@@ -1,9 +1,8 @@
-"""The plan of a training run's data: which images, in which buckets, how often, in which batches.
+"""The plan of a training run's data: which images, in which buckets, how often.
 
 `build_plan` lists the images of every subset, reads their headers and captions, holds out the
 validation images, balances the regularisation images and places everything in buckets. No pixels
-are decoded. The batches of an epoch are a pure function of (epoch, seed), so a resumed run repeats
-them.
+are decoded.
 """
 
 from __future__ import annotations
@@ -27,16 +26,10 @@ _HEADER_THREADS = 8
 
 
 def build_plan(options: object, problems: list[Problem] | None = None) -> DatasetPlan:
-    """Plan the data that the options name.
+    """Plan the data that the options name; `options` as for `resolve_datasets`.
 
-    Args:
-        options: attributes named as the options (`dataset_config` or `train_data_dir` /
-            `reg_data_dir` / `in_json`, and the defaults of dataset keys); absent or None means
-            not given.
-        problems: collects what is wrong with single files, which are then left out.
-    Raises:
-        UserError: anything wrong with the configuration or a folder and, without `problems`, with
-            an image or a caption.
+    `problems` collects what is wrong with single files, which are left out. Raises `UserError` for
+    anything wrong with the configuration or a folder and, without `problems`, with a file.
     """
     datasets, notices = resolve_datasets(options)
     items: list[ImageItem] = []
