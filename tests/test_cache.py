@@ -120,7 +120,7 @@ def test_hashes_are_read_once(tmp_path, monkeypatch):
 
     def hashes():
         read.clear()
-        return file_hashes(CacheFolders(None, None, print), [*paths, paths[0]], 2)
+        return file_hashes(CacheFolders(None, None, [], print), [*paths, paths[0]], 2)
 
     first = hashes()
     assert len(read) == 2
@@ -140,19 +140,19 @@ def test_damaged_index_is_ignored(tmp_path, text):
     (tmp_path / ".anima_cache").mkdir()
     (tmp_path / ".anima_cache" / "index.json").write_text(text)
     (tmp_path / "a").write_bytes(b"a")
-    found = file_hashes(CacheFolders(None, None, print), [tmp_path / "a"], 1)
+    found = file_hashes(CacheFolders(None, None, [], print), [tmp_path / "a"], 1)
     assert len(found[tmp_path / "a"]) == 64
 
 
 def test_missing_image_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"gone\.png"):
-        file_hashes(CacheFolders(None, None, print), [tmp_path / "gone.png"], 1)
+        file_hashes(CacheFolders(None, None, [], print), [tmp_path / "gone.png"], 1)
 
 
 def test_no_folder_to_write_to_is_a_user_error(tmp_path):
     (tmp_path / ".anima_cache").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
-        CacheFolders(None, None, print).place("x", tmp_path / "a.png")
+        CacheFolders(None, None, [], print).place("x", tmp_path / "a.png")
 
 
 def test_identity_of_a_model_folder(tmp_path):

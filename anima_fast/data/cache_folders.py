@@ -24,28 +24,25 @@ _STEM_BYTES = 120
 
 
 class CacheFolders:
-    """Finds and places the cache files of a run."""
+    """Finds and places the cache files of a run with these images."""
 
     def __init__(
-        self, cache_dir: str | None, output_dir: str | None, say: Callable[[str], None]
+        self,
+        cache_dir: str | None,
+        output_dir: str | None,
+        images: Iterable[Path],
+        say: Callable[[str], None],
     ) -> None:
         self._cache_dir = Path(cache_dir) if cache_dir else None
-        self._fallback = Path(output_dir) / "cache" if output_dir else None
+        self._fallback = Path(output_dir) / "cache" if output_dir and not cache_dir else None
+        self._all = list(dict.fromkeys(self._folder(image) for image in images))
         self._say = say
-        self._own: dict[Path, Path] = {}
         self._writable: dict[Path, Path] = {}
-
-    def register(self, images: Iterable[Path]) -> None:
-        """Register the images of the run, so that `find` looks next to all of them."""
-        for image in images:
-            self._folder(image)
 
     def find(self, name: str, image: Path, *, anywhere: bool = False) -> Path | None:
         """The existing file of that name for an image; `anywhere` looks next to all images."""
-        folders = [self._folder(image)]
-        if anywhere:
-            folders += self._own.values()
-        if self._fallback is not None and self._cache_dir is None:
+        folders = [self._folder(image), *(self._all if anywhere else [])]
+        if self._fallback is not None:
             folders.append(self._fallback)
         found = (folder / name for folder in dict.fromkeys(folders))
         return next((path for path in found if path.is_file()), None)
@@ -61,17 +58,14 @@ class CacheFolders:
         return self._writable[folder] / name
 
     def _folder(self, image: Path) -> Path:
-        parent = image.parent
-        if parent not in self._own:
-            self._own[parent] = self._cache_dir or parent / FOLDER
-        return self._own[parent]
+        return self._cache_dir or image.parent / FOLDER
 
     def _choose_writable(self, folder: Path) -> Path:
         try:
             files.check_folder(folder)
             return folder
         except UserError:
-            if self._fallback is None or self._cache_dir is not None:
+            if self._fallback is None:
                 raise
         self._say(f"{folder} cannot be written: caches go to {self._fallback}")
         return self._fallback

@@ -88,8 +88,8 @@ def encode_dataset(
 
     for notice in tokens.notices():
         report(notice)
-    folders = CacheFolders(options.cache_dir, options.output_dir, report)
-    folders.register(item.path for item in items)
+    paths = [item.path for item in items]
+    folders = CacheFolders(options.cache_dir, options.output_dir, paths, report)
     if encoded.image_mode == "cached":
         models = EncodingModels(options, device, vae_dtype)
         keep = not options.cache_latents_to_disk
