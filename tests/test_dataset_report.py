@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from anima_fast.cli import app
 from anima_fast.data import health
+from anima_fast.data.health import spelling_variants
 from anima_fast.data.plan import build_plan
-from anima_fast.data.tags import spelling_variants
 from anima_fast.reports.dataset.duplicates import find_duplicates
 from anima_fast.reports.dataset.masks import loss_cells, overlay
 from anima_fast.reports.dataset.page import crop_box, short_name, widest

@@ -39,12 +39,9 @@ def option(options: object, name: str, default: Any = None) -> Any:
 
 
 def load_dataset_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read and check a dataset file.
+    """A dataset file as {"general": {...}, "datasets": [{..., "subsets": [...]}]}.
 
-    Returns:
-        {"general": {...}, "datasets": [{..., "subsets": [...]}]} with checked, normal values.
-    Raises:
-        UserError: no such file, not TOML or JSON, or a key or value that is refused.
+    Values are checked and normal. Raises `UserError` for a file, a key or a value that is wrong.
     """
     path = Path(path)
     if path.is_dir():
@@ -62,10 +59,8 @@ def load_dataset_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 def resolve_datasets(options: object) -> tuple[list[Dataset], list[str]]:
     """The datasets that the options ask for, with notices for the user.
 
-    Args:
-        options: anything with attributes named as the options; absent or None means not given.
-    Raises:
-        UserError: no data named, or a setting that cannot work.
+    `options` has attributes named as the options; absent or None means not given. Raises
+    `UserError` when no data is named or a setting cannot work.
     """
     notices: list[str] = []
     if path := option(options, "dataset_config"):
@@ -141,10 +136,7 @@ def _resolve_dataset(
     if values["enable_bucket"]:
         given = {n for n in values if n in entry or n in general or _is_set(n, options)}
         notices += fit_defaults(values, given, where)
-        limits = values["min_bucket_reso"], values["max_bucket_reso"], values["bucket_reso_steps"]
-        low, high, changes = adjust_limits(values["resolution"], *limits, where)
-        values |= {"min_bucket_reso": low, "max_bucket_reso": high}
-        notices += changes
+        notices += adjust_limits(values, where)
     elif any(side % TOKEN_PIXELS for side in values["resolution"]):
         raise UserError(
             f"{where}: resolution {values['resolution']} is not a multiple of {TOKEN_PIXELS} on "
@@ -172,6 +164,7 @@ def _is_set(name: str, options: object) -> bool:
 def _resolve_subset(
     dataset_index: int, index: int, levels: Sequence[Mapping[str, Any]], options: object
 ) -> Subset:
+    """Refuses settings that contradict the caches or each other."""
     values = _lookup(SubsetKeys, levels, options)
     subset = Subset(index=index, dataset_index=dataset_index, **values)
     if subset.image_dir is None and subset.metadata_file is None:
@@ -179,12 +172,6 @@ def _resolve_subset(
             f"{subset.where}: image_dir is missing: name the folder with the images "
             "(or a metadata_file)"
         )
-    _check_subset(subset, options)
-    return subset
-
-
-def _check_subset(subset: Subset, options: object) -> None:
-    """Refuse settings that contradict the caches or each other."""
     extension = subset.caption_extension or ""
     if any(c in extension for c in '/\\\0:*?"<>|'):
         raise UserError(
@@ -198,6 +185,7 @@ def _check_subset(subset: Subset, options: object) -> None:
         text=any(option(options, name) for name in text),
         place=f"{subset.where}: ",
     )
+    return subset
 
 
 def caches_latents(options: object) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anima_fast.data.conditioning import Conditioning
-from anima_fast.data.encode_models import TextModels, load_run_tokenizers
+from anima_fast.data.encode_models import EncodingModels, load_run_tokenizers
 from anima_fast.errors import UserError
 from anima_fast.sampling.prompts import Prompt, collect_prompts, say_ignored, unescape
 from anima_fast.sampling.texts import PromptTokens, adapt, encode_states, tokenize_prompt
@@ -84,13 +84,13 @@ def prepare_prompts(
     if text_mode == "live":
         return PreviewPrompts(prompts, text_mode)
     say("encoding the prompts of previews")
-    models = TextModels(options, device, dtype, keep_cached=options.highvram)
+    models = EncodingModels(options, device, dtype)
     tokenizers = load_run_tokenizers(options)
     found = {}
     for text in dict.fromkeys(unescape(text) for prompt in prompts for text in prompt.texts):
         tokens = tokenize_prompt(tokenizers, text)
-        states = encode_states(tokens, models.encoder(), device)
-        values = states if text_mode == "states" else adapt(tokens, states, models.adapter())
+        states = encode_states(tokens, models.encoder, device)
+        values = states if text_mode == "states" else adapt(tokens, states, models.adapter)
         found[text] = tokens, values.cpu()
     models.free()
     return PreviewPrompts(prompts, text_mode, found)

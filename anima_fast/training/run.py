@@ -13,8 +13,7 @@ from torch import Tensor
 
 from anima_fast.data.batches import Batches
 from anima_fast.data.conditioning import Conditioning
-from anima_fast.data.items import DatasetPlan
-from anima_fast.data.length import Length
+from anima_fast.data.items import DatasetPlan, Length
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.flow import FlowSettings
 from anima_fast.training.kind import AnyOptions, Network, Training

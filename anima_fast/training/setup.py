@@ -18,8 +18,7 @@ from anima_fast.data.batches import Batches
 from anima_fast.data.conditioning import load_conditioning
 from anima_fast.data.encode import EncodedDataset, encode_dataset
 from anima_fast.data.health import write_health
-from anima_fast.data.items import DatasetPlan
-from anima_fast.data.length import Length, run_length
+from anima_fast.data.items import DatasetPlan, Length, run_length
 from anima_fast.data.lowres import LowRes
 from anima_fast.data.plan import build_plan
 from anima_fast.data.summary import list_epoch

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 from anima_fast.data.cache_folders import printable
 from anima_fast.data.caption_tokens import CaptionTokens, count_tokens, renderings
 from anima_fast.data.findings import plan_problems
-from anima_fast.data.items import DatasetPlan, ImageItem
-from anima_fast.data.length import Length, run_length
+from anima_fast.data.health import count_tags, spelling_variants
+from anima_fast.data.items import DatasetPlan, ImageItem, Length, run_length
 from anima_fast.data.plan import build_plan
 from anima_fast.data.problems import Problem
-from anima_fast.data.tags import count_tags, spelling_variants
 from anima_fast.models.tokenizer_files import QWEN3, T5, TokenizerMissing, explicit_files
 from anima_fast.models.tokenizers import Tokenizers, load_tokenizers
 from anima_fast.reports.dataset.duplicates import find_duplicates
@@ -108,9 +107,7 @@ def _count_tokens(survey: Survey, options: TrainOptions) -> None:
     tokenizers, survey.token_note = _tokenizers(options)
     if tokenizers is None:
         return
-    whole = options.long_captions == "whole"
-    tokens = count_tokens(survey.items, texts, tokenizers, options.token_limits, whole=whole)
-    survey.tokens = tokens
+    survey.tokens = tokens = count_tokens(survey.items, texts, tokenizers, options)
     survey.texts = [max(t, key=lambda text: tokens.lengths[text].longest) for t in texts]
     long = {str(caption.file) for caption in tokens.long}
     for item, text in zip(survey.items, survey.texts, strict=True):
