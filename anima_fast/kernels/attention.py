@@ -359,7 +359,7 @@ def _op(q: Tensor, k: Tensor, v: Tensor, zero_keys: Tensor | None) -> tuple[Tens
 def _(q, k, v, zero_keys):
     batch, length, heads, _ = q.shape
     lse = torch.empty(batch, heads, length, dtype=dispatch.wide_dtype(q), device=q.device)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+    return *dispatch.dense(q), lse
 
 
 @torch.library.custom_op("anima_fast::attention_backward", mutates_args=())
@@ -369,9 +369,7 @@ def _op_backward(
     return tuple(t.contiguous() for t in attention_backward(do, q, k, v, out, lse))
 
 
-@_op_backward.register_fake
-def _(do, q, k, v, out, lse):
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+_op_backward.register_fake(lambda do, q, k, v, out, lse: dispatch.dense(q, k, v))
 
 
 def _setup(ctx, inputs, output) -> None:

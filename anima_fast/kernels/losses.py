@@ -1,9 +1,14 @@
-"""The losses of rectified flow, element by element: their only definition, in plain torch."""
+"""The losses of rectified flow, element by element: their only definition, in plain torch.
+
+Imports nothing, so that --help, which names them, does not load torch.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOSS_TYPES = ("l2", "l1", "huber", "smooth_l1")
 
@@ -30,7 +35,7 @@ def element_loss(d: Tensor, loss_type: str = "l2", c: Tensor | None = None) -> T
     if c is None:
         raise ValueError(f"{loss_type} needs c, one threshold per sample")
     c = per_sample(c, d)
-    loss = 2 * (torch.sqrt(d**2 + c**2) - c)
+    loss = 2 * ((d**2 + c**2).sqrt() - c)
     return c * loss if loss_type == "huber" else loss
 
 

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from anima_fast import __version__
 from anima_fast.adapters import names
-from anima_fast.adapters.deltas import Delta, adapted_weight, upcast
+from anima_fast.adapters.deltas import Delta, adapted_weight
 from anima_fast.adapters.metadata import IMPLEMENTATION
 from anima_fast.errors import UserError
 from anima_fast.files import LazyTensor, save_safetensors
+from anima_fast.kernels.op import wide
 from anima_fast.models.dit_config import DitConfig
 from anima_fast.progress import ItemProgress
 from anima_fast.tools.checkpoints import FLOATS, MODELS, ModelFile, check_floats, model_of_module
@@ -154,7 +155,7 @@ def _tensors(
     converted = {"", names.ADAPTER} if "" in model.prefixes else set(model.prefixes)
     tensors = {}
     for key, shape in checkpoint.shapes.items():
-        dtype = checkpoint.dtype(key)
+        dtype = checkpoint.get(key).dtype
         own = model.model_of_key(key) in converted and dtype in FLOATS
         target = PRECISIONS.get(precision, dtype) if own else dtype
 
@@ -175,7 +176,7 @@ def _converted(
     if not deltas and weight.dtype == dtype:
         return weight
     for strength, delta in deltas:
-        weight = adapted_weight(upcast(weight), delta, strength)
+        weight = adapted_weight(wide(weight), delta, strength)
     found = weight.to(dtype)
     if not torch.isfinite(found).all():
         kind = str(dtype).removeprefix("torch.")
