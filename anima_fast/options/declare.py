@@ -21,6 +21,8 @@ from anima_fast.errors import UserError
 from anima_fast.options.kinds import KINDS, pair_text, shown
 
 Made = TypeVar("Made", bound="Checked")
+# What messages call a value of a wrong type, where its looks may not tell.
+TYPE_NAMES = {bool: "a boolean", str: "a text", dict: "a table"}
 
 
 def option(
@@ -160,8 +162,12 @@ def check_value(spec: Spec, value: Any, where: str, *, text: bool = False) -> An
     try:
         converted = KINDS[spec.kind].read(value, text)
     except (ValueError, TypeError, OverflowError):
+        found = shown(value)
+        # On the command line everything is a text.
+        if not text and type(value) in TYPE_NAMES:
+            found += f", {TYPE_NAMES[type(value)]}"
         expected = KINDS[spec.kind].expected
-        raise UserError(f"{where}: expected {expected}, got {shown(value)}") from None
+        raise UserError(f"{where}: expected {expected}, got {found}") from None
     for part in converted if isinstance(converted, tuple) else (converted,):
         _check_number(spec, part, where)
     if spec.choices and converted not in spec.choices:
@@ -177,10 +183,13 @@ def _check_number(spec: Spec, value: Any, where: str) -> None:
         wanted = f"of at least {spec.low:g}"
         if spec.high is not None:
             wanted = f"from {spec.low or 0:g} to {spec.high:g}"
-        raise UserError(f"{where}: {shown(value)} is out of range: use a number {wanted}")
+        # A float as people write it: -1, not -1.0.
+        number = f"{value:.15g}" if isinstance(value, float) else shown(value)
+        raise UserError(f"{where}: {number} is out of range: use a number {wanted}")
     if spec.multiple > 1 and value is not None and value % spec.multiple:
+        example = f", such as {spec.default}" if spec.default else ""
         raise UserError(
-            f"{where}: {value} does not suit this model: use a multiple of {spec.multiple}"
+            f"{where}: {value} does not suit this model: use a multiple of {spec.multiple}{example}"
         )
 
 

@@ -123,5 +123,8 @@ def _tracker_arguments(options: LogOptions) -> dict[str, dict]:
     """`--log_tracker_config`: a TOML file with a table per tracker."""
     if not options.log_tracker_config:
         return {}
-    where = f"--log_tracker_config {options.log_tracker_config}"
-    return parse_config(read_text(options.log_tracker_config, "--log_tracker_config"), where)
+    what, path = "--log_tracker_config", options.log_tracker_config
+    try:
+        return parse_config(read_text(path, what), f"{what} {path}")
+    except UserError as error:
+        raise UserError(f"{error}; give tables named tensorboard or wandb") from None
