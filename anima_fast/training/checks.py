@@ -16,7 +16,7 @@ from anima_fast.device import (
 )
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder
-from anima_fast.memory.offload import choose_policies
+from anima_fast.memory.offload import BlockSettings
 from anima_fast.models.attention import check_attn_mode
 from anima_fast.models.model_files import check_model_files
 from anima_fast.sampling.prompts import collect_prompts
@@ -57,16 +57,7 @@ def check_start(
     training.check(dit)
     find_optimizer(options.optimizer_type)
     collect_prompts(options)
-    choose_policies(
-        dit.num_blocks,
-        fused=fused,
-        recompute=options.recompute,
-        gradient_checkpointing=options.gradient_checkpointing,
-        cpu_offload=options.cpu_offload_checkpointing,
-        unsloth_offload=options.unsloth_offload_checkpointing,
-        blocks_to_swap=options.blocks_to_swap or 0,
-        cuda_graphs=training.cuda_graphs,
-    )
+    BlockSettings.of(options, training.cuda_graphs).policies(dit.num_blocks, fused=fused)
     if options.mixed_precision == "bf16" and device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         if major < 8:

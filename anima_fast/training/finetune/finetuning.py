@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from anima_fast.adapters.metadata import modelspec
-from anima_fast.memory.install import install_memory_savers
-from anima_fast.memory.offload import BlockRunner
+from anima_fast.memory.offload import BlockRunner, install_memory_savers
 from anima_fast.training.checks import given
 from anima_fast.training.finetune.disk_check import check_disk
 from anima_fast.training.finetune.full_network import (
