@@ -113,15 +113,10 @@ OPTION_NAMES = {key.option: name for name, key in KEYS.items() if key.option} | 
 
 
 def check_config(config: object, source: str) -> dict[str, Any]:
-    """Check a whole dataset file and return it with normal types.
+    """A parsed dataset file, checked and with normal types (sizes as (w, h)).
 
-    Args:
-        config: the parsed TOML or JSON.
-        source: the file's name, for messages.
-    Returns:
-        {"general": {...}, "datasets": [{..., "subsets": [{...}, ...]}, ...]}; sizes as (w, h).
-    Raises:
-        UserError: an unknown key, a wrong type or a value out of range, with its path.
+    Returns {"general": {...}, "datasets": [{..., "subsets": [{...}, ...]}, ...]}. Raises
+    `UserError` with the path in `source` of an unknown key, a wrong type or a value out of range.
     """
     root = _table(config, source)
     for name in root:
