@@ -105,8 +105,11 @@ def test_whole_numbers_stand_for_fractions_and_subsets_may_split(tmp_path):
         ("zzz = 2", ["'zzz'", "remove it", "image_dir"]),
         ("resolution = 512", ["does not belong", "[general] or [[datasets]]"]),
         ("num_repeats = 1.5", ["num_repeats: expected a whole number", "1.5"]),
-        ("num_repeats = true", ["a whole number", "True"]),
+        ("num_repeats = true", ["a whole number, got True, a boolean"]),
+        ("num_repeats = {a = 1}", ["got {'a': 1}, a table"]),
+        ("num_repeats = '2'", ["got '2', a text"]),
         ("num_repeats = -1", ["out of range"]),
+        ("caption_dropout_rate = -1", [": -1 is out of range"]),
         ("flip_aug = 1", ["true or false"]),
         ("caption_prefix = 3", ["a text"]),
         ("caption_dropout_rate = 1.5", ["out of range", "0 to 1"]),
@@ -122,6 +125,16 @@ def test_whole_numbers_stand_for_fractions_and_subsets_may_split(tmp_path):
 def test_refused_subset_keys(tmp_path, line, expected):
     text = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'a'\n{line}\n"
     refuse(tmp_path, text, "data.toml" if "extension" not in line else "datasets[0]", *expected)
+
+
+def test_small_bucket_limits_of_a_file_are_rounded_up(tmp_path):
+    text = """
+    general = {enable_bucket = true, min_bucket_reso = 8, resolution = 64, bucket_reso_steps = 16}
+    [[datasets]]
+    subsets = [{image_dir = "a"}]
+    """
+    [dataset], _ = resolve(tmp_path, text)
+    assert dataset.min_bucket_reso == 16
 
 
 def test_a_list_of_one_number_is_no_size(tmp_path):

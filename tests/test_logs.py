@@ -180,7 +180,7 @@ def test_a_bad_tracker_config_is_explained(tmp_path):
             logging_dir=str(tmp_path / "logs"),
             log_tracker_config=str(tmp_path / name),
         )
-        with pytest.raises(UserError, match="log_tracker_config"):
+        with pytest.raises(UserError, match="give tables named tensorboard or wandb"):
             run_log(chosen)
 
 

@@ -175,7 +175,6 @@ def test_what_is_lower():
     assert options(28, fused=False) == [block, *below]
     assert options(28, fused=True, recompute="mlp") == [block, *below]
     assert options(28, fused=True, recompute="12") == [block, *below]
-    assert options(28, fused=True, gradient_checkpointing=True) == below
-    assert options(28, fused=True, unsloth_offload_checkpointing=True) == below
+    assert options(28, fused=True, recompute="block") == below
     assert options(28, fused=True, recompute="block", blocks_to_swap=20) == below[1:]
     assert options(28, fused=False, can_swap=False) == [block]

@@ -14,7 +14,7 @@ from torch import Tensor
 from anima_fast.adapters.metadata import training_metadata
 from anima_fast.adapters.network import LoRANetwork
 from anima_fast.data.summary import summarise
-from anima_fast.memory.install import install_memory_savers
+from anima_fast.memory.offload import install_memory_savers
 from anima_fast.training.adapter_setup import base_files, build_network, check_files, check_network
 from anima_fast.training.kind import Say, Training, save_dtype
 from anima_fast.training.optimizers.build import build_optimizer, clip_flat_grad

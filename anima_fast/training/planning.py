@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -23,7 +23,7 @@ from anima_fast.errors import UserError
 from anima_fast.memory.finetune import FinetuneNeeds
 from anima_fast.memory.fit import describe_need, does_not_fit, memory_plan
 from anima_fast.memory.lora import LoRANeeds, Models
-from anima_fast.memory.plan import Asks, LargestBatch, Modes, Needs
+from anima_fast.memory.plan import LargestBatch, Modes, Needs
 from anima_fast.models.dit import load_dit
 from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.llm_adapter import load_llm_adapter
@@ -82,7 +82,7 @@ def show_memory(options: Options, *, say: Callable[[str], None]) -> None:
         say(line)
 
 
-def memory_needs(options: Options, plan: DatasetPlan, device: torch.device) -> Needs:
+def memory_needs(options: Options, plan: DatasetPlan, device: torch.device) -> Needs[Any]:
     """The predictor of a run of either kind."""
     if isinstance(options, FinetuneOptions):
         return finetune_needs(options, largest_batch(plan), device)
@@ -99,8 +99,9 @@ def finetune_needs(
     return FinetuneNeeds(
         batch,
         device,
+        modes,
+        lambda run: state_bytes(run, device),
         base.shapes,
-        Asks(modes, lambda run: state_bytes(cast(FinetuneOptions, run), device)),
         looks_at_all=lambda run: looks_at_all(find_optimizer(run.optimizer_type)[0]),
         chunk=CHUNK,
     )
@@ -110,15 +111,12 @@ def lora_needs(options: TrainOptions, batch: LargestBatch, device: torch.device)
     """The predictor of a LoRA."""
     models = meta_models(options)
     prompts = collect_prompts(options)
-
-    def state(run: Options) -> float:
-        return network_state_bytes(cast(TrainOptions, run), models.network, device)
-
     return LoRANeeds(
         batch,
         device,
+        modes,
+        lambda run: network_state_bytes(run, models.network, device),
         models,
-        Asks(modes, state),
         fused=plans_fused_blocks(options, device),
         text_batch=options.text_encoder_batch_size or batch.images,
         preview=max((prompt.width * prompt.height for prompt in prompts), default=0),

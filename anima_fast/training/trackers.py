@@ -35,8 +35,11 @@ def open_trackers(output: Path, options: LogOptions) -> list[Tracker]:
     folder = base / f"{options.log_prefix or ''}{stamp}"
     arguments = {}
     if file := options.log_tracker_config:
-        where = f"--log_tracker_config {file}"
-        arguments = parse_config(read_text(file, "--log_tracker_config"), where)
+        what = "--log_tracker_config"
+        try:
+            arguments = parse_config(read_text(file, what), f"{what} {file}")
+        except UserError as error:
+            raise UserError(f"{error}; give tables named tensorboard or wandb") from None
     names = TRACKERS if chosen == "all" else (chosen,)
     return [TRACKERS[name](options, folder, arguments.get(name, {})) for name in names]
 

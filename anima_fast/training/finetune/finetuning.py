@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from anima_fast.adapters.metadata import modelspec
-from anima_fast.memory.install import install_memory_savers
-from anima_fast.memory.offload import BlockRunner
+from anima_fast.memory.offload import BlockRunner, install_memory_savers
 from anima_fast.training.finetune import start
 from anima_fast.training.finetune.full_network import FullNetwork, train_everything
 from anima_fast.training.kind import Say, Training, save_dtype
