@@ -38,9 +38,10 @@ def describe_dit(checkpoint: Checkpoint) -> Description:
         for key in checkpoint.shapes
         if not key.startswith(prefix) or FOREIGN.fullmatch(key.removeprefix(prefix))
     }
-    notes = _refusals(checkpoint, load_dit, *([] if adapter is None else [load_llm_adapter]))
+    notes = _refusals(lambda: load_dit(without_data(checkpoint), device="meta"))
     bundled = "none: give its file with --llm_adapter_path"
     if adapter is not None:
+        notes += _refusals(lambda: load_llm_adapter(without_data(checkpoint), device="meta"))
         layers = len({n.split(".")[1] for n in adapter.shapes if n.startswith("blocks.")})
         bundled = f"bundled, {layers} layers, {_parameters(adapter.shapes):,} parameters"
     programs = _usable(notes)
@@ -89,7 +90,7 @@ def describe_adapter(checkpoint: Checkpoint) -> Description:
     # Fewer names identify an adapter than loading needs.
     shapes = own.shapes if own else {}
     config = _sizes(AdapterConfig, shapes, checkpoint, "LLM adapter")
-    notes = _refusals(checkpoint, load_llm_adapter)
+    notes = _refusals(lambda: load_llm_adapter(without_data(checkpoint), device="meta"))
     return Description(
         "LLM adapter of Anima",
         {
@@ -115,7 +116,7 @@ def describe_qwen3(path: Path) -> Description:
         shapes |= Checkpoint.open(file).shapes
     embedding = min((k for k in shapes if k.endswith("embed_tokens.weight")), key=len)
     prefix = embedding.removesuffix("embed_tokens.weight")
-    notes = _qwen3_refusals(sizes, shapes, prefix)
+    notes = _refusals(lambda: _check_qwen3(sizes, shapes, prefix))
     programs = _usable(notes)
     fits = (sizes.hidden_size, sizes.num_hidden_layers) == QWEN3_06B
     if fits and not notes:
@@ -147,10 +148,8 @@ def describe_qwen3(path: Path) -> Description:
     )
 
 
-def _qwen3_refusals(
-    sizes: Qwen3Shape, shapes: Mapping[str, tuple[int, ...]], prefix: str
-) -> list[str]:
-    """Which tensors are missing or of another shape, without importing transformers."""
+def _check_qwen3(sizes: Qwen3Shape, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
+    """Refuse missing tensors and other shapes as loading does, without importing transformers."""
     width, hidden, head_dim = sizes.hidden_size, sizes.intermediate_size, sizes.head_dim
     q, kv = sizes.num_attention_heads * head_dim, sizes.num_key_value_heads * head_dim
     layer = {
@@ -168,11 +167,7 @@ def _qwen3_refusals(
     own = {k.removeprefix(prefix): v for k, v in shapes.items() if not k.endswith(passed_over)}
     # Only shapes are compared: nothing is read.
     found = Checkpoint(own, lambda name: torch.empty(own[name], device="meta"))
-    try:
-        check_shapes(expected, found, "Qwen3")
-    except UserError as error:
-        return [_of_file(error)]
-    return []
+    check_shapes(expected, found, "Qwen3")
 
 
 def describe_vae(checkpoint: Checkpoint) -> Description:
@@ -200,19 +195,13 @@ def describe_vae(checkpoint: Checkpoint) -> Description:
     )
 
 
-def _refusals(checkpoint: Checkpoint, *loaders: Callable[..., Any]) -> list[str]:
-    """Why loaders refuse a file; empty when all take it."""
-    found = []
-    for load in loaders:
-        try:
-            load(without_data(checkpoint), device="meta")
-        except UserError as error:
-            found.append(_of_file(error))
-    return found
-
-
-def _of_file(error: UserError) -> str:
-    return str(error).replace("the state dict", "the file")
+def _refusals(load: Callable[[], Any]) -> list[str]:
+    """Why a file cannot be loaded; empty when it can."""
+    try:
+        load()
+    except UserError as error:
+        return [str(error).replace("the state dict", "the file")]
+    return []
 
 
 def _usable(notes: list[str]) -> dict[str, str]:

@@ -42,10 +42,8 @@ class Series:
         ]
 
 
-def chart(
-    title: str, series: Sequence[Series], x_label: str = "step", zero: bool = False
-) -> Markup:
-    """An SVG element with axes, a legend when there are several lines, and the lines.
+def chart(title: str, series: Sequence[Series], zero: bool = False) -> Markup:
+    """An SVG element with lines over steps, axes, and a legend when there are several lines.
 
     Series without a point are left out; a single point is drawn as a dot. The axis begins at 0 with
     `zero`, else near the lowest value.
@@ -66,7 +64,7 @@ def chart(
     # There is no half step.
     marks = [x for x in ticks(first, last, 5) if first <= x <= last and x == int(x)] or [first]
     below = [plot.below(across(x), f"{x:.6g}") for x in marks]
-    below.append(((LEFT + WIDTH - RIGHT) / 2, plot.bottom + 29, "middle", x_label))
+    below.append(((LEFT + WIDTH - RIGHT) / 2, plot.bottom + 29, "middle", "step"))
     lines = [
         (COLORS[i % len(COLORS)], one.faint, [(across(x), plot.height_of(y)) for x, y in points])
         for i, (one, points) in enumerate(drawn)
