@@ -459,9 +459,9 @@ def test_bad_input_is_one_line_and_status_2(world, tmp_path, monkeypatch, words,
 
 def test_sizes_default_to_those_of_the_picture(world):
     given = options(world, "x.png", width=None, height=None)
-    (job,) = make_jobs(given, ())
+    (job,) = make_jobs(given)
     assert (job.width, job.height) == (1024, 1024)
-    (job,) = make_jobs(given, (), (100, 70))
+    (job,) = make_jobs(given, (100, 70))
     assert (job.width, job.height) == (96, 64)
 
 

@@ -239,21 +239,20 @@ class Job(Prompt):
     title: str = ""
 
     @classmethod
-    def of(cls, prompt: Prompt, seed: int, **more: Any) -> Job:
-        """The picture of a prompt; `more` are strength and weights."""
-        return cls(**{**vars(prompt), "seed": seed, **more})
+    def of(cls, prompt: Prompt, seed: int, strength: float = 1.0) -> Job:
+        """The picture of a prompt."""
+        return cls(**{**vars(prompt), "seed": seed, "strength": strength})
 
 
 def make_jobs(
     options: SampleOptions,
-    weights: Sequence[float],
     image_size: tuple[int, int] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Job]:
     """The pictures of all prompts of `sample`, `count` of each with consecutive seeds.
 
-    `weights` are those of the LoRA files, `image_size` is width and height of the picture to start
-    from. Raises `UserError` for prompts that cannot be read or are not supported.
+    `image_size` is width and height of the picture to start from. Raises `UserError` for prompts
+    that cannot be read or are not supported.
     """
     if options.prompt and options.prompts:
         raise UserError("--prompt and --prompts exclude each other: put the text into the file")
@@ -271,9 +270,8 @@ def make_jobs(
     )
     prompts = read_prompts(options.prompts, defaults) if options.prompts else [defaults]
     say_ignored(prompts, say)
-    shared: dict[str, Any] = {"strength": options.strength, "weights": tuple(weights)}
     return [
-        Job.of(prompt, (first if prompt.seed is None else prompt.seed) + i, **shared)
+        Job.of(prompt, (first if prompt.seed is None else prompt.seed) + i, options.strength)
         for prompt in prompts
         for i in range(options.count)
     ]

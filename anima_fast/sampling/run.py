@@ -120,7 +120,7 @@ def _plan(
     if options.init_image and Path(options.init_image).resolve() == Path(options.output).resolve():
         raise UserError(f"--output {options.output} is --init_image itself: give another name")
     size = picture_size(options.init_image) if options.init_image else None
-    jobs = make_jobs(options, [], size, say)
+    jobs = make_jobs(options, size, say)
     files = list(options.loras)
     axes = read_axes(options.grid, len(files), [job.text for job in jobs])
     for axis in axes:

@@ -139,9 +139,10 @@ class Checkpoints:
         return f"{self.options.output_name or 'epoch'}-{epoch:06d}"
 
     def _drop(self, outdated: Callable[[int], str], files: int | None, states: int | None) -> None:
-        """Remove the newest file and state that are too old.
+        """Remove the newest file and the newest state that are too old.
 
-        `outdated` gives their stem by how many are kept, of states as many as of files by default.
+        `outdated` gives the stem of the newest one by how many are kept. None keeps all files, and
+        as many states as files.
         """
         if files:
             for name in (outdated(files), f"{outdated(files)}{EMA_MARK}"):

@@ -46,6 +46,11 @@ def save_dtype(options: SaveOptions) -> torch.dtype | None:
     return DTYPES[options.save_precision] if options.save_precision else None
 
 
+def vae_dtype(options: AnyOptions) -> torch.dtype:
+    """The precision of the VAE."""
+    return torch.float32 if options.no_half_vae else DTYPES[options.mixed_precision]
+
+
 class Network(Protocol):
     """The trained part of a run."""
 

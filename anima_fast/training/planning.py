@@ -34,7 +34,7 @@ from anima_fast.options.run import FinetuneOptions, TrainOptions
 from anima_fast.sampling.prompts import collect_prompts
 from anima_fast.training.adapter_setup import build_network, check_files
 from anima_fast.training.finetune.start import base_tensors, looks_at_all
-from anima_fast.training.kind import given
+from anima_fast.training.kind import given, vae_dtype
 from anima_fast.training.optimizers.probe import network_state_bytes, state_bytes
 from anima_fast.training.optimizers.recipes import find_optimizer
 from anima_fast.training.optimizers.weight_updates import CHUNK
@@ -125,7 +125,7 @@ def lora_needs(options: TrainOptions, batch: LargestBatch, device: torch.device)
 
 def modes(options: Options) -> Modes:
     """How images and texts come to a step."""
-    return Modes(choose_image_mode(options), choose_text_mode(cast(TrainOptions, options)))
+    return Modes(choose_image_mode(options), choose_text_mode(options))
 
 
 def plans_fused_blocks(options: TrainOptions, device: torch.device) -> bool:
@@ -148,8 +148,7 @@ def meta_models(options: TrainOptions) -> Models:
             given(options.qwen3), device=META, dtype=dtype
         )
     network = build_network(options, dit, conditioning, seed=0, say=lambda text: None)
-    vae_dtype = torch.float32 if options.no_half_vae else dtype
-    vae = load_vae(given(options.vae), device=META, dtype=vae_dtype)
+    vae = load_vae(given(options.vae), device=META, dtype=vae_dtype(options))
     return Models(dit, network, vae, conditioning.adapter, conditioning.text_encoder)
 
 

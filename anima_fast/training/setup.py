@@ -34,7 +34,7 @@ from anima_fast.options.output import LengthOptions, ValidationOptions
 from anima_fast.options.run import FinetuneOptions
 from anima_fast.sampling.prompts import collect_prompts
 from anima_fast.training.finetune.finetuning import Finetuning
-from anima_fast.training.kind import AnyOptions, Say, Training, given
+from anima_fast.training.kind import AnyOptions, Say, Training, given, vae_dtype
 from anima_fast.training.lora import LoRATraining
 from anima_fast.training.optimizers.recipes import find_optimizer
 from anima_fast.training.optimizers.schedules import build_scheduler
@@ -200,11 +200,6 @@ def load_run_dit(options: AnyOptions, device: torch.device) -> AnimaDiT:
     )
     dit.split_attn = options.split_attn
     return dit
-
-
-def vae_dtype(options: AnyOptions) -> torch.dtype:
-    """The precision of the VAE."""
-    return torch.float32 if options.no_half_vae else DTYPES[options.mixed_precision]
 
 
 def choose_seed(seed: int | None) -> int:
