@@ -80,6 +80,7 @@ def _merge(
     or the closest one by --rank, --energy or --dynamic, with its error.
     """
     from anima_fast.options.words import path_and_weight
+    from anima_fast.tools.merge import merge_into_checkpoint
 
     if not lora:
         raise UserError("merge needs at least one --lora FILE or --lora FILE:WEIGHT")
@@ -90,20 +91,10 @@ def _merge(
     elif (rank, energy, dynamic) != (None, None, None):
         raise UserError("--rank, --energy and --dynamic are for merging networks with each other")
     else:
-        _merge_checkpoint(checkpoint, networks, target, precision or "bf16")
-
-
-def _merge_checkpoint(
-    checkpoint: Path, networks: list[tuple[str, float]], output: Path, precision: str
-) -> None:
-    from anima_fast.tools.merge import merge_into_checkpoint
-
-    done = merge_into_checkpoint(checkpoint, networks, output, precision=precision, say=_progress)
-    for (path, weight), used in zip(networks, done.used, strict=True):
-        typer.echo(f"{path} at {weight:g}: {used} modules")
-    for note in done.notes:
-        typer.echo(f"note: {note}")
-    typer.echo(f"wrote {output}: {done.weights} weights changed")
+        lines = merge_into_checkpoint(
+            checkpoint, networks, target, precision=precision or "bf16", say=_progress
+        )
+        typer.echo("\n".join(lines))
 
 
 def _combine(
@@ -256,14 +247,18 @@ def _remap(
     Follows the published insertions. Extra blocks of the deeper model get nothing,
     and are left out on the way back.
     """
-    from anima_fast.tools.remap import remap_file, remap_lines
+    from anima_fast.tools.remap import remap_file
 
-    target = _required(output)
-    done = remap_file(
-        src, target, to=to, model=model, source=source, mapping=mapping, duplicate=duplicate
+    lines = remap_file(
+        src,
+        _required(output),
+        to=to,
+        model=model,
+        source=source,
+        mapping=mapping,
+        duplicate=duplicate,
     )
-    typer.echo("\n".join(remap_lines(done)))
-    typer.echo(f"wrote {target}: {done.modules} modules")
+    typer.echo("\n".join(lines))
 
 
 def _required(output: Path | None) -> Path:
