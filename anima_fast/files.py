@@ -72,10 +72,7 @@ def parse_config(text: str, where: object, kind: str = "TOML") -> Any:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open a binary file that appears at `path` only when the block ends without an error.
-
-    Raises `UserError` when the folder cannot be written or the disk is full, and leaves nothing.
-    """
+    """Open a binary file that appears at `path` only when the block ends without an error."""
     path = Path(path)
     temporary = _temporary(path)
     try:
@@ -179,10 +176,7 @@ def remove_leftovers(path: str | os.PathLike) -> None:
 
 
 def check_folder(path: str | os.PathLike) -> None:
-    """Prove that a folder can be written, creating it if needed, before hours are spent.
-
-    Raises `UserError` when it cannot.
-    """
+    """Prove that a folder can be written, creating it if needed, before hours are spent."""
     path = Path(path)
     probe = path / f".write_test.{uuid.uuid4().hex[:8]}"
     try:

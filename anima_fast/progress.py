@@ -40,8 +40,7 @@ PLAIN_LINES = 10
 class Bars:
     """Live bars, one for each title, gone at the end; nothing where stderr is not a terminal.
 
-    Args:
-        columns: what follows title, bar and count.
+    `columns` follow title, bar and count.
     """
 
     def __init__(self, *columns: ProgressColumn) -> None:
@@ -116,12 +115,9 @@ class _Rate(ProgressColumn):
 
 
 class Progress:
-    """Steps, losses and speed of a run on the console, a context manager.
+    """Steps, losses and speed of a run on the console (stderr), a context manager.
 
-    Args:
-        simple: plain lines on a terminal too.
-        console: where to write; stderr when None.
-        log: a file that gets the plain lines too.
+    `simple` writes plain lines on a terminal too; `log` is a file that gets them as well.
     """
 
     def __init__(
@@ -242,10 +238,7 @@ def _closed() -> None:
 def describe(record: Mapping[str, Any], step_s: float | None, total: int) -> str:
     """One line with epoch, smoothed loss, time left, rate, speed and memory, as far as known.
 
-    Args:
-        record: as for `Progress.step`.
-        step_s: smoothed seconds per step, None while unknown.
-        total: steps of the run.
+    `record` is that of `Progress.step`, `step_s` smoothed seconds per step, `total` all steps.
     """
     seconds = step_s if step_s is not None else record.get("step_s")
     left = seconds * max(0, total - record["step"]) if seconds is not None and total else None

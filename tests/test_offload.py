@@ -12,6 +12,7 @@ from anima_fast.errors import UserError
 from anima_fast.memory import offload
 from anima_fast.memory.offload import BlockSettings, compile_blocks, install_block_runner
 from anima_fast.memory.swap import BlockSwap, swapped_indices
+from anima_fast.options.run import TrainOptions
 
 CONFIG = dataclasses.replace(TINY, num_blocks=6)
 MODES = {
@@ -268,6 +269,21 @@ def test_placement_is_even_and_limited():
             swapped_indices(28, count)
     with pytest.raises(UserError, match="blocks_to_swap 5"):
         install_block_runner(make_dit(CONFIG), BlockSettings(blocks_to_swap=5))
+
+
+def test_settings_of_a_run():
+    def of(**given):
+        return BlockSettings.of(TrainOptions(dataset_config="d.toml", **given))
+
+    assert of() == BlockSettings()
+    assert of(cpu_offload_checkpointing=True) == BlockSettings("block", "host")
+    assert of(unsloth_offload_checkpointing=True) == BlockSettings("block", "pinned")
+    swapped = of(gradient_checkpointing=True, blocks_to_swap=2)
+    assert swapped == BlockSettings("block", blocks_to_swap=2)
+    assert of(recompute="2").policies(4, fused=False) == ["block", "block", "none", "none"]
+    for recompute, message in (("mlp", "policy of the fused block"), ("5", "from 0 to 4")):
+        with pytest.raises(UserError, match=f"--recompute.*{message}"):
+            of(recompute=recompute).policies(4, fused=False)
 
 
 def test_swapping_needs_frozen_weights():

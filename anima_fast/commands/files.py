@@ -139,14 +139,10 @@ def _merge(
         return
     if has_rule:
         raise UserError("--rank, --energy and --dynamic are for merging networks with each other")
-    done = merge_into_checkpoint(
+    lines = merge_into_checkpoint(
         checkpoint, networks, target, precision=precision or "bf16", say=_progress
     )
-    for (path, weight), used in zip(networks, done.used, strict=True):
-        typer.echo(f"{path} at {weight:g}: {used} modules")
-    for note in done.notes:
-        typer.echo(f"note: {note}")
-    typer.echo(f"wrote {target}: {done.weights} weights changed")
+    typer.echo("\n".join(lines))
 
 
 @app.command("extract", rich_help_panel=USE)
@@ -277,14 +273,18 @@ def _remap(
     Follows the published insertions. Extra blocks of the deeper model get nothing,
     and are left out on the way back.
     """
-    from anima_fast.tools.remap import remap_file, remap_lines
+    from anima_fast.tools.remap import remap_file
 
-    target = _required(output)
-    done = remap_file(
-        src, target, to=to, model=model, source=source, mapping=mapping, duplicate=duplicate
+    lines = remap_file(
+        src,
+        _required(output),
+        to=to,
+        model=model,
+        source=source,
+        mapping=mapping,
+        duplicate=duplicate,
     )
-    typer.echo("\n".join(remap_lines(done)))
-    typer.echo(f"wrote {target}: {done.modules} modules")
+    typer.echo("\n".join(lines))
 
 
 def _required(output: Path | None) -> Path:

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from anima_fast.adapters.names import ADAPTER
+from anima_fast.memory.offload import BlockSettings
 from anima_fast.memory.plan import WORKSPACE_UNITS, Item, Needs, Phase, Prediction, stored_bytes
 from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.llm_adapter import AdapterConfig
-from anima_fast.models.recompute import block_policies
 from anima_fast.options.finetune import part_of
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class FinetuneNeeds(Needs["FinetuneOptions"]):
         block = TOKEN_UNITS[n.weight] * unit + ROW_UNITS[n.weight] * rows * sizes.width
         recomputed = min(sizes.blocks, _recomputed(options, sizes) + (options.blocks_to_swap or 0))
         kept = (sizes.blocks - recomputed) * block
-        if not _offloads(options):
+        if not BlockSettings.of(options).offload:
             kept += recomputed * self._input(options, sizes)
         kept += ADAPTER_UNITS[n.weight] * sizes.adapter_layers * rows * sizes.adapter_width
         workspace = (WORKSPACE_UNITS + OUTSIDE_UNITS) * unit + (block if recomputed else 0)
@@ -219,7 +219,7 @@ class FinetuneNeeds(Needs["FinetuneOptions"]):
         gradient = 0 if options.fused_backward_pass else n.gradient
         block = sizes.block * n.weight + sizes.block_trained * (n.state + n.master + gradient)
         swapped = (options.blocks_to_swap or 0) * block
-        waiting = _recomputed(options, sizes) if _offloads(options) else 0
+        waiting = _recomputed(options, sizes) if BlockSettings.of(options).offload else 0
         return self.program + int(swapped + waiting * self._input(options, sizes))
 
 
@@ -230,11 +230,8 @@ def _gradients(options: FinetuneOptions, sizes: Sizes, n: Number, trained: int) 
 
 
 def _recomputed(options: FinetuneOptions, sizes: Sizes) -> int:
-    return block_policies(options.recompute or "none", sizes.blocks).count("block")
-
-
-def _offloads(options: FinetuneOptions) -> bool:
-    return options.cpu_offload_checkpointing or options.unsloth_offload_checkpointing
+    """How many blocks are, without those that are swapped."""
+    return BlockSettings.of(options).policies(sizes.blocks, fused=False).count("block")
 
 
 def count_blocks(shapes: Iterable[str]) -> int:

@@ -120,15 +120,13 @@ def install_block_runner(
     `dit.to(device)` would move them there.
 
     Args:
-        dit: the model.
-        settings: what is saved, and how.
+        dit, settings: the model, and what it saves.
         fused: run blocks through the fused kernels (models/block.py).
         device: where the DiT computes; None means where it is.
         sink: gets the gradients of swapped blocks' trained weights (memory/swap.py); without it
             only frozen weights are swapped.
 
-    Raises:
-        UserError: what this DiT cannot run, too many blocks, or no frozen weights to swap.
+    Raises `UserError` for what this DiT cannot run, and for no frozen weights to swap.
     """
     policies = settings.policies(len(dit.blocks), fused=fused)
     device = torch.device(device) if device is not None else next(dit.parameters()).device
@@ -230,14 +228,12 @@ def compile_blocks(
 
     Args:
         dit: the model, after `install_block_runner`.
-        backend: a dynamo backend.
-        mode: inductor's mode; None or "default" for its default.
+        backend, mode: of dynamo, and inductor's mode; None or "default" for its default.
         dynamic: true, false or auto (also None): whether shapes are compiled as unknowns.
         fullgraph: refuse graph breaks.
         cache_size_limit: how many variants (image sizes, caption lengths) are kept.
 
-    Raises:
-        UserError: an unknown backend or value of `dynamic`, or a mode that the backend lacks.
+    Raises `UserError` for an unknown backend or `dynamic`, or a mode that the backend lacks.
     """
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:

@@ -64,12 +64,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted bytes of a run.
+    """Predicted bytes of a run: the moments that may be the peak, and host memory at its peak.
 
-    Attributes:
-        phases: the moments that may be the peak.
-        host: host memory at its peak.
-        assumed: what the figures rest on without having been measured, in sentences.
+    `assumed`: what the figures rest on without having been measured, in sentences.
     """
 
     phases: tuple[Phase, ...]

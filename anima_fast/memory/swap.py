@@ -28,10 +28,7 @@ Sink = Callable[[int, Mapping[str, Tensor]], None]
 
 
 def swapped_indices(blocks: int, count: int) -> list[int]:
-    """Which blocks are swapped: the middles of `count` equal parts.
-
-    Raises `UserError` for a count above blocks − 2 or below 0.
-    """
+    """Which blocks are swapped: the middles of `count` equal parts, from 0 to blocks − 2."""
     most = max(blocks - 2, 0)
     if not 0 <= count <= most:
         raise UserError(
@@ -46,14 +43,12 @@ class BlockSwap:
     At most two blocks' weights are on the device at a time: the one in use and the next one.
 
     Args:
-        blocks: all blocks of the DiT.
-        count: how many are swapped.
+        blocks, count: all blocks of the DiT, and how many are swapped.
         device: where they are computed.
         fused: the fused blocks compute the modulation of all blocks at once, so its weights stay.
         sink: gets the gradients of trained weights; without one, trained weights stay there too.
 
-    Raises:
-        UserError: too many blocks, or one without anything to swap.
+    Raises `UserError` for too many blocks, or one without anything to swap.
     """
 
     def __init__(

@@ -79,10 +79,7 @@ class ModelFile:
         return None
 
     def named(self, *models: str) -> Checkpoint:
-        """The tensors of some models by dotted name, such as `blocks.0.mlp.layer1.weight`.
-
-        Models that the file does not have are skipped.
-        """
+        """The tensors of those models that the file has, by dotted name (`blocks.0...weight`)."""
         found = {}
         for key in self.checkpoint.shapes:
             model = self.model_of_key(key)

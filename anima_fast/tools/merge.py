@@ -14,7 +14,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,21 +37,6 @@ MERGED = "anima_fast.merged_networks"
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
-@dataclass
-class Merged:
-    """What a merge did.
-
-    Attributes:
-        weights: number of weights changed.
-        used: modules used of each network, in their order.
-        notes: what was not merged, and where it belongs.
-    """
-
-    weights: int = 0
-    used: list[int] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
 def merge_into_checkpoint(
     checkpoint: str | os.PathLike,
     networks: Sequence[tuple[str | os.PathLike, float]],
@@ -60,8 +44,8 @@ def merge_into_checkpoint(
     *,
     precision: str = "bf16",
     say: Callable[[str], None] = lambda text: None,
-) -> Merged:
-    """Write a checkpoint with networks built in.
+) -> list[str]:
+    """Write a checkpoint with networks built in; returns what was done, in lines.
 
     Args:
         checkpoint: a DiT (with or without bundled LLM adapter, or all-in-one), an LLM adapter or a
@@ -72,28 +56,26 @@ def merge_into_checkpoint(
             file keep their dtype.
         say: gets lines of progress.
 
-    Raises:
-        UserError: a file of another kind, a network that does not fit, a quantised checkpoint,
-            weights that would not be finite, or a path that cannot be written.
+    Raises `UserError` for files that do not fit, and weights that would not be finite.
     """
     if precision != KEEP and precision not in PRECISIONS:
         raise UserError(f"--precision {precision}: use {', '.join(PRECISIONS)} or {KEEP}")
     check_output(output, [checkpoint, *(path for path, _ in networks)])
     model = ModelFile.open(checkpoint)
     plan: dict[str, list[tuple[float, Delta]]] = {}
-    merged = Merged()
+    lines: list[str] = []
+    notes: list[str] = []
     read = [NetworkFile.read(path, strength) for path, strength in networks]
-    for network in read:
-        keys = _keys(model, network, merged.notes)
+    for (path, strength), network in zip(networks, read, strict=True):
+        keys = _keys(model, network, notes)
         for name, key in keys.items():
-            plan.setdefault(key, []).append((network.strength, network.deltas[name]))
-        merged.used.append(len(keys))
-    merged.weights = len(plan)
+            plan.setdefault(key, []).append((strength, network.deltas[name]))
+        lines.append(f"{path} at {strength:g}: {len(keys)} modules")
     with ItemProgress("merged", len(plan), "weights", say) as progress:
         tensors = _tensors(model, plan, precision, progress.advance)
         metadata = _metadata(model, read, Path(output).stem)
         save_safetensors(tensors, output, metadata, keep_order=True)
-    return merged
+    return [*lines, *notes, f"wrote {output}: {len(plan)} weights changed"]
 
 
 def _keys(model: ModelFile, network: NetworkFile, notes: list[str]) -> dict[str, str]:
@@ -116,8 +98,8 @@ def _keys(model: ModelFile, network: NetworkFile, notes: list[str]) -> dict[str,
             "the file that does as CHECKPOINT"
         )
     notes += [
-        f"{network.path.name}: {count} modules of {MODELS[owner]} are not merged, this checkpoint "
-        "does not hold it; merge them into its own file"
+        f"note: {network.path.name}: {count} modules of {MODELS[owner]} are not merged, this "
+        "checkpoint does not hold it; merge them into its own file"
         for owner, count in absent.items()
     ]
     return found
