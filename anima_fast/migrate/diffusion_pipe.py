@@ -12,20 +12,19 @@ from typing import Any
 
 from anima_fast.errors import UserError
 from anima_fast.migrate.diffusion_pipe_data import BatchSizes, convert_dataset, read_batch_sizes
-from anima_fast.migrate.ledger import DEFAULT, Ledger, is_off, is_rows
-from anima_fast.migrate.optimizers import DIFFUSION_PIPE, Known, settle_arguments
-from anima_fast.migrate.paths import find_base
-from anima_fast.migrate.rows import Row, on, one_of, settle, when_on
-from anima_fast.migrate.source import (
+from anima_fast.migrate.ledger import (
+    DEFAULT,
     EPOCH,
     KERNELS,
-    ONLY,
     WEIGHTS,
-    Source,
-    find_file,
-    other_model,
-    parse_file,
+    Ledger,
+    is_off,
+    is_rows,
 )
+from anima_fast.migrate.optimizers import DIFFUSION_PIPE, Known, settle_arguments
+from anima_fast.migrate.paths import find_base, resolve
+from anima_fast.migrate.rows import Row, on, one_of, settle, when_on
+from anima_fast.migrate.source import ONLY, Source, find_file, other_model, parse_file
 from anima_fast.options.other_names import by_name
 
 DTYPES = {
@@ -71,7 +70,6 @@ ROWS = [
     Row("monitoring.wandb_run_name", "wandb_run_name"),
     Row("monitoring.enable_wandb", "log_with", when_on("wandb")),
 ]  # fmt: skip
-# On the output of the down projection here.
 LORA_ROWS = [
     Row("adapter.dropout", "network_dropout", on, "on the output of the down projection here, on "
         "its input there"),
@@ -286,7 +284,7 @@ def _start(ledger: Ledger, adapter: Mapping[str, Any]) -> None:
     if is_rows(fused) and all(entry.get("path") for entry in fused):
         ledger.put(
             key,
-            base_weights=[ledger.resolve(str(entry["path"]))[0] for entry in fused],
+            base_weights=[resolve(str(entry["path"]), ledger.base)[0] for entry in fused],
             base_weights_multiplier=[
                 ledger.number(f"{key}[{i}].weight", 1.0) for i in range(len(fused))
             ],
@@ -381,7 +379,7 @@ def _loss(ledger: Ledger) -> None:
 def _dataset(source: Source, ledger: Ledger, sizes: BatchSizes) -> None:
     if not ledger.has("dataset"):
         return
-    named, _ = ledger.resolve(ledger.text("dataset"))
+    named, _ = resolve(ledger.text("dataset"), ledger.base)
     found = find_file(named, source.folders)
     if found is not None:
         ledger.place("a dataset file of ours", "dataset")

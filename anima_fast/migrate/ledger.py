@@ -25,6 +25,12 @@ TAKEN, CHANGED, DROPPED = "taken", "changed", "dropped"
 # Reasons that many keys share.
 OFF, UNKNOWN = "off or not set", "it has no counterpart here, or belongs to what is off"
 DEFAULT = "the default there"
+EPOCH = "a batch that is not full ends an epoch here, and is left out there"
+KERNELS = "the blocks run through kernels of their own, which --compile would turn off"
+WEIGHTS = (
+    "weights have the type of mixed_precision; 8-bit base weights are not supported: "
+    "blocks_to_swap saves memory"
+)
 # One key, or several that become the same.
 Keys = str | tuple[str, ...]
 
@@ -129,10 +135,10 @@ class Ledger:
             if new is None:
                 continue
             if option in PATHS and isinstance(new, (list, tuple)):
-                found = [self.resolve(str(text)) for text in new]
+                found = [resolve(str(text), self.base) for text in new]
                 new, moved = [path for path, _ in found], max((m for _, m in found), default="")
             elif option in PATHS:
-                new, moved = self.resolve(str(new))
+                new, moved = resolve(str(new), self.base)
             self.options[option] = new
             self.place(option, key, why="; ".join(filter(None, (why, moved))), new=new)
 
@@ -154,10 +160,6 @@ class Ledger:
         """Set options that follow from several keys together, over what is there."""
         self.options |= options
         self.added |= {name: (show(value), why) for name, value in options.items()}
-
-    def resolve(self, text: str) -> tuple[str, str]:
-        """A path as it is written here, and why it was changed ("" when it was not)."""
-        return resolve(text, self.base)
 
     def close(self, reasons: Mapping[str, str] | None = None, prefix: str = "") -> None:
         """Drop the open keys that begin with `prefix`.

@@ -12,12 +12,12 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from anima_fast.errors import UserError
-from anima_fast.migrate.ledger import DEFAULT, Ledger
+from anima_fast.migrate.ledger import DEFAULT, EPOCH, KERNELS, WEIGHTS, Ledger
 from anima_fast.migrate.onetrainer_data import convert_concepts, convert_samples
 from anima_fast.migrate.optimizers import ONETRAINER, OTHER, Known, settle_arguments
-from anima_fast.migrate.paths import find_base
+from anima_fast.migrate.paths import find_base, resolve
 from anima_fast.migrate.rows import Row, on, one_of, settle, when_on
-from anima_fast.migrate.source import EPOCH, KERNELS, ONLY, WEIGHTS, Source, other_model
+from anima_fast.migrate.source import ONLY, Source, other_model
 from anima_fast.models.download import TEXT_ENCODER, VAE, default_models_dir, dit_file
 from anima_fast.options.other_names import by_name
 
@@ -182,7 +182,7 @@ def _downloaded(ledger: Ledger) -> None:
 def _output(ledger: Ledger) -> None:
     """The folder, and the name of the file in it where there is one; and what is cached there."""
     key = "output_model_destination"
-    path, moved = ledger.resolve(ledger.text(key, "models/model.safetensors"))
+    path, moved = resolve(ledger.text(key, "models/model.safetensors"), ledger.base)
     where = PureWindowsPath(path)
     folder, name = (where.parent, where.stem) if where.suffix else (where, "model")
     parent = str(folder) if "\\" in path else folder.as_posix()

@@ -28,13 +28,6 @@ _OTHER_FILES = {
     ".yml": "YAML files are ai-toolkit's or SimpleTuner's",
     ".safetensors": "a model file: `anima-fast inspect` reads it",
 }
-# Told by several converters.
-KERNELS = "the blocks run through kernels of their own, which --compile would turn off"
-WEIGHTS = (
-    "weights have the type of mixed_precision; 8-bit base weights are not supported: "
-    "blocks_to_swap saves memory"
-)
-EPOCH = "a batch that is not full ends an epoch here, and is left out there"
 ONLY = "anima_fast trains the Anima image model only"
 # Script of sd-scripts -> the command here.
 SCRIPTS = {"anima_train_network.py": "train", "anima_train.py": "finetune"}
