@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from anima_fast.cli import app
 from anima_fast.migrate.importer import convert
+from anima_fast.migrate.ledger import CHANGED
 from anima_fast.migrate.shell import split_commands
 from anima_fast.migrate.source import open_source
 
@@ -222,7 +223,7 @@ def test_limits_of_noise_levels_that_did_nothing_there(sources):
     line = "accelerate launch anima_train_network.py --min_timestep 200 --max_timestep 1000"
     ledger = convert(open_source(line)).ledger
     assert (ledger.options["min_timestep"], ledger.options["max_timestep"]) == (200, 1000)
-    changed = [e for e in ledger.changed if "limits the noise levels here" in e.why]
+    changed = [e for e in ledger.listed(CHANGED) if "limits the noise levels here" in e.why]
     assert [e.option for e in changed] == ["min_timestep"]
 
 
