@@ -87,10 +87,10 @@ def test_checkpoint_reads_without_loading(tmp_path):
     save_file(tensors, path, metadata={"note": "x"})
     checkpoint = Checkpoint.open(path)
     assert sorted(checkpoint.keys()) == ["a", "b"]
-    assert checkpoint.shape("a") == (2, 3) and checkpoint.dtype("b") == torch.bfloat16
+    assert checkpoint.shapes["a"] == (2, 3) and checkpoint.get("b").dtype == torch.bfloat16
     assert torch.equal(checkpoint.get("a"), tensors["a"])
     assert checkpoint.metadata == {"note": "x"} and checkpoint.path == path
-    assert Checkpoint.from_state_dict(tensors).shape("b") == (4,)
+    assert Checkpoint.from_state_dict(tensors).shapes["b"] == (4,)
 
 
 KINDS = {

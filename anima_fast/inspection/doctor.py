@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from anima_fast.models.download import DIT_FOLDER, TEXT_ENCODER, TOKENIZERS, VAE, default_models_dir
+from anima_fast.models.download import DIT_FOLDER, TEXT_ENCODER, TOKENIZERS, VAE, models_folder
 
 # Attention before this version returns NaN for some shapes.
 OLDEST_TORCH = (2, 5)
@@ -52,7 +52,7 @@ def examine(models_dir: str | Path | None = None) -> dict[str, Any]:
         sections `system`, `torch`, `cards`, `libraries`, `extras`, `models`, `disk`, with the
         lists `problems` (training cannot run) and `warnings`, and `can_train`.
     """
-    folder = Path(models_dir) if models_dir else default_models_dir()
+    folder = models_folder(models_dir)
     problems: list[str] = []
     warnings: list[str] = []
     libraries = {name: version_of(name) for name in REQUIRED}

@@ -76,8 +76,8 @@ class LoRAHeader:
         return {name: self._delta(own) for name, own in self.keys.modules.items()}
 
     def _delta(self, own: Mapping[str, str]) -> Delta | None:
-        shape = self.checkpoint.shape
-        tensors = {our_suffix(s): torch.empty(shape(key), device="meta") for s, key in own.items()}
+        shapes = self.checkpoint.shapes
+        tensors = {our_suffix(s): torch.empty(shapes[k], device="meta") for s, k in own.items()}
         if not is_complete(tensors) or ("alpha" in tensors and tensors["alpha"].numel() != 1):
             return None
         try:
@@ -93,9 +93,9 @@ class LoRAHeader:
     @property
     def alphas(self) -> dict[str, float]:
         """Stored alpha by module: the only tensors that are read."""
-        get, shape = self.checkpoint.get, self.checkpoint.shape
+        get, shapes = self.checkpoint.get, self.checkpoint.shapes
         keys = {name: own["alpha"] for name, own in self.keys.modules.items() if "alpha" in own}
-        return {name: get(key).item() for name, key in keys.items() if prod(shape(key)) == 1}
+        return {name: get(key).item() for name, key in keys.items() if prod(shapes[key]) == 1}
 
     @property
     def folded(self) -> dict[str, float]:
@@ -174,7 +174,7 @@ def _facts(file: LoRAHeader) -> dict[str, Any]:
         "rank": _spread(ranks.values()) or "none: both factors are stored whole",
         "alpha": _spread(alphas.values()) or "not stored: alpha = rank",
         "scale": _spread(alphas.get(n, rank) / rank for n, rank in ranks.items()) or "1",
-        "parameters": sum(prod(file.checkpoint.shape(key)) for key in keys),
+        "parameters": sum(prod(file.checkpoint.shapes[key]) for key in keys),
     }
     if file.folded:
         facts["folded_alpha"] = f"{_spread(file.folded.values())} (in the weights already)"

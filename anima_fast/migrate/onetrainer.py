@@ -29,7 +29,7 @@ from anima_fast.migrate.rows import (
     whole,
 )
 from anima_fast.migrate.source import KERNELS, ONLY, Source, other_model
-from anima_fast.models.download import TEXT_ENCODER, VAE, default_models_dir, dit_file
+from anima_fast.models.download import TEXT_ENCODER, VAE, dit_file, models_folder
 
 DTYPES = {"BFLOAT_16": "bf16", "FLOAT_16": "fp16", "FLOAT_32": "no", "TFLOAT_32": "no"}
 FORMATS = {
@@ -183,7 +183,7 @@ def _downloaded(ledger: Ledger) -> None:
     files = {
         "pretrained_model_name_or_path": dit_file("base-v1.0"), "qwen3": TEXT_ENCODER, "vae": VAE,
     }  # fmt: skip
-    missing = {n: default_models_dir() / f for n, f in files.items() if n not in ledger.options}
+    missing = {n: models_folder() / f for n, f in files.items() if n not in ledger.options}
     for name, path in missing.items():
         ledger.add(name, str(path), "where `anima-fast download` puts it")
     if not all(path.exists() for path in missing.values()):
