@@ -86,7 +86,7 @@ def test_checkpoint_reads_without_loading(tmp_path):
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
     save_file(tensors, path, metadata={"note": "x"})
     checkpoint = Checkpoint.open(path)
-    assert sorted(checkpoint.keys()) == ["a", "b"]
+    assert sorted(checkpoint.shapes) == ["a", "b"]
     assert checkpoint.shapes["a"] == (2, 3) and checkpoint.get("b").dtype == torch.bfloat16
     assert torch.equal(checkpoint.get("a"), tensors["a"])
     assert checkpoint.metadata == {"note": "x"} and checkpoint.path == path
