@@ -45,9 +45,7 @@ AnyDelta = TypeVar("AnyDelta", bound="Delta")
 class Delta:
     """What all kinds share; a subclass has the matrices as fields.
 
-    Attributes:
-        alpha: one number; None means the rank.
-        dora_scale: the magnitudes m; None without DoRA.
+    An alpha of None means the rank; `dora_scale` are the magnitudes m, None without DoRA.
     """
 
     kind: ClassVar[AdapterKind]
@@ -257,11 +255,7 @@ def _as_pair(factor: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 
 
 def delta_of(tensors: Mapping[str, Tensor]) -> Delta:
-    """Δ from the tensors of one module by suffix.
-
-    Raises:
-        ValueError: a tensor of a kind that is not known here, or shapes that do not fit each other.
-    """
+    """Δ from the tensors of one module by suffix; `ValueError` for unknown or unfit ones."""
     kind = kind_of(tensors)
     own = {suffix.removeprefix(kind.prefix): tensor for suffix, tensor in tensors.items()}
     unknown = own.keys() - {f.name for f in fields(DELTAS[kind])}

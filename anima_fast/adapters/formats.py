@@ -47,12 +47,9 @@ PEFT_MAGNITUDES = "lora_magnitude_vector"
 
 @dataclass(frozen=True)
 class NetworkKeys:
-    """The keys of a network file, sorted.
+    """The keys of a network file, sorted; no dialect: it has no network of this model.
 
-    Attributes:
-        dialect: that of the names; None when the file has no network of this model.
-        modules: {dotted module name: {suffix as in the file: key}}.
-        unknown: keys of modules that no Anima model has.
+    `modules`: {dotted module name: {suffix as in the file: key}}; `unknown`: keys of no module.
     """
 
     dialect: str | None
@@ -139,8 +136,7 @@ def read_lora(
 ) -> tuple[dict[str, Delta], str, dict[str, str]]:
     """A LoRA, LoHa or LoKr file as {dotted module name: Δ}, its dialect and its metadata.
 
-    Raises `UserError` as `read_tensors` does, and for matrices that do not fit each other or no
-    linear layer.
+    Raises `UserError` as `read_tensors` does, and for matrices that fit no layer or each other.
     """
     modules, dialect, metadata = read_tensors(path, ignored)
     deltas = {}
@@ -185,10 +181,7 @@ def write_lora(
     metadata: Mapping[str, str] | None = None,
     fold_alpha: bool = False,
 ) -> None:
-    """Write a LoRA file atomically; see the module docstring for dialects and folding.
-
-    Raises `UserError` for values that are not finite, or when the disk refuses.
-    """
+    """Write a file atomically; `UserError` for values that are not finite, or a full disk."""
     tensors, folded = named_tensors(deltas, dialect, fold_alpha=fold_alpha)
     bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
@@ -203,10 +196,7 @@ def write_lora(
 
 
 def unfold(deltas: Mapping[str, Delta], metadata: Mapping[str, str]) -> dict[str, Delta]:
-    """Give a folded file its alphas back, from its metadata; modules that have one keep it.
-
-    Raises `UserError` when that metadata is damaged.
-    """
+    """Give a folded file its alphas back, from its metadata; `UserError` when that is damaged."""
     try:
         alphas = {n: float(a) for n, a in json.loads(metadata.get(FOLDED, "{}")).items()}
         dtype = getattr(torch, metadata.get(FOLDED_DTYPE, "float32"))

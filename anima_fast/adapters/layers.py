@@ -34,12 +34,11 @@ AnyDelta = TypeVar("AnyDelta", bound=Delta)
 
 @dataclass(frozen=True)
 class Dropouts:
-    """Probabilities, in train mode only; None is 0.
+    """Probabilities, in train mode only; None is 0. Survivors are scaled up.
 
     Attributes:
         dropout: of zeroing an element of down(x) (LoRA only).
-        rank: of zeroing a rank component for a sample (LoRA) or an output for a call (LoHa, LoKr);
-            survivors are scaled up.
+        rank: of zeroing a rank component for a sample (LoRA) or an output for a call (LoHa, LoKr).
         module: of skipping the adapter for a call.
     """
 
@@ -107,14 +106,6 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
         """Take the values of a Δ of the same kind and sizes, whatever its alpha."""
         for name, tensor in delta.fields().items():
             getattr(self, name).copy_(tensor)
-
-    def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Parameters of the plain learning rate, and those of the side that LoRA+ speeds up."""
-        named = dict(self.named_parameters())
-        return (
-            [p for name, p in named.items() if name not in self.plus],
-            [named[name] for name in self.plus if name in named],
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out] in x's dtype."""
@@ -213,9 +204,9 @@ class LoRALinear(AdaptedLinear[LoRADelta]):
         return super().drops or (self.training and self.rank_mask is not None)
 
     def draw(self, batch: int, length: int, like: Tensor) -> tuple[float, Tensor | None]:
-        """The scale of one call (0: left out) and the factors of down(x), drawn as `forward` does.
+        """The scale of one call (0: left out) and the factors [B, L, R] of down(x), None for ones.
 
-        The factors [B, L, R] are in the dtype of `like`; None where every one is 1.
+        They are drawn as `forward` does, in the dtype of `like`.
         """
         if self._removed or self._left_out():
             return 0.0, None

@@ -120,10 +120,9 @@ def add_lora(
                 raise UserError(
                     f"network_reg_dims: {target.name} gets rank {own_rank}, use 1 or more"
                 )
-            generator = _generator(seed, target.name)
             settings = lokr or {} if kind == LOKR.word else {}
             layer = LAYERS[kinds[kind]]
-            delta = _initial(target, layer, own_rank, alpha, generator, dora, settings, device)
+            delta = _initial(target, layer, own_rank, alpha, seed, dora, settings, device)
         adapters[target.name] = LAYERS[delta.kind](target, delta, dropouts)
     text_lr = unet_lr if text_encoder_lr is None else text_encoder_lr
     branches = {
@@ -176,8 +175,7 @@ def _matching(
 ) -> list[Target]:
     """The layers that a file has modules for; raises `UserError` where the two do not fit.
 
-    The file may have modules of models that are not adapted here (prefixes `left_out`; the DiT
-    without `dit`).
+    Modules of models that are not adapted here (`left_out`, the DiT without `dit`) are passed over.
     """
     by_name = {target.name: target for target in targets}
     others = (names.TEXT_ENCODER, names.ADAPTER)
@@ -200,13 +198,14 @@ def _initial(
     layer: type[AdaptedLinear],
     rank: int,
     alpha: float | None,
-    generator: torch.Generator,
+    seed: int | None,
     dora: str | None,
     settings: Mapping[str, Any],
     device: str,
 ) -> Delta:
     """The initial values of an adapter: Δ = 0, and with magnitudes W' = W."""
     shape = (target.linear.out_features, target.linear.in_features)
+    generator = _generator(seed, target.name)
     with torch.device(device):
         delta = layer.initial(shape, rank, generator, **settings)
     # Outside: a network without values has its alpha too.
@@ -230,10 +229,7 @@ def _groups(
     branch_of: Mapping[str, tuple[str, float, float]],
     reg_lrs: Mapping[str, float],
 ) -> list[ParamGroup]:
-    """Learning-rate groups; what has rate 0 is in none of them.
-
-    `branch_of`: (title, rate, ratio of LoRA+) of each adapter.
-    """
+    """Learning-rate groups, without rate 0, from each adapter's (title, rate, ratio of LoRA+)."""
     members: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, adapter in adapters.items():
         title, rate, plus = branch_of[name]
@@ -241,7 +237,9 @@ def _groups(
         if matched is not None:
             rate = float(matched)
             title = f"{title}_reg_{rate:g}"
-        slow, fast = adapter.groups()
+        named = dict(adapter.named_parameters())
+        fast = [parameter for key, parameter in named.items() if key in adapter.plus]
+        slow = [parameter for key, parameter in named.items() if key not in adapter.plus]
         for matrices, lr, suffix in ((slow, rate, ""), (fast, rate * plus, "_plus")):
             key = (title + (suffix if plus != 1 else ""), lr)
             if lr and matrices:

@@ -27,11 +27,9 @@ from anima_fast.models.adapter_kinds import LORA
 
 
 class LoRANetwork(nn.Module):
-    """All adapters of a run; made by `add_lora`.
+    """All adapters of a run, `modules_by_name`; made by `add_lora`.
 
-    Attributes:
-        modules_by_name: `AdaptedLinear` by dotted name.
-        flat: all parameters [P], `flat_grad`: the gradients of the trained ones.
+    `flat` [P]: all parameters; `flat_grad`: the gradients of the trained ones.
     """
 
     def __init__(
@@ -87,8 +85,8 @@ class LoRANetwork(nn.Module):
     def param_groups(self, flat: bool = True) -> list[dict]:
         """Groups for an optimizer: {"params", "lr", "name"}.
 
-        With `flat` a group is one parameter, its slice of the buffer (for elementwise optimizers);
-        without, it is the matrices (for optimizers that look at their shapes).
+        With `flat` a group is one slice of the buffer; without, it is the matrices, whose shapes
+        some optimizers look at.
         """
         return [
             {"params": [one] if flat else list(group.params), "lr": group.lr, "name": group.name}
@@ -203,10 +201,7 @@ def _product_norm(adapter: LoRALinear) -> Tensor:
 
 
 def rank_mask(sigma: Tensor, rank: int, min_rank: int, alpha: float = 1.0) -> Tensor:
-    """Which rank components each sample of a T-LoRA may use: [B, R] float32 of 0 and 1.
-
-    sigma: [B] in 0 … 1; min_rank, alpha: r_min and α.
-    """
+    """Rank components that samples of noise σ [B] may use: [B, R] of 0 and 1; alpha is α."""
     least = min(min_rank, rank)
     share = (1 - sigma.double()).clamp(0, 1) ** alpha
     ranks = (share * (rank - least)).floor() + least  # [B]

@@ -71,7 +71,7 @@ def adapter_path(options: ModelOptions) -> str:
 
 def source_width(options: ModelOptions) -> int:
     """Width of the Qwen3 states that the LLM adapter expects."""
-    tensors = llm_adapter.adapter_tensors(checkpoint.open_checkpoint(adapter_path(options)))
+    tensors = llm_adapter.adapter_tensors(checkpoint.Checkpoint.open(adapter_path(options)))
     assert tensors is not None
     return llm_adapter.AdapterConfig.from_shapes(tensors.shapes).source_width
 

@@ -73,7 +73,7 @@ def dtype_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Dtype of every tensor as PyTorch spells it, from the file's header."""
     path = checkpoint.path
     if path is None or path.suffix.lower() in PICKLES:
-        dtypes = {key: str(checkpoint.dtype(key)) for key in checkpoint.shapes}
+        dtypes = {key: str(checkpoint.get(key).dtype) for key in checkpoint.shapes}
     else:
         header = read_safetensors_header(path)
         codes = {key: header[key]["dtype"] for key in checkpoint.shapes}

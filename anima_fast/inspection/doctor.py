@@ -16,7 +16,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from anima_fast.models.download import DIT_FOLDER, TEXT_ENCODER, TOKENIZERS, VAE, default_models_dir
+from anima_fast.models.download import DIT_FOLDER, TEXT_ENCODER, TOKENIZERS, VAE, models_folder
 
 # Attention before this version returns NaN for some shapes.
 OLDEST_TORCH = (2, 5)
@@ -49,7 +49,7 @@ def examine(models_dir: str | Path | None = None) -> dict[str, Any]:
 
     The models folder is the one that `download` fills, unless one is given.
     """
-    folder = Path(models_dir) if models_dir else default_models_dir()
+    folder = models_folder(models_dir)
     problems: list[str] = []
     warnings: list[str] = []
     report = {

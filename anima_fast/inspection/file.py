@@ -51,7 +51,7 @@ NETWORK_NOTE = "the trained network is a LoRA file:"
 def _describe_unknown(checkpoint: Checkpoint) -> Description:
     names = list(checkpoint.shapes)[:FIRST_NAMES]
     label = "first_tensors" if len(checkpoint.shapes) > len(names) else "names"
-    shapes = {name: str(list(checkpoint.shape(name))) for name in names}
+    shapes = {name: str(list(checkpoint.shapes[name])) for name in names}
     metadata = list(checkpoint.metadata.items())[:FIRST_NAMES]
     return Description(
         "unknown: no model, LoRA or cache of Anima",

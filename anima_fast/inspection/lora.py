@@ -62,12 +62,12 @@ class LoRAHeader:
         self.alphas = {
             name: checkpoint.get(key).item()
             for name, key in keys.items()
-            if prod(checkpoint.shape(key)) == 1
+            if prod(checkpoint.shapes[key]) == 1
         }
 
     def _delta(self, own: Mapping[str, str]) -> Delta | None:
-        shape = self.checkpoint.shape
-        tensors = {our_suffix(s): torch.empty(shape(key), device="meta") for s, key in own.items()}
+        shapes = self.checkpoint.shapes
+        tensors = {our_suffix(s): torch.empty(shapes[k], device="meta") for s, k in own.items()}
         if not is_complete(tensors) or ("alpha" in tensors and tensors["alpha"].numel() != 1):
             return None
         try:
@@ -150,7 +150,7 @@ def _facts(file: LoRAHeader) -> dict[str, Any]:
         "rank": _spread(ranks.values()) or "none: both factors are stored whole",
         "alpha": _spread(alphas.values()) or "not stored: alpha = rank",
         "scale": _spread(alphas.get(n, rank) / rank for n, rank in ranks.items()) or "1",
-        "parameters": sum(prod(file.checkpoint.shape(key)) for key in keys),
+        "parameters": sum(prod(file.checkpoint.shapes[key]) for key in keys),
     }
     if file.folded:
         facts["folded_alpha"] = f"{_spread(file.folded.values())} (in the weights already)"

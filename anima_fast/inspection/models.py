@@ -20,7 +20,7 @@ from anima_fast.models.dit import dit_tensors, load_dit
 from anima_fast.models.dit_config import DitConfig
 from anima_fast.models.llm_adapter import AdapterConfig, adapter_tensors, load_llm_adapter
 from anima_fast.models.text_encoder import Qwen3Shape, read_sizes, weight_files
-from anima_fast.models.vae_checkpoint import read_vae
+from anima_fast.models.vae_checkpoint import load_vae
 
 # The sizes of Qwen3-0.6B (width, layers), and of the only DiT that sd-scripts takes (width, heads,
 # blocks).
@@ -173,7 +173,7 @@ def _check_qwen3(sizes: Qwen3Shape, shapes: Mapping[str, tuple[int, ...]], prefi
 def describe_vae(checkpoint: Checkpoint) -> Description:
     """Latent channels, width and naming of a VAE; raises `UserError` when it is not Anima's."""
     try:
-        config, _ = read_vae(without_data(checkpoint), device="meta", dtype=torch.float32)
+        config = load_vae(without_data(checkpoint), device="meta").config
     except UserError as error:
         raise UserError(str(error).replace("the state dict", checkpoint.name)) from error
     wan = any(key.endswith("encoder.conv1.weight") for key in checkpoint.shapes)

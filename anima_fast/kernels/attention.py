@@ -277,14 +277,10 @@ def attention_backward(
     *,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv).
+    """(dq, dk, dv) of do [B, L, H, K]; the zero keys are in the lse.
 
-    Args:
-        do: [B, L, H, K].
-        q, k, v: as given to the forward.
-        out, lse: as the forward returned them; the zero keys are in the lse.
-        into: tensors of q's, k's and v's shapes to write, of any strides with a dense head (parts
-            of a packed gradient); new ones when None.
+    `into`: tensors of q's, k's and v's shapes to write, of any strides with a dense head (parts
+    of a packed gradient); new ones when None.
     """
     if not dispatch.runs_triton(q):
         return _backward_reference(do, q, k, v, out, lse, into)

@@ -134,13 +134,7 @@ def flow_loss_forward(
 
 
 def flow_loss_backward(dlosses: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
-    """dprediction in `dtype`.
-
-    Args:
-        dlosses: [B].
-        unit: the second result of the forward.
-        dtype: the prediction's.
-    """
+    """dprediction in `dtype`, from dlosses [B] and the second result of the forward."""
     if not dispatch.runs_triton(unit):
         return (per_sample(dlosses, unit) * unit).to(dtype)
     batch, count = len(unit), unit[0].numel()

@@ -90,13 +90,9 @@ def gate_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 def gate_residual_backward(
     dout: Tensor, y: Tensor | None, gate: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """(dy, dgate); dgate is wide [B, D], or None without `y`. dx is dout.
+    """(dy, dgate) of dout, the gradient of x' and x; dgate is wide [B, D], or None without `y`.
 
-    Args:
-        dout: [B, L, D], the gradient of x'.
-        y: as given to the forward; None when the gate needs no gradient.
-        gate: as given to the forward.
-        dtype: of dy; dout's when None.
+    `dtype`: of dy; dout's when None.
     """
     dtype = dtype or dout.dtype
     if not dispatch.runs_triton(dout):

@@ -145,7 +145,6 @@ def gate_residual_layernorm_modulate_backward(
         dx_out, dh: gradients [B, L, D] of both outputs.
         x_out: x', as the forward returned it.
         y: as given to the forward; None when no modulation vector needs its gradient.
-        gate, scale: as given to the forward.
         dtype: of dy; dh's when None.
     """
     dtype = dtype or dh.dtype

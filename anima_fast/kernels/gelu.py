@@ -96,12 +96,7 @@ def gelu_forward(a: Tensor) -> Tensor:
 
 
 def gelu_backward(dg: Tensor, a: Tensor) -> Tensor:
-    """da, dense, in a's dtype.
-
-    Args:
-        dg: the gradient of g, of a's shape.
-        a: as given to the forward.
-    """
+    """da, dense, in a's dtype, from dg of a's shape."""
     if not dispatch.runs_triton(a):
         return torch.ops.aten.gelu_backward(wide(dg), wide(a)).to(a.dtype)
     dg, a = dg.contiguous(), a.contiguous()

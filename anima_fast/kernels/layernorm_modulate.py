@@ -149,13 +149,9 @@ def layernorm_modulate_backward(
     residual: Tensor | None = None,
     needs_modulation: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, dscale, dshift) of h; dx [B, L, D] in x's dtype, the others [B, D] wide or None.
+    """(dx, dscale, dshift) of dh; dx [B, L, D] in x's dtype, the others [B, D] wide or None.
 
-    Args:
-        dh: [B, L, D].
-        x, scale: as given to the forward.
-        residual: a gradient [B, L, D] of x to add.
-        needs_modulation: compute dscale and dshift.
+    `residual`: a gradient [B, L, D] of x to add; `needs_modulation`: compute dscale and dshift.
     """
     if not dispatch.runs_triton(x):
         return _backward_reference(dh, x, scale, residual, needs_modulation)

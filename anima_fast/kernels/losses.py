@@ -14,17 +14,10 @@ LOSS_TYPES = ("l2", "l1", "huber", "smooth_l1")
 
 
 def element_loss(d: Tensor, loss_type: str = "l2", c: Tensor | None = None) -> Tensor:
-    """The unreduced loss ℓ(d) of the error d, in d's shape and dtype.
+    """The unreduced loss ℓ(d) of the error d [B, ...], in its shape and dtype (float32 or float64).
 
-    l2 d²; l1 |d|; huber 2c(√(d² + c²) − c); smooth_l1 2(√(d² + c²) − c).
-
-    Args:
-        d: [B, ...], float32 or float64.
-        loss_type: one of `LOSS_TYPES`.
-        c: [B], the threshold per sample; l2 and l1 ignore it.
-
-    Raises:
-        ValueError: an unknown type, or no c where it is needed.
+    l2 d²; l1 |d|; huber 2c(√(d² + c²) − c); smooth_l1 2(√(d² + c²) − c), with a threshold c [B].
+    Raises `ValueError` for an unknown type, or no c where it is needed.
     """
     if loss_type == "l2":
         return d**2

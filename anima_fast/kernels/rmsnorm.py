@@ -110,13 +110,7 @@ def rmsnorm_forward(x: Tensor, weight: Tensor) -> Tensor:
 def rmsnorm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, *, needs_weight: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """(dx, dweight) of y; dx [..., D] in x's dtype, dweight [D] wide or None.
-
-    Args:
-        dy: [..., D].
-        x, weight: as given to the forward.
-        needs_weight: compute dweight.
-    """
+    """(dx, dweight) of dy [..., D]; dx [..., D] in x's dtype, dweight [D] wide or None."""
     if not dispatch.runs_triton(x):
         return _backward_reference(dy, x, weight, needs_weight)
     width = x.shape[-1]

@@ -18,7 +18,7 @@ from anima_fast.migrate.optimizers import ONETRAINER, OTHER, Known, settle_argum
 from anima_fast.migrate.paths import find_base, resolve
 from anima_fast.migrate.rows import Row, on, one_of, settle, when_on
 from anima_fast.migrate.source import ONLY, Source, other_model
-from anima_fast.models.download import TEXT_ENCODER, VAE, default_models_dir, dit_file
+from anima_fast.models.download import TEXT_ENCODER, VAE, dit_file, models_folder
 from anima_fast.options.other_names import by_name
 
 DTYPES = {"BFLOAT_16": "bf16", "FLOAT_16": "fp16", "FLOAT_32": "no", "TFLOAT_32": "no"}
@@ -172,7 +172,7 @@ def _downloaded(ledger: Ledger) -> None:
     files = {
         "pretrained_model_name_or_path": dit_file("base-v1.0"), "qwen3": TEXT_ENCODER, "vae": VAE,
     }  # fmt: skip
-    missing = {n: default_models_dir() / f for n, f in files.items() if n not in ledger.options}
+    missing = {n: models_folder() / f for n, f in files.items() if n not in ledger.options}
     for name, path in missing.items():
         ledger.add("where `anima-fast download` puts it", **{name: str(path)})
     if not all(path.exists() for path in missing.values()):

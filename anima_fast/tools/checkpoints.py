@@ -119,7 +119,7 @@ def _prefixes(checkpoint: Checkpoint) -> dict[str, str]:
 
 def check_floats(checkpoint: Checkpoint, key: str) -> None:
     """Refuse a weight of integers or 8-bit numbers, which cannot be computed with."""
-    dtype = checkpoint.dtype(key)
+    dtype = checkpoint.get(key).dtype
     if dtype not in FLOATS:
         kind = str(dtype).removeprefix("torch.")
         raise UserError(

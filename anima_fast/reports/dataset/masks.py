@@ -21,7 +21,7 @@ from anima_fast.data.cache import LATENT_SCALE
 from anima_fast.data.problems import Problem
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write
-from anima_fast.models.flow import resize_mask
+from anima_fast.models.flow import mask_cells
 from anima_fast.reports.dataset.pixels import OnProgress
 from anima_fast.reports.dataset.survey import Survey
 
@@ -108,7 +108,7 @@ def loss_cells(mask: np.ndarray) -> np.ndarray:
     """The loss factors [h / 8, w / 8] of a pixel mask [h, w] with values 0..1."""
     height, width = mask.shape
     pixels = torch.from_numpy(np.ascontiguousarray(mask, np.float32))[None]
-    return resize_mask(pixels, (height // LATENT_SCALE, width // LATENT_SCALE))[0, 0].numpy()
+    return mask_cells(pixels, (height // LATENT_SCALE, width // LATENT_SCALE))[0, 0].numpy()
 
 
 def _enlarged(cells: np.ndarray) -> np.ndarray:

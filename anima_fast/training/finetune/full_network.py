@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from anima_fast.errors import UserError
 from anima_fast.files import LazyTensor, save_safetensors
-from anima_fast.models.checkpoint import Checkpoint, open_checkpoint
+from anima_fast.models.checkpoint import Checkpoint
 from anima_fast.models.dit import AnimaDiT, dit_tensors
 from anima_fast.models.llm_adapter import LLMAdapter, adapter_tensors
 from anima_fast.options.finetune import PARTS, part_of
@@ -119,7 +119,7 @@ class FullNetwork:
         Returns names in the file that are not trained here. Raises `UserError` when a trained
         weight is missing or has another shape.
         """
-        found = published_tensors(open_checkpoint(path))
+        found = published_tensors(Checkpoint.open(path))
         for weight in self.weights:
             if found.shapes.get(weight.name) != tuple(weight.param.shape):
                 raise UserError(
@@ -152,7 +152,7 @@ def _finite(
 
 def published_tensors(checkpoint: Checkpoint) -> Checkpoint:
     """DiT and adapter tensors of a file under their published names without `net.`."""
-    keys = checkpoint.keys()
+    keys = checkpoint.shapes
     # A resume state may hold too few tensors for the kind of model to be recognised.
     if all(key.startswith(PREFIX) for key in keys):
         return checkpoint.renamed({key.removeprefix(PREFIX): key for key in keys})
