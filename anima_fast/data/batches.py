@@ -31,7 +31,7 @@ from anima_fast.data.lowres import LowRes
 from anima_fast.data.seeding import seeded
 from anima_fast.device import NOT_WHILE_RECORDING
 from anima_fast.models.dit_config import TEXT_ROWS
-from anima_fast.options.run import FinetuneOptions, TrainOptions
+from anima_fast.options.run import AnyRun
 
 # Alpha of an opaque pixel.
 _WHITE = np.float32(255)
@@ -116,7 +116,7 @@ class Batches:
         self,
         plan: DatasetPlan,
         encoded: EncodedDataset,
-        options: TrainOptions | FinetuneOptions,
+        options: AnyRun,
         seed: int,
         lowres: LowRes | None = None,
     ) -> None:

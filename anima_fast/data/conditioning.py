@@ -20,7 +20,7 @@ from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.llm_adapter import LLMAdapter
 from anima_fast.models.text_encoder import TextEncoder
 from anima_fast.models.tokenizers import Tokenizers
-from anima_fast.options.run import FinetuneOptions, TrainOptions
+from anima_fast.options.run import AnyRun
 
 
 @dataclass
@@ -55,11 +55,7 @@ class Conditioning:
 
 
 def load_conditioning(
-    options: TrainOptions | FinetuneOptions,
-    text_mode: str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    options: AnyRun, text_mode: str, *, device: torch.device, dtype: torch.dtype
 ) -> Conditioning:
     """Load what `text_mode` ("context", "states" or "live") needs each step."""
     conditioning = Conditioning(device, dtype, token_limits=options.token_limits)

@@ -16,7 +16,7 @@ from anima_fast.models.text_encoder import TextEncoder
 from anima_fast.models.tokenizers import Tokenizers
 from anima_fast.models.vae import VAE
 from anima_fast.options.data import ModelOptions
-from anima_fast.options.run import FinetuneOptions, TrainOptions
+from anima_fast.options.run import AnyRun
 from anima_fast.options.sample import SampleOptions
 
 
@@ -24,7 +24,7 @@ from anima_fast.options.sample import SampleOptions
 class EncodingModels:
     """VAE, text encoder and LLM adapter in `dtype`; with `highvram` PyTorch keeps freed memory."""
 
-    options: TrainOptions | FinetuneOptions
+    options: AnyRun
     device: torch.device
     dtype: torch.dtype
     _vaes: dict[torch.dtype, VAE] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from anima_fast.data import cache
 from anima_fast.data.cache import CacheError, LatentEntry, Stored, TextEntry
 from anima_fast.data.cache_folders import CacheFolders
 from anima_fast.data.encode_models import EncodingModels
-from anima_fast.options.run import FinetuneOptions, TrainOptions
+from anima_fast.options.run import AnyRun
 from anima_fast.progress import ItemProgress
 
 Entry = TypeVar("Entry", LatentEntry, TextEntry)
@@ -40,7 +40,7 @@ class Phase(ABC, Generic[AnyJob, Entry]):
     `keep`: entries stay in memory, instead of being read for every batch.
     """
 
-    options: TrainOptions | FinetuneOptions
+    options: AnyRun
     folders: CacheFolders
     models: EncodingModels
     keep: bool

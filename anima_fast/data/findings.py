@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from anima_fast.data.dataset_config import caches_latents, option
+from anima_fast.data.dataset_config import caches_latents
 from anima_fast.data.images import face_box
 from anima_fast.data.layouts import some
 from anima_fast.data.problems import Problem
 from anima_fast.errors import UserError
+from anima_fast.options.run import AnyRun
 
 if TYPE_CHECKING:
     from anima_fast.data.caption_tokens import CaptionTokens
@@ -23,7 +24,7 @@ MOST_SCALE, MOST_LOST = 1.25, 0.2
 
 
 def check_exact_sizes(
-    items: Iterable[ImageItem], options: object, problems: list[Problem] | None = None
+    items: Iterable[ImageItem], options: AnyRun, problems: list[Problem] | None = None
 ) -> None:
     """Without buckets and without cached latents nothing resizes the images.
 
@@ -59,7 +60,7 @@ def about_rotation(items: list[ImageItem]) -> list[str]:
     ]
 
 
-def advise(items: list[ImageItem], datasets: list[Dataset], options: object) -> Iterator[str]:
+def advise(items: list[ImageItem], datasets: list[Dataset], options: AnyRun) -> Iterator[str]:
     """Notices about what will be trained but may not be what the user wants."""
     for dataset in datasets:
         mine = [item for item in items if item.dataset.index == dataset.index]
@@ -72,7 +73,7 @@ def advise(items: list[ImageItem], datasets: list[Dataset], options: object) -> 
                 "images at full area"
             )
     has_masks = any(item.mask_path or item.subset.alpha_mask for item in items)
-    if option(options, "masked_loss") and not has_masks:
+    if options.masked_loss and not has_masks:
         yield "masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask"
     faces = [item for item in items if item.subset.face_crop_aug_range]
     plain = [item.path.name for item in faces if face_box(item.path.stem) is None]

@@ -14,19 +14,20 @@ from pathlib import Path
 
 from anima_fast.data import findings, images, layouts
 from anima_fast.data.buckets import Size, place
-from anima_fast.data.dataset_config import option, resolve_datasets
+from anima_fast.data.dataset_config import resolve_datasets
 from anima_fast.data.items import DatasetPlan, ImageItem
 from anima_fast.data.problems import Problem
 from anima_fast.data.seeding import seeded
 from anima_fast.data.subset import Dataset, Subset
 from anima_fast.errors import UserError
+from anima_fast.options.run import AnyRun
 
 # Reading headers waits for the disk, not for the processor.
 _HEADER_THREADS = 8
 
 
-def build_plan(options: object, problems: list[Problem] | None = None) -> DatasetPlan:
-    """Plan the data that the options name; `options` as for `resolve_datasets`.
+def build_plan(options: AnyRun, problems: list[Problem] | None = None) -> DatasetPlan:
+    """Plan the data that the options name.
 
     `problems` collects what is wrong with single files, which are left out. Raises `UserError` for
     anything wrong with the configuration or a folder and, without `problems`, with a file.
@@ -68,18 +69,17 @@ def build_plan(options: object, problems: list[Problem] | None = None) -> Datase
 def _read_subset(
     subset: Subset,
     dataset: Dataset,
-    options: object,
+    options: AnyRun,
     notices: list[str],
     problems: list[Problem] | None,
 ) -> list[ImageItem]:
     entries = layouts.captioned_images(subset, notices, problems)
     paths = [path for path, _ in entries]
     masks: dict[Path, Path] = {}
-    if subset.conditioning_data_dir and option(options, "masked_loss"):
+    if subset.conditioning_data_dir and options.masked_loss:
         masks = layouts.mask_files(paths, subset.conditioning_data_dir, subset.where, problems)
     elif subset.conditioning_data_dir:
         notices.append(f"{subset.where}: conditioning_data_dir is ignored without masked_loss")
-    prior_weight = getattr(options, "prior_loss_weight", 1.0)
     headers = _headers(paths, problems)
     found = []
     for path, caption in entries:
@@ -105,7 +105,7 @@ def _read_subset(
                 resized=resized,
                 bucket=bucket,
                 repeats=subset.num_repeats,
-                loss_weight=prior_weight if subset.is_reg else 1.0,
+                loss_weight=options.prior_loss_weight if subset.is_reg else 1.0,
                 mask_path=masks.get(path),
                 exif_rotated=header.exif_rotated,
             )

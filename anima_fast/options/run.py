@@ -187,3 +187,7 @@ class FinetuneOptions(RunOptions, _Learning, FinetuneGroup, _Data):
     def trains_text_encoder(self) -> bool:
         """Never: full fine-tuning leaves it frozen."""
         return False
+
+
+# Either kind of training run.
+AnyRun = TrainOptions | FinetuneOptions
