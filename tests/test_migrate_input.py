@@ -232,3 +232,9 @@ def test_a_number_that_the_shell_knows_is_to_do(sources):
     ledger = convert(open_source(line)).ledger
     assert "seed" not in ledger.options and ledger.options["network_dim"] == 8
     assert "write seed into the file: $SEED is of your shell" in ledger.todo
+
+
+def test_an_empty_text_is_not_given(sources):
+    ledger = convert(open_source(LINE + "--sample_prompts '' --attn_mode ''")).ledger
+    assert not {"sample_prompts", "attn_mode"} & ledger.options.keys()
+    assert not any("attn_mode" in text for text in ledger.todo)

@@ -23,7 +23,7 @@ from anima_fast.migrate.ledger import (
 )
 from anima_fast.migrate.optimizers import DIFFUSION_PIPE, Known, settle_arguments
 from anima_fast.migrate.paths import find_base, resolve
-from anima_fast.migrate.rows import Row, on, one_of, settle, when_on
+from anima_fast.migrate.rows import Row, number, on, one_of, settle, when_on
 from anima_fast.migrate.source import ONLY, Source, find_file, other_model, parse_file
 from anima_fast.options.other_names import by_name
 
@@ -138,7 +138,7 @@ def convert(source: Source, ledger: Ledger) -> str:
     if command == "train":
         _adapter(ledger, config["adapter"])
     else:
-        settle([Row(f"model.{part}_lr", f"{part}_lr") for part in PARTS], ledger)
+        settle([Row(f"model.{part}_lr", f"{part}_lr", number) for part in PARTS], ledger)
         settle([Row("compile", "compile", on)], ledger)
     _noise(ledger)
     _loss(ledger)

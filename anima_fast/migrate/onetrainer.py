@@ -16,7 +16,7 @@ from anima_fast.migrate.ledger import DEFAULT, EPOCH, KERNELS, WEIGHTS, Ledger
 from anima_fast.migrate.onetrainer_data import convert_concepts, convert_samples
 from anima_fast.migrate.optimizers import ONETRAINER, OTHER, Known, settle_arguments
 from anima_fast.migrate.paths import find_base, resolve
-from anima_fast.migrate.rows import Row, on, one_of, settle, when_on
+from anima_fast.migrate.rows import Row, number, on, one_of, settle, when_on
 from anima_fast.migrate.source import ONLY, Source, other_model
 from anima_fast.models.download import TEXT_ENCODER, VAE, dit_file, models_folder
 from anima_fast.options.other_names import by_name
@@ -71,7 +71,7 @@ FIRST_ROWS = [
 NETWORK_ROWS = [
     Row("peft_type", "network_module", one_of(MODULES)),
     Row("lora_model_name", "network_weights", on),
-    Row("lora_alpha", "network_alpha", default=1.0),
+    Row("lora_alpha", "network_alpha", number, default=1.0),
     Row("output_model_format", "lora_format", one_of(FORMATS)),
 ]
 # LoHa and LoKr have rank_dropout in network_args instead.
@@ -90,7 +90,7 @@ FINETUNE_ROWS = [
 ROWS = [
     Row("epochs", "max_train_epochs", None, EPOCH, 100),
     Row("gradient_accumulation_steps", "gradient_accumulation_steps"),
-    Row("clip_grad_norm", "max_grad_norm"),
+    Row("clip_grad_norm", "max_grad_norm", number),
     Row("output_dtype", "save_precision",
         one_of({**DTYPES, "FLOAT_32": "float", "TFLOAT_32": "float"})),
     Row("tensorboard", "log_with", when_on("tensorboard")),

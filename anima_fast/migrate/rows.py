@@ -27,6 +27,11 @@ def on(value: Any) -> Any:
     return None if is_off(value) else value
 
 
+def number(value: Any) -> Any:
+    """A whole number as one with a point, which TOML tells apart."""
+    return float(value) if isinstance(value, int) else value
+
+
 def one_of(names: Mapping[str, Any], other: Any = None) -> Callable[[Any], Any]:
     """A converter by a table of names; the rest becomes `other`."""
     return lambda value: names.get(str(value), other)

@@ -16,18 +16,18 @@ from anima_fast.migrate import kohya_gui
 from anima_fast.migrate import sd_scripts_tables as tables
 from anima_fast.migrate.command import Item, Items, read_arguments
 from anima_fast.migrate.datasets import convert_dataset_file
-from anima_fast.migrate.ledger import UNKNOWN, Ledger, flatten, is_off
-from anima_fast.migrate.paths import PATHS, find_base
-from anima_fast.migrate.rows import CLASSES, given
-from anima_fast.migrate.shell import variable_names
-from anima_fast.migrate.source import ONLY, SCRIPTS, Source, named_file, other_model, parse_file
-from anima_fast.migrate.windows import (
+from anima_fast.migrate.ledger import Ledger, flatten, is_off
+from anima_fast.migrate.other_guis import (
     PREVIEW_TIMES,
     easy_dataset,
     easy_items,
     is_easy,
     join_fields,
 )
+from anima_fast.migrate.paths import PATHS, find_base
+from anima_fast.migrate.rows import CLASSES, given
+from anima_fast.migrate.shell import variable_names
+from anima_fast.migrate.source import ONLY, SCRIPTS, Source, named_file, other_model, parse_file
 from anima_fast.options.declare import convert as checked
 from anima_fast.options.declare import specs
 from anima_fast.options.files import refused
@@ -179,7 +179,7 @@ class _Converter:
         else:
             near = get_close_matches(name, [*self.known, *ALIASES], 1, 0.9)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            self.ledger.drop(f"{UNKNOWN}{hint}", item.key)
+            self.ledger.drop(f"no such option here{hint}", item.key)
 
     def _option(self, item: Item, name: str) -> None:
         """An option of the same name; what says nothing stays open, and is off."""

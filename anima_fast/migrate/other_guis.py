@@ -1,4 +1,4 @@
-"""Files that windows for sd-scripts save: LoRA_Easy_Training_Scripts' panels, lora-scripts' fields.
+"""Files of other GUIs of sd-scripts: LoRA_Easy_Training_Scripts' panels, lora-scripts' fields.
 
     [[subsets]]                      [optimizer_args.args]            [bucket_args.dataset_args]
     image_dir = "..."                optimizer_type = "..."           enable_bucket = true
