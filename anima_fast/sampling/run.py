@@ -25,6 +25,7 @@ from anima_fast.models.checkpoint import Checkpoint
 from anima_fast.models.dit import dit_tensors, load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.models.model_files import check_model_files, given
+from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.options.sample import SampleOptions
 from anima_fast.progress import Progress
 from anima_fast.sampling.euler import sample_jobs
@@ -41,7 +42,6 @@ from anima_fast.sampling.pictures import (
 )
 from anima_fast.sampling.prompts import Job, batches, make_jobs, unescape
 from anima_fast.sampling.texts import adapt, encode_states, tokenize_prompt
-from anima_fast.session.vae_checkpoint import load_vae
 
 # A context belongs to a text and, where LoRA files change the text path, to their weights.
 Contexts = dict[tuple[str, tuple[float, ...]], Tensor]
