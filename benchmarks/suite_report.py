@@ -19,7 +19,7 @@ from anima_fast.files import write_json, write_text
 from anima_fast.reports.pages import STYLE
 from benchmarks import compare
 from benchmarks.rows import Row, read_rows, write_rows
-from benchmarks.suite import FAILED, PASSED, TIMED_OUT, read_records
+from benchmarks.slices import FAILED, PASSED, TIMED_OUT, read_records
 from benchmarks.suite_sections import (
     Html,
     memory_section,
