@@ -30,17 +30,7 @@ import typer
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder, write_json
 from benchmarks.rows import ROOT, machine
-from benchmarks.slices import (
-    CPU,
-    FAILED,
-    GPU,
-    PASSED,
-    SANITIZER,
-    SKIPPED,
-    TIMED_OUT,
-    Slice,
-    slices,
-)
+from benchmarks.slices import CPU, FAILED, GPU, PASSED, SANITIZER, SKIPPED, TIMED_OUT, Slice, slices
 from benchmarks.suite_report import build_report
 
 NO_TESTS_COLLECTED = 5

@@ -25,17 +25,7 @@ from typing import Any
 
 import pytest
 import torch
-from step_models import (
-    CONFIG,
-    DTYPE,
-    POLICIES,
-    RANK,
-    TEXT_ROWS,
-    Bench,
-    Diffusers,
-    Inputs,
-    Phases,
-)
+from step_models import CONFIG, DTYPE, POLICIES, RANK, TEXT_ROWS, Bench, Diffusers, Inputs, Phases
 
 from anima_fast.measure.step_time import step_flops
 from anima_fast.measure.timer import Ceilings, Timer, on_card, reason, synchronize

@@ -95,10 +95,7 @@ def check_start(options: AnyOptions, training: Training, device: torch.device) -
     check_attn_mode(options.attn_mode, training=True, device=device, dtype=dtype)
     fused = training.fused
     dit = check_model_files(
-        options.pretrained_model_name_or_path,
-        options.qwen3,
-        options.vae,
-        options.llm_adapter_path,
+        options.pretrained_model_name_or_path, options.qwen3, options.vae, options.llm_adapter_path
     )
     training.check(dit)
     find_optimizer(options.optimizer_type)
