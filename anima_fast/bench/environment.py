@@ -22,8 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 # What decides the digits of a number, beside the code: other values are another environment.
 DECISIVE = ("machine", "processor", "instructions", "card", "numpy", "torch", "triton")
-# Bits of NVML's throttle reasons that mean slower than asked for: power cap, heat, hardware slowdown
-# (nvml.h, nvmlClocksEventReasons); idle and application clocks are none.
+# Bits of NVML's throttle reasons that mean slower than asked for: power cap, heat, hardware
+# slowdown (nvml.h, nvmlClocksEventReasons); idle and application clocks are none.
 SLOWED = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 
 
@@ -97,7 +97,7 @@ def _card() -> dict[str, Any]:
 
 
 class CardState:
-    """Clocks, power, temperature of the first card, by nvidia-ml-py; without it nothing is known."""
+    """Clocks, power and temperature of the first card, where nvidia-ml-py is installed."""
 
     def __init__(self) -> None:
         self._nvml: Any = None
