@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from anima_fast.bench.choice import Choice
 from anima_fast.bench.environment import CardState
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.bench.step_models import (
@@ -32,9 +33,8 @@ from anima_fast.bench.step_models import (
     Inputs,
     Phases,
 )
-from anima_fast.bench.times import Choice
 from anima_fast.measure.step_time import step_flops
-from anima_fast.measure.timer import Ceilings, Timer, on_card, reason, synchronize
+from anima_fast.measure.timer import Ceilings, Timer, ceilings, on_card, reason, synchronize
 
 SIZES = ((4096, 1), (4096, 4), (1024, 1), (1024, 4))
 OWN = (*(f"own {policy}" for policy in POLICIES), "own none triton-attention")
@@ -47,8 +47,9 @@ WARM_STEPS, MOST_ROUNDS, LEAST_ROUNDS = 3, 20, 3
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.02, 0.15
 
 
-def step_rows(choice: Choice, limits: Ceilings) -> Iterator[list[Measurement]]:
+def rows(choice: Choice) -> Iterator[list[Measurement]]:
     """Rows of the step at each size, as each provider is done."""
+    limits = ceilings()
     sizes = SIZES
     if "L" in choice.sizes or "B" in choice.sizes or choice.quick:
         sizes = ((choice.sizes.get("L", 4096), choice.sizes.get("B", 1)),)
@@ -84,10 +85,10 @@ def _size_rows(
         try:
             before[name] = _switcher(step, name)
             before[name]()
-            found = first_step(step)
-            why = disagreement(found, reference)
+            first = first_step(step)
+            why = disagreement(first, reference)
             if name == "eager":
-                reference = found
+                reference = first
             if why:
                 raise RuntimeError(why)
             yield list(_alone(step, row))
@@ -103,7 +104,7 @@ def _size_rows(
         timer.round()
         slowed |= bool(state.read().get("slowed"))
     flops = step_flops(CONFIG, tokens, batch, RANK, TEXT_ROWS)
-    rows = [replace(plain, provider=name, note=why) for name, why in timer.failed.items()]
+    found = [replace(plain, provider=name, note=why) for name, why in timer.failed.items()]
     for name, samples in timer.seconds.items():
         row = sampled(replace(plain, provider=name), samples)
         assert row.value is not None
@@ -113,8 +114,8 @@ def _size_rows(
         if limits.sheet_peak:
             parts["mfu"] = rate / limits.sheet_peak
         note = "the card was slowed by heat or power" if slowed else ""
-        rows.append(replace(row, parts=parts, note=note))
-    yield rows
+        found.append(replace(row, parts=parts, note=note))
+    yield found
 
 
 def _switcher(step: Phases, name: str) -> Callable[[], None]:

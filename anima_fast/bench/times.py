@@ -9,55 +9,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from anima_fast.bench.choice import Choice
 from anima_fast.bench.environment import CardState
 from anima_fast.bench.parity import check_op, leaves
-from anima_fast.bench.providers import EAGER, OWN, Provider, providers, work
+from anima_fast.bench.providers import EAGER, OWN, Provider, load_candidate, providers, work
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.kernels.op import Inputs, Op, Sizes
 from anima_fast.kernels.registry import OPS
 from anima_fast.measure.step_time import PARAMETER_OPS, lora_parameters
-from anima_fast.measure.timer import Ceilings, Timer, reason, synchronize
+from anima_fast.measure.timer import Ceilings, Timer, ceilings, reason, synchronize
 
 MODES = ("fwd", "bwd", "both")
 TOKENS = (1024, 2304, 4096, 9216)
 MOST_ROUNDS, LEAST_ROUNDS = 20, 3
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What `bench run` was asked to measure; empty means everything.
-
-    Attributes:
-        ops: names of the registry; `block`, `step`, `loss` and `program` too.
-        sizes: letters of the legend that replace those of the real shapes (`--case L=4096`).
-        dtypes, providers, modes, metrics: names.
-        candidate: one more provider, by name.
-        quick: the set that CI runs.
-        seconds: what each op at one size may take, on a card.
-    """
-
-    ops: tuple[str, ...] = ()
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    dtypes: tuple[str, ...] = ()
-    providers: tuple[str, ...] = ()
-    modes: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ()
-    candidate: Mapping[str, Provider] = field(default_factory=dict)
-    quick: bool = False
-    seconds: float = 4.0
-
-    def wants(self, metric: str) -> bool:
-        """Whether a metric is asked for."""
-        return not self.metrics or metric in self.metrics
-
-    def chosen_ops(self) -> list[Op]:
-        """The ops of the registry that are asked for."""
-        return [op for name, op in OPS.items() if not self.ops or name in self.ops]
 
 
 def cases(op: Op, choice: Choice) -> Iterator[tuple[str, dict[str, int]]]:
@@ -159,9 +128,13 @@ def problem(op: Op, call: Provider, sizes: Sizes, dtype: torch.dtype) -> tuple[s
     return why, max(c.error for c in checks)
 
 
-def op_rows(choice: Choice, limits: Ceilings) -> Iterator[list[Measurement]]:
-    """Rows of each op at each of its real shapes, as they are done: errors, times, memory."""
-    for op in choice.chosen_ops():
+def rows(choice: Choice) -> Iterator[list[Measurement]]:
+    """Ceilings, then each op at each of its real shapes, as they are done: errors, times, memory."""
+    limits = ceilings()
+    yield ceiling_rows(limits)
+    for op in OPS.values():
+        if not choice.wants_op(op.name):
+            continue
         for label, sizes in cases(op, choice):
             for dtype in dtypes_of(op, choice):
                 yield list(_case_rows(op, label, sizes, dtype, choice, limits))
@@ -178,9 +151,10 @@ def _case_rows(
     torch.manual_seed(0)
     inputs = trained(op, op.make_inputs(sizes, dtype, "cuda"))
     torch._dynamo.reset()
-    for name, function in providers(op, choice.candidate).items():
+    candidate = load_candidate(choice.candidate) if choice.candidate else {}
+    for name, function in providers(op, candidate).items():
         # A ratio needs eager and ours, whoever else was asked for.
-        if choice.providers and name not in {OWN, EAGER, *choice.providers, *choice.candidate}:
+        if choice.providers and name not in {OWN, EAGER, *choice.providers, *candidate}:
             continue
         why, error = problem(op, function, sizes, dtype)
         yield replace(row, provider=name, value=None if math.isnan(error) else error, note=why)
