@@ -24,6 +24,7 @@ class Choice:
         ops: names of the registry, or of `WHOLES`.
         sizes: letters of the legend that replace those of the real shapes (`--case L=4096`).
         dtypes, providers, modes, metrics: names.
+        archs: compute capabilities to compile for, 89 for 8.9.
         candidate: FILE.py:function, one more provider; "" for none.
         quick: the set that CI runs.
         seconds: what each op at one size may take, on a card.
@@ -35,6 +36,7 @@ class Choice:
     providers: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
+    archs: tuple[int, ...] = ()
     candidate: str = ""
     quick: bool = False
     seconds: float = 4.0
@@ -62,6 +64,7 @@ def parse_choice(
     ops: Iterable[str],
     *,
     cases: Iterable[str] = (),
+    archs: Iterable[int] = (),
     candidate: str = "",
     quick: bool = False,
     seconds: float = 4.0,
@@ -72,7 +75,7 @@ def parse_choice(
     Args:
         ops: names.
         cases: "L=4096,B=2".
-        candidate, quick, seconds: as `Choice` has them.
+        archs, candidate, quick, seconds: as `Choice` has them.
         names: dtypes, providers, modes, metrics.
 
     Raises:
@@ -104,7 +107,14 @@ def parse_choice(
         load_candidate(candidate)
         if len(chosen["ops"]) != 1 or chosen["ops"][0] in WHOLES:
             raise UserError("--candidate needs the name of the one op that it computes")
-    return Choice(sizes=_sizes(cases), candidate=candidate, quick=quick, seconds=seconds, **chosen)
+    return Choice(
+        sizes=_sizes(cases),
+        archs=tuple(archs),
+        candidate=candidate,
+        quick=quick,
+        seconds=seconds,
+        **chosen,
+    )
 
 
 def _sizes(cases: Iterable[str]) -> dict[str, int]:
