@@ -35,8 +35,9 @@ class Running:
     """One group at work: a process whose rows come through a queue."""
 
     def __init__(self, group: Group, choice: Choice, root: Path, queue: Queue) -> None:
-        self.group, self.start, self.rows, self.read = group, time.monotonic(), 0, 0
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.group, self.start, self.rows = group, time.monotonic(), 0
+        # Kept open: the process writes into it.
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         variables = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
         variables.pop("TRITON_INTERPRET", None)
         paths = [str(root), variables.get("PYTHONPATH", "")]

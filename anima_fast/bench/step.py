@@ -13,8 +13,10 @@ import contextlib
 import gc
 import importlib.util
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -176,12 +178,34 @@ def _alone(step: Phases, row: Measurement) -> Iterator[Measurement]:
 
 
 def _profiled(step: Phases, row: Measurement) -> Iterator[Measurement]:
+    for name, phase in profiled_phases(step).items():
+        # None at all: the profiler may not look into the card here. That is unknown, not zero.
+        if phase.launches:
+            parts = {"busy_s": phase.busy_s, "longest_gap_s": phase.longest_gap_s}
+            yield replace(row, metric="launches", mode=name, value=float(phase.launches),
+                          unit="launches", parts=parts)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of the step on the card: seconds in kernels, launches, the longest gap between two
+    kernels, and the kernel that took longest in all."""
+
+    busy_s: float
+    launches: int
+    longest_gap_s: float
+    longest_kernel: str
+
+
+def profiled_phases(step: Phases) -> dict[str, Phase]:
+    """Phase → what torch's profiler sees of it on the card, in one step."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    for phase in PHASES:
+    found = {}
+    for name in PHASES:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-            getattr(step, phase)()
+            getattr(step, name)()
             synchronize()
         # Annotations of optimizers lie on the card's line too; they are no launches.
         events = [
@@ -191,11 +215,18 @@ def _profiled(step: Phases, row: Measurement) -> Iterator[Measurement]:
             and not getattr(e, "is_user_annotation", False)
             and not e.name.startswith(("Optimizer.", "ProfilerStep"))
         ]
-        # None at all: the profiler may not look into the card here. That is unknown, not zero.
-        if events:
-            busy = sum(e.time_range.elapsed_us() for e in events) / 1e6
-            yield replace(row, metric="launches", mode=phase, value=len(events), unit="launches",
-                          parts={"busy_s": busy})  # fmt: skip
+        spans = sorted((e.time_range.start, e.time_range.end) for e in events)
+        gaps = [max(0.0, after[0] - before[1]) for before, after in pairwise(spans)]
+        by_kernel: Counter[str] = Counter()
+        for event in events:
+            by_kernel[event.name] += event.time_range.elapsed_us()
+        found[name] = Phase(
+            busy_s=sum(by_kernel.values()) / 1e6,
+            launches=len(events),
+            longest_gap_s=max(gaps, default=0.0) / 1e6,
+            longest_kernel=max(by_kernel, key=lambda kernel: by_kernel[kernel], default=""),
+        )
+    return found
 
 
 def missing_packages() -> str:

@@ -129,7 +129,7 @@ def problem(op: Op, call: Provider, sizes: Sizes, dtype: torch.dtype) -> tuple[s
 
 
 def rows(choice: Choice) -> Iterator[list[Measurement]]:
-    """Ceilings, then each op at each of its real shapes, as they are done: errors, times, memory."""
+    """Ceilings, then errors, times and memory of each op at each real shape, as they are done."""
     limits = ceilings()
     yield ceiling_rows(limits)
     for op in OPS.values():
