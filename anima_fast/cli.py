@@ -13,11 +13,8 @@ from anima_fast.commands import (  # noqa: F401 - each registers its commands
     files,
     machine,
     migrate,
-    networks,
-    presets,
     sample,
     train,
-    watch,
 )
 from anima_fast.commands.app import MACHINE, app
 from anima_fast.commands.bench import bench

@@ -46,7 +46,8 @@ def fill(part, seed=0):
 def make_part(kind, shape, rank=3, alpha=2.0, **options):
     generator = torch.Generator().manual_seed(5)
     initial = LAYERS[KINDS[kind]].initial
-    return fill(initial(shape, rank, alpha, generator, **options))
+    part = initial(shape, rank, generator, **options)
+    return fill(replace(part, alpha=torch.tensor(alpha)))
 
 
 def make_linear(shape, seed=1):
@@ -95,7 +96,7 @@ def test_dimensions_of_the_model_split_as_documented(dimension, expected):
 
 
 def test_the_default_lokr_of_a_square_layer():
-    part = initial_lokr((2048, 2048), 16, 1.0, torch.Generator())
+    part = initial_lokr((2048, 2048), 16, torch.Generator())
     shapes = {name: tuple(t.shape) for name, t in part.matrices().items()}
     assert shapes == {"lokr_w1": (32, 32), "lokr_w2_a": (64, 16), "lokr_w2_b": (16, 64)}
 

@@ -104,13 +104,16 @@ def test_every_attribute_that_code_reads_exists():
     ("given", "message"),
     [
         ({"network_dim": 0}, "at least 1"),
-        ({"learning_rate": -1.0}, "at least 0"),
+        ({"learning_rate": -1}, "--learning_rate: -1 is out of range: use a number of at least 0"),
         ({"learning_rate": float("nan")}, "expected a number"),
         ({"max_train_steps": 0}, "at least 1"),
         ({"train_batch_size": 1.5}, "expected a whole number"),
         ({"caption_dropout_rate": 1.1}, "from 0 to 1"),
         ({"seed": -1}, "out of range"),
-        ({"network_dim": "8"}, "expected a whole number"),
+        ({"network_dim": "8"}, "expected a whole number, got '8', a text"),
+        ({"bucket_reso_steps": 24}, "multiple of 16, such as 64"),
+        ({"min_bucket_reso": 8}, "from 16 to"),
+        ({"max_bucket_reso": 8, "min_bucket_reso": 8}, "from 16 to"),
         ({"cache_latents": 1}, "expected true or false"),
         ({"loss_type": "l3"}, "not one of l2"),
         ({"lr_scheduler": "cosin"}, "not one of"),
@@ -126,6 +129,12 @@ def test_every_attribute_that_code_reads_exists():
 def test_wrong_values(given, message):
     with pytest.raises(UserError, match=re.escape(message)):
         TrainOptions(**given)
+
+
+def test_a_resolution_may_be_written_with_a_fraction_of_zero():
+    assert TrainOptions(resolution="64.0", dataset_config="data.toml").resolution == "64.0"
+    with pytest.raises(UserError, match="a whole number or two"):
+        TrainOptions(resolution="64.5")
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,18 @@ Say = Callable[[str], None]
 def run_command(choice: Choice, out: Path | None, against: Path | None, *, say: Say) -> int:
     """Measure into `out`; the exit status."""
     groups, lacking = chosen(choice)
+    unable = [f"{g.name}: {', '.join(g.metrics)} of {' '.join(g.ops) or 'ops'} need {g.needs}"
+              for g in lacking]  # fmt: skip
+    if not groups:
+        for line in unable or ["nothing that is measured has all of these names"]:
+            say(f"problem: {line}")
+        return 1
     baselines = read_some(against) if against else []
     path = out or default_name(environment())
     # Before the first measurement, which may take minutes.
     check_folder(path.parent)
     rows, problems = run_groups(groups, choice, path, say=say)
-    problems += [f"{g.name}: {', '.join(g.metrics)} of {' '.join(g.ops) or 'ops'} need {g.needs}"
-                 for g in lacking]  # fmt: skip
-    problems += wrong(rows)
+    problems += unable + wrong(rows)
     for line in summary(rows):
         say(line)
     status = 0

@@ -35,8 +35,10 @@ from anima_fast.bench.step_models import (
     Inputs,
     Phases,
 )
-from anima_fast.measure.step_time import step_flops
+from anima_fast.measure.rates import Rates
+from anima_fast.measure.step_time import op_times, step_flops, step_time
 from anima_fast.measure.timer import Ceilings, Timer, ceilings, on_card, reason, synchronize
+from anima_fast.models.dit_config import PUBLISHED
 
 SIZES = ((4096, 1), (4096, 4), (1024, 1), (1024, 4))
 OWN = (*(f"own {policy}" for policy in POLICIES), "own none triton-attention")
@@ -115,6 +117,10 @@ def _size_rows(
                  "share_of_ceiling": rate / limits.peak}  # fmt: skip
         if limits.sheet_peak:
             parts["mfu"] = rate / limits.sheet_peak
+        if name.removeprefix("own ") in POLICIES and CONFIG is PUBLISHED:
+            times = op_times(Rates(limits.bandwidth, limits.peak), tokens=tokens, batch=batch,
+                             rank=RANK)  # fmt: skip
+            parts["predicted_s"] = step_time(times, name.removeprefix("own ")).seconds
         note = "the card was slowed by heat or power" if slowed else ""
         found.append(replace(row, parts=parts, note=note))
     yield found

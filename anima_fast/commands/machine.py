@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ def _parity(
     op: Annotated[
         list[str] | None, typer.Option("--op", help="Only this op; may be repeated.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print every check as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every check as JSON.")] = False,
 ) -> None:
     """Check every kernel against its definition, on the card or, without one, interpreted.
 
@@ -23,7 +24,7 @@ def _parity(
     """
     from anima_fast.bench.parity_report import run_parity
 
-    raise typer.Exit(0 if run_parity(op or [], as_json=json, say=typer.echo) else 1)
+    raise typer.Exit(0 if run_parity(op or [], as_json=as_json, say=typer.echo) else 1)
 
 
 @app.command("download", rich_help_panel=MACHINE)
@@ -33,7 +34,7 @@ def _download(
     ] = "base-v1.0",
     models_dir: Annotated[
         Path | None,
-        typer.Option("--models_dir", "--models-dir", help="Folder to fill.", show_default=False),
+        typer.Option("--models_dir", "--models-dir", help="Folder to fill."),
     ] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List the known DiT releases.")] = False,
     tokenizers_only: Annotated[
@@ -53,19 +54,18 @@ def _download(
 
 @app.command("doctor", rich_help_panel=MACHINE)
 def _doctor(
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     models_dir: Annotated[
         Path | None,
-        typer.Option("--models_dir", "--models-dir", help="Models folder.", show_default=False),
+        typer.Option("--models_dir", "--models-dir", help="Models folder."),
     ] = None,
 ) -> None:
     """Report what this machine has and what missing pieces would bring."""
-    from json import dumps
-
     from anima_fast.inspection.doctor import doctor_text, examine
 
     report = examine(models_dir)
-    typer.echo(dumps(report, indent=1, ensure_ascii=False) if json else doctor_text(report))
+    text = json.dumps(report, indent=1, ensure_ascii=False) if as_json else doctor_text(report)
+    typer.echo(text)
     raise typer.Exit(0 if report["can_train"] else 1)
 
 

@@ -14,7 +14,6 @@ comfy/sd1_clip.py. Training captions are never read this way.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,25 +72,6 @@ def zero_keys(context: Tensor) -> int:
     return max(0, TEXT_ROWS - context.shape[1])
 
 
-@torch.no_grad()
-def encode_prompts(
-    prompts: Sequence[str],
-    tokenizers: Tokenizers,
-    encoder: TextEncoder,
-    adapter: LLMAdapter,
-    *,
-    device: torch.device,
-    weighted: bool = True,
-) -> list[Tensor]:
-    """Context [1, S, C] of each prompt, on the device; S differs."""
-    contexts = []
-    for prompt in prompts:
-        # A single prompt has no padding, so every row is real.
-        tokens = tokenize_prompt(tokenizers, prompt, weighted=weighted)
-        contexts.append(adapt(tokens, encode_states(tokens, encoder, device), adapter))
-    return contexts
-
-
 def weighted_segments(prompt: str) -> list[tuple[str, float]]:
     """A prompt as texts with their weights, in order; at least one.
 
@@ -137,18 +117,14 @@ def _items(text: str) -> list[str]:
     items, current, depth = [], "", 0
     for character in text:
         if character == "(":
-            if depth == 0:
-                if current:
-                    items.append(current)
+            if depth == 0 and current:
+                items.append(current)
                 current = ""
-            current += character
             depth += 1
-        elif character == ")":
+        current += character
+        if character == ")":
             depth -= 1
-            current += character
             if depth == 0:
                 items.append(current)
                 current = ""
-        else:
-            current += character
     return [*items, current] if current else items
