@@ -12,9 +12,11 @@ import torch
 from test_block import kept_bytes
 from tiny_dit import TINY
 
-from anima_fast.bench.launches import BlockSizes, block_launches
+from anima_fast.bench import launches
+from anima_fast.bench.choice import Choice
+from anima_fast.bench.launches import BlockLaunches, BlockSizes, block_launches
 from anima_fast.bench.pretend import Card, pretended
-from anima_fast.bench.recorder import Recorder
+from anima_fast.bench.recorder import Launched, Recorder
 from anima_fast.bench.ttir import accesses, has_product, touched
 from anima_fast.errors import UserError
 
@@ -128,6 +130,35 @@ def test_everything_is_restored(found):
 def test_an_unknown_provider_is_refused(provider):
     with pytest.raises(UserError, match="unknown: use one of eager, own none"):
         block_launches(provider)
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(UserError, match="--arch 88 is unknown: use one of 75, 80"):
+        block_launches("own none", card=Card(88))
+
+
+def test_a_choice_selects_rows(monkeypatch):
+    asked = []
+
+    def counted(provider, sizes, card):
+        asked.append((provider, sizes, card))
+        one = Launched("cublas mm", "fwd", 3 * sizes.unit, sizes.unit)
+        return BlockLaunches(provider, card, sizes, (one,), 7, {"fwd": 1, "bwd": 2, "both": 3})
+
+    monkeypatch.setattr(launches, "block_launches", counted)
+    choice = Choice(providers=("own",), metrics=("units", "kept"), modes=("both",), archs=(90,),
+                    sizes={"L": 64, "S": 7, "K": 1}, dtypes=("float16",))  # fmt: skip
+    found = [row for rows in launches.rows(choice) for row in rows]
+    sizes = BlockSizes(tokens=64, text=7, dtype=torch.float16)
+    own = [name for name in launches.PROVIDERS if name.startswith("own")]
+    assert asked == [(name, sizes, Card(90)) for name in own]
+    assert [(row.metric, row.mode, row.value) for row in found[:2]] == [
+        ("units", "both", 4), ("kept", "", 7),
+    ]  # fmt: skip
+    assert len(found) == 2 * len(own)
+    everything = [row for rows in launches.rows(Choice()) for row in rows]
+    assert len(everything) == 10 * len(launches.PROVIDERS)
+    assert asked[-1][1:] == (BlockSizes(), Card())
 
 
 def test_interpreted_kernels_are_refused(monkeypatch):

@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 
 from anima_fast.adapters.lora import add_lora
+from anima_fast.bench.choice import Choice
 from anima_fast.bench.dry import WithoutMemory, intercepted
 from anima_fast.bench.pretend import Card, pretended
 from anima_fast.bench.recorder import Launched, Recorder
 from anima_fast.bench.run_file import Measurement
 from anima_fast.errors import UserError
+from anima_fast.kernels.dispatch import SHARED_KIB
 from anima_fast.memory.offload import install_block_runner
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.models.dit_config import PUBLISHED, TEXT_ROWS, DitConfig
@@ -42,6 +44,7 @@ from anima_fast.models.recompute import POLICIES
 PLAIN = ("eager", *(f"own {policy}" for policy in POLICIES))
 TRITON = " triton-attention"
 PROVIDERS = (*PLAIN, f"own none{TRITON}")
+LEGEND = {"B": "batch", "L": "tokens", "S": "text", "R": "rank"}
 MODES = {"fwd": ("fwd",), "bwd": ("bwd",), "both": ("fwd", "bwd")}
 
 
@@ -113,6 +116,25 @@ class BlockLaunches:
             yield replace(row, metric=metric, unit="bytes", mode=mode, value=size, note=note)
 
 
+def rows(choice: Choice) -> Iterator[list[Measurement]]:
+    """Rows of `bench run`, provider by provider; of the first architecture that is asked for."""
+    card = Card(choice.archs[0]) if choice.archs else Card()
+    sizes: dict[str, Any] = {
+        LEGEND[letter]: n for letter, n in choice.sizes.items() if letter in LEGEND
+    }
+    for dtype in choice.dtypes or ("bfloat16",):
+        for provider in PROVIDERS:
+            if choice.providers and provider.split()[0] not in choice.providers:
+                continue
+            found = block_launches(provider, BlockSizes(**sizes, dtype=getattr(torch, dtype)), card)
+            yield [
+                row
+                for row in found.measurements()
+                if choice.wants(row.metric)
+                and (not choice.modes or not row.mode or row.mode in choice.modes)
+            ]
+
+
 def block_launches(
     provider: str, sizes: BlockSizes | None = None, card: Card | None = None
 ) -> BlockLaunches:
@@ -124,9 +146,12 @@ def block_launches(
         card: whose path is taken; one of compute capability 8.9 under Linux when None.
 
     Raises:
-        UserError: an unknown provider, or kernels are interpreted.
+        UserError: an unknown provider or architecture, or kernels are interpreted.
     """
     sizes, card = sizes or BlockSizes(), card or Card()
+    if card.arch not in SHARED_KIB:
+        known = ", ".join(map(str, SHARED_KIB))
+        raise UserError(f"--arch {card.arch} is unknown: use one of {known}")
     recorder = Recorder()
     dit = _model(provider, sizes)
     with pretended(card), intercepted(card.arch, recorder.launched, intermediate=True):

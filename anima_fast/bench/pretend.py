@@ -80,7 +80,7 @@ def pretended(card: Card) -> Iterator[None]:
             (torch, "_fused_sdp_choice", lambda q, *_: card.attention(q).value),
             (F, "scaled_dot_product_attention", attend),
         ):
-            stack.enter_context(_replaced(owner, name, value))
+            stack.enter_context(replaced(owner, name, value))
         try:
             yield
         finally:
@@ -96,7 +96,7 @@ def _expanded(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """`owner.name` is `value` inside the block; afterwards what it was, inherited or its own."""
     before = vars(owner).get(name, contextlib)
     setattr(owner, name, value)

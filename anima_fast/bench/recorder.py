@@ -91,9 +91,8 @@ class Recorder(WithoutMemory):
         for x in _tensors(out):
             self._know(x, None)
         self.peak = max(self.peak, self.living() - self._floor)
-        name = func.overloadpacket.__name__
-        if func.namespace == "aten" and not func.is_view and not name.startswith(NO_KERNEL):
-            found = _of_operator(func, name, args, kwargs or {}, out)
+        if has_kernel(func):
+            found = _of_operator(func, args, kwargs or {}, out)
             self.launches += [replace(one, phase=self.phase) for one in found]
         return out
 
@@ -134,6 +133,12 @@ class Recorder(WithoutMemory):
             self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
 
 
+def has_kernel(func: Any) -> bool:
+    """Whether an operator of PyTorch launches something on a card."""
+    name = func.overloadpacket.__name__
+    return func.namespace == "aten" and not func.is_view and not name.startswith(NO_KERNEL)
+
+
 def _tensors(values: Any) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
@@ -153,10 +158,9 @@ def _bytes(tensors: Iterable[Any]) -> int:
     return sum(_elements(x) * x.itemsize for x in parts.values())
 
 
-def _of_operator(
-    func: Any, name: str, args: Any, kwargs: Mapping[str, Any], out: Any
-) -> Iterator[Launched]:
+def _of_operator(func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> Iterator[Launched]:
     """The launches of one operator of PyTorch."""
+    name = func.overloadpacket.__name__
     if name.startswith(ATTENTION):
         operations = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         yield from _of_attention(name.removeprefix(ATTENTION), args, out, operations)
