@@ -159,6 +159,10 @@ def test_a_choice_selects_rows(monkeypatch):
     everything = [row for rows in launches.rows(Choice()) for row in rows]
     assert len(everything) == 10 * len(launches.PROVIDERS)
     assert asked[-1][1:] == (BlockSizes(), Card())
+    title, text = launches.timeline(Choice())
+    assert title.startswith("own none, B=1 L=4096 S=96 D=2048 R=32, sm_89: 1 launches")
+    assert text.splitlines()[1].split() == ["fwd", "cublas", "mm", "3.00", "1.00", "0.0"]
+    assert len(list(launches.timeline(choice))) == 2 * len(own)
 
 
 def test_interpreted_kernels_are_refused(monkeypatch):

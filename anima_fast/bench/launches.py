@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from anima_fast.bench.dry import WithoutMemory, intercepted
 from anima_fast.bench.pretend import Card, pretended
 from anima_fast.bench.recorder import Launched, Recorder
 from anima_fast.bench.run_file import Measurement
+from anima_fast.bench.tables import table
 from anima_fast.errors import UserError
 from anima_fast.kernels.dispatch import SHARED_KIB
 from anima_fast.memory.offload import install_block_runner
@@ -118,21 +119,39 @@ class BlockLaunches:
 
 def rows(choice: Choice) -> Iterator[list[Measurement]]:
     """Rows of `bench run`, provider by provider; of the first architecture that is asked for."""
+    for found in _chosen(choice, PROVIDERS):
+        yield [
+            row
+            for row in found.measurements()
+            if choice.wants(row.metric)
+            and (not choice.modes or not row.mode or row.mode in choice.modes)
+        ]
+
+
+def timeline(choice: Choice) -> Iterator[str]:
+    """Launch by launch, as text: what `bench profile block` prints; of `own none` by itself."""
+    for found in _chosen(choice, PROVIDERS if choice.providers else PROVIDERS[1:2]):
+        unit = found.sizes.unit
+        lines = [
+            (one.phase, one.name, f"{one.read / unit:.2f}", f"{one.written / unit:.2f}",
+             f"{one.operations / 1e9:.1f}")
+            for one in found.launches
+        ]  # fmt: skip
+        count = f"{found.provider}, {found.sizes}, sm_{found.card.arch}: {len(lines)} launches"
+        yield f"{count}; read and written in tensors [B, L, D]"
+        yield table(("", "launch", "read", "written", "GFLOP"), lines, left=2)
+
+
+def _chosen(choice: Choice, providers: Sequence[str]) -> Iterator[BlockLaunches]:
     card = Card(choice.archs[0]) if choice.archs else Card()
     sizes: dict[str, Any] = {
         LEGEND[letter]: n for letter, n in choice.sizes.items() if letter in LEGEND
     }
     for dtype in choice.dtypes or ("bfloat16",):
-        for provider in PROVIDERS:
-            if choice.providers and provider.split()[0] not in choice.providers:
-                continue
-            found = block_launches(provider, BlockSizes(**sizes, dtype=getattr(torch, dtype)), card)
-            yield [
-                row
-                for row in found.measurements()
-                if choice.wants(row.metric)
-                and (not choice.modes or not row.mode or row.mode in choice.modes)
-            ]
+        for provider in providers:
+            if not choice.providers or provider.split()[0] in choice.providers:
+                each = BlockSizes(**sizes, dtype=getattr(torch, dtype))
+                yield block_launches(provider, each, card)
 
 
 def block_launches(
