@@ -104,8 +104,15 @@ def profile_command(op: str, tool: str, choice: Choice, against: Path | None, *,
 
     if tool not in profile.TOOLS:
         raise UserError(f"--tool {tool} is unknown: use one of {', '.join(profile.TOOLS)}")
-    if op in ("loss", "program") or (op == "block" and tool != "sass"):
-        raise UserError(f"{op} has no profile: use an op of the registry, or step")
+    if op in ("loss", "program"):
+        raise UserError(f"{op} has no profile: use an op of the registry, block or step")
+    if op == "block" and tool != "sass":
+        # Counted, so that no card is needed.
+        from anima_fast.bench.launches import timeline
+
+        for line in timeline(choice):
+            say(line)
+        return 0
     if tool == "sass":
         return _sass(choice, against, say)
     if against:
