@@ -121,11 +121,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        *,
-        simple: bool = False,
-        console: Console | None = None,
-        log: ConsoleLog | None = None,
+        self, *, simple: bool = False, console: Console | None = None, log: ConsoleLog | None = None
     ) -> None:
         self.log = log
         self.console = console or Console(stderr=True)

@@ -466,12 +466,7 @@ def test_loss_curve_of_twenty_steps():
         losses = []
         for _ in range(20):
             with dispatch.use("triton" if fused else "auto"):
-                out = dit(
-                    inputs["latents"],
-                    inputs["sigma"],
-                    inputs["context"],
-                    zero_keys=507,
-                )
+                out = dit(inputs["latents"], inputs["sigma"], inputs["context"], zero_keys=507)
                 loss = (out.float() - target).square().mean()
                 network.zero_grad_flat()
                 loss.backward()

@@ -12,7 +12,7 @@ from anima_fast.adapters.lora import add_lora
 from anima_fast.device import uses_fused_blocks
 from anima_fast.errors import UserError
 from anima_fast.kernels import dispatch
-from anima_fast.memory.offload import BlockSettings, install_block_runner
+from anima_fast.memory.offload import SaverSettings, install_block_runner
 from anima_fast.models import fuse
 from anima_fast.models.attention import attention, check_attn_mode
 from anima_fast.models.dit import load_dit
@@ -42,7 +42,7 @@ def gradients(attn_mode="torch", dropout=None, fused=False, **options):
     )
     with torch.no_grad():
         network.flat.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
-    install_block_runner(dit, BlockSettings(**options), fused=fused)
+    install_block_runner(dit, SaverSettings(**options), fused=fused)
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(2, 16, 4, 6, generator=generator)
     context = torch.randn(2, 3, CONFIG.context_dim, generator=generator)
@@ -76,7 +76,7 @@ def test_swapped_weights_are_not_kept_by_the_fused_block(monkeypatch):
 
     dit = load_dit(dit_weights(CONFIG), dtype=torch.float32)
     add_lora(dit, rank=4, seed=1)
-    install_block_runner(dit, BlockSettings(blocks_to_swap=3), fused=True)
+    install_block_runner(dit, SaverSettings(blocks_to_swap=3), fused=True)
     fetched = []
     real = dit.block_runner.swap.fetch
 

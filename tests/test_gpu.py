@@ -15,7 +15,7 @@ from anima_fast.bench.parity import FLOORS, check_op, full_precision, relative_e
 from anima_fast.bench.pretend import Card
 from anima_fast.kernels.lora_linear import lora_linear
 from anima_fast.kernels.registry import OPS
-from anima_fast.memory.offload import BlockSettings, install_block_runner
+from anima_fast.memory.offload import SaverSettings, install_block_runner
 from anima_fast.models.dit import AnimaDiT, DitConfig, load_dit
 from anima_fast.models.fuse import fuse_blocks
 
@@ -160,7 +160,7 @@ def test_graphs_repeat_the_plain_launches(attn_mode, recompute):
     for cuda_graphs in (False, True):
         dit = wide_dit(torch.bfloat16, attn_mode)
         network = make_network(dit, rank=32).to("cuda")
-        install_block_runner(dit, BlockSettings(recompute, cuda_graphs=cuda_graphs), fused=True)
+        install_block_runner(dit, SaverSettings(recompute, cuda_graphs=cuda_graphs), fused=True)
         grads = []
         for step, rows in enumerate((96, 100, 70, 128)):
             generator = torch.Generator("cuda").manual_seed(step)

@@ -176,9 +176,7 @@ def test_a_bad_tracker_config_is_explained(tmp_path):
     (tmp_path / "bad.toml").write_text("[wandb", encoding="utf-8")
     for name in ("bad.toml", "missing.toml"):
         chosen = options(
-            tmp_path,
-            logging_dir=str(tmp_path / "logs"),
-            log_tracker_config=str(tmp_path / name),
+            tmp_path, logging_dir=str(tmp_path / "logs"), log_tracker_config=str(tmp_path / name)
         )
         with pytest.raises(UserError, match="give tables named tensorboard or wandb"):
             run_log(chosen)

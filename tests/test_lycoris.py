@@ -16,12 +16,7 @@ from anima_fast.adapters.deltas import adapted_weight, delta_of
 from anima_fast.adapters.formats import read_lora
 from anima_fast.adapters.layers import Dropouts
 from anima_fast.adapters.lora import LAYERS, add_lora, merge_lora
-from anima_fast.adapters.lycoris import (
-    HadamardProduct,
-    initial_lokr,
-    initial_magnitudes,
-    split,
-)
+from anima_fast.adapters.lycoris import HadamardProduct, initial_lokr, initial_magnitudes, split
 from anima_fast.adapters.targets import Target
 from anima_fast.errors import UserError
 from anima_fast.models.adapter_kinds import ADAPTER_KINDS, LOHA, LORA

@@ -138,8 +138,7 @@ def test_a_resolution_may_be_written_with_a_fraction_of_zero():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("100", 100), ("0.1", 0.1), ("5%", 0.05), ("0", 0), ("1", 1), ("100%", 1)],
+    ("text", "value"), [("100", 100), ("0.1", 0.1), ("5%", 0.05), ("0", 0), ("1", 1), ("100%", 1)]
 )
 def test_warmup_in_steps_fraction_and_percent(text, value):
     options, _ = resolve(lr_warmup_steps=text, lr_scheduler="linear")
@@ -177,10 +176,7 @@ def test_warmup_in_steps_fraction_and_percent(text, value):
         ({"lr_warmup_steps": 10}, "constant_with_warmup"),
         ({"min_timestep": 600, "max_timestep": 600}, "must be below"),
         ({"dim_from_weights": True}, "--network_weights"),
-        (
-            {"network_train_text_encoder_only": True, "text_encoder_lr": (0.0,)},
-            "trains nothing",
-        ),
+        ({"network_train_text_encoder_only": True, "text_encoder_lr": (0.0,)}, "trains nothing"),
         ({"base_weights_multiplier": (1.0,)}, "at most one each"),
         ({"save_model_as": "ckpt"}, "pickle"),
         ({"save_model_as": "pt"}, "pickle"),

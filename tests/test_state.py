@@ -150,10 +150,7 @@ def test_a_resumed_run_is_bit_identical(case, tmp_path):
 
 def test_no_file_of_a_state_is_a_pickle(tmp_path):
     Run(options("AdamW8bit")).steps(0, 2).save(tmp_path / "run-state")
-    assert {path.suffix for path in (tmp_path / "run-state").iterdir()} == {
-        ".json",
-        ".safetensors",
-    }
+    assert {path.suffix for path in (tmp_path / "run-state").iterdir()} == {".json", ".safetensors"}
 
 
 def test_the_loss_scale_is_restored(tmp_path):
@@ -217,10 +214,7 @@ def test_a_state_of_a_newer_format_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [
-        ({"rank": 4}, r"was \[8, 320\], is \[4, 320\]"),
-        ({"alpha": 2.0}, "alpha was 4, is 2"),
-    ],
+    [({"rank": 4}, r"was \[8, 320\], is \[4, 320\]"), ({"alpha": 2.0}, "alpha was 4, is 2")],
 )
 def test_another_network_is_explained(changed, message, tmp_path):
     Run(options()).save(tmp_path / "run-state")

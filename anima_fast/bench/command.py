@@ -57,11 +57,11 @@ def against_all(baselines: Sequence[Run], run: Run) -> list[comparison.Change]:
     limits, found = comparison.limits_of(()), []
     for baseline in baselines:
         known = baseline.by_key().keys() & run.by_key().keys()
-        both = [
+        first, second = (
             dataclasses.replace(one, rows=tuple(row for row in one.rows if row.key in known))
             for one in (baseline, run)
-        ]
-        found += comparison.compare(*both, limits)
+        )
+        found += comparison.compare(first, second, limits)
     return sorted(found, key=lambda change: comparison.SEVERITY.index(change.verdict))
 
 

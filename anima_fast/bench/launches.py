@@ -36,7 +36,7 @@ from anima_fast.bench.run_file import Measurement
 from anima_fast.bench.tables import table
 from anima_fast.errors import UserError
 from anima_fast.kernels.dispatch import SHARED_KIB
-from anima_fast.memory.offload import BlockSettings, install_block_runner
+from anima_fast.memory.offload import SaverSettings, install_block_runner
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.models.dit_config import PUBLISHED, TEXT_ROWS, DitConfig
 from anima_fast.models.dit_layers import Shared
@@ -192,7 +192,7 @@ def _model(provider: str, sizes: BlockSizes) -> AnimaDiT:
     mode = "torch" if who == provider else "triton"
     dit = load_dit(weights, device="meta", dtype=sizes.dtype, attn_mode=mode)
     add_lora(dit, rank=sizes.rank, alpha=float(sizes.rank), device="meta")
-    install_block_runner(dit, BlockSettings(policy), fused=who != "eager")
+    install_block_runner(dit, SaverSettings(policy), fused=who != "eager")
     return dit
 
 

@@ -14,14 +14,14 @@ import gc
 import importlib.util
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from anima_fast.bench.choice import Choice
+from anima_fast.bench.choice import DIFFUSERS, Choice
 from anima_fast.bench.environment import CardState
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.bench.step_models import (
@@ -43,7 +43,7 @@ from anima_fast.models.dit_config import PUBLISHED
 SIZES = ((4096, 1), (4096, 4), (1024, 1), (1024, 4))
 OWN = (*(f"own {policy}" for policy in POLICIES), "own none triton-attention")
 # Graphs last: their memory stays.
-MODELS = {"anima": ("eager", "compile", *OWN, "own none graphs"), "diffusers": ("diffusers",)}
+MODELS = {"anima": ("eager", "compile", *OWN, "own none graphs"), DIFFUSERS: (DIFFUSERS,)}
 PHASES = ("forward", "backward", "optimize")
 WARM_STEPS, MOST_ROUNDS, LEAST_ROUNDS = 3, 20, 3
 # Relative to eager's: far above bfloat16's rounding over 28 blocks and far below what a wrong
@@ -54,7 +54,7 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.02, 0.15
 def rows(choice: Choice) -> Iterator[list[Measurement]]:
     """Rows of the step at each size, as each provider is done."""
     limits = ceilings()
-    sizes = SIZES
+    sizes: Sequence[tuple[int, int]] = SIZES
     if "L" in choice.sizes or "B" in choice.sizes or choice.quick:
         sizes = ((choice.sizes.get("L", 4096), choice.sizes.get("B", 1)),)
     for model, names in MODELS.items():

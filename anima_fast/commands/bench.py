@@ -51,7 +51,7 @@ Page = Annotated[Path | None, typer.Option("--html", help="Write a page with tab
 def _choice(ops: Sequence[str] | None, **words: Any) -> Any:
     from anima_fast.bench.choice import parse_choice
 
-    given = {name: value if value is not None else () for name, value in words.items()}
+    given: Any = {name: value if value is not None else () for name, value in words.items()}
     return parse_choice(ops or (), **given)
 
 

@@ -26,7 +26,7 @@ Dynamic = Annotated[
     str | None,
     typer.Option(
         help="Choose each module's rank: sv_fro:P keeps the share P of the norm, sv_cumulative:P "
-        "that of the sum of singular values, sv_ratio:P values above the largest / P.",
+        "that of the sum of singular values, sv_ratio:P values above the largest / P."
     ),
 ]
 Device = Annotated[

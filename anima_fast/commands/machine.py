@@ -33,8 +33,7 @@ def _download(
         str, typer.Option(help="Release of the DiT, or its file name in the repository.")
     ] = "base-v1.0",
     models_dir: Annotated[
-        Path | None,
-        typer.Option("--models_dir", "--models-dir", help="Folder to fill."),
+        Path | None, typer.Option("--models_dir", "--models-dir", help="Folder to fill.")
     ] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List the known DiT releases.")] = False,
     tokenizers_only: Annotated[
@@ -56,8 +55,7 @@ def _download(
 def _doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     models_dir: Annotated[
-        Path | None,
-        typer.Option("--models_dir", "--models-dir", help="Models folder."),
+        Path | None, typer.Option("--models_dir", "--models-dir", help="Models folder.")
     ] = None,
 ) -> None:
     """Report what this machine has and what missing pieces would bring."""

@@ -44,14 +44,11 @@ def _import(
         ),
     ],
     out: Annotated[
-        Path | None,
-        typer.Option(help="TOML file to write, or a folder (default: here)."),
+        Path | None, typer.Option(help="TOML file to write, or a folder (default: here).")
     ] = None,
     cwd: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder that the other trainer was started in, for relative paths.",
-        ),
+        typer.Option(help="Folder that the other trainer was started in, for relative paths."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
 ) -> None:

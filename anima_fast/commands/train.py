@@ -16,8 +16,7 @@ from anima_fast.options.run import FileOptions, FinetuneOptions, TrainOptions
 @app.command("presets", rich_help_panel=PREPARE)
 def _presets(
     name: Annotated[
-        str | None,
-        typer.Argument(help="Preset, or TOML file, to print with its reasons."),
+        str | None, typer.Argument(help="Preset, or TOML file, to print with its reasons.")
     ] = None,
 ) -> None:
     """List the presets of `--preset`, or print one with the reason of every line."""

@@ -63,13 +63,7 @@ class Caption:
 
 
 def render(
-    caption: Caption,
-    subset: Subset,
-    *,
-    rng: random.Random,
-    epoch: int,
-    step: int,
-    max_steps: int,
+    caption: Caption, subset: Subset, *, rng: random.Random, epoch: int, step: int, max_steps: int
 ) -> str:
     """The prompt of one use of an image, "" when the caption is dropped.
 

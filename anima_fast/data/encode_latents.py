@@ -22,7 +22,7 @@ from anima_fast.data import cache, images, legacy_cache
 from anima_fast.data.buckets import Size
 from anima_fast.data.cache import CacheError, LatentEntry, Stored
 from anima_fast.data.cache_folders import file_hashes, latent_name, printable
-from anima_fast.data.encode_phase import Job, Phase
+from anima_fast.data.encode_phase import EncodeJob, EncodePhase
 from anima_fast.data.items import ImageItem
 from anima_fast.data.layouts import some
 from anima_fast.errors import UserError
@@ -36,14 +36,14 @@ Decoded = tuple[np.ndarray, np.ndarray | None]
 
 
 @dataclass(frozen=True)
-class LatentJob(Job):
+class LatentJob(EncodeJob):
     """One cache file and the image that it holds."""
 
     item: ImageItem
 
 
 @dataclass
-class LatentPhase(Phase[LatentJob, LatentEntry]):
+class LatentPhase(EncodePhase[LatentJob, LatentEntry]):
     """Encodes images; latents are kept in fp32. `legacy`: files of sd-scripts are looked for."""
 
     legacy: bool = True

@@ -19,22 +19,22 @@ from anima_fast.data.encode_models import EncodingModels
 from anima_fast.options.run import AnyRun
 from anima_fast.progress import ItemProgress
 
-Entry = TypeVar("Entry", LatentEntry, TextEntry)
+CacheEntry = TypeVar("CacheEntry", LatentEntry, TextEntry)
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodeJob:
     """One cache file: its key and path."""
 
     key: str
     path: Path
 
 
-AnyJob = TypeVar("AnyJob", bound=Job)
+AnyJob = TypeVar("AnyJob", bound=EncodeJob)
 
 
 @dataclass
-class Phase(ABC, Generic[AnyJob, Entry]):
+class EncodePhase(ABC, Generic[AnyJob, CacheEntry]):
     """Turns what is trained into cache entries.
 
     `keep`: entries stay in memory, instead of being read for every batch.
@@ -51,14 +51,14 @@ class Phase(ABC, Generic[AnyJob, Entry]):
     read: ClassVar[Any]
 
     @abstractmethod
-    def entries(self, jobs: list[AnyJob]) -> Iterator[tuple[AnyJob, Entry]]:
+    def entries(self, jobs: list[AnyJob]) -> Iterator[tuple[AnyJob, CacheEntry]]:
         """Run the models, in whatever order and batches suit them."""
 
     @abstractmethod
     def origin(self, job: AnyJob) -> dict[str, str]:
         """What the file says about where it comes from."""
 
-    def open(self, path: Path, check: Callable[[], None]) -> Stored[Entry] | None:
+    def open(self, path: Path, check: Callable[[], None]) -> Stored[CacheEntry] | None:
         """The entry of a file; None, and a notice, when `check` or reading refuses it."""
         try:
             if not self.options.skip_cache_check:
@@ -68,12 +68,12 @@ class Phase(ABC, Generic[AnyJob, Entry]):
             self.say(f"cache file {path} cannot be used ({error}): encoded again")
             return None
 
-    def encode(self, missing: Sequence[AnyJob]) -> dict[Path, Stored[Entry]]:
+    def encode(self, missing: Sequence[AnyJob]) -> dict[Path, Stored[CacheEntry]]:
         """Encode and write the files of these jobs.
 
         Raises `UserError` for input that cannot be encoded, a missing model, a full disk.
         """
-        stored: dict[Path, Stored[Entry]] = {}
+        stored: dict[Path, Stored[CacheEntry]] = {}
         title = f"encoding {self.unit}"
         with ItemProgress(title, len(missing), self.unit, self.say) as progress:
             try:

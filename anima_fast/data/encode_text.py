@@ -25,7 +25,7 @@ from anima_fast.data.cache import CacheError, Stored, TextEntry
 from anima_fast.data.cache_folders import file_hashes, text_name
 from anima_fast.data.caption_tokens import CaptionTokens
 from anima_fast.data.encode_models import adapter_path, source_width
-from anima_fast.data.encode_phase import Job, Phase
+from anima_fast.data.encode_phase import EncodeJob, EncodePhase
 from anima_fast.data.items import ImageItem
 from anima_fast.data.layouts import some
 from anima_fast.errors import UserError
@@ -35,7 +35,7 @@ from anima_fast.models.tokenizers import TokenBatch, Tokenizers
 
 
 @dataclass(frozen=True)
-class TextJob(Job):
+class TextJob(EncodeJob):
     """One cache file, its caption, and sd-scripts' encoding where it is used."""
 
     text: str
@@ -43,7 +43,7 @@ class TextJob(Job):
 
 
 @dataclass
-class TextPhase(Phase[TextJob, TextEntry]):
+class TextPhase(EncodePhase[TextJob, TextEntry]):
     """Encodes captions in one form."""
 
     tokenizers: Tokenizers

@@ -62,11 +62,7 @@ def describe_cache(checkpoint: Checkpoint) -> Description:
         facts["computed_in"] = facts.pop("dtype").removeprefix("torch.")
     if form := FORMS.get(metadata.get("form", "")):
         facts["form"] = form
-    facts |= {
-        "tensors": _tensors(shapes),
-        "key": metadata.get("key", "none"),
-        "keyed_by": keyed_by,
-    }
+    facts |= {"tensors": _tensors(shapes), "key": metadata.get("key", "none"), "keyed_by": keyed_by}
     notes = []
     if metadata.get("version") != str(CACHE_VERSION):
         notes.append(

@@ -146,10 +146,7 @@ def _text(value: Any, key: str = "") -> str:
 def _wrap(start: str, text: str, width: int) -> list[str]:
     # Paths and names are never broken, so that they can be copied.
     wrapped = textwrap.wrap(
-        one_line(text),
-        max(width - len(start), 20),
-        break_long_words=False,
-        break_on_hyphens=False,
+        one_line(text), max(width - len(start), 20), break_long_words=False, break_on_hyphens=False
     )
     first, *rest = wrapped or [""]
     return [f"{start}{first}".rstrip(), *(" " * len(start) + line for line in rest)]

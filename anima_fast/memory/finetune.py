@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from anima_fast.adapters.names import ADAPTER
-from anima_fast.memory.offload import BlockSettings
+from anima_fast.memory.offload import SaverSettings
 from anima_fast.memory.plan import WORKSPACE_UNITS, Item, Needs, Phase, Prediction, stored_bytes
 from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.llm_adapter import AdapterConfig
@@ -173,7 +173,7 @@ class FinetuneNeeds(Needs["FinetuneOptions"]):
         block = TOKEN_UNITS[n.weight] * unit + ROW_UNITS[n.weight] * rows * sizes.width
         recomputed = min(sizes.blocks, _recomputed(options, sizes) + (options.blocks_to_swap or 0))
         kept = (sizes.blocks - recomputed) * block
-        if not BlockSettings.of(options).offload:
+        if not SaverSettings.of(options).offload:
             kept += recomputed * self._input(options, sizes)
         kept += ADAPTER_UNITS[n.weight] * sizes.adapter_layers * rows * sizes.adapter_width
         workspace = (WORKSPACE_UNITS + OUTSIDE_UNITS) * unit + (block if recomputed else 0)
@@ -219,7 +219,7 @@ class FinetuneNeeds(Needs["FinetuneOptions"]):
         gradient = 0 if options.fused_backward_pass else n.gradient
         block = sizes.block * n.weight + sizes.block_trained * (n.state + n.master + gradient)
         swapped = (options.blocks_to_swap or 0) * block
-        waiting = _recomputed(options, sizes) if BlockSettings.of(options).offload else 0
+        waiting = _recomputed(options, sizes) if SaverSettings.of(options).offload else 0
         return self.program + int(swapped + waiting * self._input(options, sizes))
 
 
@@ -231,7 +231,7 @@ def _gradients(options: FinetuneOptions, sizes: Sizes, n: Number, trained: int) 
 
 def _recomputed(options: FinetuneOptions, sizes: Sizes) -> int:
     """How many blocks are, without those that are swapped."""
-    return BlockSettings.of(options).policies(sizes.blocks, fused=False).count("block")
+    return SaverSettings.of(options).policies(sizes.blocks, fused=False).count("block")
 
 
 def count_blocks(shapes: Iterable[str]) -> int:

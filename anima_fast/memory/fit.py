@@ -15,10 +15,10 @@ import torch
 
 from anima_fast.errors import UserError
 from anima_fast.memory.free import device_free, host_free
-from anima_fast.memory.plan import CONTEXT_BYTES, GIB, USABLE_SHARE, Needs, Prediction, Run
+from anima_fast.memory.plan import CONTEXT_BYTES, GIB, USABLE_SHARE, Needs, OptionsT, Prediction
 
 # How changed options are written, the options, and what they take.
-Change = tuple[str, Run, Prediction]
+Change = tuple[str, OptionsT, Prediction]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f}"
 
 
-def does_not_fit(options: Run, needs: Needs[Run], device: torch.device) -> str | None:
+def does_not_fit(options: OptionsT, needs: Needs[OptionsT], device: torch.device) -> str | None:
     """What is short and what would help, in one line; None when the run fits."""
     budget = measure_budget(options.vram, device)
     short = budget.short(needs(options))
@@ -74,14 +74,14 @@ def does_not_fit(options: Run, needs: Needs[Run], device: torch.device) -> str |
     return f"{needs.subject} needs about {gib(needed)} {text.format(gib(free))}: {remedies}"
 
 
-def describe_need(options: Run, needs: Needs[Run], device: torch.device) -> str:
+def describe_need(options: OptionsT, needs: Needs[OptionsT], device: torch.device) -> str:
     """What a run that fits will take, in one line."""
     need = needs(options)
     text = f"memory: about {gib(need.device)} GiB on {device.type}"
     return text + (f", {gib(need.host)} GiB in the host" if options.blocks_to_swap else "")
 
 
-def memory_plan(options: Run, needs: Needs[Run], device: torch.device) -> list[str]:
+def memory_plan(options: OptionsT, needs: Needs[OptionsT], device: torch.device) -> list[str]:
     """The prediction and what would change it, in lines of text."""
     budget, need = measure_budget(options.vram, device), needs(options)
     lines = [f"{gib(size):>7} GiB  {name}" for name, size in need.rows() if size]
@@ -100,7 +100,7 @@ def memory_plan(options: Run, needs: Needs[Run], device: torch.device) -> list[s
     return lines + [f"assumed: {text}" for text in need.assumed]
 
 
-def describe_remedies(options: Run, needs: Needs[Run], budget: Budget) -> str:
+def describe_remedies(options: OptionsT, needs: Needs[OptionsT], budget: Budget) -> str:
     """The single options that make the run fit, else the first combination of them that does."""
     alone = [
         f"{text} ({gib(budget.size(need))} GiB)"
@@ -125,14 +125,14 @@ def describe_remedies(options: Run, needs: Needs[Run], budget: Budget) -> str:
     )
 
 
-def single_changes(options: Run, needs: Needs[Run]) -> Iterator[Change[Run]]:
+def single_changes(options: OptionsT, needs: Needs[OptionsT]) -> Iterator[Change[OptionsT]]:
     """Options that save device memory, each alone, with how they are written."""
     for change in needs.remedies:
         yield from _changes(options, change, needs)
     yield from swaps(options, needs, sorted({needs.blocks // 2, needs.blocks - 2}))
 
 
-def combined_changes(options: Run, needs: Needs[Run]) -> Iterator[Change[Run]]:
+def combined_changes(options: OptionsT, needs: Needs[OptionsT]) -> Iterator[Change[OptionsT]]:
     """The same on top of each other, as far as they go together."""
     for change in needs.together:
         for step in _changes(options, change, needs):
@@ -140,14 +140,16 @@ def combined_changes(options: Run, needs: Needs[Run]) -> Iterator[Change[Run]]:
             yield step
 
 
-def swaps(options: Run, needs: Needs[Run], counts: Iterable[int]) -> Iterator[Change[Run]]:
+def swaps(
+    options: OptionsT, needs: Needs[OptionsT], counts: Iterable[int]
+) -> Iterator[Change[OptionsT]]:
     """Block swap of more blocks than now."""
     for count in counts:
         if count > (options.blocks_to_swap or 0):
             yield from _changes(options, {"blocks_to_swap": count}, needs)
 
 
-def _changes(options: Run, change: dict, needs: Needs[Run]) -> Iterator[Change[Run]]:
+def _changes(options: OptionsT, change: dict, needs: Needs[OptionsT]) -> Iterator[Change[OptionsT]]:
     """The options with a change, if it can be (a package may be missing) and saves memory."""
     try:
         changed = dataclasses.replace(options, **change)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from anima_fast.adapters.targets import find_targets
 from anima_fast.memory.kept import BlockCount, Storages, kept, size, storages
-from anima_fast.memory.offload import BlockSettings
+from anima_fast.memory.offload import SaverSettings
 from anima_fast.memory.plan import (
     WORKSPACE_UNITS,
     Item,
@@ -187,7 +187,7 @@ class LoRANeeds(Needs["TrainOptions"]):
             maps = self._maps(options, DECODE_UNITS, self.preview)
             more = (Item("vae", vae, "VAE"), Item("maps", maps, "preview in the VAE"))
             phases.append(Phase("previews", (*resting, staying, *more)))
-        waiting = self.blocks * self.input_bytes if BlockSettings.of(options).offload else 0
+        waiting = self.blocks * self.input_bytes if SaverSettings.of(options).offload else 0
         return Prediction(tuple(phases), self.program + sum(in_host) + waiting, ASSUMED)
 
     def allows(self, before: TrainOptions, after: TrainOptions) -> bool:
@@ -259,7 +259,7 @@ class LoRANeeds(Needs["TrainOptions"]):
 
     def _block_bytes(self, options: TrainOptions) -> list[BlockBytes]:
         """Of every block."""
-        settings = BlockSettings.of(options, options.cuda_graphs)
+        settings = SaverSettings.of(options, options.cuda_graphs)
         policies = settings.policies(self.blocks, fused=self.fused)
         for index in swapped_indices(self.blocks, settings.blocks_to_swap):
             policies[index] = "block"

@@ -33,7 +33,7 @@ Packed = tuple[torch.device, Tensor]
 
 
 @dataclass(frozen=True)
-class BlockSettings:
+class SaverSettings:
     """How the blocks of a DiT run in less memory; without any of these they run plainly.
 
     Attributes:
@@ -52,7 +52,7 @@ class BlockSettings:
     cuda_graphs: bool | None = False
 
     @classmethod
-    def of(cls, options: MemoryOptions, cuda_graphs: bool | None = False) -> BlockSettings:
+    def of(cls, options: MemoryOptions, cuda_graphs: bool | None = False) -> SaverSettings:
         """Those of a run, whose rules have made checkpointing and offloading `recompute` block."""
         pinned, host = options.unsloth_offload_checkpointing, options.cpu_offload_checkpointing
         offload = "pinned" if pinned else "host" if host else ""
@@ -78,7 +78,7 @@ class BlockSettings:
         return policies
 
 
-PLAIN = BlockSettings()
+PLAIN = SaverSettings()
 
 
 def install_memory_savers(
@@ -91,7 +91,7 @@ def install_memory_savers(
 ) -> None:
     """`install_block_runner` and `compile_blocks` as the options of a run say."""
     fused = uses_fused_blocks(options.kernels, device, compiled=options.compile)
-    settings = BlockSettings.of(options, cuda_graphs)
+    settings = SaverSettings.of(options, cuda_graphs)
     install_block_runner(dit, settings, fused=fused, device=device, sink=sink)
     if options.compile:
         compile_blocks(
@@ -106,7 +106,7 @@ def install_memory_savers(
 
 def install_block_runner(
     dit: AnimaDiT,
-    settings: BlockSettings = PLAIN,
+    settings: SaverSettings = PLAIN,
     *,
     fused: bool = False,
     device: torch.device | str | None = None,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Options = TrainOptions | FinetuneOptions
 
-Run = TypeVar("Run", bound="Options")
+OptionsT = TypeVar("OptionsT", bound="Options")
 GIB = 2**30
 # Assumed: what a CUDA context with its libraries takes of a card.
 CONTEXT_GIB = 0.8
@@ -135,7 +135,7 @@ class Modes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Needs(ABC, Generic[Run]):
+class Needs(ABC, Generic[OptionsT]):
     """The prediction for any options of one kind of training, on the same data and device.
 
     Attributes:
@@ -152,8 +152,8 @@ class Needs(ABC, Generic[Run]):
 
     batch: LargestBatch
     device: torch.device
-    modes: Callable[[Run], Modes]
-    state_bytes: Callable[[Run], float]
+    modes: Callable[[OptionsT], Modes]
+    state_bytes: Callable[[OptionsT], float]
     subject: ClassVar[str]
     remedies: ClassVar[tuple[dict, ...]]
     together: ClassVar[tuple[dict, ...]]
@@ -165,11 +165,11 @@ class Needs(ABC, Generic[Run]):
         """Of the DiT."""
 
     @abstractmethod
-    def __call__(self, options: Run) -> Prediction:
+    def __call__(self, options: OptionsT) -> Prediction:
         """The prediction; `UserError` for options that cannot work."""
 
     @abstractmethod
-    def allows(self, before: Run, after: Run) -> bool:
+    def allows(self, before: OptionsT, after: OptionsT) -> bool:
         """Whether changed options can train, and train the same."""
 
     @property

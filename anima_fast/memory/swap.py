@@ -22,7 +22,7 @@ from torch.func import functional_call
 from anima_fast.errors import UserError
 from anima_fast.models.dit_layers import Shared
 
-Run = Callable[[Tensor, Shared], Tensor]
+BlockForward = Callable[[Tensor, Shared], Tensor]
 # Gets the index of a block and the gradients of its trained weights by name, on the device.
 Sink = Callable[[int, Mapping[str, Tensor]], None]
 
@@ -81,7 +81,7 @@ class BlockSwap:
     def __contains__(self, index: int) -> bool:
         return index in self.parameters
 
-    def runner(self, index: int, block: nn.Module) -> Run:
+    def runner(self, index: int, block: nn.Module) -> BlockForward:
         """A function that runs the block on fetched weights; its second call is the recompute."""
         forward = True
         trained = {n: p for n, p in self.parameters[index].items() if p.requires_grad}

@@ -12,15 +12,7 @@ from typing import Any
 
 from anima_fast.errors import UserError
 from anima_fast.migrate.diffusion_pipe_data import BatchSizes, convert_dataset, read_batch_sizes
-from anima_fast.migrate.ledger import (
-    DEFAULT,
-    EPOCH,
-    KERNELS,
-    WEIGHTS,
-    Ledger,
-    is_off,
-    is_rows,
-)
+from anima_fast.migrate.ledger import DEFAULT, EPOCH, KERNELS, WEIGHTS, Ledger, is_off, is_rows
 from anima_fast.migrate.optimizers import DIFFUSION_PIPE, Known, settle_arguments
 from anima_fast.migrate.paths import find_base, resolve
 from anima_fast.migrate.rows import Row, number, on, one_of, settle, when_on

@@ -99,7 +99,7 @@ def modulation(adaln: AdaLN, shared: Shared) -> Modulation:
 
 
 # (index, block, x, shared) → x
-BlockRunner = Callable[[int, Block, Tensor, Shared], Tensor]
+RunBlock = Callable[[int, Block, Tensor, Shared], Tensor]
 # (blocks, e, a) → the modulation of all blocks, [blocks, B, 9, D]
 Modulate = Callable[[Sequence[Block], Tensor, Tensor], Tensor]
 
@@ -119,7 +119,7 @@ class AnimaDiT(nn.Module):
         self.config = config
         self.attn_mode = attn_mode
         self.split_attn = False
-        self.block_runner: BlockRunner | None = None
+        self.block_runner: RunBlock | None = None
         self.graphs: Any = None
         self.modulate: Modulate | None = None
         channels = config.model_channels

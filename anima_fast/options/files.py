@@ -22,7 +22,7 @@ from anima_fast.options.run import RunOptions, TrainOptions
 
 # What the command line and the file may name besides the fields of `TrainOptions`.
 OTHER_NAMES = frozenset(itertools.chain(ALIASES, IGNORED, REFUSED))
-Run = TypeVar("Run", bound=RunOptions)
+OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
 def refused(cls: type) -> dict[str, str]:
@@ -38,8 +38,8 @@ def resolve_train_options(
     config_file: str | Path | None = None,
     *,
     complete: bool = True,
-    cls: type[Run] = TrainOptions,  # type: ignore[assignment]
-) -> tuple[Run, list[str]]:
+    cls: type[OptionsT] = TrainOptions,  # type: ignore[assignment]
+) -> tuple[OptionsT, list[str]]:
     """The checked options of a run from both sources, and the notices to show.
 
     Args:

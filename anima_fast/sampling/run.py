@@ -25,6 +25,7 @@ from anima_fast.models.checkpoint import Checkpoint
 from anima_fast.models.dit import dit_tensors, load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.models.model_files import check_model_files, given
+from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.options.sample import SampleOptions
 from anima_fast.progress import Progress
 from anima_fast.sampling.euler import sample_jobs
@@ -40,8 +41,7 @@ from anima_fast.sampling.pictures import (
     to_image,
 )
 from anima_fast.sampling.prompts import Job, batches, make_jobs, unescape
-from anima_fast.sampling.texts import adapt, encode_states, tokenize_prompt
-from anima_fast.session.vae_checkpoint import load_vae
+from anima_fast.sampling.texts import encode_prompts
 
 # A context belongs to a text and, where LoRA files change the text path, to their weights.
 Contexts = dict[tuple[str, tuple[float, ...]], Tensor]
@@ -196,10 +196,10 @@ def _encode(session: Session) -> Contexts:
         for text in job.texts:
             if (text, key) not in encoded:
                 _set_weights(attached, job.weights)
-                weighted = not options.no_prompt_weights
-                tokens = tokenize_prompt(tokenizers, unescape(text), weighted=weighted)
-                states = encode_states(tokens, encoder, device)
-                encoded[text, key] = adapt(tokens, states, adapter)
+                (encoded[text, key],) = encode_prompts(
+                    [unescape(text)], tokenizers, encoder, adapter, device=device,
+                    weighted=not options.no_prompt_weights,
+                )  # fmt: skip
             found[text, job.weights] = encoded[text, key]
     del encoder, adapter, attached
     free_memory(device, keep_cached=False)

@@ -14,6 +14,7 @@ comfy/sd1_clip.py. Training captions are never read this way.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,25 @@ def adapt(tokens: PromptTokens, states: Tensor, adapter: LLMAdapter) -> Tensor:
     if bool((tokens.weights == 1).all()):
         return context
     return context * tokens.weights.to(context)[None, :, None]
+
+
+@torch.no_grad()
+def encode_prompts(
+    prompts: Sequence[str],
+    tokenizers: Tokenizers,
+    encoder: TextEncoder,
+    adapter: LLMAdapter,
+    *,
+    device: torch.device,
+    weighted: bool = True,
+) -> list[Tensor]:
+    """Context [1, S, C] of each prompt, on the device; S differs."""
+    contexts = []
+    for prompt in prompts:
+        # One prompt at a time has no padding, so every row is a real one.
+        tokens = tokenize_prompt(tokenizers, prompt, weighted=weighted)
+        contexts.append(adapt(tokens, encode_states(tokens, encoder, device), adapter))
+    return contexts
 
 
 def zero_keys(context: Tensor) -> int:

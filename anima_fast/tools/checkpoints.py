@@ -107,10 +107,7 @@ def _prefixes(checkpoint: Checkpoint) -> dict[str, str]:
     dit = strip_prefix(keys)
     if dit is not None:
         found[""] = dit
-    for model, pattern in (
-        (names.ADAPTER, LAYER_OF_ADAPTER),
-        (names.TEXT_ENCODER, LAYER_OF_QWEN3),
-    ):
+    for model, pattern in ((names.ADAPTER, LAYER_OF_ADAPTER), (names.TEXT_ENCODER, LAYER_OF_QWEN3)):
         match = next((m for key in keys if (m := pattern.fullmatch(key))), None)
         if match:
             found[model] = match[1]

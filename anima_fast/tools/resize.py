@@ -17,13 +17,7 @@ from anima_fast.errors import UserError
 from anima_fast.models.adapter_kinds import LORA
 from anima_fast.progress import ItemProgress
 from anima_fast.tools.low_rank import weighted_sum
-from anima_fast.tools.networks import (
-    NetworkFile,
-    check_output,
-    dtype_of,
-    module_key,
-    with_comment,
-)
+from anima_fast.tools.networks import NetworkFile, check_output, dtype_of, module_key, with_comment
 from anima_fast.tools.ranks import ModuleLoss, RankRule, rounded
 
 

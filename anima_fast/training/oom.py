@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from anima_fast.errors import UserError
 from anima_fast.memory.free import free_memory, is_out_of_memory
-from anima_fast.memory.offload import BlockSettings, install_block_runner
+from anima_fast.memory.offload import SaverSettings, install_block_runner
 
 if TYPE_CHECKING:
     from anima_fast.options.training import MemoryOptions
@@ -81,7 +81,7 @@ class MemoryPolicies:
         policy = self._left.pop(0)
         install_block_runner(
             run.dit,
-            BlockSettings(policy.recompute, blocks_to_swap=policy.blocks_to_swap),
+            SaverSettings(policy.recompute, blocks_to_swap=policy.blocks_to_swap),
             device=run.device,
             fused=run.fused,
             sink=run.training.sink,

@@ -70,10 +70,7 @@ def show_memory(options: Options, *, say: Callable[[str], None]) -> None:
     """Say what a run would take, for `--plan_memory`, without loading any model."""
     device = choose_device(options.device)
     check_model_files(
-        options.pretrained_model_name_or_path,
-        options.qwen3,
-        options.vae,
-        options.llm_adapter_path,
+        options.pretrained_model_name_or_path, options.qwen3, options.vae, options.llm_adapter_path
     )
     if isinstance(options, TrainOptions):
         check_files(options)

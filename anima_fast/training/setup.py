@@ -25,7 +25,7 @@ from anima_fast.data.summary import list_epoch
 from anima_fast.device import DTYPES, check_torch_version, choose_device, set_backends
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder
-from anima_fast.memory.offload import BlockSettings
+from anima_fast.memory.offload import SaverSettings
 from anima_fast.models.attention import check_attn_mode
 from anima_fast.models.dit import AnimaDiT, load_dit
 from anima_fast.models.model_files import check_model_files
@@ -95,15 +95,12 @@ def check_start(options: AnyOptions, training: Training, device: torch.device) -
     check_attn_mode(options.attn_mode, training=True, device=device, dtype=dtype)
     fused = training.fused
     dit = check_model_files(
-        options.pretrained_model_name_or_path,
-        options.qwen3,
-        options.vae,
-        options.llm_adapter_path,
+        options.pretrained_model_name_or_path, options.qwen3, options.vae, options.llm_adapter_path
     )
     training.check(dit)
     find_optimizer(options.optimizer_type)
     collect_prompts(options)
-    BlockSettings.of(options, training.cuda_graphs).policies(dit.num_blocks, fused=fused)
+    SaverSettings.of(options, training.cuda_graphs).policies(dit.num_blocks, fused=fused)
     if options.mixed_precision == "bf16" and device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         if major < 8:

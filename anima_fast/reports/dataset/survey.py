@@ -64,12 +64,7 @@ class Survey:
 
 
 def survey_dataset(
-    options: TrainOptions,
-    *,
-    decode: bool,
-    thumbnails: bool,
-    masked: bool,
-    on_progress: OnProgress,
+    options: TrainOptions, *, decode: bool, thumbnails: bool, masked: bool, on_progress: OnProgress
 ) -> Survey:
     """Look at everything that the options would train; no model file is opened but the tokenizers.
 

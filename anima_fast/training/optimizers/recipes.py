@@ -41,8 +41,7 @@ RECIPES = {
     "SGDNesterov8bit": Recipe(BITSANDBYTES, "SGD8bit", defaults=NESTEROV),
     "DAdaptation": Recipe(f"{DADAPTATION}.experimental", "DAdaptAdamPreprint", adaptive=True),
     **_recipes(
-        BITSANDBYTES,
-        "AdamW8bit PagedAdamW PagedAdamW8bit PagedAdamW32bit Lion8bit PagedLion8bit",
+        BITSANDBYTES, "AdamW8bit PagedAdamW PagedAdamW8bit PagedAdamW32bit Lion8bit PagedLion8bit"
     ),
     **_recipes(
         DADAPTATION, "DAdaptAdam DAdaptAdaGrad DAdaptAdan DAdaptLion DAdaptSGD", adaptive=True
