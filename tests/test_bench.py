@@ -527,4 +527,4 @@ def test_a_tool_that_is_missing_is_told_with_what_to_type(tool):
     if torch.cuda.is_available():
         pytest.skip("there is a card")
     done = invoke("profile", "gelu", "--tool", tool)
-    assert "needs a CUDA card; there: " in str(done.exception)
+    assert done.exit_code == 2 and "needs a CUDA card; there: " in done.output

@@ -59,8 +59,8 @@ class Choice:
     @classmethod
     def loads(cls, text: str) -> Choice:
         """The choice of `dumps`."""
-        values: dict[str, Any] = json.loads(text)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values: Any = json.loads(text)
+        return cls(**values | {k: tuple(v) for k, v in values.items() if isinstance(v, list)})
 
 
 def parse_choice(

@@ -48,8 +48,9 @@ class Running:
         paths = [str(root), variables.get("PYTHONPATH", "")]
         variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         self.process = subprocess.Popen(
-            command(group, choice), cwd=root, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=self._log, text=True, encoding="utf-8", start_new_session=True,
+            command(group, choice), cwd=root, env=variables, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=self._log, text=True, encoding="utf-8",
+            start_new_session=True,
         )  # fmt: skip
         threading.Thread(target=self._read, args=(queue,), daemon=True).start()
 
