@@ -108,12 +108,18 @@ def same_tensors(a: Path, b: Path) -> bool:
     )
 
 
-def assert_close_files(a: Path, b: Path, *, atol: float = 2e-5, rtol: float = 1e-3) -> None:
-    """Two files hold tensors of the same names and nearly the same values."""
+def assert_close_files(a: Path, b: Path, *, atol: float = 1e-4, rtol: float = 1e-3) -> None:
+    """Two files hold tensors of the same names and nearly the same values.
+
+    Adam divides a gradient by its own size, so a single element whose gradient is near zero may
+    move by a tenth of a step (atol) when sums round otherwise; a whole tensor may not (rtol).
+    """
     left, right = load_file(a), load_file(b)
     assert left.keys() == right.keys()
     for key in left:
         torch.testing.assert_close(left[key], right[key], atol=atol, rtol=rtol)
+        difference = (left[key].float() - right[key].float()).norm()
+        assert difference <= rtol * right[key].float().norm() + 1e-6, key
 
 
 RUNNER = """
