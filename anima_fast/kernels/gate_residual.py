@@ -23,6 +23,7 @@ from torch import Tensor
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.dispatch import rows
 from anima_fast.kernels.layernorm_modulate import (
+    MODEL_ROWS,
     ROW_SHAPES,
     check_modulation,
     row_chunks,
@@ -205,6 +206,9 @@ OP = Op(
     make_inputs=_inputs,
     grads=("x", "y", "gate"),
     shapes=ROW_SHAPES,
+    model_shapes=MODEL_ROWS[:1],
+    # dgate: all tokens.
+    summed=lambda sizes: sizes["L"],
     real_shapes=lambda tokens: {"": {"B": 1, "L": tokens, "D": 2048}},
     cost=_cost,
     cost_note="read x and y, write x'; read dx', write dy",

@@ -25,11 +25,14 @@ from anima_fast.kernels import dispatch
 from anima_fast.kernels.dispatch import rows
 from anima_fast.kernels.layernorm_modulate import (
     EPS,
+    MODEL_ROWS,
     ROW_SHAPES,
+    SMALL,
     check_modulation,
     layernorm_dx,
     layernorm_modulate_backward,
     layernorm_modulate_reference,
+    longest_sum,
     normalized,
     row_chunks,
     row_warps,
@@ -294,8 +297,9 @@ def gate_residual_layernorm_modulate(
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
     b, l, d = sizes["B"], sizes["L"], sizes["D"]
+    x = randn(b, l, d, dtype=dtype, device=device) * 2 + 1
     return {
-        "x": randn(b, l, d, dtype=dtype, device=device) * 2 + 1,
+        "x": x * SMALL if sizes.get("small") else x,
         "y": randn(b, l, d, dtype=dtype, device=device),
         "gate": randn(b, d, dtype=dtype, device=device),
         "scale": randn(b, d, dtype=dtype, device=device) * 0.5,
@@ -315,6 +319,8 @@ OP = Op(
     make_inputs=_inputs,
     grads=("x", "y", "gate", "scale", "shift"),
     shapes=ROW_SHAPES,
+    model_shapes=MODEL_ROWS,
+    summed=longest_sum,
     real_shapes=lambda tokens: {"": {"B": 1, "L": tokens, "D": 2048}},
     cost=_cost,
     cost_note="read x and y, write x' and h; read dx', dh and x', write dx and dy",

@@ -183,6 +183,8 @@ OP = Op(
         {"B": 2, "L": 3, "D": 7},
         {"B": 2, "L": 27, "D": 97},
     ),
+    model_shapes=({"B": 1, "L": 3, "D": 8192},),
+    summed=lambda _sizes: 1,
     real_shapes=lambda tokens: {"": {"B": 1, "L": tokens, "D": 8192}},
     cost=_cost,
     cost_note="read a, write g; read dg and a, write da",
