@@ -1,6 +1,6 @@
 """LoRA, LoHa, LoKr and DoRA on one layer against lycoris-lora: time and bytes kept for backward.
 
-    python benchmarks/adapters.py --size 2048 8192 --tokens 1024 --rank 16 --out adapters.json
+    python benchmarks/adapters.py --size 2048 8192 --tokens 1024 --rank 16 --out adapters.jsonl
 
 Forward and backward of a frozen linear layer with one adapter, the same values on both sides.
 Ours runs in float32 as the package does; the ratio is the median of the ratios within a repeat,
@@ -11,9 +11,6 @@ layer's own weight left out. On a CUDA card when there is one. Needs lycoris-lor
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import platform
 import statistics
 import sys
 import time
@@ -31,6 +28,9 @@ from anima_fast.adapters.layers import Dropouts
 from anima_fast.adapters.lora import LAYERS
 from anima_fast.adapters.lycoris import initial_magnitudes
 from anima_fast.adapters.targets import Target
+from anima_fast.bench.environment import environment, version
+from anima_fast.bench.run_file import Measurement, sampled, write_run
+from anima_fast.bench.tables import table
 from anima_fast.models.adapter_kinds import LOHA, LOKR, LORA
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,35 +111,36 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, arguments: argparse.Namespace) -> dict:
-    """Ratio of times and kept bytes of one kind."""
+def measure(name: str, arguments: argparse.Namespace) -> list[Measurement]:
+    """Times, kept bytes and the difference of one kind."""
     inputs, outputs = arguments.size
     torch.manual_seed(0)
-    plain = nn.Linear(inputs, outputs, bias=False, device=DEVICE).requires_grad_(False)
-    delta = make_delta(name, plain, arguments.rank)
+    linear = nn.Linear(inputs, outputs, bias=False, device=DEVICE).requires_grad_(False)
+    delta = make_delta(name, linear, arguments.rank)
     x = torch.randn(arguments.tokens, inputs, device=DEVICE)
     dy = torch.randn(arguments.tokens, outputs, device=DEVICE)
     twin = nn.Linear(inputs, outputs, bias=False, device=DEVICE).requires_grad_(False)
-    twin.weight.copy_(plain.weight)
-    modules = {"lycoris": theirs(delta, twin), "ours": ours(delta, plain)}
+    twin.weight.copy_(linear.weight)
+    modules = {"lycoris": theirs(delta, twin), "own": ours(delta, linear)}
     results = {provider: step(module, x, dy) for provider, module in modules.items()}
-    error = (results["ours"] - results["lycoris"]).abs().max() / results["lycoris"].abs().max()
+    error = (results["own"] - results["lycoris"]).abs().max() / results["lycoris"].abs().max()
     if error > 1e-4:
         raise SystemExit(f"{name}: ours differs from lycoris by {error:.1e}, nothing is timed")
     seconds: dict[str, list[float]] = {provider: [] for provider in modules}
     for _ in range(arguments.repeats):
         for provider, module in modules.items():
             seconds[provider].append(timed(lambda m=module: step(m, x, dy)))
-    ratios = [a / b for a, b in zip(seconds["lycoris"], seconds["ours"], strict=True)]
-    return {
-        "kind": name,
-        "ours_ms": 1e3 * statistics.median(seconds["ours"]),
-        "lycoris_ms": 1e3 * statistics.median(seconds["lycoris"]),
-        "speedup": statistics.median(ratios),
-        "ours_kept_mib": kept_mib(modules["ours"], x, plain.weight),
-        "lycoris_kept_mib": kept_mib(modules["lycoris"], x, twin.weight),
-        "difference": error.item(),
-    }
+    size = f"{inputs}->{outputs} M={arguments.tokens} R={arguments.rank}"
+    plain = Measurement(name, "time", None, "s", f"{size} threads={arguments.threads}", "float32",
+                        mode="both")  # fmt: skip
+    rows = []
+    for provider, module in modules.items():
+        row = replace(plain, provider=provider)
+        weight = linear.weight if provider == "own" else twin.weight
+        kept = kept_mib(module, x, weight) * 2**20
+        rows += [sampled(row, seconds[provider]),
+                 replace(row, metric="kept", unit="bytes", value=kept)]  # fmt: skip
+    return [*rows, replace(plain, metric="error", unit="largest", value=error.item())]
 
 
 def main() -> None:
@@ -150,25 +151,23 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each provider")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--out", type=Path, help="write the figures to this run file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = [measure(name, arguments) for name in KINDS]
+    rows = [row for name in KINDS for row in measure(name, arguments)]
     print(f"{arguments.size[0]} -> {arguments.size[1]}, {arguments.tokens} rows, float32, {DEVICE}")
-    print(f"{'':14}{'ours ms':>10}{'lycoris':>10}{'speed-up':>10}{'kept MiB':>10}{'lycoris':>10}")
-    for row in rows:
-        print(
-            f"{row['kind']:14}{row['ours_ms']:>10.1f}{row['lycoris_ms']:>10.1f}"
-            f"{row['speedup']:>9.2f}x{row['ours_kept_mib']:>10.2f}{row['lycoris_kept_mib']:>10.2f}"
-        )
+    found = {(row.op, row.provider, row.metric): row for row in rows}
+    lines = []
+    for name in KINDS:
+        own, theirs = (found[name, provider, "time"] for provider in ("own", "lycoris"))
+        speed = statistics.median(b / a for a, b in zip(own.samples, theirs.samples, strict=True))
+        kept = [found[name, p, "kept"].value / 2**20 for p in ("own", "lycoris")]
+        lines.append((name, f"{1e3 * own.value:.1f}", f"{1e3 * theirs.value:.1f}", f"{speed:.2f}x",
+                      *(f"{mib:.2f}" for mib in kept)))  # fmt: skip
+    header = ("", "own ms", "lycoris", "speed-up", "kept MiB", "lycoris")
+    print(table(header, lines))
     if arguments.out:
-        from anima_fast.files import write_json
-
-        setting = {n: getattr(arguments, n) for n in ("size", "tokens", "rank", "threads")}
-        versions = {n: importlib.metadata.version(n) for n in ("torch", "lycoris-lora")}
-        machine = {"device": DEVICE, "python": platform.python_version(), **versions}
-        date = datetime.date.today().isoformat()
-        write_json(arguments.out, {**setting, **machine, "date": date, "results": rows})
+        write_run(arguments.out, environment() | {"lycoris": version("lycoris-lora")}, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """VAE encoding against diffusers: time and peak memory on the same random weights and image.
 
-    python benchmarks/vae_encode.py --size 512 --width 96 --threads 1 --out vae.json
+    python benchmarks/vae_encode.py --size 512 --width 96 --threads 1 --out vae.jsonl
 
 Time: one process, every provider warmed with one encode, then interleaved repeats; the ratio is the
 median of the ratios within a repeat, which a busy machine disturbs least. Memory: a fresh process
@@ -12,21 +12,24 @@ posterior mean in float32 on the CPU. Needs diffusers.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from anima_fast.bench.environment import environment, version
+from anima_fast.bench.run_file import Measurement, sampled, write_run
+from anima_fast.bench.tables import table
 
 REFERENCE = "diffusers"
 PROVIDERS = (REFERENCE, "anima_fast", "anima_fast chunk_rows=64")
@@ -68,7 +71,7 @@ def make_image(size: int) -> Tensor:
 
 @torch.inference_mode()
 def measure_times(weights: Path, width: int, size: int, repeats: int) -> dict[str, dict]:
-    """Median seconds, ratio to the reference and largest difference from it, per provider."""
+    """Seconds of each encode and the largest difference from the reference, per provider."""
     encoders = {provider: load(provider, weights, width) for provider in PROVIDERS}
     image = make_image(size)
     results = {provider: encode(image) for provider, encode in encoders.items()}
@@ -78,12 +81,10 @@ def measure_times(weights: Path, width: int, size: int, repeats: int) -> dict[st
             start = time.perf_counter()
             encode(image)
             seconds[provider].append(time.perf_counter() - start)
-    reference = seconds[REFERENCE]
     return {
         provider: {
-            "seconds": statistics.median(times),
-            "speedup": statistics.median(r / t for r, t in zip(reference, times, strict=True)),
-            "max_difference": (results[provider] - results[REFERENCE]).abs().max().item(),
+            "samples": times,
+            "difference": (results[provider] - results[REFERENCE]).abs().max().item(),
         }
         for provider, times in seconds.items()
     }
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=96, help="base width of the VAE (channels)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--repeats", type=int, default=3, help="timed encodes per provider")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--out", type=Path, help="write the figures to this run file")
     parser.add_argument("--worker", choices=PROVIDERS, help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -145,40 +146,34 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace, times: dict[str, dict], memory: dict[str, dict]) -> None:
-    """Print one row per provider and write the JSON file if one is asked for."""
-    print(f"{arguments.size}x{arguments.size}, width {arguments.width}, float32, CPU, "
-          f"{arguments.threads} thread(s)")  # fmt: skip
-    titles = ("seconds", "speed-up", "peak MiB", "of ref.", "diff")
-    print(f"{'provider':<26}" + "".join(f"{title:>10}" for title in titles))
+    """Print one row per provider and write the run file if one is asked for."""
+    size = f"{arguments.size}x{arguments.size} width={arguments.width} threads={arguments.threads}"
+    print(f"{size}, float32, CPU")
     rows = []
-    for provider, row in times.items():
-        peak = memory.get(provider, {}).get("peak_mib")
-        share = peak / memory[REFERENCE]["peak_mib"] if peak else None
-        rows.append({"provider": provider, **row, "peak_mib": peak, "peak_ratio": share})
-        sizes = f"{peak:>10.0f}{share:>10.2f}" if peak else f"{'-':>10}{'-':>10}"
-        print(f"{provider:<26}{row['seconds']:>10.2f}{row['speedup']:>9.2f}x{sizes}"
-              f"{row['max_difference']:>10.1e}")  # fmt: skip
+    for provider, found in times.items():
+        plain = Measurement("vae_encode", "time", None, "s", size, "float32", provider, "fwd")
+        rows.append(sampled(plain, found["samples"]))
+        rows.append(replace(plain, metric="error", unit="largest", value=found["difference"]))
+        if provider in memory:
+            peak = memory[provider]["peak_mib"] * 2**20
+            rows.append(replace(plain, metric="peak", unit="bytes", value=peak))
+    values = {(row.provider, row.metric): row for row in rows}
+    lines = []
+    for provider in times:
+        time, peak = (values.get((provider, metric)) for metric in ("time", "peak"))
+        reference = values[REFERENCE, "time"]
+        speed = statistics.median(
+            r / t for r, t in zip(reference.samples, time.samples, strict=True)
+        )
+        share = peak.value / values[REFERENCE, "peak"].value if peak else None
+        lines.append((
+            provider, f"{time.value:.2f}", f"{speed:.2f}x",
+            f"{peak.value / 2**20:.0f}" if peak else "-", f"{share:.2f}" if peak else "-",
+            f"{values[provider, 'error'].value:.1e}",
+        ))  # fmt: skip
+    print(table(("provider", "seconds", "speed-up", "peak MiB", "of ref.", "diff"), lines))
     if arguments.out:
-        from anima_fast.files import write_json
-
-        setting = {n: getattr(arguments, n) for n in ("size", "width", "threads", "repeats")}
-        write_json(arguments.out, {**setting, **environment(), "results": rows})
-
-
-def environment() -> dict[str, str]:
-    """Where and when the figures were taken."""
-    import diffusers
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": models[0] if models else platform.processor(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
+        write_run(arguments.out, environment() | {"diffusers": version("diffusers")}, rows)
 
 
 if __name__ == "__main__":

@@ -14,29 +14,32 @@ class Metric:
         better: "less", "more", or "" where any change is one for the worse.
         limit: the relative change for the worse that is still accepted; None: never fails.
         exact: repeated runs give the same digits, so that any change is one of the code.
+        parts: "judged" one by one as the value is; "counted", where a part that is absent is 0;
+            or only "shown", where the value is their sum.
     """
 
     unit: str
     better: str = "less"
     limit: float | None = 0.0
     exact: bool = True
+    parts: str = "judged"
 
 
 METRICS = {
     "error": Metric("relative", limit=0.05),
     "time": Metric("s", limit=None, exact=False),
-    "kept": Metric("bytes"),
-    "peak": Metric("bytes"),
-    "launches": Metric("launches"),
-    "units": Metric("[L, D]"),
+    "kept": Metric("bytes", parts="shown"),
+    "peak": Metric("bytes", parts="shown"),
+    "launches": Metric("launches", parts="shown"),
+    "units": Metric("[L, D]", parts="shown"),
     "registers": Metric("registers"),
     "spills": Metric("bytes"),
     "shared": Metric("bytes", limit=None),
     "occupancy": Metric("share", better="more", limit=0.0),
-    "instructions": Metric("instructions", better="", limit=None),
+    "instructions": Metric("instructions", better="", limit=None, parts="shown"),
     # Losses repeat to the last digits on one machine and to some 1e-6 between processors.
     "loss": Metric("loss", better="", limit=1e-3),
-    "modules": Metric("modules"),
+    "modules": Metric("packages", parts="counted"),
     "startup": Metric("s", limit=None, exact=False),
     # What a card can do, measured in the same run: never a verdict.
     "ceiling": Metric("1/s", better="more", limit=None, exact=False),

@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,8 +27,11 @@ from typing import Any
 
 import torch
 
+from anima_fast.bench.choice import Choice
 from anima_fast.bench.dry import Launch, dry_launches, run_op
 from anima_fast.bench.fused_block import FUSED_BLOCK
+from anima_fast.bench.metrics import METRICS
+from anima_fast.bench.run_file import Measurement
 from anima_fast.errors import UserError
 from anima_fast.kernels.dispatch import SHARED_KIB
 from anima_fast.kernels.op import Op
@@ -289,6 +293,42 @@ def check(rows: Iterable[Resources]) -> list[str]:
         for row in rows
         for problem in row.problems
     ]
+
+
+def rows(choice: Choice) -> Iterator[list[Measurement]]:
+    """For each op: registers, spills, shared memory and occupancy of each kernel on each card, the
+    variants as parts.
+
+    A quick choice compiles bfloat16 for one capability.
+    """
+    archs = choice.archs or ((FULL_ARCH,) if choice.quick else ARCHS)
+    names = choice.dtypes or (("bfloat16", "float32") if choice.quick else ())
+    dtypes = [getattr(torch, name) for name in names] or None
+    for name, op in COMPILED.items():
+        if not choice.wants_op("block" if op is FUSED_BLOCK else name):
+            continue
+        if choice.quick and not choice.dtypes and torch.bfloat16 in op.dtypes:
+            dtypes = [torch.bfloat16]
+        found = measure(ops={name: op}, archs=archs, dtypes=dtypes, quick=choice.quick)
+        yield list(_measurements(found))
+
+
+def _measurements(found: Iterable[Resources]) -> Iterator[Measurement]:
+    kernels: dict[tuple[str, ...], list[Resources]] = defaultdict(list)
+    for one in found:
+        kernels[one.op, one.kernel, f"sm_{one.arch}", one.dtype].append(one)
+    for (op, kernel, arch, dtype), variants in kernels.items():
+        row = Measurement(op, "registers", None, "registers", kernel, dtype, mode=arch,
+                          source="compiler", note="; ".join(check(variants)))  # fmt: skip
+        for metric, value, worst in (
+            ("registers", "registers", max),
+            ("spills", "spill_bytes", max),
+            ("shared", "shared_bytes", max),
+            ("occupancy", "occupancy", min),
+        ):
+            parts = {v.config: float(getattr(v, value)) for v in variants if not v.error}
+            yield replace(row, metric=metric, unit=METRICS[metric].unit, parts=parts,
+                          value=worst(parts.values(), default=None))  # fmt: skip
 
 
 def as_record(row: Resources) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def read_run(path: Path) -> Run:
     cut = bool(lines.pop())
     if not lines:
         raise UserError(f"{path} is empty or cut before its first line's end: no run is in it")
-    first = _parsed(lines[0], path, 1)
+    first = _parsed(lines[0], f"{path}, line 1,")
     if first.get("format") != FORMAT:
         raise UserError(f"{path} is no run file: `anima-fast bench run --out FILE` writes one")
     if first.get("version") != VERSION:
@@ -160,23 +160,24 @@ def read_run(path: Path) -> Run:
             f"{path} has version {first.get('version')} of the format, this program reads "
             f"{VERSION}: measure again with one program, or compare the commits instead"
         )
-    rows = tuple(_row(_parsed(line, path, i), path, i) for i, line in enumerate(lines[1:], 2))
+    rows = tuple(parse_row(line, f"{path}, line {i},") for i, line in enumerate(lines[1:], 2))
     return Run(first.get("environment", {}), rows, str(path), cut)
 
 
-def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
+def parse_row(line: str, where: str) -> Measurement:
+    """A measurement from its line. Raises `UserError` for another one; `where` is for its text."""
+    values = _parsed(line, where)
+    try:
+        return Measurement(**{**values, "samples": tuple(values.get("samples", ()))})
+    except TypeError as error:
+        raise UserError(f"{where} is no measurement: {error}") from error
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{path}, line {number}, is damaged: {error}") from error
+        raise UserError(f"{where} is damaged: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}, line {number}, is no JSON object")
+        raise UserError(f"{where} is no JSON object")
     return value
-
-
-def _row(values: dict[str, Any], path: Path, number: int) -> Measurement:
-    try:
-        row = Measurement(**{**values, "samples": tuple(values.get("samples", ()))})
-    except TypeError as error:
-        raise UserError(f"{path}, line {number}, is no measurement: {error}") from error
-    return row

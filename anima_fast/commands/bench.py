@@ -1,11 +1,13 @@
-"""`anima-fast bench`: what kernels need and how fast they should be.
+"""`anima-fast bench`: measure, compare, follow, profile and predict.
 
 Torch and Triton are imported when a command runs, not for `--help`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -13,10 +15,146 @@ from anima_fast.errors import UserError
 
 bench = typer.Typer(
     name="bench",
-    help="What the kernels need and how fast they should be.",
+    help="Measure the kernels, compare runs, predict a step.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+Ops = Annotated[
+    list[str] | None,
+    typer.Argument(help="Ops of the registry, or block, step, loss, program; all when none."),
+]
+Cases = Annotated[
+    list[str] | None, typer.Option("--case", help="Sizes instead of the model's: L=4096,B=2.")
+]
+Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help="float16, bfloat16, ...")]
+Providers = Annotated[
+    list[str] | None, typer.Option("--provider", help="own, eager, compile or a library.")
+]
+Modes = Annotated[list[str] | None, typer.Option("--mode", help="fwd, bwd, both.")]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option("--metric", help="error, time, kept, peak, launches, registers, loss, ..."),
+]
+Archs = Annotated[
+    list[int] | None, typer.Option("--arch", help="Capability to compile for, 89 for 8.9.")
+]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option("--fail-if", help='Limits: "time:5% error:5% registers:0 launches:0 kept:0".'),
+]
+Page = Annotated[Path | None, typer.Option("--html", help="Write a page with tables and plots.")]
+
+
+def _choice(ops: Sequence[str] | None, **words: Any) -> Any:
+    from anima_fast.bench.choice import parse_choice
+
+    given = {name: value if value is not None else () for name, value in words.items()}
+    return parse_choice(ops or (), **given)
+
+
+@bench.command("run")
+def _run(
+    ops: Ops = None,
+    case: Cases = None,
+    dtype: Dtypes = None,
+    provider: Providers = None,
+    mode: Modes = None,
+    metric: Metrics = None,
+    arch: Archs = None,
+    candidate: Annotated[
+        str, typer.Option("--candidate", help="FILE.py:function, one more provider of the op.")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="The set that CI runs.")] = False,
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="For each op and size, on a card.")
+    ] = 4.0,
+    out: Annotated[Path | None, typer.Option("--out", help="The run file to write.")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="A run file, or a folder of them, to compare with."),
+    ] = None,
+) -> None:
+    """Measure what this machine can into one run file, a JSON line each measurement.
+
+    Without a card: errors (interpreted), launches, kept and peak bytes of a block, registers, loss
+    curve, imported packages, start-up. On a card also time and memory. Ends with status 1 when a
+    value is wrong, a group fails, something that was asked for cannot be measured here, or
+    --against finds something worse.
+    """
+    from anima_fast.bench.command import run_command
+
+    choice = _choice(ops, cases=case, dtypes=dtype, providers=provider, modes=mode, metrics=metric,
+                     archs=arch, candidate=candidate, quick=quick, seconds=seconds)  # fmt: skip
+    raise typer.Exit(run_command(choice, out, against, say=typer.echo))
+
+
+@bench.command("compare")
+def _compare(
+    a: Annotated[str, typer.Argument(help="A run file, a folder of them, or a commit.")],
+    b: Annotated[str, typer.Argument(help="A run file, or a commit.")],
+    fail_if: Limits = None,
+    html: Page = None,
+    op: Annotated[list[str] | None, typer.Option("--op", help="Of commits: only this.")] = None,
+    metric: Metrics = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Of commits: all, not the quick set.")
+    ] = False,
+) -> None:
+    """What moved from A to B; ends with status 1 when something is worse than its limit allows.
+
+    Commits are measured here, from git worktrees, in turn. What repeats to the digit is compared
+    exactly; a time is worse only when its whole 95 % interval lies beyond the limit.
+    """
+    from anima_fast.bench.command import compare_command
+
+    choice = _choice(op, metrics=metric, quick=not full)
+    raise typer.Exit(compare_command(a, b, fail_if or (), html, choice, say=typer.echo))
+
+
+@bench.command("history")
+def _history(
+    ops: Ops = None,
+    case: Cases = None,
+    dtype: Dtypes = None,
+    provider: Providers = None,
+    metric: Metrics = None,
+    folder: Annotated[Path, typer.Option("--folder", help="Where the run files are.")] = Path(
+        "bench_output"
+    ),
+    html: Page = None,
+) -> None:
+    """Values over the run files of a folder: a line each commit, and where one stepped."""
+    from anima_fast.bench.history import history, history_page, read_runs, text_of
+
+    choice = _choice(ops, cases=case, dtypes=dtype, providers=provider, metrics=metric)
+    runs = read_runs(folder)
+    found = history(runs, choice)
+    for line in text_of(found if ops or metric else [one for one in found if one.step is not None]):
+        typer.echo(line)
+    if html:
+        history_page(html, runs, found)
+        typer.echo(f"wrote {html}")
+
+
+@bench.command("profile")
+def _profile(
+    op: Annotated[str, typer.Argument(help="An op of the registry, block, or step.")],
+    case: Cases = None,
+    dtype: Dtypes = None,
+    provider: Providers = None,
+    arch: Archs = None,
+    tool: Annotated[str, typer.Option("--tool", help="proton, ncu, nsys or sass.")] = "proton",
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Of sass: a run file to compare with.")
+    ] = None,
+) -> None:
+    """An op once under a profiler, as a tree; `step`: phases and gaps; sass needs no card."""
+    from anima_fast.bench.command import profile_command
+
+    choice = _choice([op], cases=case, dtypes=dtype, providers=provider, archs=arch)
+    raise typer.Exit(profile_command(op, tool, choice, against, say=typer.echo))
 
 
 @bench.command("resources")
@@ -105,12 +243,3 @@ def _model(
         found = prediction(*measured_card(), tokens=tokens, batch=batch, rank=rank)
         found["source"] = "measured here"
     typer.echo(dumps(found, indent=1) if json else prediction_text(found))
-
-
-@bench.command("all", context_settings={"ignore_unknown_options": True})
-def _all(words: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
-    """Say where the whole suite is: in a checkout, as `make gpu`."""
-    raise UserError(
-        "the suite of tests, parity and benchmarks is part of the repository, not of the installed "
-        "program: in a checkout run `make gpu`, or `python -m benchmarks.suite --out DIR`"
-    )

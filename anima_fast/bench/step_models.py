@@ -101,6 +101,7 @@ class Phases:
     """A training step in three calls, which share the loss."""
 
     loss: Tensor
+    inputs: Inputs
 
     def forward(self) -> None:
         """Loss of the batch."""
@@ -110,6 +111,10 @@ class Phases:
         """Gradients."""
         self.loss.backward()
         del self.loss
+
+    def gradient(self) -> Tensor:
+        """All gradients, as one vector."""
+        raise NotImplementedError
 
     def optimize(self) -> None:
         """Clip, step, zero."""
@@ -140,35 +145,34 @@ class Bench(Phases):
         own = FlatAdamW(self.network.param_groups(), flat, self.network.flat_grad)
         # Loss and optimizer are the project's kernels where the blocks are, as in the trainer.
         self.optimizers: dict[bool, torch.optim.AdamW] = {False: eager, True: own}
-        self.ours = False
-        self.inputs: Inputs | None = None
+        self.own = False
         self.graphs = BlockGraphs()
         # What stands in each block for a provider, kept for its next turn.
         self._compiled: list[Any] = []
         self._fused: dict[str, list[Any]] = {}
 
     def switch(self, provider: str) -> None:
-        """To eager, compiled, or ours and a policy, by our attention or as graphs.
+        """To eager, compile, or own and a policy, by our attention or as graphs.
 
-        The last three as in "ours mlp", "ours none triton-attention" and "ours none graphs".
+        The last three as in "own mlp", "own none triton-attention" and "own none graphs".
         """
         words, blocks = provider.split(), list(self.dit.blocks)
-        self.ours = words[0] == "ours"
+        self.own = words[0] == "own"
         self.dit.attn_mode = "triton" if "triton-attention" in words else "torch"
-        if words[0] == "ours" and words[1] not in self._fused:
+        if words[0] == "own" and words[1] not in self._fused:
             install_block_runner(self.dit, fused=True, recompute=words[1])
             self._fused[words[1]] = [block.fused for block in blocks]
-        if provider == "compiled" and not self._compiled:
+        if provider == "compile" and not self._compiled:
             install_block_runner(self.dit)
             # Room for a graph per block: beyond the limit blocks would silently run eagerly.
             compile_blocks(self.dit, cache_size_limit=4 * len(blocks))
             self._compiled = [block._compiled_call_impl for block in blocks]
         nothing = [None] * len(blocks)
-        fused = self._fused[words[1]] if words[0] == "ours" else nothing
-        compiled = self._compiled if provider == "compiled" else nothing
+        fused = self._fused[words[1]] if words[0] == "own" else nothing
+        compiled = self._compiled if provider == "compile" else nothing
         for block, runner, graph in zip(blocks, fused, compiled, strict=True):
             block.fused, block._compiled_call_impl = runner, graph
-        self.dit.modulate = batched_modulation if words[0] == "ours" else None
+        self.dit.modulate = batched_modulation if words[0] == "own" else None
         self.dit.graphs = self.graphs if "graphs" in words else None
 
     def forward(self) -> None:
@@ -177,11 +181,14 @@ class Bench(Phases):
         def velocity(x: Tensor) -> Tensor:
             return self.dit(x, i.sigma, i.context, zero_keys=i.zero_keys)
 
-        self.loss = i.loss(velocity, fused=self.ours)
+        self.loss = i.loss(velocity, fused=self.own)
+
+    def gradient(self) -> Tensor:
+        return self.network.flat_grad
 
     def optimize(self) -> None:
-        optimizer = self.optimizers[self.ours]
-        if self.ours:
+        optimizer = self.optimizers[self.own]
+        if self.own:
             optimizer.clip_gradients(1.0)
         else:
             clip_flat_grad(self.network.flat_grad, 1.0)
@@ -223,7 +230,6 @@ class Diffusers(Phases):
         for parameter in self.trained:
             parameter.data = parameter.data.float()
         self.optimizer = torch.optim.AdamW(self.trained, lr=RATE, fused=True if on_card() else None)
-        self.inputs: Inputs | None = None
 
     def forward(self) -> None:
         i = self.inputs
@@ -235,6 +241,9 @@ class Diffusers(Phases):
                 return self.model(image, i.sigma.to(DTYPE), padded).sample[:, :, 0]
 
         self.loss = i.loss(velocity)
+
+    def gradient(self) -> Tensor:
+        return torch.cat([p.grad.flatten() for p in self.trained])
 
     def optimize(self) -> None:
         nn.utils.clip_grad_norm_(self.trained, 1.0)

@@ -1,0 +1,127 @@
+"""What `bench run` is asked to measure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from anima_fast.bench.metrics import METRICS
+from anima_fast.errors import UserError
+
+# Beside the ops of the registry: one fused block, the training step, the loss curve, the program.
+WHOLES = ("block", "step", "loss", "program")
+MODES = ("fwd", "bwd", "both")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A selection; what is empty selects everything.
+
+    Attributes:
+        ops: names of the registry, or of `WHOLES`.
+        sizes: letters of the legend that replace those of the real shapes (`--case L=4096`).
+        dtypes, providers, modes, metrics: names.
+        archs: compute capabilities to compile for, 89 for 8.9.
+        candidate: FILE.py:function, one more provider; "" for none.
+        quick: the set that CI runs.
+        seconds: what each op at one size may take, on a card.
+    """
+
+    ops: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    dtypes: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    archs: tuple[int, ...] = ()
+    candidate: str = ""
+    quick: bool = False
+    seconds: float = 4.0
+
+    def wants(self, *metrics: str) -> bool:
+        """Whether one of these metrics is asked for."""
+        return not self.metrics or not set(metrics).isdisjoint(self.metrics)
+
+    def wants_op(self, *names: str) -> bool:
+        """Whether one of these ops is asked for."""
+        return not self.ops or not set(names).isdisjoint(self.ops)
+
+    def dumps(self) -> str:
+        """As text, for another process."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def loads(cls, text: str) -> Choice:
+        """The choice of `dumps`."""
+        values = json.loads(text)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def parse_choice(
+    ops: Iterable[str],
+    *,
+    cases: Iterable[str] = (),
+    archs: Iterable[int] = (),
+    candidate: str = "",
+    quick: bool = False,
+    seconds: float = 4.0,
+    **names: Iterable[str],
+) -> Choice:
+    """A choice from the words of a command line; commas separate as repeated options do.
+
+    Args:
+        ops: names.
+        cases: "L=4096,B=2".
+        archs, candidate, quick, seconds: as `Choice` has them.
+        names: dtypes, providers, modes, metrics.
+
+    Raises:
+        UserError: a name or a size that does not exist.
+    """
+    from anima_fast.bench.providers import load_candidate, provider_names
+    from anima_fast.bench.step import MODELS
+    from anima_fast.kernels.registry import OPS
+
+    wholes = {name.split()[0] for model in MODELS.values() for name in model}
+    known = {
+        "ops": (*OPS, *WHOLES),
+        "dtypes": DTYPES,
+        "providers": (*provider_names(), *sorted(wholes - set(provider_names()))),
+        "modes": MODES,
+        "metrics": tuple(METRICS),
+    }
+    options = {"ops": "OP", "dtypes": "--dtype", "providers": "--provider", "modes": "--mode",
+               "metrics": "--metric"}  # fmt: skip
+    chosen = {}
+    for kind, given in {"ops": ops, **names}.items():
+        words = [word for text in given for word in text.split(",") if word]
+        for word in words:
+            if word not in known[kind]:
+                raise UserError(f"{options[kind]} {word}: use one of {', '.join(known[kind])}")
+        chosen[kind] = tuple(dict.fromkeys(words))
+    if candidate:
+        # Before anything is measured; the op's process loads it again.
+        load_candidate(candidate)
+        if len(chosen["ops"]) != 1 or chosen["ops"][0] in WHOLES:
+            raise UserError("--candidate needs the name of the one op that it computes")
+    return Choice(
+        sizes=_sizes(cases),
+        archs=tuple(archs),
+        candidate=candidate,
+        quick=quick,
+        seconds=seconds,
+        **chosen,
+    )
+
+
+def _sizes(cases: Iterable[str]) -> dict[str, int]:
+    sizes = {}
+    for word in (word for text in cases for word in text.split(",") if word):
+        letter, _, number = word.partition("=")
+        if not number.isdecimal() or not int(number) or not letter.isidentifier():
+            raise UserError(f"--case {word}: expected sizes such as L=4096,B=2")
+        sizes[letter] = int(number)
+    return sizes

@@ -1,0 +1,257 @@
+"""What moved between two runs, and whether it may.
+
+A number that repeats to the digit is compared exactly: any difference is the code's. Times are
+compared by the ratios of samples that were taken one after the other, with a bootstrap interval;
+a time is worse only when the whole interval lies beyond the limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from anima_fast.bench.environment import differences
+from anima_fast.bench.metrics import METRICS
+from anima_fast.bench.run_file import Measurement, Run
+from anima_fast.bench.tables import table
+from anima_fast.errors import UserError
+
+# From the best news to the worst, as a table orders them from below.
+SAME, NEW, GONE, CHANGED, BETTER, LOST, WORSE = (
+    "same", "only in the second", "only in the first", "changed", "better", "lost", "worse",
+)  # fmt: skip
+SEVERITY = (WORSE, LOST, BETTER, CHANGED, NEW, GONE, SAME)
+FAILING = (WORSE, LOST)
+# Errors of another processor, numpy or torch round otherwise: the limit is at least this there.
+ELSEWHERE = {"error": 0.20}
+RESAMPLES, CONFIDENCE = 2000, 0.95
+MOST_LINES = 40
+
+
+@dataclass(frozen=True)
+class Change:
+    """One number in two runs.
+
+    Attributes:
+        row: the measurement, of the second run where it has it.
+        part: the name of the part, "" for the row's own value.
+        before, after: None where a run has no such number.
+        verdict: one of `SEVERITY`.
+        interval: of the ratio after / before, for times.
+        more: how many other parts of the row moved too, less than this one.
+    """
+
+    row: Measurement
+    part: str
+    before: float | None
+    after: float | None
+    verdict: str
+    interval: tuple[float, float] | None = None
+    more: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """after / before; NaN where there is none."""
+        if self.before is None or self.after is None or not self.before:
+            return math.nan
+        return self.after / self.before
+
+
+def limits_of(words: Iterable[str]) -> dict[str, float]:
+    """Limits by metric: those of `METRICS`, and `--fail-if` "time:5% error:5% registers:0".
+
+    Raises `UserError` for a word that is none.
+    """
+    limits = {name: metric.limit for name, metric in METRICS.items() if metric.limit is not None}
+    for word in " ".join(words).replace(",", " ").split():
+        name, _, text = word.partition(":")
+        if name not in METRICS:
+            raise UserError(f"--fail-if {word}: use one of {', '.join(METRICS)}, as in time:5%")
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 <= share < math.inf:
+            raise UserError(f"--fail-if {word}: expected a share such as {name}:5% or {name}:0")
+        limits[name] = share
+    return limits
+
+
+def compare(a: Run, b: Run, limits: Mapping[str, float]) -> list[Change]:
+    """Every number of both runs, worst first; rows that moved in several parts come once."""
+    elsewhere = bool(differences(a.environment, b.environment))
+    before, after = a.by_key(), b.by_key()
+    found = []
+    for key in dict.fromkeys((*before, *after)):
+        old, new = before.get(key), after.get(key)
+        row = new or old
+        assert row is not None
+        limit = limits.get(row.metric)
+        if elsewhere and limit is not None:
+            limit = max(limit, ELSEWHERE.get(row.metric, 0.0))
+        found.append(_worst(list(_changes(old, new, limit))))
+    return sorted(found, key=lambda c: (SEVERITY.index(c.verdict), -abs(_log(c.ratio))))
+
+
+def _worst(changes: Sequence[Change]) -> Change:
+    """The change of a row that says most, with the number of the others that moved."""
+    moved = [c for c in changes if c.verdict != SAME]
+    if not moved:
+        return changes[0]
+    first = min(moved, key=lambda c: (SEVERITY.index(c.verdict), -abs(_log(c.ratio))))
+    return replace(first, more=len(moved) - 1)
+
+
+def _log(ratio: float) -> float:
+    return math.inf if not ratio > 0 else math.log(ratio)
+
+
+def _changes(
+    old: Measurement | None, new: Measurement | None, limit: float | None
+) -> Iterator[Change]:
+    if old is None or new is None:
+        row = new or old
+        assert row is not None
+        verdict = NEW if old is None else GONE
+        yield Change(row, "", old and old.value, new and new.value, verdict)
+        return
+    metric = METRICS.get(new.metric)
+    if metric is None:
+        raise UserError(f"{new}: the metric {new.metric!r} is unknown to this version")
+    if not metric.exact and old.samples and new.samples:
+        yield _timed(old, new, limit)
+        return
+    direction = {"less": 1, "more": -1, "": 0}[metric.better]
+    judged = limit if metric.exact else None
+    # A value that is the worst of its parts says nothing beyond them, and another where the two
+    # runs have other parts.
+    derived = metric.parts != "shown" and old.parts and new.parts
+    if not derived:
+        yield _number(new, "", old.value, new.value, judged, direction)
+    if not metric.exact:
+        return
+    absent = 0.0 if metric.parts == "counted" else None
+    for part in dict.fromkeys((*old.parts, *new.parts)):
+        change = _number(
+            new, part, old.parts.get(part, absent), new.parts.get(part, absent),
+            None if metric.parts == "shown" else judged, direction,
+        )  # fmt: skip
+        # A case or a variant that is no longer there is told, and fails nothing.
+        yield replace(change, verdict=GONE) if change.after is None else change
+
+
+def _number(
+    row: Measurement, part: str, before: float | None, after: float | None,
+    limit: float | None, direction: int,
+) -> Change:  # fmt: skip
+    return Change(row, part, before, after, verdict_of(before, after, limit, direction))
+
+
+def verdict_of(
+    before: float | None, after: float | None, limit: float | None, direction: int = 1
+) -> str:
+    """The verdict on two values of one number.
+
+    Args:
+        before, after: None where there is no such number; one that went is lost.
+        limit: the relative change for the worse that is accepted; None accepts any.
+        direction: 1 where less is better, -1 where more is, 0 where any change is for the worse.
+    """
+    if before is None or after is None:
+        if before is None:
+            return SAME if after is None else NEW
+        return LOST
+    if before == after or (math.isnan(before) and math.isnan(after)):
+        return SAME
+    if math.isnan(after):
+        return LOST
+    change = (after - before) / abs(before) if before else math.copysign(math.inf, after)
+    worse = abs(change) if not direction else direction * change
+    if limit is not None and worse > limit:
+        return WORSE
+    return BETTER if limit is not None and direction and -worse > limit else CHANGED
+
+
+def _timed(old: Measurement, new: Measurement, limit: float | None) -> Change:
+    low, high = ratio_interval(old.samples, new.samples)
+    verdict = SAME
+    if not low <= 1 <= high:
+        verdict = CHANGED
+        if limit is not None and low > 1 + limit:
+            verdict = WORSE
+        elif limit is not None and high < 1 / (1 + limit):
+            verdict = BETTER
+    return Change(new, "", old.value, new.value, verdict, (low, high))
+
+
+def ratio_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """A 95 % bootstrap interval of the median of b / a, over samples taken in pairs.
+
+    Runs of two files were not taken in turn; theirs are paired in order, which is as good as any.
+    """
+    count = min(len(a), len(b))
+    ratios = np.asarray(b[:count]) / np.asarray(a[:count])
+    # Seeded: the same two files always give the same interval.
+    picks = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    medians = np.median(ratios[picks], axis=1)
+    low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def failed(changes: Iterable[Change]) -> bool:
+    """Whether anything is worse than its limit allows."""
+    return any(c.verdict in FAILING for c in changes)
+
+
+def summary(changes: Sequence[Change]) -> str:
+    """How many numbers have which verdict."""
+    counts = Counter(c.verdict for c in changes)
+    words = [f"{counts[v]} {v}" for v in SEVERITY if counts[v]]
+    return f"{len(changes)} measurements compared: {', '.join(words) or 'none'}"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; "–" for what is not known."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.0f}" if value == int(value) and abs(value) < 1e9 else f"{value:.4g}"
+
+
+def change_text(change: Change) -> str:
+    """The change as a percentage, with the interval of a time."""
+    if change.interval:
+        low, high = (f"{100 * (ratio - 1):+.1f}" for ratio in change.interval)
+        return f"{100 * (change.ratio - 1):+.1f} % [{low}, {high}]"
+    if math.isnan(change.ratio):
+        return ""
+    return f"x{change.ratio:.3g}" if change.ratio >= 2 else f"{100 * (change.ratio - 1):+.2g} %"
+
+
+def lines(changes: Sequence[Change], most: int | None = MOST_LINES) -> Iterator[tuple[str, ...]]:
+    """Cells of what moved: verdict, what, before, after, change."""
+    moved = [c for c in changes if c.verdict not in (SAME, NEW, GONE)]
+    for change in moved[:most]:
+        what = f"{change.row}" + (f" [{change.part}]" if change.part else "")
+        if change.more:
+            what += f" and {change.more} more"
+        yield (change.verdict, what, number(change.before), number(change.after),
+               change_text(change))  # fmt: skip
+    if most is not None and len(moved) > most:
+        yield "", f"... {len(moved) - most} more: --html FILE shows all", "", "", ""
+
+
+def report(a: Run, b: Run, changes: Sequence[Change]) -> str:
+    """The comparison as text: what differs about the machines, what moved, how much did not."""
+    text = []
+    if apart := differences(a.environment, b.environment):
+        text.append(f"another environment: {', '.join(apart)}; errors may differ by 20 % there")
+    text += [f"{run.name}: its last line was cut off and is left out" for run in (a, b) if run.cut]
+    rows = list(lines(changes))
+    if rows:
+        text.append(table(("", "what", "before", "after", "change"), rows, left=2))
+    text.append(summary(changes))
+    return "\n".join(text)

@@ -1,0 +1,160 @@
+"""Where a run was taken: machine, card and its state, versions, commit.
+
+With nvidia-ml-py installed the clocks, power limit and temperature of the card are in it, and
+`CardState` says whether the card throttled while something was timed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# The checkout that this program runs from, or the folder of an installed package.
+ROOT = Path(__file__).resolve().parents[2]
+# What decides the digits of a number, beside the code: other values are another environment.
+DECISIVE = ("machine", "processor", "instructions", "card", "numpy", "torch", "triton")
+# Bits of NVML's throttle reasons that mean slower than asked for: power cap, heat, hardware
+# slowdown (nvml.h, nvmlClocksEventReasons); idle and application clocks are none.
+SLOWED = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
+
+
+def environment() -> dict[str, Any]:
+    """The environment of a run file; values that do not exist here are left out."""
+    found: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **commit(ROOT),
+        "anima_fast": importlib.metadata.version("anima-fast"),
+        "python": platform.python_version(),
+        "os": platform.system(),
+        "machine": platform.machine(),
+        "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        **{name: version(name) for name in ("numpy", "torch", "triton")},
+        **_card(),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def version(package: str) -> str | None:
+    """The version of an installed package; None when it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        # triton-windows installs `triton` under a name of its own.
+        return version("triton-windows") if package == "triton" else None
+
+
+def processor() -> str:
+    """The model of the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0]
+
+
+def commit(root: Path) -> dict[str, Any]:
+    """`commit` and `dirty` (files of the commit are changed) of a checkout; {} outside of one."""
+    if not (root / ".git").exists():
+        return {}
+    head, changed = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "-uno")
+    return {"commit": head[:12], "dirty": bool(changed)} if head else {}
+
+
+def _git(root: Path, *words: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _card() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "card": properties.name,
+        "capability": 10 * properties.major + properties.minor,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        **CardState().describe(),
+    }
+
+
+class CardState:
+    """Clocks, power and temperature of the first card, where nvidia-ml-py is installed."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = None
+        self._handle: Any = None
+        if torch.cuda.is_available() and importlib.util.find_spec("pynvml"):
+            import pynvml
+
+            try:
+                pynvml.nvmlInit()
+                # CUDA counts the cards of CUDA_VISIBLE_DEVICES alone: asked for by its bus id.
+                bus = torch.cuda.get_device_properties(0).pci_bus_id
+                handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+                self._handle = next(h for h in handles if pynvml.nvmlDeviceGetPciInfo(h).bus == bus)
+                self._nvml = pynvml
+            except (pynvml.NVMLError, StopIteration):
+                pass
+
+    def describe(self) -> dict[str, Any]:
+        """driver, power limit (W) and what `read` gives."""
+        if self._nvml is None:
+            return {}
+        limit = self._ask(self._nvml.nvmlDeviceGetEnforcedPowerLimit)
+        return {
+            "driver": self._nvml.nvmlSystemGetDriverVersion(),
+            "power_limit_w": limit and limit / 1e3,
+            **self.read(),
+        }
+
+    def read(self) -> dict[str, Any]:
+        """clock and memory clock (MHz), power (W), temperature (°C), slowed: as of now."""
+        if self._nvml is None:
+            return {}
+        nvml = self._nvml
+        power, reasons = (
+            self._ask(nvml.nvmlDeviceGetPowerUsage),
+            self._ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons),
+        )
+        return {
+            "clock_mhz": self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+            "memory_mhz": self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
+            "power_w": power and power / 1e3,
+            "temperature_c": self._ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+            "slowed": None if reasons is None else bool(reasons & SLOWED),
+        }
+
+    def _ask(self, function: Any, *words: Any) -> Any:
+        try:
+            return function(self._handle, *words)
+        except self._nvml.NVMLError:
+            # Not every card and driver answers every question.
+            return None
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What of `DECISIVE` differs between two environments, as "torch 2.12.0 -> 2.13.0"."""
+    return [
+        f"{name} {a.get(name, 'none')} -> {b.get(name, 'none')}"
+        for name in DECISIVE
+        if a.get(name) != b.get(name)
+    ]

@@ -1,0 +1,109 @@
+"""What `bench run` measures, in groups that each run in a process of their own.
+
+Kernels are either interpreted or compiled in one process, a crash takes one group along, and on a
+card memory starts empty.
+
+    python -m anima_fast.bench.groups NAME CHOICE
+
+prints the rows of a group as lines of a run file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from anima_fast.bench.choice import Choice
+from anima_fast.bench.run_file import Measurement, row_line
+
+CARD, NO_CARD, ANY = "a CUDA card", "a machine without a card", ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Measurements that one process makes.
+
+    Attributes:
+        name: as it is told.
+        metrics: that it can measure.
+        ops: that it measures; empty: those of the registry.
+        function: "module:function" below anima_fast.bench, (choice) → rows as they are done.
+        needs: `CARD`, or `ANY`.
+        interpreted: whether kernels run in Triton's interpreter where there is no card.
+    """
+
+    name: str
+    metrics: tuple[str, ...]
+    function: str
+    ops: tuple[str, ...] = ()
+    needs: str = ANY
+    interpreted: bool = False
+
+    def wanted(self, choice: Choice) -> bool:
+        """Whether a choice asks for something of this group."""
+        from anima_fast.kernels.registry import OPS
+
+        return choice.wants(*self.metrics) and choice.wants_op(*(self.ops or OPS))
+
+    def rows(self, choice: Choice) -> Iterator[list[Measurement]]:
+        """Measure."""
+        if self.interpreted and not _has_card():
+            from anima_fast.bench import interpreter
+
+            interpreter.start()
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(f"anima_fast.bench.{module}"), name)(choice)
+
+
+GROUPS = (
+    Group("errors", ("error",), "parity:error_rows", interpreted=True),
+    Group("block", ("error", "loss"), "curve:rows", ("block", "loss"), interpreted=True),
+    Group("launches", ("launches", "units", "kept", "peak"), "launches:rows", ("block",)),
+    Group("resources", ("registers", "spills", "shared", "occupancy"), "resources:rows"),
+    Group("program", ("modules", "startup"), "startup:rows", ("program",)),
+    Group("times", ("time", "error", "kept", "peak", "ceiling"), "times:rows", needs=CARD),
+    Group("step", ("time", "peak", "launches"), "step:rows", ("step",), needs=CARD),
+)
+
+
+def _has_card() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def chosen(choice: Choice) -> tuple[list[Group], list[Group]]:
+    """The groups to run here, and those that are asked for by name and cannot run here."""
+    card = _has_card()
+    wanted = [group for group in GROUPS if group.wanted(choice)]
+    able = [group for group in wanted if card or group.needs != CARD]
+    covered = {metric for group in able for metric in group.metrics}
+    lacking = [
+        group
+        for group in wanted
+        if group not in able
+        and (
+            not covered.issuperset(choice.metrics)
+            or (group.ops and set(group.ops) & set(choice.ops))
+        )
+    ]
+    return able, lacking
+
+
+def print_rows(rows: Iterable[list[Measurement]]) -> None:
+    """Lines of a run file on stdout, as they are done."""
+    for some in rows:
+        sys.stdout.write("".join(map(row_line, some)))
+        sys.stdout.flush()
+
+
+def main(name: str, text: str) -> None:
+    """Run one group; rows go to stdout, everything else that is printed to stderr."""
+    group = next(group for group in GROUPS if group.name == name)
+    print_rows(group.rows(Choice.loads(text)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,233 @@
+"""Times and memory of ops on a card: provider against provider, once parity is green on that shape.
+
+Providers alternate batch by batch (measure/timer.py); samples are kept. The clock of the card is
+read around each round, and a card that was slowed by heat or power says so in the rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from anima_fast.bench.choice import Choice
+from anima_fast.bench.environment import CardState
+from anima_fast.bench.parity import check_op, leaves
+from anima_fast.bench.providers import EAGER, OWN, Provider, load_candidate, providers, work
+from anima_fast.bench.run_file import Measurement, sampled
+from anima_fast.kernels.op import Inputs, Op, Sizes
+from anima_fast.kernels.registry import OPS
+from anima_fast.measure.step_time import PARAMETER_OPS, lora_parameters
+from anima_fast.measure.timer import Ceilings, Timer, ceilings, on_card, reason, synchronize
+
+MODES = ("fwd", "bwd", "both")
+# On the CPU, where tests run this code, nothing that it times says anything.
+DEVICE, SOURCE = ("cuda", "card") if on_card() else ("cpu", "host")
+TOKENS = (1024, 2304, 4096, 9216)
+MOST_ROUNDS, LEAST_ROUNDS = 20, 3
+
+
+def cases(op: Op, choice: Choice) -> Iterator[tuple[str, dict[str, int]]]:
+    """(label, sizes) of the real shapes of an op, with the sizes of the choice; each once."""
+    tokens = [choice.sizes["L"]] if "L" in choice.sizes else TOKENS
+    seen: list[Sizes] = []
+    for count in tokens[2:3] if choice.quick and len(tokens) > 1 else tokens:
+        for label, real in op.real_shapes(count).items():
+            sizes = {k: choice.sizes.get(k, v) for k, v in real.items()}
+            # M is the tokens of all samples, and the self attention's S is its L.
+            if "M" in sizes and real["M"] == count and "M" not in choice.sizes:
+                sizes["M"] = count * choice.sizes.get("B", 1)
+            if op.name in PARAMETER_OPS and "R" in choice.sizes:
+                sizes[PARAMETER_OPS[op.name]] = lora_parameters(choice.sizes["R"])
+            if sizes not in seen:
+                seen.append(sizes)
+                yield label, sizes
+
+
+def case_text(label: str, sizes: Sizes) -> str:
+    """A case as rows name it, such as "qkv M=4096 N=2048 K=2048"."""
+    return " ".join(filter(None, (label, *(f"{k}={v}" for k, v in sizes.items()))))
+
+
+def dtypes_of(op: Op, choice: Choice) -> list[torch.dtype]:
+    """Those asked for that the op has, else bfloat16 (float32 of adapter states)."""
+    if choice.dtypes:
+        return [d for d in op.dtypes if str(d).removeprefix("torch.") in choice.dtypes]
+    wanted = torch.float32 if op.name in PARAMETER_OPS else torch.bfloat16
+    return [wanted if wanted in op.dtypes else op.dtypes[0]]
+
+
+class Call:
+    """One provider on one set of inputs: forward, backward, both, with random upstream gradients.
+
+    Constant ones would draw less power than the values of a training, and clocks rise with it.
+    """
+
+    def __init__(self, op: Op, function: Provider, inputs: Inputs) -> None:
+        self.function, self.inputs = function, inputs
+        self.wanted = list(leaves(inputs, op.grads).values())
+        self.upstream: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+
+    def fwd(self) -> list[Tensor]:
+        """Outputs."""
+        out = self.function(**self.inputs)
+        return list(out) if isinstance(out, tuple) else [out]
+
+    def both(self) -> tuple[Tensor, ...]:
+        """Gradients, of a new forward."""
+        return self._gradients(self.fwd(), keep=False)
+
+    def bwd(self) -> tuple[Tensor, ...]:
+        """Gradients, of one forward that is kept."""
+        if not self._outputs:
+            self._outputs = self.fwd()
+        return self._gradients(self._outputs, keep=True)
+
+    def _gradients(self, outputs: Sequence[Tensor], keep: bool) -> tuple[Tensor, ...]:
+        outputs = [o for o in outputs if o.requires_grad]
+        if not self.upstream:
+            generator = torch.Generator(outputs[0].device).manual_seed(1)
+            self.upstream = [
+                torch.randn(o.shape, generator=generator, dtype=o.dtype, device=o.device)
+                for o in outputs
+            ]
+        return torch.autograd.grad(outputs, self.wanted, self.upstream, retain_graph=keep)
+
+
+def trained(op: Op, inputs: Inputs) -> Inputs:
+    """`inputs`, with gradients asked for."""
+    for leaf in leaves(inputs, op.grads).values():
+        leaf.requires_grad_()
+    return inputs
+
+
+def problem(op: Op, call: Provider, sizes: Sizes, dtype: torch.dtype) -> tuple[str, float]:
+    """Why a provider must not be timed at this shape ("" when it may), and its worst error.
+
+    The rule is that of the parity table, on the very shape and dtype that would be timed. Where
+    the definition's float64 logits do not fit on the card, one head stands for all.
+    """
+    candidate = dataclasses.replace(op, function=call)
+    try:
+        try:
+            checks = check_op(candidate, sizes, dtype, device=DEVICE)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            checks = check_op(candidate, {**sizes, "H": 1}, dtype, device=DEVICE)
+    except Exception as error:
+        return reason(error), math.nan
+    failed = [c for c in checks if not c.passed]
+    why = "".join(
+        f"not timed, as it is not right: {c.tensor} has error {c.error:.1e}, allowed "
+        f"{c.allowed:.1e} {c.remark}".rstrip()
+        for c in failed[:1]
+    )
+    return why, max(c.error for c in checks)
+
+
+def rows(choice: Choice) -> Iterator[list[Measurement]]:
+    """Ceilings, then errors, times and memory of each op at each real shape, as they are done."""
+    limits = ceilings()
+    yield ceiling_rows(limits)
+    for op in OPS.values():
+        if not choice.wants_op(op.name):
+            continue
+        for label, sizes in cases(op, choice):
+            for dtype in dtypes_of(op, choice):
+                yield list(_case_rows(op, label, sizes, dtype, choice, limits))
+
+
+def _case_rows(
+    op: Op, label: str, sizes: Sizes, dtype: torch.dtype, choice: Choice, limits: Ceilings
+) -> Iterator[Measurement]:
+    row = Measurement(
+        op.name, "error", None, "relative", case_text(label, sizes),
+        str(dtype).removeprefix("torch."), source=SOURCE,
+    )  # fmt: skip
+    calls: dict[str, Call] = {}
+    torch.manual_seed(0)
+    inputs = trained(op, op.make_inputs(sizes, dtype, DEVICE))
+    torch._dynamo.reset()
+    candidate = load_candidate(choice.candidate) if choice.candidate else {}
+    for name, function in providers(op, candidate).items():
+        # A ratio needs eager and ours, whoever else was asked for.
+        if choice.providers and name not in {OWN, EAGER, *choice.providers, *candidate}:
+            continue
+        why, error = problem(op, function, sizes, dtype)
+        yield replace(row, provider=name, value=None if math.isnan(error) else error, note=why)
+        if not why:
+            calls[name] = Call(op, function, inputs)
+    modes = [
+        m for m in MODES if (not choice.modes or m in choice.modes) and (op.grads or m == "fwd")
+    ]
+    if choice.wants("time"):
+        yield from _times(op, calls, modes, replace(row, metric="time", unit="s"), sizes, dtype,
+                          choice, limits)  # fmt: skip
+    for name, call in calls.items():
+        if on_card() and op.grads and (choice.wants("kept") or choice.wants("peak")):
+            yield from _memory(call, replace(row, provider=name, unit="bytes", mode="both"))
+
+
+def _times(
+    op: Op, calls: Mapping[str, Call], modes: Sequence[str], row: Measurement, sizes: Sizes,
+    dtype: torch.dtype, choice: Choice, limits: Ceilings,
+) -> Iterator[Measurement]:  # fmt: skip
+    named = {
+        f"{name}|{mode}": getattr(call, mode) for name, call in calls.items() for mode in modes
+    }
+    timer, state = Timer(named), CardState()
+    per_round = timer.warm()
+    slowed = False
+    for _ in range(max(LEAST_ROUNDS, min(MOST_ROUNDS, int(choice.seconds / per_round)))):
+        timer.round()
+        slowed |= bool(state.read().get("slowed"))
+    counts = work(op, sizes, dtype)
+    for key in named:
+        name, mode = key.split("|")
+        one = replace(row, provider=name, mode=mode)
+        if key not in timer.seconds:
+            yield replace(one, note=timer.failed.get(key, ""))
+            continue
+        one = sampled(one, timer.seconds[key])
+        moved, flops = counts[mode]
+        assert one.value is not None
+        parts = {
+            "gb_s": moved / one.value / 1e9,
+            "tflop_s": flops / one.value / 1e12,
+            "share_of_ceiling": max(moved / limits.bandwidth, flops / limits.peak) / one.value,
+        }
+        note = "the card was slowed by heat or power" if slowed else ""
+        yield replace(one, parts={k: v for k, v in parts.items() if v}, note=note)
+
+
+def _memory(call: Call, row: Measurement) -> Iterator[Measurement]:
+    """What one call keeps for backward, and its peak, beyond its inputs and its outputs."""
+    call.both()
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = call.fwd()
+    results = sum({o.data_ptr(): o.untyped_storage().nbytes() for o in outputs}.values())
+    kept = torch.cuda.memory_allocated() - before - results
+    del outputs
+    call.both()
+    synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    yield replace(row, metric="kept", value=kept)
+    yield replace(row, metric="peak", value=peak)
+
+
+def ceiling_rows(limits: Ceilings) -> list[Measurement]:
+    """The ceilings of this run as rows."""
+    dtype = "bfloat16" if on_card() else "float32"
+    found = [
+        Measurement("copy", "ceiling", limits.bandwidth, "bytes/s", provider="library"),
+        Measurement("product", "ceiling", limits.peak, "operations/s", dtype=dtype,
+                    provider="library"),
+    ]  # fmt: skip
+    return [replace(row, source=SOURCE) for row in found]
