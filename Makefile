@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 endif
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench gpu docs clean
+.PHONY: demo test test-slow lint bench gpu plant docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/anima-fast demo --out $(OUT)
@@ -29,6 +29,10 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/vae_encode.py
+
+# Errors of one line, each of which a check must see: half an hour.
+plant: $(VENV)/.test
+	$(BIN)/python -m benchmarks.plant
 
 docs: $(VENV)/.test
 	$(BIN)/python -m mkdocs build --strict --site-dir site

@@ -17,6 +17,7 @@ from anima_fast.data.layouts import some
 from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.tokenizers import Tokenizers
 from anima_fast.options.data import CaptionOptions
+from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 # Files that a message names.
 _NAMED = 10
@@ -52,13 +53,13 @@ class LongCaption:
 
 @dataclass(frozen=True)
 class CaptionTokens:
-    """Token counts of all renderings of a run's captions.
+    """Token counts of all renderings of a run's captions, and the captions that are long.
 
     limits: tokens of Qwen3 and T5 above which a caption is long. whole: it is not cut off.
     """
 
     lengths: Mapping[str, Lengths]
-    long: tuple[LongCaption, ...]
+    long: list[LongCaption]
     limits: tuple[int, int]
     whole: bool
 
@@ -89,23 +90,18 @@ def count_tokens(
     items: Sequence[ImageItem],
     texts: Sequence[Sequence[str]],
     tokenizers: Tokenizers,
-    token_limits: tuple[int, int],
-    *,
-    whole: bool = False,
+    options: TrainOptions | FinetuneOptions,
 ) -> CaptionTokens:
-    """Count the tokens of every text.
+    """Count the tokens of every text: the renderings of each item's caption.
 
-    Args:
-        items: the images of the run.
-        texts: the renderings of each item's caption; the longest of them counts.
-        tokenizers: both tokenizers.
-        token_limits: tokens of Qwen3 and T5 after which a caption is cut off.
-        whole: captions are encoded whole; those above Anima's own rows count as long.
+    The longest rendering of a caption counts. Those that are encoded whole are long above Anima's
+    own rows, others above the options' limits.
     """
+    whole = options.long_captions == "whole"
     distinct = list(dict.fromkeys(text for rendered in texts for text in rendered))
     counts = zip(tokenizers.qwen_lengths(distinct), tokenizers.t5_lengths(distinct), strict=True)
     lengths = {text: Lengths(*pair) for text, pair in zip(distinct, counts, strict=True)}
-    limits = (TEXT_ROWS, TEXT_ROWS) if whole else token_limits
+    limits = (TEXT_ROWS, TEXT_ROWS) if whole else options.token_limits
     long: dict[Path, LongCaption] = {}
     for item, rendered in zip(items, texts, strict=True):
         worst = max((lengths[text] for text in rendered), key=lambda one: one.beyond(limits))
@@ -113,4 +109,4 @@ def count_tokens(
             file = item.caption.file or item.path
             long[file] = LongCaption(file, worst.longest, worst.beyond(limits))
     ordered = sorted(long.values(), key=lambda caption: -caption.tokens)
-    return CaptionTokens(lengths, tuple(ordered), limits, whole)
+    return CaptionTokens(lengths, ordered, limits, whole)

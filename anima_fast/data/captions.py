@@ -30,6 +30,8 @@ _TRIES = 20
 
 # Step and length of a token warm-up in progress.
 Warmup = tuple[int, float] | None
+# A caption cut at its separators: fixed head, flexible middle, fixed tail.
+Tags = tuple[list[str], list[str], list[str]]
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,6 @@ class Caption:
         return found or [""]
 
 
-@dataclass(frozen=True)
-class Tags:
-    """A caption cut at its separators: fixed head, flexible middle, fixed tail."""
-
-    head: list[str]
-    flexible: list[str]
-    tail: list[str]
-
-
 def render(
     caption: Caption,
     subset: Subset,
@@ -80,14 +73,10 @@ def render(
     step: int,
     max_steps: int,
 ) -> str:
-    """The prompt of one use of an image.
+    """The prompt of one use of an image, "" when the caption is dropped.
 
-    Args:
-        rng: the only source of randomness.
-        epoch: counts from 1.
-        step: optimizer steps done so far, of `max_steps`; only token warm-up reads them.
-    Returns:
-        The text to encode, "" when the caption is dropped.
+    rng: the only source of randomness. epoch: counts from 1. step: optimizer steps done so far, of
+    `max_steps`; only token warm-up reads them.
     """
     if is_dropped(subset, rng, epoch):
         return ""
@@ -100,10 +89,9 @@ def render(
 def variants(caption: Caption, subset: Subset, k: int, seed: int) -> list[str]:
     """Up to `k` renderings to encode once: all random parts except caption dropout and warm-up.
 
-    Returns:
-        One text when nothing is random. With tag dropout exactly `k` texts, drawn independently so
-        that each has its right frequency (they may repeat). Otherwise distinct texts, `k` of them
-        or as many as there are. A pure function of its arguments.
+    One text when nothing is random. With tag dropout exactly `k` texts, drawn independently so that
+    each has its right frequency (they may repeat). Otherwise distinct texts, `k` of them or as many
+    as there are. A pure function of its arguments.
     """
     rng = seeded("variants", seed, caption.text, caption.tags)
     first = _render_text(caption, subset, rng)
@@ -141,28 +129,33 @@ def is_random(subset: Subset, caption: Caption) -> bool:
         if any(len(set(group.split("|"))) > 1 for group in groups):
             return True
         text = _expand(text, random.Random(0))
-    tags = split_tags(text, subset)
-    if subset.shuffle_caption and len(set(tags.flexible)) > 1:
+    head, flexible, tail = _split_tags(text, subset)
+    if subset.shuffle_caption and len(set(flexible)) > 1:
         return True
     # Dropping an empty tag shows only in the separators between it and others.
-    is_lone = len(tags.head + tags.flexible + tags.tail) < 2
-    can_drop = any(tags.flexible) or (bool(tags.flexible) and not is_lone)
+    is_lone = len(head + flexible + tail) < 2
+    can_drop = any(flexible) or (bool(flexible) and not is_lone)
     return subset.caption_tag_dropout_rate > 0 and can_drop
 
 
-def split_tags(text: str, subset: Subset) -> Tags:
+def _split_tags(text: str, subset: Subset) -> Tags:
     """Cut a text at its separators.
 
     With `keep_tokens_separator` in the text, head and tail are what it encloses and empty tags are
     removed; otherwise the head is the first `keep_tokens` tags and empty tags stay.
     """
+
+    def cut(part: str) -> list[str]:
+        return [tag.strip() for tag in part.split(subset.caption_separator)]
+
     keep = subset.keep_tokens_separator
     if keep and keep in text:
         head, flexible, *rest = text.split(keep)
         tail = subset.caption_separator.join(rest)
-        return Tags(*([t for t in _cut(part, subset) if t] for part in (head, flexible, tail)))
-    tags = _cut(text.strip(), subset)
-    return Tags(tags[: subset.keep_tokens], tags[subset.keep_tokens :], [])
+        head_tags, flexible_tags, tail_tags = (filter(None, cut(p)) for p in (head, flexible, tail))
+        return list(head_tags), list(flexible_tags), list(tail_tags)
+    tags = cut(text.strip())
+    return tags[: subset.keep_tokens], tags[subset.keep_tokens :], []
 
 
 def _render_text(
@@ -175,7 +168,7 @@ def _render_text(
     is_arranged = subset.shuffle_caption or subset.caption_tag_dropout_rate > 0 or warmup
     keep = subset.keep_tokens_separator
     if is_arranged or (keep and keep in text):
-        text = _arrange(split_tags(text, subset), subset, rng, warmup)
+        text = _arrange(_split_tags(text, subset), subset, rng, warmup)
     if subset.secondary_separator:
         text = text.replace(subset.secondary_separator, subset.caption_separator)
     return text
@@ -198,12 +191,8 @@ def _expand(text: str, rng: random.Random) -> str:
     return _BRACES.sub(chosen, text)
 
 
-def _cut(text: str, subset: Subset) -> list[str]:
-    return [tag.strip() for tag in text.split(subset.caption_separator)]
-
-
 def _arrange(tags: Tags, subset: Subset, rng: random.Random, warmup: Warmup) -> str:
-    flexible = list(tags.flexible)
+    head, flexible, tail = tags
     if warmup:
         step, length = warmup
         least = subset.token_warmup_min
@@ -214,4 +203,4 @@ def _arrange(tags: Tags, subset: Subset, rng: random.Random, warmup: Warmup) -> 
         flexible = [tag for tag in flexible if rng.random() >= rate]
     separator = subset.caption_separator
     glue = separator if separator[-1].isspace() else separator + " "
-    return glue.join([*tags.head, *flexible, *tags.tail])
+    return glue.join([*head, *flexible, *tail])

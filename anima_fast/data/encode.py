@@ -63,18 +63,14 @@ def encode_dataset(
     lowres: LowRes | None = None,
     say: Callable[[str], None] | None = None,
 ) -> EncodedDataset:
-    """Fill the caches that the options ask for and open them.
+    """Fill the caches that the options ask for and open them; no model stays in memory.
 
     Args:
-        plan: the images and captions, training and validation.
-        options: model paths, cache flags, batch sizes.
         device: where the VAE, then the text encoder and the LLM adapter run.
         vae_dtype: of the VAE; latents are stored in fp32 whatever it is.
         text_dtype: of encoder and adapter, and of the stored encodings.
         lowres: which smaller pictures are encoded too.
         say: gets each notice and the progress where no bar can be drawn.
-    Returns:
-        `EncodedDataset`; no model is referenced any more.
     Raises:
         UserError: unreadable images or models, encodings that are not finite (with the image or
             caption and the stage), options that exclude caching, no space or permission to write.
@@ -83,9 +79,7 @@ def encode_dataset(
     items = [*plan.items, *plan.validation_items]
     count = len(plan.items)
     tokenizers, texts = load_run_tokenizers(options), renderings(items, options)
-    tokens = count_tokens(
-        items, texts, tokenizers, options.token_limits, whole=options.long_captions == "whole"
-    )
+    tokens = count_tokens(items, texts, tokenizers, options)
     encoded = EncodedDataset(choose_image_mode(options), choose_text_mode(options), device, tokens)
 
     def report(text: str) -> None:

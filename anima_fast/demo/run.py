@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from PIL import Image
 
 from anima_fast.demo.tiny_stack import Stack, build_stack, save_vae
 from anima_fast.demo.vae import fit_vae
+from anima_fast.device import one_thread
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write, write_text
 from anima_fast.models.adapter_kinds import LORA
@@ -94,20 +93,6 @@ class Folders:
     def previews(self) -> Path:
         """Rendered pictures."""
         return self.out / "previews"
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for the matrices of a toy, which gain nothing from more.
-
-    On a busy machine, threads that waited for each other made a step five times slower.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @one_thread()

@@ -282,7 +282,7 @@ def _cost(sizes: Sizes, itemsize: int) -> Cost:
 ROW_SHAPES = (
     {"B": 1, "L": 1, "D": 1},
     {"B": 2, "L": 3, "D": 33},
-    {"B": 2, "L": 67, "D": 64},
+    {"B": 2, "L": 38, "D": 64},
     {"B": 1, "L": 2, "D": 5120},
 )
 MODEL_ROWS = (

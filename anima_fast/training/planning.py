@@ -178,5 +178,5 @@ def longest_caption(options: TrainOptions, plan: DatasetPlan) -> tuple[int, int]
         return TEXT_ROWS, TEXT_ROWS
     qwen, t5 = options.token_limits
     texts = renderings(plan.items, options)
-    found = count_tokens(plan.items, texts, tokenizers, (qwen, t5)).lengths.values()
+    found = count_tokens(plan.items, texts, tokenizers, options).lengths.values()
     return min(max(n.t5 for n in found), t5), min(max(n.qwen for n in found), qwen)

@@ -130,13 +130,7 @@ def _count_tokens(survey: Survey, options: TrainOptions) -> None:
     tokenizers, survey.token_note = _tokenizers(options)
     if tokenizers is None:
         return
-    survey.tokens = tokens = count_tokens(
-        survey.items,
-        texts,
-        tokenizers,
-        options.token_limits,
-        whole=options.long_captions == "whole",
-    )
+    survey.tokens = tokens = count_tokens(survey.items, texts, tokenizers, options)
     survey.texts = [max(t, key=lambda text: tokens.lengths[text].longest) for t in texts]
     long = {str(caption.file) for caption in tokens.long}
     for item, text in zip(survey.items, survey.texts, strict=True):
