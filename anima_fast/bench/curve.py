@@ -9,6 +9,7 @@ whole run of the trainer on a tiny stack, in which everything that is drawn at r
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -39,6 +40,8 @@ CONFIG = DitConfig(
     model_channels=64, num_blocks=2, num_heads=2, head_dim=32, context_dim=24,
     adaln_rank=8, mlp_hidden=128,
 )  # fmt: skip
+# The curve is twenty steps long, and a block takes seconds.
+ONE = dataclasses.replace(CONFIG, num_blocks=1)
 # So many rows that an adapter's gradient has a thousand elements.
 RANK = 16
 # dtype, what is computed again, and who makes the products.
@@ -58,9 +61,11 @@ CURVE_LIMIT = 2e-3
 Device: TypeAlias = torch.device | str
 
 
-def _dit(dtype: torch.dtype, device: Device, attn_mode: str = "torch") -> AnimaDiT:
+def _dit(
+    dtype: torch.dtype, device: Device, attn_mode: str = "torch", config: DitConfig = CONFIG
+) -> AnimaDiT:
     with torch.device("meta"):
-        shapes = {name: x.shape for name, x in AnimaDiT(CONFIG).state_dict().items()}
+        shapes = {name: x.shape for name, x in AnimaDiT(config).state_dict().items()}
     return load_dit(random_weights(shapes, 1), dtype=dtype, attn_mode=attn_mode).to(device)
 
 
@@ -171,7 +176,7 @@ def _source(device: Device) -> str:
 
 def _curve(device: Device, fused: bool, target: Tensor, inputs: dict[str, Any]) -> list[float]:
     """The losses of twenty steps towards what a teacher says."""
-    dit = _dit(torch.float32, device, "triton" if fused else "torch")
+    dit = _dit(torch.float32, device, "triton" if fused else "torch", ONE)
     network = add_lora(dit, rank=4, alpha=4.0, seed=1).to(device)
     if fused:
         fuse.fuse_blocks(dit)
@@ -192,7 +197,7 @@ def loss_rows(device: Device = "cpu") -> list[Measurement]:
     inputs = _inputs(torch.float32, device)
     inputs |= {"latents": inputs["latents"][:1, :, :4, :4], "sigma": inputs["sigma"][:1]}
     inputs |= {"context": inputs["context"][:1, :3], "zero_keys": 507}
-    teacher = _dit(torch.float32, device)
+    teacher = _dit(torch.float32, device, config=ONE)
     _network(teacher, device)
     with torch.no_grad():
         target = teacher(**inputs)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -73,12 +77,10 @@ def run_parity(
         where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, interpreted"
         say(f"kernels against their definitions on {where}; error relative to float64")
     found: list[Measurement] = []
-    with one_thread():
-        for name in names or known:
-            some = measured(name, device, quick, dtypes)
-            found += some
-            for line in () if as_json else lines(some):
-                say(line)
+    for some in rows_by_op(names or known, device, quick, dtypes):
+        found += some
+        for line in () if as_json else lines(some):
+            say(line)
     wrong = [row for row in found if row.note]
     if as_json:
         say((header(environment()) + "".join(map(row_line, found))).rstrip("\n"))
@@ -97,6 +99,26 @@ def run_parity(
         return not wrong
     good = verdicts(stored_rows.judged(stored, found, whole=not quick), path, say)
     return good and not wrong
+
+
+def rows_by_op(
+    names: Sequence[str], device: str, quick: bool, dtypes: Sequence[str]
+) -> Iterator[list[Measurement]]:
+    """The rows of each op as they are done; interpreted, two processes share the ops."""
+    work = functools.partial(measured, device=device, quick=quick, dtypes=dtypes)
+    if device == "cuda" or len(names) < 2 or (os.cpu_count() or 1) < 2:
+        with one_thread():
+            yield from map(work, names)
+        return
+    # Not forked: a copy of a process with threads may hang.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=spawn, initializer=_start_process) as pool:
+        yield from pool.map(work, names)
+
+
+def _start_process() -> None:
+    torch.set_num_threads(1)
+    interpreter.start()
 
 
 def measured(name: str, device: str, quick: bool, dtypes: Sequence[str] = ()) -> list[Measurement]:
