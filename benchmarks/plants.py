@@ -32,8 +32,8 @@ class Plant:
 
 
 def _op(module: str, name: str, right: str, wrong: str, check: str, quick: bool = False) -> Plant:
-    """An error in a kernel file, seen by the parity of the op of that name or of `--op OTHER`."""
-    words = check if check.startswith("--op") else f"--op {module} --dtype {check}"
+    """An error in a kernel file; `check` is a dtype of the op of its name, or as in `Plant`."""
+    words = check if check.startswith(("--op", "pytest")) else f"--op {module} --dtype {check}"
     return Plant(f"{module}: {name}", f"{KERNELS}{module}.py", right, wrong, words, quick)
 
 
@@ -90,7 +90,7 @@ PLANTS = (
         's = tl.where((start + tl.arange(0, BLOCK_N) < S)[None, :], s, float("-inf"))', "pass",
         "bfloat16 --quick"),
     _op("attention", "the accumulator rounded at every tile of keys",
-        "        m_i = m_new\n", "        m_i = m_new\n        acc = acc.to(tl.float16).to(ACC)\n",
+        "        m_i = m_new\n", "        m_i = m_new\n        acc = acc.to(v.dtype).to(ACC)\n",
         "bfloat16 --quick"),
     _op("attention", "partial sums of dk and dv in 16 bit",
         "like=k, dtype=wide_type)", "like=k, dtype=k.dtype)", "bfloat16 --quick"),
@@ -103,7 +103,7 @@ PLANTS = (
     # Products.
     _op("gemm", "the accumulator rounded at every step along K",
         "        p_x += BLOCK_K * x_k\n",
-        "        p_x += BLOCK_K * x_k\n        acc = acc.to(tl.float16).to(ACC)\n",
+        "        p_x += BLOCK_K * x_k\n        acc = acc.to(x.dtype).to(ACC)\n",
         "--op lora_linear --dtype bfloat16 --quick", quick=True),
     _op("gemm", "partial sums along K in 16 bit",
         "target = dispatch.empty(split, m, n, like=x, dtype=dispatch.wide_dtype(x))",
@@ -115,7 +115,8 @@ PLANTS = (
         "tl.arange(0, BLOCK_K) < last", "tl.arange(0, BLOCK_K) < K",
         "--op lora_linear --dtype float16"),
     _op("gemm", "a float32 gradient rounded to 16 bit",
-        "like=x, dtype=dtype or x.dtype)", "like=x)", "--op block --dtype bfloat16"),
+        "like=x, dtype=dtype or x.dtype)", "like=x)",
+        "pytest tests/test_block.py -k keep_their_precision"),
     _op("lora_linear", "the strength left out of batched adapters",
         "by_part(h, parts), b, alpha=scales[0])", "by_part(h, parts), b)", "bfloat16 --quick"),
     _op("lora_linear", "g without the strength",
@@ -151,7 +152,7 @@ PLANTS = (
           "--op block --dtype float64 --quick"),
     Plant("block: adapters' gradients in 16 bit", BLOCK,
           "dtype=self.adapter_dtype(group)", "dtype=dy.dtype",
-          "--op block --dtype bfloat16 --quick"),
+          "pytest tests/test_block.py -k keep_their_precision"),
     Plant("adapters: gradients of a recomputed MLP", BLOCK,
           'dropped = ("a", "h.up")', 'dropped = ("a", "h.down")',
           "pytest tests/test_block.py -k test_agrees_with_eager"),
