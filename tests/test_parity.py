@@ -240,14 +240,19 @@ def test_a_loss_may_move_by_a_thousandth(table):
 
 def test_another_environment_widens_the_band_and_says_so(table):
     rows, path, run = table
+    rows["gelu"] += [row(dtype="float32")]
     run("--update")
     stored = read_run(path)
     write_run(path, {**stored.environment, "torch": "1.0"}, stored.rows)
-    rows["gelu"] = [row(value=1.15e-3)]
+    rows["gelu"] = [row(value=1.15e-3, dtype="float32")]
     status, text = run()
     assert status == 0 and "another environment (torch 1.0 -> " in text and "20%" in text
-    rows["gelu"] = [row(value=1.25e-3)]
+    rows["gelu"] = [row(value=1.25e-3, dtype="float32")]
     assert run()[0] == 1
+    # 16 bit in the interpreter is the same everywhere; on a card it is not.
+    for source, expected in (("interpreter", 1), ("card", 0)):
+        rows["gelu"] = [row(value=1.15e-3, source=source)]
+        assert run()[0] == expected
     before = path.read_bytes()
     status, text = run("--update", "--op", "gelu")
     assert status == 2 and "update all of it, without --op" in text

@@ -69,10 +69,10 @@ def judged(
     if any(row.source == "card" for row in own):
         limits["error"] = max(limits["error"], CARD_BAND)
     if apart := differences(stored.environment, here.environment):
-        share = compare.ELSEWHERE["error"]
+        error, loss = compare.ELSEWHERE["error"], compare.ELSEWHERE["loss"]
         notes.append(
-            f"the baseline comes from another environment ({', '.join(apart)}): an error may grow "
-            f"by {share:.0%}"
+            f"the baseline comes from another environment ({', '.join(apart)}): a float32 error "
+            f"may grow by {error:.0%}, a loss move by {loss:.0%}"
         )
     return compare.compare(dataclasses.replace(before, rows=tuple(rows)), here, limits), notes
 
