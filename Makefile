@@ -27,8 +27,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What this machine can measure of the kernels, into one run file.
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/vae_encode.py
+	$(BIN)/anima-fast bench run --out $(BENCH_OUT)/run.jsonl
 
 # Errors of one line, each of which a check must see: half an hour.
 plant: $(VENV)/.test
@@ -37,9 +38,11 @@ plant: $(VENV)/.test
 docs: $(VENV)/.test
 	$(BIN)/python -m mkdocs build --strict --site-dir site
 
-# Straight from a checkout, in the environment whose PyTorch sees the card.
+# The same on a card, after the tests that need one: straight from a checkout, in the environment
+# whose PyTorch sees the card.
 gpu:
-	$(PYTHON) -m benchmarks.suite --out $(BENCH_OUT)
+	$(PYTHON) -m pytest -q -m gpu tests
+	$(PYTHON) -m anima_fast bench run --out $(BENCH_OUT)/run.jsonl
 
 clean:
 	rm -rf $(VENV) $(OUT) $(BENCH_OUT) site *.egg-info build

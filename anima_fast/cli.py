@@ -8,17 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from anima_fast.commands import (  # noqa: F401 - each registers its commands
-    dataset,
-    files,
-    machine,
-    migrate,
-    networks,
-    presets,
-    sample,
-    train,
-    watch,
-)
+from anima_fast.commands import dataset, files, machine, migrate, sample, train  # noqa: F401 - each registers its commands
 from anima_fast.commands.app import MACHINE, app
 from anima_fast.commands.bench import bench
 

@@ -18,14 +18,9 @@ LOGGER = "anima_fast"
 def configure_console(
     level: str = "INFO", file: str | None = None, *, simple: bool = False
 ) -> logging.Logger:
-    """Set up and return the package's logger.
+    """Set up and return the package's logger, which shows messages of `level` and above.
 
-    Args:
-        level: the least important level shown.
-        file: also append messages to this file, with the time.
-        simple: plain lines on stderr instead of rich ones.
-    Raises:
-        UserError: when the file cannot be written.
+    `file` gets them too, with the time; `simple` means plain lines on stderr instead of rich ones.
     """
     logger = logging.getLogger(LOGGER)
     for handler in list(logger.handlers):
@@ -81,9 +76,8 @@ class ConsoleLog:
 
     A context manager: an error that ends a run becomes the last line, if the run has written any.
 
-    Args:
-        folder: the output folder; None writes nothing.
-        fresh: a run that does not resume moves an older file to `console.previous.log`.
+    Without a folder nothing is written. A `fresh` run, which does not resume, moves an older file
+    to `console.previous.log`.
     """
 
     def __init__(self, folder: str | None, *, fresh: bool = True) -> None:

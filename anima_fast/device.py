@@ -82,15 +82,10 @@ def set_backends(*, tf32: bool = False, benchmark: bool = False) -> None:
 
 
 def uses_fused_blocks(kernels: str, device: torch.device, *, compiled: bool = False) -> bool:
-    """Whether the DiT runs through the fused kernels.
+    """Whether the DiT runs through the fused kernels on a device.
 
-    Args:
-        kernels: auto, triton or eager.
-        device: where the DiT runs.
-        compiled: torch.compile is on, which takes the eager blocks.
-
-    Raises:
-        UserError: triton is asked for and cannot run.
+    `kernels` is auto, triton or eager; a `compiled` DiT takes the eager blocks. Raises `UserError`
+    when triton is asked for and cannot run.
     """
     if kernels == "triton":
         check_triton("--kernels triton", "--kernels eager", device)
@@ -101,16 +96,9 @@ def uses_fused_blocks(kernels: str, device: torch.device, *, compiled: bool = Fa
 
 
 def check_triton(option: str, remedy: str, device: torch.device | str | None = None) -> None:
-    """Refuse Triton kernels where they cannot run.
+    """Refuse Triton kernels where it is not installed, or off a CUDA card unless interpreted.
 
-    Args:
-        option: what asked for them, for the message.
-        remedy: what to use instead.
-        device: where they would run, when known.
-
-    Raises:
-        UserError: triton is not installed, or the device is not a CUDA card and the kernels are not
-            interpreted.
+    `option` is what asked for them, `remedy` what to use instead, for the message.
     """
     if importlib.util.find_spec("triton") is None:
         raise UserError(f"{option} needs the package triton: pip install triton, or use {remedy}")

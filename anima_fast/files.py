@@ -72,12 +72,9 @@ def parse_config(text: str, where: object, kind: str = "TOML") -> Any:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open a binary file that appears at `path` only when the block ends without an error.
-
-    Raises `UserError` when the folder cannot be written or the disk is full, and leaves nothing.
-    """
+    """Open a binary file that appears at `path` only when the block ends without an error."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -92,6 +89,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+def _temporary(path: Path) -> Path:
+    """Where a file or folder is made before it is moved to `path`; see `remove_leftovers`."""
+    return path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:8]}.tmp")
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Fill a new folder that replaces `path` only when the block ends without an error.
@@ -100,7 +102,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     the two renames leaves it next to the new one as `.NAME.old`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     old = path.with_name(f".{path.name}.old")
     try:
         temporary.mkdir(parents=True)
@@ -145,20 +147,21 @@ def sync_folder(path: Path) -> None:
 
 def disk_error(error: OSError, path: Path) -> UserError:
     """The `UserError` for a failed write to `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT if hasattr(errno, "EDQUOT") else errno.ENOSPC):
+    # Windows has no quota of this name.
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return UserError(
             f"no space left while writing {path}: free some disk space and run again; "
             "nothing was left half-written"
         )
     if getattr(error, "winerror", None) == SHARING_VIOLATION:
-        return UserError(f"cannot write {path}: another program has it open; close that program")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(
-            f"cannot write {path}: permission denied; choose a folder that you may write"
-        )
-    if error.errno in (errno.EEXIST, errno.ENOTDIR):
-        return UserError(f"cannot write {path}: a part of it is a file; choose another folder")
-    return UserError(f"cannot write {path}: {error.strerror or error}; choose another folder")
+        why = "another program has it open; close that program"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        why = "permission denied; choose a folder that you may write"
+    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+        why = "a part of it is a file; choose another folder"
+    else:
+        why = f"{error.strerror or error}; choose another folder"
+    return UserError(f"cannot write {path}: {why}")
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
@@ -173,10 +176,7 @@ def remove_leftovers(path: str | os.PathLike) -> None:
 
 
 def check_folder(path: str | os.PathLike) -> None:
-    """Prove that a folder can be written, creating it if needed, before hours are spent.
-
-    Raises `UserError` when it cannot.
-    """
+    """Prove that a folder can be written, creating it if needed, before hours are spent."""
     path = Path(path)
     probe = path / f".write_test.{uuid.uuid4().hex[:8]}"
     try:

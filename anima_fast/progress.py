@@ -12,7 +12,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -41,37 +40,28 @@ PLAIN_LINES = 10
 class Bars:
     """Live bars, one for each title, gone at the end; nothing where stderr is not a terminal.
 
-    Args:
-        columns: what follows title, bar and count.
+    `columns` follow title, bar and count.
     """
 
     def __init__(self, *columns: ProgressColumn) -> None:
+        self.live = sys.stderr.isatty()
         self._bars: dict[str, TaskID] = {}
-        self._display: RichProgress | None = None
-        if sys.stderr.isatty():
-            self._display = RichProgress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns,
-                console=Console(stderr=True), transient=True,
-            )  # fmt: skip
+        self._display = RichProgress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns,
+            console=Console(stderr=True), transient=True, disable=not self.live,
+        )  # fmt: skip
 
     def __enter__(self) -> Bars:
-        if self._display is not None:
-            self._display.start()
+        self._display.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._display is not None:
+        # Older Rich ends a display that is disabled with an empty line.
+        if self.live:
             self._display.stop()
-
-    @property
-    def live(self) -> bool:
-        """Whether there is a terminal to draw on."""
-        return self._display is not None
 
     def show(self, title: str, done: int, total: int) -> None:
         """Move the bar of this title to `done` of `total`, adding it the first time."""
-        if self._display is None:
-            return
         if title not in self._bars:
             self._bars[title] = self._display.add_task(title, total=total)
         self._display.update(self._bars[title], completed=done)
@@ -106,13 +96,8 @@ class ItemProgress:
             self._last_line = time.monotonic()
             self._say(f"{self._title}: {self._done}/{self._total} ({self._rate()})")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bars.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._bars.__exit__()
         self._say(f"{self._title}: {self._done} of {self._total} ({self._rate()})")
 
     def _rate(self) -> str:
@@ -130,20 +115,13 @@ class _Rate(ProgressColumn):
 
 
 class Progress:
-    """Steps, losses and speed of a run on the console, a context manager.
+    """Steps, losses and speed of a run on the console (stderr), a context manager.
 
-    Args:
-        simple: plain lines on a terminal too.
-        console: where to write; stderr when None.
-        log: a file that gets the plain lines too.
+    `simple` writes plain lines on a terminal too; `log` is a file that gets them as well.
     """
 
     def __init__(
-        self,
-        *,
-        simple: bool = False,
-        console: Console | None = None,
-        log: ConsoleLog | None = None,
+        self, *, simple: bool = False, console: Console | None = None, log: ConsoleLog | None = None
     ) -> None:
         self.log = log
         self.console = console or Console(stderr=True)
@@ -200,7 +178,16 @@ class Progress:
                 self.log.write(f"step {step}/{self.total} | {text}")
 
     def _start_display(self) -> None:
-        self._display = make_display(self.console)
+        """A bar, the step, and the facts of `describe`, cut where the terminal is narrow."""
+        facts = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        self._display = RichProgress(
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}", markup=False, table_column=facts),
+            console=self.console,
+            expand=True,
+            refresh_per_second=4,
+        )
         self._bar = self._display.add_task(
             "", total=self.total, completed=self.first, facts="starting"
         )
@@ -244,44 +231,25 @@ def _closed() -> None:
     raise BrokenPipeError("the console is closed")
 
 
-def make_display(console: Console) -> RichProgress:
-    """The live display: a bar, the step, and the facts of `describe`, cut where it is narrow."""
-    facts = Column(no_wrap=True, overflow="ellipsis", ratio=1)
-    return RichProgress(
-        BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}", markup=False, table_column=facts),
-        console=console,
-        expand=True,
-        refresh_per_second=4,
-    )
-
-
 def describe(record: Mapping[str, Any], step_s: float | None, total: int) -> str:
-    """One line with epoch, smoothed loss, time left, rate, speed and memory.
+    """One line with epoch, smoothed loss, time left, rate, speed and memory, as far as known.
 
-    Args:
-        record: as for `Progress.step`.
-        step_s: smoothed seconds per step, None while unknown.
-        total: steps of the run.
+    `record` is that of `Progress.step`, `step_s` smoothed seconds per step, `total` all steps.
     """
-    loss = record.get("loss_avg", record.get("loss"))
-    rates = record.get("lr") or {}
-    parts = [f"epoch {record['epoch']}"] if "epoch" in record else []
-    if loss is not None:
-        parts.append(f"loss {loss:.4f}")
     seconds = step_s if step_s is not None else record.get("step_s")
-    if seconds is not None and total:
-        parts.append(f"{clock(seconds * max(0, total - record['step']))} left")
-    if rates:
-        parts.append("lr " + "/".join(dict.fromkeys(f"{rate:.3g}" for rate in rates.values())))
-    if seconds is not None:
-        parts.append(f"{seconds:.2f} s/step")
-    if record.get("images_per_s") is not None:
-        parts.append(f"{record['images_per_s']:.2f} images/s")
-    if record.get("memory_mib") is not None:
-        parts.append(f"{record['memory_mib'] / 1024:.1f} GiB")
-    return " | ".join(parts)
+    left = seconds * max(0, total - record["step"]) if seconds is not None and total else None
+    rates = (record.get("lr") or {}).values()
+    memory = record.get("memory_mib")
+    facts = (
+        (record.get("epoch"), "epoch {}"),
+        (record.get("loss_avg", record.get("loss")), "loss {:.4f}"),
+        (None if left is None else clock(left), "{} left"),
+        ("/".join(dict.fromkeys(f"{rate:.3g}" for rate in rates)) or None, "lr {}"),
+        (seconds, "{:.2f} s/step"),
+        (record.get("images_per_s"), "{:.2f} images/s"),
+        (None if memory is None else memory / 1024, "{:.1f} GiB"),
+    )
+    return " | ".join(text.format(value) for value, text in facts if value is not None)
 
 
 def clock(seconds: float) -> str:

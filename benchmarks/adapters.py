@@ -48,7 +48,8 @@ def make_delta(name: str, linear: nn.Linear, rank: int) -> Delta:
     kind, options, dora = KINDS[name]
     generator = torch.Generator().manual_seed(0)
     shape = (linear.out_features, linear.in_features)
-    delta = LAYERS[kind].initial(shape, rank, float(rank), generator, **options)
+    delta = LAYERS[kind].initial(shape, rank, generator, **options)
+    delta = replace(delta, alpha=torch.tensor(float(rank)))
     delta = delta.map(lambda t: 0.02 * torch.randn(t.shape, generator=generator))
     if dora:
         delta = replace(delta, dora_scale=initial_magnitudes(linear))

@@ -151,7 +151,7 @@ PLANTS = (
           'gates.get(f"y{sublayer}")', 'gates.get(f"y{sublayer}") if sublayer else gates.get("y1")',
           "--op block --dtype float64 --quick"),
     Plant("block: adapters' gradients in 16 bit", BLOCK,
-          "dtype=self.adapter_dtype(group)", "dtype=dy.dtype",
+          "dtype=dtype,\n            **options,", "dtype=dy.dtype,\n            **options,",
           "pytest tests/test_block.py -k keep_their_precision"),
     Plant("adapters: gradients of a recomputed MLP", BLOCK,
           'dropped = ("a", "h.up")', 'dropped = ("a", "h.down")',

@@ -206,7 +206,7 @@ def test_modes_that_are_refused(packages):
     ("mode", "extra"), [("flash", "flash"), ("xformers", "xformers"), ("sageattn", "sage")]
 )
 def test_a_missing_package_names_the_extra(mode, extra, monkeypatch):
-    package = attention_module.PACKAGES[mode][0]
+    package = attention_module.LIBRARIES[mode].package
     monkeypatch.delitem(sys.modules, package, raising=False)
     monkeypatch.setattr(attention_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"pip install \"anima-fast\[{extra}\]\""):

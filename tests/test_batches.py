@@ -121,7 +121,7 @@ def test_variants_and_flips_are_chosen_by_the_place_in_the_run(project):
             batch = loader.load([0, 0], epoch=epoch, step=step)
             for i in (0, 1):
                 which = [torch.equal(batch.text.context[i], c) for c in known].index(True)
-                flipped = torch.equal(batch.latents[i], latents.flipped)
+                flipped = torch.equal(batch.latents[i], latents.latents_flipped)
                 assert flipped or torch.equal(batch.latents[i], latents.latents)
                 found.append((which, flipped))
         return found

@@ -1,161 +1,285 @@
-"""The benchmark suite without its measurements: arithmetic, rows, slices, the report, refusals."""
+"""Run files and what reads them: measuring, comparing, history, profiles, exit statuses."""
 
-import csv
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from anima_fast.bench import commits, compare, groups, run, sass, step, times
+from anima_fast.bench.choice import Choice, parse_choice
+from anima_fast.bench.environment import environment
+from anima_fast.bench.history import history, history_page, read_runs, text_of
+from anima_fast.bench.parity import relative_error
+from anima_fast.bench.profile import tree_lines
+from anima_fast.bench.providers import LIBRARIES, load_candidate, providers
+from anima_fast.bench.run_file import Measurement, Run, read_run, sampled, write_run
 from anima_fast.cli import app
 from anima_fast.errors import UserError
-from anima_fast.files import check_folder
 from anima_fast.kernels.registry import OPS
 from anima_fast.measure.step_time import step_flops
-from anima_fast.measure.timer import Timer
-from benchmarks import compare, suite
-from benchmarks.charts import Bar, bars, number, roofline
-from benchmarks.rows import (
-    COLUMNS,
-    Row,
-    append_row,
-    machine,
-    quantile,
-    read_rows,
-    spread,
-    throughput,
-    write_rows,
+from anima_fast.measure.timer import Ceilings, Timer
+
+HERE = {"processor": "a", "torch": "2", "date": "2026-01-01T00:00:00+00:00", "commit": "a" * 12}
+ERROR = Measurement("gelu", "error", 2e-7, "relative", dtype="float32", mode="out",
+                    parts={"L=1 plain": 1e-7, "L=3 plain": 2e-7})  # fmt: skip
+LAUNCHES = Measurement("block", "launches", 97.0, parts={"_gemm": 20.0, "cublas": 77.0})
+TIME = sampled(Measurement("gelu", "time", None, "s", "L=4", provider="own", mode="fwd"),
+               [1.0, 1.1, 0.9, 1.05, 0.95, 1.0])  # fmt: skip
+MODULES = Measurement("program", "modules", 2.0, parts={"rich": 1.0, "typer": 1.0})
+
+
+def invoke(*words):
+    return CliRunner().invoke(app, ["bench", *map(str, words)])
+
+
+def changed(row, **parts):
+    return dataclasses.replace(row, parts={**row.parts, **parts})
+
+
+def compared(before, after, limits=(), **environment):
+    a, b = Run(HERE, (before,)), Run({**HERE, **environment}, (after,))
+    (change,) = compare.compare(a, b, compare.limits_of(limits))
+    return change
+
+
+# Run files
+
+
+def test_a_run_file_holds_what_was_written(tmp_path):
+    rows = (ERROR, LAUNCHES, TIME, dataclasses.replace(TIME, samples=(), value=None, note="out"))
+    write_run(tmp_path / "a.jsonl", HERE, rows)
+    found = read_run(tmp_path / "a.jsonl")
+    assert (found.environment, found.rows, found.cut) == (HERE, rows, False)
+    # Defaults are left out, so that a line of a baseline is short.
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    assert "samples" not in lines[1] and json.loads(lines[1])["parts"] == ERROR.parts
+
+
+def test_a_run_file_that_was_killed_keeps_its_whole_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_run(path, HERE, (ERROR, LAUNCHES))
+    path.write_text(path.read_text()[:-20])
+    found = read_run(path)
+    assert found.rows == (ERROR,) and found.cut
+    assert "cut off" in compare.report(found, found, compare.compare(found, found, {}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ('{"format": "anima', "is empty or cut"),
+        ("{}\n", "is no run file"),
+        ("not json\n", "line 1, is damaged"),
+        ('{"format": "anima-fast run", "version": 9}\n', "has version 9"),
+        ('{"format": "anima-fast run", "version": 1}\n[1]\n', "line 2, is no JSON object"),
+        ('{"format": "anima-fast run", "version": 1}\n{"op": 1}\n', "is no measurement"),
+        ('{"format": "anima-fast run", "version": 1}\n{"opp": 1}\n', "is no measurement"),
+    ],
 )
-from benchmarks.suite_report import build_report
-
-CARD = {
-    "card": "Made-up card",
-    "torch": "9.9",
-    "triton": "8.8",
-    "commit": "abc",
-    "date": "2000-1-1",
-}
-BANDWIDTH, PEAK = 1e12, 1e14
+def test_what_is_no_run_file_is_one_line(tmp_path, text, message):
+    (tmp_path / "a.jsonl").write_text(text)
+    done = invoke("compare", tmp_path / "a.jsonl", tmp_path / "a.jsonl")
+    assert done.exit_code == 2 and isinstance(done.exception, SystemExit | UserError)
+    with pytest.raises(UserError, match=message):
+        read_run(tmp_path / "a.jsonl")
 
 
-def made_up_rows(tokens=4096):
-    """Rows as a card would give them: ours twice as fast as eager, step and memory included."""
-    rows = [
-        Row("copy", "torch", "ceiling", gb_s=BANDWIDTH / 1e9),
-        Row("product", "torch", "ceiling", tflop_s=PEAK / 1e12),
-    ]
-    for op in OPS.values():
-        for label, sizes in op.real_shapes(tokens).items():
-            shape = " ".join(f"{k}={v}" for k, v in sizes.items())
-            cost = op.cost(sizes, 2)
-            for both, mode in enumerate(("forward", "forward+backward")):
-                moved = cost.forward_bytes + both * cost.backward_bytes
-                flops = cost.forward_flops + both * cost.backward_flops
-                least = max(moved / BANDWIDTH, flops / PEAK)
-                for provider, factor in (("eager", 3.0), ("compiled", 2.0), ("ours", 1.5)):
-                    rates = throughput(factor * least, moved, flops, bandwidth=BANDWIDTH, peak=PEAK)
-                    ms = 1e3 * factor * least
-                    rows.append(
-                        Row(op.name, provider, mode, f"{label}: {shape}" if label else shape,
-                            "bfloat16", 0.9 * ms, ms, 1.2 * ms, "ms", tokens=tokens, **rates)
-                    )  # fmt: skip
-    shape = f"B=1 L={tokens} S=96 R=32"
-    plain = Row("step", "", "step", shape, "bfloat16", unit="s", tokens=tokens, batch=1)
-    for provider, s in (("eager", 1.5), ("compiled", 1.2), ("ours none", 0.9), ("ours mlp", 1.0)):
-        one = replace(plain, provider=provider)
-        rows.append(replace(one, p20=0.98 * s, p50=s, p80=1.03 * s))
-        rows.append(replace(one, mode="images", p50=1 / s, unit="images/s"))
-        rows.append(replace(one, mode="mfu", p50=0.3 / s, unit="share"))
-        rows.append(replace(one, mode="peak", p50=8 * s, unit="GiB"))
-        for phase, ms in (("forward", 300), ("backward", 600), ("optimize", 2)):
-            rows.append(replace(one, mode=phase, p50=ms * s, unit="ms"))
-            rows.append(replace(one, mode=f"{phase} launches", p50=9 * ms, unit="launches"))
-    rows.append(replace(plain, provider="diffusers", note="out of memory"))
-    for provider, units in (("eager", 29.5), ("ours none", 13.4), ("ours mlp", 9.4)):
-        one = Row("block", provider, "saved", shape, tokens=tokens)
-        rows.append(replace(one, p50=units, unit="units"))
-        rows.append(replace(one, p50=16 * units, unit="MiB"))
-    return [replace(row, **CARD) for row in rows]
+def test_the_environment_names_what_decides_digits():
+    found = environment()
+    assert found["torch"] == torch.__version__ and found["processor"] and found["instructions"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]{8}\+00:00", found["date"])
 
 
-def made_up_folder(folder, rows=None):
-    """An output folder: parity of gelu passed, of attention failed, ops passed, steps stopped."""
-    rows = made_up_rows() if rows is None else rows
-    check = {
-        "op": "gelu", "shape": "L=1", "dtype": "bfloat16", "layout": "plain", "tensor": "out",
-        "error": 1e-3, "reference_error": 1e-3, "allowed": 3e-3, "remark": "", "passed": True,
-    }  # fmt: skip
-    wrong = check | {"op": "attention", "error": float("inf"), "passed": False}
-    state = {
-        "parity-gelu": ("passed", ""),
-        "parity-attention": ("failed", "1 check <wrong>"),
-        "ops-4096": ("passed", ""),
-        "step-1024-b1": ("timed out", "stopped after 540 s"),
-    }
-    known = {one.name: one for one in suite.slices()}
-    for name, (status, reason) in state.items():
-        record = {"name": name, "title": known[name].title, "status": status, "seconds": 12.3,
-                  "returncode": 0, "reason": reason, **CARD}  # fmt: skip
-        path = folder / "slices" / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record))
-    (folder / "slices/parity-gelu.out").write_text(json.dumps([check]))
-    (folder / "slices/parity-attention.out").write_text(json.dumps([wrong]))
-    (folder / "slices/step-1024-b1.log").write_text("the <last> line")
-    write_rows(folder / "slices/ops-4096.csv", rows)
-    return folder
+# Comparison
 
 
-def test_quantiles():
-    assert quantile([3, 1, 2], 0.5) == 2 and quantile([4.0], 0.2) == 4
-    assert quantile([0, 10], 0.2) == 2 and quantile([0, 1, 2, 3, 4, 5], 0.8) == 4
-    assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 10) == {"p20": 20, "p50": 35, "p80": 50}
-    with pytest.raises(ValueError):
-        quantile([], 0.5)
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        (ERROR, ERROR, "same"),
+        (ERROR, changed(ERROR, **{"L=1 plain": 1.04e-7}), "changed"),
+        # One case of several, and not the worst of them.
+        (ERROR, changed(ERROR, **{"L=1 plain": 1.36e-7}), "worse"),
+        (ERROR, changed(ERROR, **{"L=1 plain": 0.5e-7}), "better"),
+        (ERROR, changed(ERROR, **{"L=1 plain": float("nan")}), "lost"),
+        (ERROR, changed(ERROR, **{"L=9 plain": 1e-7}), "only in the second"),
+        (LAUNCHES, dataclasses.replace(LAUNCHES, value=98.0), "worse"),
+        (LAUNCHES, dataclasses.replace(LAUNCHES, value=96.0), "better"),
+        # A kernel under another name is no launch more.
+        (LAUNCHES, dataclasses.replace(LAUNCHES, parts={"_gemm2": 20.0, "cublas": 77.0}),
+         "only in the second"),
+        (LAUNCHES, dataclasses.replace(LAUNCHES, value=None, parts={}, note="broke"), "lost"),
+        (MODULES, changed(MODULES, torch=1.0), "worse"),
+        (dataclasses.replace(LAUNCHES, metric="loss", value=1.0, parts={}),
+         dataclasses.replace(LAUNCHES, metric="loss", value=0.998, parts={}), "worse"),
+        (dataclasses.replace(LAUNCHES, metric="occupancy", value=0.4, parts={}),
+         dataclasses.replace(LAUNCHES, metric="occupancy", value=0.2, parts={}), "worse"),
+    ],
+)  # fmt: skip
+def test_verdicts(before, after, verdict):
+    change = compared(before, after)
+    assert change.verdict == verdict
+    assert compare.failed([change]) == (verdict in ("worse", "lost"))
 
 
-def test_throughput():
-    # 1 GB in 2 ms; the copy reaches 1 TB/s, so 1 ms is the least.
-    found = throughput(2e-3, 1e9, 0, bandwidth=1e12, peak=1e14)
-    assert found == {"gb_s": pytest.approx(500), "tflop_s": None, "share_of_ceiling": 0.5}
-    # 400 GFLOP at 100 TFLOP/s take 4 ms: the product bounds, not the memory.
-    found = throughput(5e-3, 1e9, 4e11, bandwidth=1e12, peak=1e14)
-    assert found["tflop_s"] == pytest.approx(80) and found["share_of_ceiling"] == pytest.approx(0.8)
-    assert throughput(1.0, 0, 0, bandwidth=1, peak=1)["share_of_ceiling"] is None
+@pytest.mark.parametrize(
+    ("factor", "limit", "verdict"),
+    [(1.0, "time:5%", "same"), (1.5, "time:5%", "worse"), (0.5, "time:5%", "better"),
+     (1.5, "", "changed"), (1.5, "time:100%", "changed"), (1.001, "time:0", "worse")],
+)  # fmt: skip
+def test_times_are_worse_when_the_whole_interval_is(factor, limit, verdict):
+    slower = sampled(TIME, [factor * s for s in TIME.samples])
+    change = compared(TIME, slower, [limit])
+    assert change.verdict == verdict and change.interval == pytest.approx((factor, factor))
 
 
-def test_numbers():
-    assert [number(x) for x in (0, None, float("inf"), 1234.6, 12.345, 0.012345)] == [
-        "0", "–", "–", "1235", "12.3", "0.0123",
-    ]  # fmt: skip
+def test_noise_around_the_limit_is_not_red():
+    noise = sampled(TIME, [1.3, 0.9, 1.2, 0.8, 1.25, 0.95])
+    change = compared(TIME, noise, ["time:5%"])
+    assert change.verdict == "same" and change.interval[0] < 1 < change.interval[1]
 
 
-def test_rows_survive_a_file(tmp_path):
-    path, rows = tmp_path / "a" / "rows.csv", made_up_rows()
-    for row in rows:
-        append_row(path, row)
-    assert read_rows(path) == rows
-    required = "op provider mode shape dtype p20 p50 p80 unit gb_s tflop_s share_of_ceiling card"
-    assert list(COLUMNS[:17]) == f"{required} torch triton commit date".split()
-    # A line that a kill cut off is left out.
-    path.write_text(path.read_text()[:-60])
-    assert read_rows(path) == rows[:-1]
-    path.write_text("op,provider\n")
-    with pytest.raises(UserError, match="other columns"):
-        read_rows(path)
-    assert read_rows(tmp_path / "none.csv") == []
+def test_errors_of_another_machine_have_more_room():
+    after = changed(ERROR, **{"L=1 plain": 1.15e-7})
+    assert compared(ERROR, after).verdict == "worse"
+    assert compared(ERROR, after, processor="b").verdict == "changed"
+    assert compared(ERROR, changed(ERROR, **{"L=1 plain": 1.3e-7}), torch="3").verdict == "worse"
+    # Counts are the same everywhere.
+    more = dataclasses.replace(LAUNCHES, value=98.0)
+    assert compared(LAUNCHES, more, processor="b").verdict == "worse"
 
 
-def test_machine_is_told():
-    where = machine()
-    assert where["torch"] == torch.__version__ and re.fullmatch(r"\d{4}-\d\d-\d\d", where["date"])
-    assert torch.cuda.is_available() or where["card"].startswith(compare.CPU_PREFIX)
+def test_limits():
+    found = compare.limits_of(["time:5% error:0.2", "registers:0"])
+    assert (found["time"], found["error"], found["registers"]) == (0.05, 0.2, 0)
+    assert found["launches"] == 0 and "time" not in compare.limits_of([])
+    for words in ("time", "speed:5%", "time:-1%", "time:x"):
+        with pytest.raises(UserError, match="--fail-if"):
+            compare.limits_of([words])
+
+
+def test_compare_says_what_moved_and_fails_by_its_limits(tmp_path):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    rows = (ERROR, LAUNCHES, TIME)
+    write_run(a, HERE, rows)
+    done = invoke("compare", a, a)
+    assert done.exit_code == 0 and done.stdout == "3 measurements compared: 3 same\n"
+    write_run(b, HERE, (changed(ERROR, **{"L=1 plain": 3e-7}), LAUNCHES, TIME))
+    done = invoke("compare", a, b, "--html", tmp_path / "c.html")
+    assert done.exit_code == 1 and "[L=1 plain]" in done.stdout and "x3" in done.stdout
+    assert invoke("compare", a, b, "--fail-if", "error:300%").exit_code == 0
+    page = (tmp_path / "c.html").read_text()
+    assert "1 worse" in page and "L=1 plain" in page
+    for svg in re.findall(r"<svg.*?</svg>", page, re.S):
+        ElementTree.fromstring(svg)
+
+
+def test_a_page_escapes_names(tmp_path):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_run(a, HERE, (dataclasses.replace(LAUNCHES, case="<b>"),))
+    write_run(b, HERE, (dataclasses.replace(LAUNCHES, case="<b>", value=99.0),))
+    invoke("compare", a, b, "--html", tmp_path / "c.html")
+    page = (tmp_path / "c.html").read_text()
+    assert "<b>" not in page and "&lt;b&gt;" in page
+
+
+# Measuring
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "gelo"], "OP gelo"),
+        (["run", "--metric", "speed"], "--metric speed"),
+        (["run", "--dtype", "int8"], "--dtype int8"),
+        (["run", "--case", "L"], "--case L"),
+        (["run", "--case", "L=0"], "--case L=0"),
+        (["run", "--provider", "magic"], "--provider magic"),
+        (["run", "gelu", "--candidate", "nowhere.py:f"], "no file nowhere.py"),
+        (["run", "gelu", "--candidate", "f"], "expected FILE.py:function"),
+        (["run", "--candidate", "math:sqrt"], "the one op"),
+        (["compare", "a.jsonl", "b.jsonl"], "neither a run file nor a commit"),
+        (["history", "--folder", "nowhere"], "no folder"),
+        (["profile", "gelu", "--tool", "magic"], "--tool magic"),
+        (["profile", "program"], "no profile"),
+    ],
+)
+def test_bad_words_are_one_line(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*words)
+    assert done.exit_code == 2 or isinstance(done.exception, UserError)
+    assert message in str(done.exception) or message in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_measured_here_ends_with_one(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    done = invoke("run", "gelu", "--metric", "time", "--out", tmp_path / "a.jsonl")
+    assert done.exit_code == 1 and "need a CUDA card" in done.stdout
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_groups_measure_every_metric():
+    assert {metric for group in groups.GROUPS for metric in group.metrics} == set(compare.METRICS)
+    able, lacking = groups.chosen(Choice(ops=("program",)))
+    assert [group.name for group in able] == ["program"] and not lacking
+
+
+PRINTS = """
+from anima_fast.bench.run_file import *
+print(row_line(Measurement("gelu", "launches", 1.0)), end="", flush=True)
+print("noise", file=__import__("sys").stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "ends"),
+    [("", ""), ("raise SystemExit(3)", "noise"), ("1 / 0", "ZeroDivisionError: division by zero")],
+)
+def test_a_group_that_fails_is_told_and_keeps_its_rows(tmp_path, monkeypatch, code, ends):
+    command = [sys.executable, "-c", PRINTS + code]
+    monkeypatch.setattr(run, "command", lambda *_: command)
+    said = []
+    chosen = groups.GROUPS[:2]
+    rows, problems = run.run_groups(chosen, Choice(), tmp_path / "a.jsonl", say=said.append)
+    assert len(rows) == 2 and read_run(tmp_path / "a.jsonl").rows == tuple(rows)
+    assert len(problems) == (2 if ends else 0) and all(ends in why for why in problems)
+    assert len(said) == 2 and "1 rows" in said[0]
+
+
+def test_a_group_that_hangs_is_stopped(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", PRINTS + "import time; time.sleep(60)"]
+    monkeypatch.setattr(run, "command", lambda *_: command)
+    monkeypatch.setattr(run, "LIMIT_S", 6.0)
+    start = time.monotonic()
+    rows, problems = run.run_groups(
+        groups.GROUPS[:1], Choice(), tmp_path / "a.jsonl", say=lambda _: None
+    )
+    assert rows and "stopped" in problems[0] and time.monotonic() - start < 50
+
+
+def test_run_against_a_baseline(tmp_path):
+    """The real program: packages that --help imports, then a baseline that lacks one of them."""
+    path = tmp_path / "a.jsonl"
+    words = ["run", "program", "--metric", "modules", "--out"]
+    done = invoke(*words, path)
+    assert done.exit_code == 0 and "2 measurements" in done.stdout
+    found = read_run(path)
+    row = found.rows[0]
+    assert row.parts["rich"] == 1 and "torch" not in row.parts and "triton" not in row.parts
+    fewer = {name: 1.0 for name in row.parts if name != "rich"}
+    write_run(path, found.environment, [dataclasses.replace(row, parts=fewer)])
+    done = invoke(*words, tmp_path / "b.jsonl", "--against", path)
+    assert done.exit_code == 1 and "worse" in done.stdout and "[rich]" in done.stdout
 
 
 def test_timer_alternates_and_leaves_out_what_fails():
@@ -172,12 +296,99 @@ def test_timer_alternates_and_leaves_out_what_fails():
     assert all(second >= 0 for samples in timer.seconds.values() for second in samples)
 
 
+# Providers and candidates
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_providers_compute_the_op(name):
+    op = OPS[name]
+    torch.manual_seed(0)
+    inputs = op.make_inputs(op.shapes[2], torch.float32, "cpu")
+    found = op.reference(**inputs)
+    expected = found if isinstance(found, tuple) else (found,)
+    for provider, call in providers(op).items():
+        if provider in ("own", "compile", "sdpa-cudnn", "sdpa-efficient", "flash-attn", "xformers"):
+            continue
+        values = call(**inputs)
+        for value, exact in zip(values if isinstance(values, tuple) else (values,), expected,
+                                strict=True):  # fmt: skip
+            assert relative_error(value, exact) < 1e-5, provider
+    assert set(LIBRARIES.get(name, {})) <= {*providers(op), "flash-attn", "xformers", "liger"}
+
+
+CANDIDATE = """
+import torch
+def right(a):
+    return torch.nn.functional.gelu(a)
+def wrong(a):
+    return torch.nn.functional.gelu(a, approximate="tanh")
+"""
+
+
+def test_a_candidate_is_timed_when_it_is_right(tmp_path):
+    (tmp_path / "my.py").write_text(CANDIDATE)
+    sizes = {"L": 40, "D": 24}
+    choice = Choice(ops=("gelu",), sizes=sizes, providers=("own",), dtypes=("float32",),
+                    modes=("fwd", "bwd"), metrics=("time",), seconds=0.0)  # fmt: skip
+    found = {}
+    for name in ("right", "wrong"):
+        one = dataclasses.replace(choice, candidate=f"{tmp_path / 'my.py'}:{name}")
+        found |= {row.key: row for rows in times.rows(one) for row in rows}
+    timed = {row.provider for row in found.values() if row.samples}
+    assert timed == {"own", "eager", "my:right"}
+    (why,) = {row.note for row in found.values() if row.provider == "my:wrong"}
+    assert "not right" in why
+    row = next(r for r in found.values() if r.samples and r.provider == "own" and r.mode == "bwd")
+    assert row.case == "B=1 L=40 D=24" and row.parts["share_of_ceiling"] > 0
+
+
+def test_a_candidate_may_be_in_an_installed_package():
+    assert list(load_candidate("math:sqrt")) == ["math:sqrt"]
+    with pytest.raises(UserError, match="no function"):
+        load_candidate("math:nothing")
+
+
+def test_cases_take_sizes_from_the_command_line():
+    choice = parse_choice(["lora_linear"], cases=["L=1024,B=2"], dtypes=["float16"])
+    found = dict(times.cases(OPS["lora_linear"], choice))
+    assert found["qkv"]["M"] == 2048 and found["text kv"]["M"] == 96
+    assert [s["S"] for _, s in times.cases(OPS["attention"], choice)] == [1024, 96]
+    assert times.dtypes_of(OPS["lora_linear"], choice) == [torch.float16]
+
+
+# The step
+
+
+def test_the_step_is_timed_when_loss_and_gradients_are_eagers():
+    eager = (1.0, torch.tensor([1.0, 2.0]))
+    assert step.disagreement(eager, None) == step.disagreement(eager, eager) == ""
+    assert "loss" in step.disagreement((1.1, eager[1]), eager)
+    assert "loss" in step.disagreement((float("nan"), eager[1]), eager)
+    assert "gradients" in step.disagreement((1.0, torch.tensor([1.0, 1.0])), eager)
+
+
+def test_step_rows_on_a_tiny_model():
+    if torch.cuda.is_available():
+        pytest.skip("sizes of a card")
+    bench = step.Bench(step.CONFIG)
+    bench.inputs = step.Inputs.random(step.CONFIG, 16, 1)
+    names = ["eager", "own none", "no such"]
+    measured = step._size_rows(bench, names, 16, 1, Ceilings(1e9, 1e9), 0.0)
+    found = [row for rows in measured for row in rows]
+    timed = {row.provider for row in found if row.samples}
+    assert timed == {"eager", "own none"}
+    assert {row.mode for row in found if row.provider == "own none"} == {
+        "both", "forward", "backward", "optimize",
+    }  # fmt: skip
+    assert next(row for row in found if row.provider == "no such").note
+
+
 def test_step_operations_are_those_of_the_eager_step():
     """The formula behind MFU against torch's counter, AdaLN and attention's zero key apart."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from benchmarks import step_models as models
+    from anima_fast.bench import step_models as models
 
     config, tokens, batch, text = models.TINY, 16, 2, models.TEXT_ROWS
     bench = models.Bench(config, rank=4, dtype=torch.float32)
@@ -199,206 +410,121 @@ def test_step_operations_are_those_of_the_eager_step():
     assert counted - blocks * (adaln + zero_key) == expected
 
 
-def test_comparisons():
-    rows = made_up_rows()
-    one = next(c for c in compare.op_comparisons(rows) if c.op == "gelu")
-    assert one.speedup("eager") == pytest.approx(2.0) and one.speedup("library") is None
-    assert compare.ceilings_of(rows) == (BANDWIDTH, PEAK) and compare.ceilings_of([]) is None
-    assert compare.label_of("qkv: M=1 N=2") == "qkv" and compare.label_of("M=1") == ""
-    assert compare.rank_of("B=1 L=4 S=9 R=32") == 32 and compare.rank_of("") is None
+# History
 
 
-def test_predictions_stand_beside_measurements():
-    ops = compare.predicted_ops(made_up_rows())
-    names = {op["op"] for op in ops}
-    # All but the one over adapter states, whose sizes differ.
-    assert names == set(OPS) - {"adamw"}
-    for op in ops:
-        # Made 1.5 times the least time; the model adds a launch.
-        assert op["predicted"] < op["measured"] + 0.01
-        assert op["predicted"] > op["measured"] / 1.5
-    steps = compare.predicted_steps(made_up_rows())
-    assert [s["recompute"] for s in steps] == ["none", "mlp"]
-    assert all(s["predicted_s"] > 0 and s["measured_gib"] for s in steps)
-    assert compare.predicted_ops([]) == compare.predicted_steps([]) == []
+def made_runs(folder, values):
+    for i, value in enumerate(values):
+        where = {**HERE, "date": f"2026-01-0{i + 1}T00:00:00+00:00", "commit": f"{i}" * 12}
+        rows = (dataclasses.replace(LAUNCHES, value=value), TIME)
+        write_run(folder / f"{9 - i}.jsonl", where, rows)
 
 
-def test_charts_are_svg():
-    drawn = [
-        bars("a < b", {"x & y": [Bar("eager", 2.0, 1.9, 2.2), Bar("ours", 0.0)]}, "s", limit=3.0),
-        roofline("roof", [("ours", "x <y>", 10.0, 1e12), ("eager", "z", 1e4, 9e13)], 1e12, 1e14),
-    ]
-    for svg in drawn:
-        ElementTree.fromstring(svg)
-    assert bars("none", {}, "s") == roofline("none", [], 1.0, 1.0) == ""
+def test_history_names_the_first_commit_that_stepped(tmp_path):
+    made_runs(tmp_path, [97.0, 97.0, 98.0, 98.0])
+    runs = read_runs(tmp_path)
+    found = history(runs, Choice())
+    assert [line.step for line in found] == [2, None]
+    text = list(text_of(found[:1]))
+    assert len(text) == 5 and "222222222" in text[3] and text[3].endswith("<- stepped")
+    history_page(tmp_path / "h.html", runs, found)
+    page = (tmp_path / "h.html").read_text()
+    assert "git bisect start 222222222 111111111" in page and page.count("<svg") == 2
+    done = invoke("history", "block", "--folder", tmp_path)
+    assert done.exit_code == 0 and "stepped" in done.stdout and "gelu" not in done.stdout
 
 
-def test_slices():
-    found = suite.slices()
-    names = [one.name for one in found]
-    assert len(set(names)) == len(names)
-    assert {f"parity-{op}" for op in OPS} <= set(names)
-    assert {"gpu-tests", "ops-9216", "memory-4096", "step-1024-b4", "resources",
-            "sanitizer-memcheck"} <= set(names)  # fmt: skip
-    assert all(one.limit_s <= 540 for one in found)
-    wanted = suite.CPU if torch.cuda.is_available() else suite.GPU
-    assert wanted not in {one.where for one in suite.choose([])}
-    with pytest.raises(UserError, match="--slice nothing is unknown"):
-        suite.choose(["nothing"])
+def test_history_leaves_other_machines_apart(tmp_path):
+    made_runs(tmp_path, [97.0])
+    write_run(tmp_path / "x.jsonl", {**HERE, "processor": "b"}, (LAUNCHES, TIME))
+    assert len(history(read_runs(tmp_path), Choice(ops=("block",)))) == 2
 
 
-def run(command, folder, **changes):
-    one = suite.Slice("parity-gelu", "a made-up slice", tuple(command), **changes)
-    check_folder(folder / "slices")
-    (record,) = suite.run_slices([one], folder, say=lambda line: None)
-    assert (
-        json.loads((folder / "slices/parity-gelu.json").read_text())["status"] == record["status"]
-    )
-    return record
+# Commits
 
 
-@pytest.mark.parametrize(
-    ("code", "status", "reason"),
-    [
-        ("print('[]')", "passed", ""),
-        ("import sys; print('x\\n= it is broken =', file=sys.stderr); sys.exit(3)", "failed",
-         "it is broken"),
-        ("import os; os.kill(os.getpid(), 11)", "failed", "exit status -11"),
-    ],
-)  # fmt: skip
-def test_how_a_slice_ends(tmp_path, code, status, reason):
-    record = run(["python", "-c", code], tmp_path)
-    assert (record["status"], record["reason"]) == (status, reason)
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "empty"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(commits, "ROOT", tmp_path)
+    return tmp_path
 
 
-def test_a_slice_is_stopped_with_all_it_started(tmp_path):
-    code = (
-        "import subprocess, sys, time; print('[1]', flush=True);"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
-        "print(child.pid, file=sys.stderr, flush=True); time.sleep(60)"
-    )
-    start = time.monotonic()
-    record = run(["python", "-c", code], tmp_path, limit_s=1.5)
-    assert time.monotonic() - start < 55, "it did not wait for the child"
-    assert record["status"] == "timed out" and "stopped after 2 s" in record["reason"]
-    assert (tmp_path / "slices/parity-gelu.out").read_text() == "[1]\n"
-    child = int((tmp_path / "slices/parity-gelu.log").read_text())
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(child)], capture_output=True, text=True)
-    assert state.stdout.strip()[:1] in ("", "Z")
+def test_a_commit_without_the_command_is_a_named_error(repository):
+    with pytest.raises(UserError, match="older than `bench run`"):
+        commits.run_both(("HEAD", "HEAD"), [], Choice(), say=print)
+    assert len(subprocess.run(["git", "-C", str(repository), "worktree", "list"],
+                              capture_output=True, text=True).stdout.splitlines()) == 1  # fmt: skip
+    with pytest.raises(UserError, match="neither a run file nor a commit"):
+        commits.run_both(("nothing", "HEAD"), [], Choice(), say=print)
 
 
-def test_what_cannot_run_here_is_skipped_with_its_reason(tmp_path):
+def test_two_commits_are_measured_in_turn(repository, monkeypatch):
+    place = repository / "anima_fast/bench/groups.py"
+    place.parent.mkdir(parents=True)
+    for value in (1.0, 2.0):
+        place.write_text(f"VALUE = {value}\n")
+        git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run([*git, "add", "-A"], check=True)
+        subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
+    turns = []
+
+    def measured(chosen, choice, path, *, root, say):
+        value = float((root / "anima_fast/bench/groups.py").read_text().split("=")[1])
+        turns.append((chosen[0].name, value))
+        write_run(path, HERE, [sampled(TIME, [value, value]), dataclasses.replace(
+            LAUNCHES, value=value)])  # fmt: skip
+        return [], []
+
+    monkeypatch.setattr(commits, "run_groups", measured)
+    two = [groups.Group("a", (), ""), groups.Group("b", (), "", needs=groups.CARD)]
+    a, b = commits.run_both(("HEAD~1", "HEAD"), two, Choice(), say=print)
+    assert turns == [("a", 1.0), ("a", 2.0)] + 3 * [("b", 1.0), ("b", 2.0)]
+    assert a.by_key()[TIME.key].samples == (1.0,) * 8 and b.name == "HEAD"
+    found = {c.row.metric: c.verdict for c in compare.compare(a, b, compare.limits_of(["time:5%"]))}
+    assert found == {"time": "worse", "launches": "worse"}
+
+
+# Profiles
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;            /* 0x00000a0000017a02 */
+        /*0010*/              @!P0 LDG.E.128 R4, [R2.64] ;
+        /*0020*/                   LDGSTS.E.BYPASS.LTC128B.128 [R7], [R4.64] ;
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0040*/             @UP1  HMMA.16816.F16 R4, R8, R12, R4 ;
+        /*0050*/                   NOP;
+"""
+
+
+def test_instructions_are_counted_by_class():
+    assert sass.counts(SASS) == {
+        "other": 1, "load 128": 1, "asynchronous copy 128": 1, "HMMA F32": 1, "HMMA F16": 1,
+    }  # fmt: skip
+    names = {
+        "LDG.E.U16": "load 32 or less", "STG.E.64": "store 64", "LDSM.16.M88.4":
+        "shared load, matrix", "BAR.SYNC.DEFER_BLOCKING": "barrier", "IMMA.16832.S8.S8": "IMMA",
+        "HGMMA.64x128x16.F32.BF16": "HGMMA F32", "LDGSTS.E": "asynchronous copy 32 or less",
+        "DEPBAR.LE": "wait for copies", "LDL.LU": "local memory", "MUFU.EX2": "special function",
+        "FFMA": "float arithmetic", "F2FP.BF16.PACK_AB": "conversion", "SHFL.BFLY": "between lanes",
+    }  # fmt: skip
+    assert {name: sass.class_of(name) for name in names} == names
+
+
+def test_protons_tree_is_printed_longest_first():
+    leaf = {"frame": {"name": "k"}, "metrics": {"time (ns)": 2000.0, "count": 3}, "children": []}
+    more = {**leaf, "frame": {"name": "m"}, "metrics": {"time (ns)": 5000.0, "count": 1}}
+    tree = {"frame": {"name": "ROOT"}, "metrics": {}, "children": [leaf, more]}
+    assert [line.split() for line in tree_lines(tree)] == [
+        ["7.0", "us", "ROOT"], ["5.0", "us", "1", "m"], ["2.0", "us", "3", "k"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", ["proton", "ncu", "nsys"])
+def test_a_tool_that_is_missing_is_told_with_what_to_type(tool):
     if torch.cuda.is_available():
         pytest.skip("there is a card")
-    record = run(["python", "-c", "1/0"], tmp_path, where=suite.GPU)
-    assert record["status"] == "skipped" and "no" in record["reason"]
-    assert record["seconds"] == 0
-
-
-def page_of(folder):
-    build_report(folder)
-    return (folder / "report.html").read_text(encoding="utf-8")
-
-
-def test_report(tmp_path):
-    page = page_of(made_up_folder(tmp_path))
-    for svg in re.findall(r"<svg.*?</svg>", page, re.S):
-        ElementTree.fromstring(svg)
-    assert "http" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.S) and "<script" not in page
-    assert "failed: parity-attention, step-1024-b1" in page
-    assert "1 check &lt;wrong&gt;" in page and "the &lt;last&gt; line" in page
-    assert "Predicted and measured" in page and "Seconds per step" in page
-    assert "No CUDA card" not in page
-    # Speed-ups only where parity is green: gelu's is, attention's failed, others have not run.
-    cells = dict(re.findall(r"^<tr><td>(.*?)</td><td>forward</td>(.*)$", page, re.M))
-    assert "2.00" in cells["gelu"] and "no parity" not in cells["gelu"]
-    assert "no parity" in cells["attention self"] and "no parity" in cells["rmsnorm text"]
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["rows"]) == len(made_up_rows()) and len(results["parity"]) == 2
-    with open(tmp_path / "results.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == len(results["rows"])
-
-
-def test_cpu_rows_pretend_nothing(tmp_path):
-    rows = [replace(row, card=f"{compare.CPU_PREFIX}slow") for row in made_up_rows()]
-    folder = made_up_folder(tmp_path, rows)
-    for path in (folder / "slices").glob("*.json"):
-        record = json.loads(path.read_text())
-        path.write_text(json.dumps(record | {"card": f"{compare.CPU_PREFIX}slow"}))
-    page = page_of(folder)
-    assert "No CUDA card" in page and "Predicted and measured" not in page
-    assert "× eager" not in page
-
-
-def test_an_empty_folder_has_a_report(tmp_path):
-    assert "nothing has run" in page_of(tmp_path)
-    # All three files exist, as the command says.
-    assert read_rows(tmp_path / "results.csv") == []
-    assert (tmp_path / "results.csv").read_text().split(",")[0] == "op"
-    assert json.loads((tmp_path / "results.json").read_text())["rows"] == []
-
-
-def test_rows_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path, rows = tmp_path / "rows.csv", made_up_rows()
-    write_rows(path, rows)
-    for row in rows:
-        append_row(tmp_path / "one_by_one.csv", row)
-    assert path.read_bytes() == (tmp_path / "one_by_one.csv").read_bytes()
-    assert read_rows(path) == rows
-
-    def broken(rows):
-        yield rows[0]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_rows(path, broken(rows))
-    assert read_rows(path) == rows
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--slice", "nonsense"], "--slice nonsense is unknown: use one of gpu-tests"),
-        (["--out", "/proc/nowhere"], "cannot write /proc/nowhere"),
-        (["--out", __file__], "cannot write"),
-    ],
-)
-def test_bad_input_is_one_line(words, message):
-    result = CliRunner().invoke(suite.app, words)
-    assert result.exit_code == 2
-    assert message in result.output and len(result.output.strip().splitlines()) == 1
-    assert "/." not in result.output, "the file of the test is named"
-
-
-def test_list():
-    result = CliRunner().invoke(suite.app, ["--list"])
-    assert result.exit_code == 0
-    assert [line.split()[0] for line in result.output.splitlines()] == [
-        one.name for one in suite.slices()
-    ]
-
-
-def test_exit_status_tells_of_a_failed_slice(tmp_path, monkeypatch):
-    for command, status in (("1/0", 1), ("pass", 0)):
-        one = suite.Slice("resources", "", ("python", "-c", command))
-        monkeypatch.setattr(suite, "slices", lambda one=one: [one])
-        result = CliRunner().invoke(suite.app, ["--out", str(tmp_path)])
-        assert result.exit_code == status and (tmp_path / "report.html").exists()
-
-
-def test_the_program_says_where_the_suite_is():
-    result = CliRunner().invoke(app, ["bench", "all", "--out", "somewhere"])
-    assert result.exit_code == 2 and len(result.output.strip().splitlines()) == 1
-    makefile = (suite.ROOT / "Makefile").read_text(encoding="utf-8")
-    for command in ("make gpu", "python -m benchmarks.suite --out DIR"):
-        assert f"`{command}`" in result.output
-    assert "gpu:\n\t$(PYTHON) -m benchmarks.suite --out" in makefile
-
-
-def test_slices_find_the_checkout_from_any_folder(tmp_path):
-    code = "from benchmarks import suite; print(suite.ROOT.joinpath('benchmarks').is_dir())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-        env=suite.environment(suite.slices()[0]),
-    )  # fmt: skip
-    assert done.stdout.strip() == "True", done.stderr
+    done = invoke("profile", "gelu", "--tool", tool)
+    assert done.exit_code == 2 and "needs a CUDA card; there: " in done.output

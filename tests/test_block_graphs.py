@@ -12,7 +12,7 @@ from tiny_dit import dit_weights
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from anima_fast.errors import UserError
-from anima_fast.memory.offload import graphs_of, install_block_runner
+from anima_fast.memory.offload import SaverSettings, graphs_of, install_block_runner
 from anima_fast.models import block_graphs, fuse
 from anima_fast.models.dit import load_dit
 
@@ -64,7 +64,8 @@ def recorder():
 def make_dit(recorder=None, dtype=torch.float32, recompute="none", **options):
     dit = load_dit(dit_weights(TWO), dtype=dtype)
     network = make_network(dit, **options)
-    install_block_runner(dit, fused=True, recompute=recompute, cuda_graphs=recorder is not None)
+    settings = SaverSettings(recompute, cuda_graphs=recorder is not None)
+    install_block_runner(dit, settings, fused=True)
     if recorder is not None:
         dit.graphs.capture = recorder
     return dit, network
@@ -368,9 +369,9 @@ def test_no_more_graphs_than_allowed(recorder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"fused": False}, {"blocks_to_swap": 1}, {"cpu_offload": True}], ids=str
+    "options, fused", [({}, False), ({"blocks_to_swap": 1}, True), ({"offload": "host"}, True)]
 )
-def test_refused_with_what_moves_or_is_eager(options):
+def test_refused_with_what_moves_or_is_eager(options, fused):
     dit = load_dit(dit_weights(TWO), dtype=torch.float32)
     with pytest.raises(UserError, match="--cuda_graphs needs the fused blocks"):
-        install_block_runner(dit, **{"fused": True, "cuda_graphs": True, **options})
+        install_block_runner(dit, SaverSettings(cuda_graphs=True, **options), fused=fused)

@@ -6,12 +6,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anima_fast.data.buckets import BucketRule, adjust_limits, predefined_buckets
+from anima_fast.data.buckets import adjust_limits, place, predefined_buckets
+from anima_fast.data.subset import Dataset
 from anima_fast.errors import UserError
 
-WIDE = BucketRule((1024, 1024), True, 512, 2048, 64)
-DEFAULT = BucketRule((1024, 1024), True, 256, 1024, 64)
-NO_UPSCALE = BucketRule((1024, 1024), True, 256, 1024, 64, True)
+
+def dataset(resolution, low, high, step, no_upscale=False):
+    return Dataset(
+        resolution=resolution,
+        enable_bucket=True,
+        min_bucket_reso=low,
+        max_bucket_reso=high,
+        bucket_reso_steps=step,
+        bucket_no_upscale=no_upscale,
+    )
+
+
+WIDE = dataset((1024, 1024), 512, 2048, 64)
+DEFAULT = dataset((1024, 1024), 256, 1024, 64)
+NO_UPSCALE = dataset((1024, 1024), 256, 1024, 64, no_upscale=True)
+OFF = Dataset(resolution=(96, 64))
 
 # Image, then bucket and resized size for each of the three rules.
 VECTORS = """
@@ -45,11 +59,10 @@ COUNTS = [
 ]
 
 
-@pytest.mark.parametrize("column, rule", enumerate([WIDE, DEFAULT, NO_UPSCALE]))
+@pytest.mark.parametrize("column, dataset", enumerate([WIDE, DEFAULT, NO_UPSCALE]))
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "{}x{}".format(*row[0]))
-def test_vectors(row, column, rule):
-    placement = rule.place(row[0])
-    assert (placement.bucket, placement.resized) == (row[1 + 2 * column], row[2 + 2 * column])
+def test_vectors(row, column, dataset):
+    assert place(row[0], dataset) == (row[2 + 2 * column], row[1 + 2 * column])
 
 
 @pytest.mark.parametrize("resolution, low, high, step, count, fewest, most", COUNTS)
@@ -61,51 +74,58 @@ def test_bucket_lists(resolution, low, high, step, count, fewest, most):
 
 
 sides = st.integers(16, 6000)
-rules = st.sampled_from(
-    [WIDE, DEFAULT, NO_UPSCALE, BucketRule((640, 960), True, 320, 1600, 32), BucketRule((96, 64))]
-)
+datasets = st.sampled_from([WIDE, DEFAULT, NO_UPSCALE, OFF, dataset((640, 960), 320, 1600, 32)])
 
 
-@given(rules, sides, sides)
-def test_every_image_covers_its_bucket(rule, width, height):
+@given(datasets, sides, sides)
+def test_every_image_covers_its_bucket(dataset, width, height):
     try:
-        placement = rule.place((width, height))
+        (resized_w, resized_h), (w, h) = place((width, height), dataset)
     except UserError as error:
         # Only an image that is not enlarged can be too small.
-        assert rule.no_upscale and "too small" in str(error)
+        assert dataset.bucket_no_upscale and "too small" in str(error)
         return
-    (w, h), (resized_w, resized_h) = placement.bucket, placement.resized
     assert 0 < w <= resized_w and 0 < h <= resized_h
-    if rule.no_upscale:
-        assert w % rule.step == 0 and h % rule.step == 0
-        assert w * h <= math.prod(rule.resolution) * 1.13
-        assert resized_w < w + rule.step and resized_h < h + rule.step
+    step = dataset.bucket_reso_steps
+    if dataset.bucket_no_upscale:
+        assert w % step == 0 and h % step == 0
+        assert w * h <= math.prod(dataset.resolution) * 1.13
+        assert resized_w < w + step and resized_h < h + step
     else:
-        assert (w, h) in rule.buckets
+        limits = dataset.min_bucket_reso, dataset.max_bucket_reso, step
+        listed = predefined_buckets(dataset.resolution, *limits)
+        assert (w, h) in (listed if dataset.enable_bucket else [dataset.resolution])
         # Enlarging or shrinking keeps the aspect ratio, so at most one side has a surplus.
         assert resized_w == w or resized_h == h
 
 
 def test_off_means_one_bucket():
-    rule = BucketRule((96, 64), False)
-    assert rule.buckets == [(96, 64)]
-    assert rule.place((300, 100)).bucket == (96, 64)
-    assert rule.place((300, 100)).resized == (192, 64)
+    assert place((300, 100), OFF) == ((192, 64), (96, 64))
+
+
+def limits(low, high):
+    return {
+        "resolution": (1024, 1024),
+        "bucket_reso_steps": 64,
+        "min_bucket_reso": low,
+        "max_bucket_reso": high,
+    }
 
 
 def test_limits_are_rounded_outwards_with_a_notice():
-    low, high, notices = adjust_limits((1024, 1024), 300, 1500, 64, "here")
-    assert (low, high) == (256, 1536)
+    values = limits(300, 1500)
+    notices = adjust_limits(values, "here")
+    assert values == limits(256, 1536)
     assert len(notices) == 2 and "300" in notices[0] and "1536" in notices[1]
-    assert adjust_limits((1024, 1024), 256, 1024, 64, "here") == (256, 1024, [])
+    assert adjust_limits(limits(256, 1024), "here") == []
 
 
 @pytest.mark.parametrize("low, high, name", [(1088, 2048, "min_"), (256, 960, "max_")])
 def test_limits_that_exclude_the_resolution(low, high, name):
     with pytest.raises(UserError, match=f"{name}bucket_reso"):
-        adjust_limits((1024, 1024), low, high, 64, "here")
+        adjust_limits(limits(low, high), "here")
 
 
 def test_a_strip_without_a_bucket():
     with pytest.raises(UserError, match="bucket_no_upscale = false"):
-        NO_UPSCALE.place((2000, 20))
+        place((2000, 20), NO_UPSCALE)

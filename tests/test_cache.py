@@ -1,7 +1,6 @@
 """Cache files and their keys, folders and hash index."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +8,11 @@ import pytest
 import torch
 
 from anima_fast.data import cache, cache_folders
-from anima_fast.data.cache import CacheError, LatentEntry, LatentSpec, Stored, TextEntry
-from anima_fast.data.cache_folders import CacheFolders, FileHashes
+from anima_fast.data.cache import CacheError, LatentEntry, Stored, TextEntry
+from anima_fast.data.cache_folders import CacheFolders, file_hashes
 from anima_fast.errors import UserError
 
-SPEC = LatentSpec("k" * 64, (64, 32), flip=False, alpha=False)
+LATENTS = LatentEntry(torch.zeros(16, 4, 8))
 
 
 def item(**more):
@@ -25,7 +24,7 @@ def item(**more):
 
 
 def key(made=None, image="i", vae="v", dtype=torch.float32):
-    return cache.latent_spec(made or item(), image_sha256=image, vae=vae, dtype=dtype).key
+    return cache.latent_key(made or item(), image_sha256=image, vae=vae, dtype=dtype)
 
 
 def test_every_part_of_the_key_counts():
@@ -56,39 +55,39 @@ def test_latents_round_trip(tmp_path):
     entry = LatentEntry(
         torch.randn(16, 4, 8), torch.randn(16, 4, 8), torch.randint(0, 255, (32, 64)).byte()
     )
-    spec = replace(SPEC, flip=True, alpha=True)
-    cache.write_latents(path, entry, spec, {"image": "a.png"})
-    cache.check_latents(path, spec)
-    back = cache.read_latents(path)
-    for name, tensor in entry.tensors().items():
-        assert torch.equal(back.tensors()[name], tensor)
+    cache.write(path, entry, "k", {"image": "a.png"})
+    cache.check_latents(path, "k", item(bucket=(64, 32), flip_aug=True, alpha_mask=True))
+    back = vars(cache.read_latents(path))
+    assert set(back) == {"latents", "latents_flipped", "alpha_mask"}
+    for name, tensor in vars(entry).items():
+        assert torch.equal(back[name], tensor)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "reason"),
+    ("key", "wanted", "reason"),
     [
-        (replace(SPEC, key="other"), "other contents"),
-        (replace(SPEC, size=(64, 64)), "shape"),
-        (replace(SPEC, flip=True), "latents_flipped"),
-        (replace(SPEC, alpha=True), "alpha_mask"),
+        ("other", {}, "other contents"),
+        ("k", {"bucket": (64, 64)}, "shape"),
+        ("k", {"flip_aug": True}, "latents_flipped"),
+        ("k", {"alpha_mask": True}, "alpha_mask"),
     ],
 )
-def test_check_refuses_other_contents(tmp_path, wanted, reason):
+def test_check_refuses_other_contents(tmp_path, key, wanted, reason):
     path = tmp_path / "a.safetensors"
-    cache.write_latents(path, LatentEntry(torch.zeros(16, 4, 8)), SPEC, {})
+    cache.write(path, LATENTS, "k", {})
     with pytest.raises(CacheError, match=reason):
-        cache.check_latents(path, wanted)
+        cache.check_latents(path, key, item(**{"bucket": (64, 32), **wanted}))
 
 
 def test_text_round_trip_in_both_forms(tmp_path):
     path = tmp_path / "a.safetensors"
-    cache.write_text(path, TextEntry(context=torch.ones(3, 4, dtype=torch.bfloat16)), "k", {})
+    cache.write(path, TextEntry(context=torch.ones(3, 4, dtype=torch.bfloat16)), "k", {})
     cache.check_text(path, "k", "context")
     assert cache.read_text(path).context.dtype == torch.bfloat16
     with pytest.raises(CacheError, match="source_states"):
         cache.check_text(path, "k", "states")
     states = TextEntry(source_states=torch.zeros(0, 4), t5_ids=torch.tensor([1]))
-    cache.write_text(path, states, "k", {})
+    cache.write(path, states, "k", {})
     cache.check_text(path, "k", "states")
     back = cache.read_text(path)
     assert back.source_states.shape == (0, 4) and back.t5_ids.tolist() == [1]
@@ -96,7 +95,7 @@ def test_text_round_trip_in_both_forms(tmp_path):
 
 def test_values_that_are_not_finite_are_refused_when_read(tmp_path):
     path = tmp_path / "a.safetensors"
-    cache.write_latents(path, LatentEntry(torch.full((16, 4, 8), torch.nan)), SPEC, {})
+    cache.write(path, LatentEntry(torch.full((16, 4, 8), torch.nan)), "k", {})
     with pytest.raises(CacheError, match="not finite"):
         cache.read_latents(path)
     stored = Stored(path, cache.read_latents)
@@ -121,7 +120,7 @@ def test_hashes_are_read_once(tmp_path, monkeypatch):
 
     def hashes():
         read.clear()
-        return FileHashes(CacheFolders(None, None, print)).many([*paths, paths[0]], 2)
+        return file_hashes(CacheFolders(None, None, [], print), [*paths, paths[0]], 2)
 
     first = hashes()
     assert len(read) == 2
@@ -141,19 +140,19 @@ def test_damaged_index_is_ignored(tmp_path, text):
     (tmp_path / ".anima_cache").mkdir()
     (tmp_path / ".anima_cache" / "index.json").write_text(text)
     (tmp_path / "a").write_bytes(b"a")
-    found = FileHashes(CacheFolders(None, None, print)).many([tmp_path / "a"], 1)
+    found = file_hashes(CacheFolders(None, None, [], print), [tmp_path / "a"], 1)
     assert len(found[tmp_path / "a"]) == 64
 
 
 def test_missing_image_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"gone\.png"):
-        FileHashes(CacheFolders(None, None, print)).many([tmp_path / "gone.png"], 1)
+        file_hashes(CacheFolders(None, None, [], print), [tmp_path / "gone.png"], 1)
 
 
 def test_no_folder_to_write_to_is_a_user_error(tmp_path):
     (tmp_path / ".anima_cache").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
-        CacheFolders(None, None, print).place("x", tmp_path / "a.png")
+        CacheFolders(None, None, [], print).place("x", tmp_path / "a.png")
 
 
 def test_identity_of_a_model_folder(tmp_path):

@@ -86,11 +86,11 @@ def test_checkpoint_reads_without_loading(tmp_path):
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
     save_file(tensors, path, metadata={"note": "x"})
     checkpoint = Checkpoint.open(path)
-    assert sorted(checkpoint.keys()) == ["a", "b"]
-    assert checkpoint.shape("a") == (2, 3) and checkpoint.dtype("b") == torch.bfloat16
+    assert sorted(checkpoint.shapes) == ["a", "b"]
+    assert checkpoint.shapes["a"] == (2, 3) and checkpoint.get("b").dtype == torch.bfloat16
     assert torch.equal(checkpoint.get("a"), tensors["a"])
     assert checkpoint.metadata == {"note": "x"} and checkpoint.path == path
-    assert Checkpoint.from_state_dict(tensors).shape("b") == (4,)
+    assert Checkpoint.from_state_dict(tensors).shapes["b"] == (4,)
 
 
 KINDS = {

@@ -1,9 +1,9 @@
-"""What the fused block calls on a card, without a card: needs a CUDA build of PyTorch, no driver.
+"""What the fused block calls on a card, with any build of PyTorch.
 
-Fake tensors of device cuda go through the block's forward and backward; Triton launches are left
-out. That proves the operators that exist on CUDA only (products with float32 results, flash
-attention with its log-sum-exp and backward) against the PyTorch at hand: their names, arguments,
-shapes and dtypes. Values are for tests marked gpu.
+Tensors of the meta device that pretend to be on a card go through the block's forward and backward;
+Triton launches are left out. That proves the operators that exist on CUDA only (products with
+float32 results, flash attention with its log-sum-exp and backward) against the PyTorch at hand:
+their names, arguments, shapes and dtypes. Values are for tests marked gpu.
 """
 
 import itertools
@@ -11,36 +11,17 @@ from collections import Counter
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from anima_fast.models import fused_attention
+from anima_fast.bench.pretend import Card, pretended
 from anima_fast.models.attention import ZeroRows
 from anima_fast.models.block import GROUPS, BlockSettings, FusedBlockFunction
 
-pytestmark = pytest.mark.skipif(
-    torch.version.cuda is None, reason="this PyTorch is not built for CUDA"
-)
 B, L, S, D, HEAD, TEXT, RANK = 2, 100, 77, 256, 128, 64, 8
 SIZES = {"qkv": (D, D), "out": (D, D), "cross_q": (D, D), "cross_kv": (TEXT, D),
          "cross_out": (D, D), "up": (D, 4 * D), "down": (4 * D, D)}  # fmt: skip
-
-
-class Context:
-    """What autograd gives a Function; its engine would want a driver."""
-
-    def __init__(self, tensors):
-        self.needs_input_grad = (
-            False,
-            False,
-            *(x is not None and x.requires_grad for x in tensors),
-        )
-
-    def save_for_backward(self, *tensors):
-        self.saved_tensors = tensors
 
 
 class Operators(TorchDispatchMode):
@@ -55,7 +36,7 @@ class Operators(TorchDispatchMode):
 
 def make_tensors(adapters_dtype):
     def new(*shape, dtype=torch.bfloat16, trained=False):
-        return torch.empty(shape, dtype=dtype, device="cuda", requires_grad=trained)
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=trained)
 
     half = HEAD // 2
     tensors = {
@@ -84,18 +65,18 @@ def launches(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", count)
     monkeypatch.setattr(InterpretedFunction, "__getitem__", lambda kernel, grid: (
         lambda *args, **kwargs: count(kernel)))  # fmt: skip
-    monkeypatch.setattr(fused_attention, "_capability", lambda index: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     return found
 
 
-# Who computes self and cross attention: by the option, what PyTorch prefers and is built with.
+# Who computes self and cross attention: by the option, and by what PyTorch prefers and is built
+# with.
 ATTENTIONS = {
-    "flash": ("torch", SDPBackend.FLASH_ATTENTION, True, {"flash": 2}),
-    "cudnn": ("torch", SDPBackend.CUDNN_ATTENTION, True, {"cudnn": 1, "flash": 1}),
-    "windows": ("torch", SDPBackend.EFFICIENT_ATTENTION, False, {"triton": 2}),
-    "cudnn alone": ("torch", SDPBackend.CUDNN_ATTENTION, False, {"cudnn": 1, "triton": 1}),
-    "triton": ("triton", SDPBackend.CUDNN_ATTENTION, True, {"triton": 2}),
+    "flash": ("torch", Card(89), {"flash": 2}),
+    "cudnn": ("torch", Card(90), {"cudnn": 1, "flash": 1}),
+    "windows": ("torch", Card(89, flash=False), {"triton": 2}),
+    "cudnn alone": ("torch", Card(90, flash=False), {"cudnn": 1, "triton": 1}),
+    "before ampere": ("torch", Card(75), {"triton": 2}),
+    "triton": ("triton", Card(90), {"triton": 2}),
 }
 
 
@@ -103,27 +84,22 @@ ATTENTIONS = {
     "policy, attentions, adapters_dtype",
     itertools.product(("none", "mlp", "block"), ATTENTIONS, (torch.float32, torch.bfloat16)),
 )
-def test_operators_of_the_fused_block_exist(
-    launches, monkeypatch, policy, attentions, adapters_dtype
-):
-    attn_mode, choice, has_flash, expected = ATTENTIONS[attentions]
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_: choice.value)
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: has_flash)
-    with FakeTensorMode(), torch.no_grad(), Operators() as operators:
-        tensors = make_tensors(adapters_dtype)
-        counts = torch.empty(B, dtype=torch.int32, device="cuda")
-        settings = BlockSettings(
-            policy=policy, attn_mode=attn_mode, dtype=torch.bfloat16, head_dim=HEAD,
-            scales={group: [0.5] * len(layers) for group, layers in GROUPS.items()},
-            rows=ZeroRows((512 - S, 9), counts, counts),
-        )  # fmt: skip
-        ctx = Context(tensors.values())
-        out = FusedBlockFunction.forward(ctx, settings, list(tensors), *tensors.values())
-        grads = FusedBlockFunction.backward(ctx, torch.empty_like(out))
-        assert out.shape == (B, L, D) and out.dtype == torch.bfloat16
-        for (name, x), grad in zip(tensors.items(), grads[2:], strict=True):
-            if x is not None and x.requires_grad:
-                assert (grad.shape, grad.dtype, grad.device) == (x.shape, x.dtype, x.device), name
+def test_operators_of_the_fused_block_exist(launches, policy, attentions, adapters_dtype):
+    attn_mode, card, expected = ATTENTIONS[attentions]
+    tensors = make_tensors(adapters_dtype)
+    counts = torch.empty(B, dtype=torch.int32, device="meta")
+    settings = BlockSettings(
+        policy=policy, attn_mode=attn_mode, dtype=torch.bfloat16, head_dim=HEAD,
+        scales={group: [0.5] * len(layers) for group, layers in GROUPS.items()},
+        rows=ZeroRows((512 - S, 9), counts, counts),
+    )  # fmt: skip
+    with pretended(card), Operators() as operators:
+        out = FusedBlockFunction.apply(settings, list(tensors), *tensors.values())
+        out.backward(torch.empty_like(out))
+    assert out.shape == (B, L, D) and out.dtype == torch.bfloat16
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad:
+            assert (x.grad.shape, x.grad.dtype) == (x.shape, x.dtype), name
     calls = operators.calls
     for product in ("mm", "bmm"):
         assert (calls[f"aten.{product}.dtype"] > 0) == (adapters_dtype == torch.float32)

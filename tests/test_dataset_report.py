@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from anima_fast.cli import app
 from anima_fast.data import health
+from anima_fast.data.health import spelling_variants
 from anima_fast.data.plan import build_plan
-from anima_fast.data.tags import spelling_variants
 from anima_fast.reports.dataset.duplicates import find_duplicates
 from anima_fast.reports.dataset.masks import loss_cells, overlay
-from anima_fast.reports.dataset.page import Figure, crop_box, short_name
+from anima_fast.reports.dataset.page import crop_box, short_name, widest
 from anima_fast.reports.dataset.pixels import difference_hash, look
 
 STOPS = {"unreadable", "narrow", "wrong size", "missing image", "unreadable caption", "no caption",
@@ -351,8 +351,7 @@ def test_names_that_are_not_unicode_are_shown_with_a_placeholder(tmp_path):
 
 
 def test_a_tall_thumbnail_does_not_fill_the_screen():
-    sizes = (64, 64), (10, 1000), (1, 20)
-    assert [Figure("a", (), "t0", *size).widest for size in sizes] == [176, 8, 12]
+    assert [widest(size) for size in ((64, 64), (10, 1000), (1, 20))] == [176, 8, 12]
 
 
 def test_a_long_name_is_shortened_in_its_middle():

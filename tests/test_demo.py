@@ -59,7 +59,7 @@ def test_previews_have_the_size_that_was_trained(out):
     stack = Stack(
         models / "dit.safetensors", models / "qwen3", models / "vae.safetensors", models / "t5"
     )
-    plan = build_plan(demo.train_options(demo.Folders(out), stack, 0, 4))
+    plan = build_plan(demo.train_options(out, stack, 0, 4))
     assert {item.path.stem: item.bucket for item in plan.items} == {
         name: size for name, (_, size) in demo.PHOTOGRAPHS.items()
     }

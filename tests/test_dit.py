@@ -8,15 +8,7 @@ from pathlib import Path
 import golden
 import pytest
 import torch
-from tiny_dit import (
-    TINY,
-    dit_shapes,
-    dit_weights,
-    make_dit,
-    make_inputs,
-    recipe,
-    relative_error,
-)
+from tiny_dit import TINY, dit_shapes, dit_weights, make_dit, make_inputs, recipe, relative_error
 
 from anima_fast.models.dit import AnimaDiT, DitConfig, load_dit
 from anima_fast.models.dit_layers import RMSNorm, timestep_features

@@ -27,10 +27,10 @@ def test_second_run_loads_no_model(project):
     # Four captions and the empty one.
     assert counts(project) == {"vae": 4, "encoder": 5}
     first = [path.read_bytes() for path in project.cache_files("*")]
-    _, encoded, _ = project.encode()
+    project.encode()
     assert not project.work.loads
     assert [path.read_bytes() for path in project.cache_files("*")] == first
-    assert encoded.notices == []
+    assert project.notices == []
 
 
 def test_models_are_freed_and_never_together(project):
@@ -131,6 +131,17 @@ def test_damaged_cache_file_is_encoded_anew(project, ending, damage, to_disk):
     assert all(torch.isfinite(s.get().latents).all() for s in encoded.latents)
 
 
+def test_damaged_file_of_the_output_folder_is_written_next_to_its_image(project):
+    (project.images / ".anima_cache").write_text("in the way")
+    project.encode()
+    (project.images / ".anima_cache").unlink()
+    for path in (project.root / "out" / "cache").glob("*.safetensors"):
+        path.write_bytes(b"")
+    _, encoded, _ = project.encode()
+    assert counts(project) == {"vae": 4, "encoder": 5}
+    assert len(project.cache_files("latents")) == len(encoded.latents) == 4
+
+
 def test_skip_cache_check_does_not_open_files(project):
     flags = {"cache_latents_to_disk": True, "skip_cache_check": True}
     plan, encoded, options = project.encode(**flags)
@@ -147,9 +158,9 @@ def test_values_shapes_and_metadata(project):
     _, encoded, _ = project.encode(cache_latents_to_disk=True)
     entry = encoded.latents[0].get()
     assert entry.latents.shape == (16, 8, 8) and entry.latents.dtype == torch.float32
-    torch.testing.assert_close(entry.flipped, entry.latents.flip(-1))
-    assert entry.alpha.dtype == torch.uint8
-    assert entry.alpha[0, 0] == 0 and entry.alpha[0, -1] == 128
+    torch.testing.assert_close(entry.latents_flipped, entry.latents.flip(-1))
+    assert entry.alpha_mask.dtype == torch.uint8
+    assert entry.alpha_mask[0, 0] == 0 and entry.alpha_mask[0, -1] == 128
     with safe_open(encoded.latents[0].path, "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "anima_fast.latents" and metadata["image"] == "0.png"
@@ -329,7 +340,9 @@ def test_sd_scripts_latents_need_the_mirrored_ones_with_flip(project):
     _, encoded, _ = project.encode()
     assert counts(project)["vae"] == 6
     entry = encoded.latents[0].get()
-    assert entry.flipped.unique().tolist() == [1.0] and entry.alpha.unique().tolist() == [128]
+    assert entry.latents_flipped.unique().tolist() == [
+        1.0
+    ] and entry.alpha_mask.unique().tolist() == [128]
 
 
 def legacy_text(project, index, caption, width=WIDTH, **more):

@@ -12,7 +12,7 @@ from anima_fast.data.seeding import seeded
 from anima_fast.errors import UserError
 from anima_fast.inspection.file import inspect_file
 from anima_fast.models.dit import load_dit
-from anima_fast.models.flow import FlowSettings, sample_sigma
+from anima_fast.models.flow import sample_sigma
 from anima_fast.models.llm_adapter import load_llm_adapter
 from anima_fast.training.finetune.full_network import part_of
 from anima_fast.training.loop import train
@@ -232,14 +232,13 @@ def test_a_separate_adapter_is_trained_from_its_own_file(world, tmp_path):
 def test_each_sample_has_its_own_weight(world, tmp_path):
     """`weighting_scheme` with batches of two: w(σ) multiplies the sample that it belongs to."""
     run = prepared(full_options(world, tmp_path, weighting_scheme="sigma_sqrt"))
-    settings = FlowSettings.from_options(run.options)
     order = next(b for b in run.plan.epoch_batches(1, run.seed) if len(b) == 2)
     batch = run.batches.load(order, epoch=1, step=0)
-    losses = micro_step(run, batch, settings, step=0, micro=0)
+    losses = micro_step(run, batch, step=0, micro=0)
     # The generator is as the micro-step left it: the same draws again.
     torch.manual_seed(seeded("step", run.seed, 0, 0).getrandbits(63))
     noise = torch.randn_like(batch.latents)
-    sigma = sample_sigma(settings, 2, batch.latents.shape[-2:])
+    sigma = sample_sigma(run.flow, 2, batch.latents.shape[-2:])
     assert sigma[0] != sigma[1]
     s = sigma[:, None, None, None]
     context, zero_keys = run.conditioning(batch.text)
@@ -270,17 +269,16 @@ def test_clipping_scales_all_gradients_by_one_factor(world, tmp_path):
 
 def test_accumulated_gradients_are_the_mean(world, tmp_path):
     run = prepared(full_options(world, tmp_path, gradient_accumulation_steps=2))
-    settings = FlowSettings.from_options(run.options)
     batches = [run.batches.load(b, epoch=1, step=0) for b in run.plan.epoch_batches(1, 7)[:2]]
     weight = run.network.weights[0]
     for micro, batch in enumerate(batches):
-        (micro_step(run, batch, settings, step=0, micro=micro).mean() / 2).backward()
+        (micro_step(run, batch, step=0, micro=micro).mean() / 2).backward()
         assert weight.param.grad is None
     both = run.optimizer.gradients.kept[weight].clone()
     parts = []
     for micro, batch in enumerate(batches):
         run.network.zero_grad_flat()
-        (micro_step(run, batch, settings, step=0, micro=micro).mean() / 2).backward()
+        (micro_step(run, batch, step=0, micro=micro).mean() / 2).backward()
         parts.append(run.optimizer.gradients.kept[weight].clone())
     torch.testing.assert_close(both, parts[0] + parts[1])
 
@@ -332,8 +330,8 @@ def test_a_bad_batch_changes_nothing(world, tmp_path, monkeypatch, fused):
     """Weights and optimizer state after a loss that is not finite are those before it."""
     seen = {}
 
-    def poisoned(run, batch, settings, *, step, micro):
-        losses = micro_step(run, batch, settings, step=step, micro=micro)
+    def poisoned(run, batch, *, step, micro):
+        losses = micro_step(run, batch, step=step, micro=micro)
         weights = torch.cat([w.truth.flatten() for w in run.network.weights]).clone()
         state = [v.clone() for s in run.optimizer.state.values() for v in s.values()]
         seen[step] = weights, state
@@ -352,7 +350,7 @@ def test_a_late_gradient_that_is_not_finite_leaves_weights_finite(world, tmp_pat
     run = prepared(full_options(world, tmp_path, fused_backward_pass=True))
     batch = run.batches.load(run.plan.epoch_batches(1, 7)[0], epoch=1, step=0)
     run.dit.blocks[0].mlp.layer1.weight.register_hook(lambda grad: grad * float("inf"))
-    losses = micro_step(run, batch, FlowSettings.from_options(run.options), step=0, micro=0)
+    losses = micro_step(run, batch, step=0, micro=0)
     losses.mean().backward()
     assert not torch.isfinite(run.optimizer.clip_gradients(1.0))
     assert all(w.truth.isfinite().all() for w in run.network.weights)
@@ -377,9 +375,7 @@ def test_block_swap_on_a_card(world, tmp_path, changes):
     assert_close_files(plain.output, swapped.output, atol=1e-3, rtol=1e-2)
     run = prepared(full_options(world, tmp_path / "run", blocks_to_swap=2, **changes))
     batch = run.batches.load(run.plan.epoch_batches(1, 7)[0], epoch=1, step=0)
-    micro_step(
-        run, batch, FlowSettings.from_options(run.options), step=0, micro=0
-    ).mean().backward()
+    micro_step(run, batch, step=0, micro=0).mean().backward()
     run.optimizer.clip_gradients(0.0)
     run.optimizer.step()
     for weight in (w for w in run.network.weights if w.swapped):

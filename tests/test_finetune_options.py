@@ -17,7 +17,7 @@ from anima_fast.options.docs_table import finetune_table_markdown
 from anima_fast.options.files import resolve_train_options, to_toml
 from anima_fast.options.finetune import FinetuneGroup, network_options
 from anima_fast.options.run import FinetuneOptions, TrainOptions
-from anima_fast.training.finetune.disk_check import model_bytes, resume_bytes
+from anima_fast.training.finetune.start import model_bytes, resume_bytes
 from anima_fast.training.loop import train
 
 PACKAGE = Path(__file__).parent.parent / "anima_fast"

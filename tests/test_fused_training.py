@@ -12,7 +12,7 @@ from anima_fast.adapters.lora import add_lora
 from anima_fast.device import uses_fused_blocks
 from anima_fast.errors import UserError
 from anima_fast.kernels import dispatch
-from anima_fast.memory.offload import install_block_runner
+from anima_fast.memory.offload import SaverSettings, install_block_runner
 from anima_fast.models import fuse
 from anima_fast.models.attention import attention, check_attn_mode
 from anima_fast.models.dit import load_dit
@@ -26,16 +26,15 @@ MODES = {
     "mlp": {"recompute": "mlp"},
     "block": {"recompute": "block"},
     "two at block": {"recompute": 2},
-    "checkpointing": {"gradient_checkpointing": True},
-    "cpu_offload": {"cpu_offload": True},
-    "unsloth_offload": {"unsloth_offload": True},
+    "cpu_offload": {"recompute": "block", "offload": "host"},
+    "unsloth_offload": {"recompute": "block", "offload": "pinned"},
     "swap_3": {"blocks_to_swap": 3},
     "swap_4_mlp": {"blocks_to_swap": 4, "recompute": "mlp"},
     "swap_3_block": {"blocks_to_swap": 3, "recompute": "block"},
 }
 
 
-def gradients(attn_mode="torch", dropout=None, **options):
+def gradients(attn_mode="torch", dropout=None, fused=False, **options):
     """Flat LoRA gradients of two steps under some way to run the blocks."""
     dit = load_dit(dit_weights(CONFIG), dtype=torch.float32, attn_mode=attn_mode)
     network = add_lora(
@@ -43,7 +42,7 @@ def gradients(attn_mode="torch", dropout=None, **options):
     )
     with torch.no_grad():
         network.flat.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
-    install_block_runner(dit, **options)
+    install_block_runner(dit, SaverSettings(**options), fused=fused)
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(2, 16, 4, 6, generator=generator)
     context = torch.randn(2, 3, CONFIG.context_dim, generator=generator)
@@ -77,7 +76,7 @@ def test_swapped_weights_are_not_kept_by_the_fused_block(monkeypatch):
 
     dit = load_dit(dit_weights(CONFIG), dtype=torch.float32)
     add_lora(dit, rank=4, seed=1)
-    install_block_runner(dit, fused=True, blocks_to_swap=3)
+    install_block_runner(dit, SaverSettings(blocks_to_swap=3), fused=True)
     fetched = []
     real = dit.block_runner.swap.fetch
 
@@ -137,7 +136,8 @@ def options(**values):
 
 def test_recompute_options():
     assert options().recompute is None
-    assert options(gradient_checkpointing=True).recompute == "block"
+    for offload in ("gradient_", "cpu_offload_", "unsloth_offload_"):
+        assert options(**{f"{offload}checkpointing": True}).recompute == "block"
     assert options(recompute="block").gradient_checkpointing
     assert options(recompute="7").recompute == "7"
     for bad in ("all", "-1", "1.5"):
@@ -210,7 +210,7 @@ def test_flat_adamw_is_adamw():
 
     def made(network, fused):
         own = build_flat_adamw(chosen, network) if fused else None
-        return own or build_optimizer(chosen, network)[0]
+        return own or build_optimizer(chosen, network.param_groups)[0]
 
     results = []
     for order in ("plain", "fused", "plain then fused", "fused then plain"):

@@ -1,15 +1,21 @@
 """On a card only: real shapes, the fused block beside the eager one, whole steps, no leaks."""
 
+import functools
+
 import pytest
 import torch
 from test_block import make_network
 from tiny_dit import TINY, dit_weights
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from anima_fast.adapters.lora import add_lora
+from anima_fast.bench.launches import block_launches
 from anima_fast.bench.parity import check_op, floor, full_precision, relative_error
+from anima_fast.bench.pretend import Card
 from anima_fast.kernels.lora_linear import lora_linear
 from anima_fast.kernels.registry import OPS
-from anima_fast.memory.offload import install_block_runner
+from anima_fast.memory.offload import SaverSettings, install_block_runner
 from anima_fast.models.dit import AnimaDiT, DitConfig, load_dit
 from anima_fast.models.fuse import fuse_blocks
 
@@ -106,6 +112,40 @@ def test_peak_memory_of_a_fused_step_is_at_most_six_tenths_of_eager():
     assert peaks[1] <= 0.6 * peaks[0], peaks
 
 
+@pytest.mark.parametrize("policy", ["none", "mlp", "block"])
+def test_the_card_takes_what_is_counted_without_one(policy):
+    """Launches and memory of one block, by profiler and allocator; libraries may add a little."""
+    dit = wide_dit(torch.bfloat16, "torch")
+    make_network(dit, rank=32).to("cuda")
+    fuse_blocks(dit, policy)
+    draw = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    sigma, context = torch.rand(1, device="cuda"), draw(1, 96, 1024)
+    shared = dit._shared(sigma, context, 64, 64, 416)
+    x = draw(1, 4096, 2048).requires_grad_()
+    gradient = draw(1, 4096, 2048)
+
+    def both():
+        # What comes in must not be added up here.
+        x.grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        dit.blocks[0](x, shared).backward(gradient)
+        return torch.cuda.max_memory_allocated() - before
+
+    for _ in range(2):
+        # Once to warm up: libraries take their workspaces.
+        peak = both()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        both()
+        torch.cuda.synchronize()
+    kernels = sum(e.device_type == DeviceType.CUDA for e in trace.events())
+    major, minor = torch.cuda.get_device_capability()
+    counted = block_launches(f"own {policy}", card=Card(10 * major + minor))
+    assert len(counted.launches) <= kernels <= 1.2 * len(counted.launches)
+    # The gradient was there before, where it is counted; the result lives here, and there no more.
+    assert peak == pytest.approx(counted.peaks["both"], rel=0.05)
+
+
 def test_steps_repeat_bit_for_bit():
     """No atomics anywhere: the same step twice gives the same gradients."""
     first = wide_gradients(torch.bfloat16, True, "triton").clone()
@@ -120,7 +160,7 @@ def test_graphs_repeat_the_plain_launches(attn_mode, recompute):
     for cuda_graphs in (False, True):
         dit = wide_dit(torch.bfloat16, attn_mode)
         network = make_network(dit, rank=32).to("cuda")
-        install_block_runner(dit, fused=True, recompute=recompute, cuda_graphs=cuda_graphs)
+        install_block_runner(dit, SaverSettings(recompute, cuda_graphs=cuda_graphs), fused=True)
         grads = []
         for step, rows in enumerate((96, 100, 70, 128)):
             generator = torch.Generator("cuda").manual_seed(step)

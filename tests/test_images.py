@@ -39,7 +39,6 @@ def item(path, size, resized=None, bucket=None, mask=None, **settings):
         resized=resized,
         bucket=bucket or resized,
         repeats=1,
-        is_reg=False,
         loss_weight=1.0,
         mask_path=mask,
         exif_rotated=False,

@@ -183,7 +183,7 @@ def test_flow_loss_is_the_loss_of_training(loss_type, masked, weighted):
 
     cells = None
     if masked:
-        cells = flow.resize_mask(pixels, (6, 10))
+        cells = flow.mask_cells(pixels, (6, 10))
         cells = cells / cells.mean((1, 2, 3), keepdim=True) if masked == 2 else cells
     w = flow.loss_weight(settings.weighting_scheme, sigma)
     values = []

@@ -120,8 +120,7 @@ def test_an_empty_source_is_finite_forward_and_backward(dtype):
 
 
 @pytest.mark.parametrize(
-    "prefix",
-    ["", "llm_adapter.", "net.llm_adapter.", "model.diffusion_model.llm_adapter."],
+    "prefix", ["", "llm_adapter.", "net.llm_adapter.", "model.diffusion_model.llm_adapter."]
 )
 def test_prefixes(prefix):
     weights = {prefix + k: v for k, v in adapter_weights().items()}

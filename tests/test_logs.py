@@ -15,7 +15,6 @@ from anima_fast.options.run import TrainOptions
 from anima_fast.progress import Progress, clock, describe
 from anima_fast.training.bad_batches import BadBatchTracker, find_fault
 from anima_fast.training.logs import RunLog
-from anima_fast.training.trackers import public_options
 
 
 def record(step, **others):
@@ -27,7 +26,7 @@ def options(tmp_path, **others):
 
 
 def run_log(chosen, **others):
-    return RunLog(Path(chosen.output_dir), chosen, config=public_options(chosen), **others)
+    return RunLog(Path(chosen.output_dir), chosen, **others)
 
 
 def lines(tmp_path):
@@ -177,11 +176,9 @@ def test_a_bad_tracker_config_is_explained(tmp_path):
     (tmp_path / "bad.toml").write_text("[wandb", encoding="utf-8")
     for name in ("bad.toml", "missing.toml"):
         chosen = options(
-            tmp_path,
-            logging_dir=str(tmp_path / "logs"),
-            log_tracker_config=str(tmp_path / name),
+            tmp_path, logging_dir=str(tmp_path / "logs"), log_tracker_config=str(tmp_path / name)
         )
-        with pytest.raises(UserError, match="log_tracker_config"):
+        with pytest.raises(UserError, match="give tables named tensorboard or wandb"):
             run_log(chosen)
 
 

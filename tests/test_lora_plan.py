@@ -20,7 +20,6 @@ from anima_fast.errors import UserError
 from anima_fast.memory.kept import FusedAttention
 from anima_fast.memory.lora import DECODE_UNITS, ENCODE_UNITS, fused_block, published_step
 from anima_fast.memory.plan import CPU_PROGRAM_BYTES, GIB, LargestBatch
-from anima_fast.models.flow import FlowSettings
 from anima_fast.models.vae import VAE
 from anima_fast.training.planning import (
     check_memory,
@@ -105,7 +104,7 @@ def kept_bytes(run, options):
     items = next(b for b in order if tokens(run.plan.items[b[0]], b) == largest)
     batch = run.batches.load(items, epoch=1, step=0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = micro_step(run, batch, FlowSettings.from_options(options), step=0, micro=0).mean()
+        loss = micro_step(run, batch, step=0, micro=0).mean()
     loss.backward()
     return sum(alive.values())
 

@@ -16,12 +16,7 @@ from anima_fast.adapters.deltas import adapted_weight, delta_of
 from anima_fast.adapters.formats import read_lora
 from anima_fast.adapters.layers import Dropouts
 from anima_fast.adapters.lora import LAYERS, add_lora, merge_lora
-from anima_fast.adapters.lycoris import (
-    HadamardProduct,
-    initial_lokr,
-    initial_magnitudes,
-    split,
-)
+from anima_fast.adapters.lycoris import HadamardProduct, initial_lokr, initial_magnitudes, split
 from anima_fast.adapters.targets import Target
 from anima_fast.errors import UserError
 from anima_fast.models.adapter_kinds import ADAPTER_KINDS, LOHA, LORA
@@ -46,7 +41,8 @@ def fill(part, seed=0):
 def make_part(kind, shape, rank=3, alpha=2.0, **options):
     generator = torch.Generator().manual_seed(5)
     initial = LAYERS[KINDS[kind]].initial
-    return fill(initial(shape, rank, alpha, generator, **options))
+    part = initial(shape, rank, generator, **options)
+    return fill(replace(part, alpha=torch.tensor(alpha)))
 
 
 def make_linear(shape, seed=1):
@@ -95,7 +91,7 @@ def test_dimensions_of_the_model_split_as_documented(dimension, expected):
 
 
 def test_the_default_lokr_of_a_square_layer():
-    part = initial_lokr((2048, 2048), 16, 1.0, torch.Generator())
+    part = initial_lokr((2048, 2048), 16, torch.Generator())
     shapes = {name: tuple(t.shape) for name, t in part.matrices().items()}
     assert shapes == {"lokr_w1": (32, 32), "lokr_w2_a": (64, 16), "lokr_w2_b": (16, 64)}
 

@@ -17,7 +17,6 @@ from anima_fast.memory.free import _limit, host_free
 from anima_fast.memory.plan import CPU_PROGRAM_BYTES, GIB, LargestBatch
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.dit_config import DitConfig
-from anima_fast.models.flow import FlowSettings
 from anima_fast.models.llm_adapter import AdapterConfig, LLMAdapter
 from anima_fast.options.files import resolve_train_options
 from anima_fast.options.run import FinetuneOptions
@@ -92,11 +91,10 @@ def test_predicted_bytes_are_those_of_a_run(world, tmp_path, case):
     """Weights, masters, gradients and optimizer state of a real step, added up tensor by tensor."""
     options = full_options(world, tmp_path, **MEASURED[case])
     run = prepare(options, seed=7, say=lambda text: None)
-    settings = FlowSettings.from_options(options)
     order = run.plan.epoch_batches(1, run.seed)
     for micro in range(options.gradient_accumulation_steps):
         batch = run.batches.load(order[micro], epoch=1, step=0)
-        micro_step(run, batch, settings, step=0, micro=micro).mean().backward()
+        micro_step(run, batch, step=0, micro=micro).mean().backward()
     gradients = dict(run.optimizer.gradients.kept)
     run.optimizer.clip_gradients(1.0)
     run.optimizer.step()

@@ -71,7 +71,7 @@ def test_a_merged_dit_computes_as_one_with_the_network(tmp_path, base, kind, dor
     network = write_network(tmp_path / "net.safetensors", kind=kind, dora=dora)
     out = tmp_path / "out.safetensors"
     done = merge_into_checkpoint(base, [(network, strength)], out, precision="fp32")
-    assert (done.weights, done.used, done.notes) == (30, [30], [])
+    assert done == [f"{network} at {strength:g}: 30 modules", f"wrote {out}: 30 weights changed"]
     found = load_dit(out, dtype=torch.float32)(*make_inputs())
     expected = live([(network, strength)])
     assert relative_error(found, expected) < 1e-5
@@ -87,7 +87,9 @@ def test_several_networks_of_every_kind_in_one_go(tmp_path, base):
     ]
     out = tmp_path / "out.safetensors"
     done = merge_into_checkpoint(base, networks, out, precision="fp32")
-    assert (done.weights, done.used) == (30, [30, 10, 30, 30])
+    assert [line.split(": ")[1] for line in done] == [
+        "30 modules", "10 modules", "30 modules", "30 modules", "30 weights changed"
+    ]  # fmt: skip
     found = load_dit(out, dtype=torch.float32)(*make_inputs())
     assert relative_error(found, live(networks)) < 1e-5
 
@@ -169,7 +171,7 @@ def test_all_in_one_files_keep_their_other_models(tmp_path):
     networks = [(tmp_path / "te.safetensors", 0.5), (write_network(tmp_path / "n.safetensors"), 1)]
     out = tmp_path / "out.safetensors"
     done = merge_into_checkpoint(base, networks, out)
-    assert (done.used, done.notes) == ([1, 30], [])
+    assert [line.split(": ")[1] for line in done[:-1]] == ["1 modules", "30 modules"]
     new = load_file(out)
     merged = new.pop(f"{qwen}q_proj.weight")
     assert torch.equal(merged, torch.full((8, 8), 2.0))
@@ -182,7 +184,7 @@ def test_the_llm_adapter_is_merged_where_it_is(tmp_path, base):
     network = write_network(tmp_path / "net.safetensors", adapter=True)
     out = tmp_path / "out.safetensors"
     done = merge_into_checkpoint(base, [(network, 1.0)], out, precision="fp32")
-    assert (done.weights, done.notes) == (50, [])
+    assert done[1:] == [f"wrote {out}: 50 weights changed"]
     name = "llm_adapter.blocks.1.mlp.2"
     expected = adapted_weight(load_file(base)[f"net.{name}.weight"], read_lora(network)[0][name])
     adapter = load_llm_adapter(out, dtype=torch.float32)
@@ -191,7 +193,8 @@ def test_the_llm_adapter_is_merged_where_it_is(tmp_path, base):
     # A DiT without it takes the rest and says so; its own file takes the other part.
     bare = write_checkpoint(tmp_path / "bare.safetensors", adapter=False)
     done = merge_into_checkpoint(bare, [(network, 1.0)], out, precision="fp32")
-    assert done.used == [30] and "20 modules of the LLM adapter are not merged" in done.notes[0]
+    assert done[0].endswith(": 30 modules")
+    assert "note: net.safetensors: 20 modules of the LLM adapter are not merged" in done[1]
     own = {
         key.removeprefix("net."): tensor
         for key, tensor in checkpoint_tensors().items()
@@ -201,7 +204,8 @@ def test_the_llm_adapter_is_merged_where_it_is(tmp_path, base):
     done = merge_into_checkpoint(
         tmp_path / "adapter.safetensors", [(network, 1.0)], out, precision="fp32"
     )
-    assert done.used == [20] and "30 modules of the DiT are not merged" in done.notes[0]
+    assert done[0].endswith(": 20 modules")
+    assert "30 modules of the DiT are not merged" in done[1]
     assert torch.equal(load_file(out)[f"{name}.weight"], expected)
 
 
@@ -221,7 +225,7 @@ def test_a_text_encoder_file(tmp_path, prefix, base):
     out = tmp_path / "out.safetensors"
     networks = [(tmp_path / "lora.safetensors", 0.25)]
     done = merge_into_checkpoint(tmp_path / "qwen.safetensors", networks, out, precision="keep")
-    assert done.weights == 1
+    assert done[-1] == f"wrote {out}: 1 weights changed"
     new = load_file(out)
     for key, tensor in tensors.items():
         more = 0.5 if layer in key else 0

@@ -8,6 +8,7 @@ from migrate_fakes import enter_sources
 
 from anima_fast.errors import UserError
 from anima_fast.migrate.importer import convert
+from anima_fast.migrate.ledger import DROPPED
 from anima_fast.migrate.source import open_source
 
 
@@ -58,7 +59,7 @@ def test_fields_of_the_anima_panel_beat_those_of_others(gui):
     found = ledger.options
     assert (found["discrete_flow_shift"], found["timestep_sampling"]) == (3.0, "shift")
     assert found["vae"] == "/m/v.safetensors" and "weighting_scheme" not in found
-    assert set(others) <= {entry.key for entry in ledger.dropped}
+    assert set(others) <= {entry.key for entry in ledger.listed(DROPPED)}
 
 
 def test_zero_is_not_given(gui):

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from anima_fast.cli import app
 from anima_fast.migrate.importer import convert
+from anima_fast.migrate.ledger import CHANGED
 from anima_fast.migrate.shell import split_commands
 from anima_fast.migrate.source import open_source
 
@@ -222,7 +223,7 @@ def test_limits_of_noise_levels_that_did_nothing_there(sources):
     line = "accelerate launch anima_train_network.py --min_timestep 200 --max_timestep 1000"
     ledger = convert(open_source(line)).ledger
     assert (ledger.options["min_timestep"], ledger.options["max_timestep"]) == (200, 1000)
-    changed = [e for e in ledger.changed if "limits the noise levels here" in e.why]
+    changed = [e for e in ledger.listed(CHANGED) if "limits the noise levels here" in e.why]
     assert [e.option for e in changed] == ["min_timestep"]
 
 
@@ -231,3 +232,9 @@ def test_a_number_that_the_shell_knows_is_to_do(sources):
     ledger = convert(open_source(line)).ledger
     assert "seed" not in ledger.options and ledger.options["network_dim"] == 8
     assert "write seed into the file: $SEED is of your shell" in ledger.todo
+
+
+def test_an_empty_text_is_not_given(sources):
+    ledger = convert(open_source(LINE + "--sample_prompts '' --attn_mode ''")).ledger
+    assert not {"sample_prompts", "attn_mode"} & ledger.options.keys()
+    assert not any("attn_mode" in text for text in ledger.todo)

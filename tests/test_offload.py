@@ -10,18 +10,19 @@ from torch import nn
 from anima_fast.adapters.lora import add_lora
 from anima_fast.errors import UserError
 from anima_fast.memory import offload
-from anima_fast.memory.offload import compile_blocks, install_block_runner
+from anima_fast.memory.offload import SaverSettings, compile_blocks, install_block_runner
 from anima_fast.memory.swap import BlockSwap, swapped_indices
+from anima_fast.options.run import TrainOptions
 
 CONFIG = dataclasses.replace(TINY, num_blocks=6)
 MODES = {
-    "checkpointing": {"gradient_checkpointing": True},
-    "cpu_offload": {"cpu_offload": True},
-    "unsloth_offload": {"unsloth_offload": True, "gradient_checkpointing": True},
+    "checkpointing": {"recompute": "block"},
+    "cpu_offload": {"recompute": "block", "offload": "host"},
+    "unsloth_offload": {"recompute": "block", "offload": "pinned"},
     "swap_1": {"blocks_to_swap": 1},
     "swap_3": {"blocks_to_swap": 3},
     "swap_4": {"blocks_to_swap": 4},
-    "swap_3_checkpointing": {"blocks_to_swap": 3, "gradient_checkpointing": True},
+    "swap_3_checkpointing": {"blocks_to_swap": 3, "recompute": "block"},
 }
 
 
@@ -71,7 +72,7 @@ def test_every_mode_equals_the_plain_path(mode, dropout):
     expected = train_step(*adapted_dit(dropout))
     assert all(grad.abs().max() > 0 for grad in expected)
     dit, adapters = adapted_dit(dropout)
-    install_block_runner(dit, **MODES[mode])
+    install_block_runner(dit, SaverSettings(**MODES[mode]))
     # Twice: the second step starts from what the first one left behind.
     assert_same(train_step(dit, adapters), expected)
     assert_same(train_step(dit, adapters), expected)
@@ -85,7 +86,7 @@ def test_inference_between_steps(mode):
     inputs = make_inputs(CONFIG)
     with torch.no_grad():
         plain = dit(*inputs, zero_keys=4)
-    install_block_runner(dit, **MODES[mode])
+    install_block_runner(dit, SaverSettings(**MODES[mode]))
     for _ in range(2):
         with torch.no_grad():
             assert torch.equal(dit(*inputs, zero_keys=4), plain)
@@ -102,7 +103,7 @@ def test_a_lora_network_trains_alike(mode):
         with torch.no_grad():
             network.flat.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
         network.train()
-        install_block_runner(dit, **options)
+        install_block_runner(dit, SaverSettings(**options))
         torch.manual_seed(4)
         dit(*make_inputs(CONFIG), zero_keys=9).square().mean().backward()
         gradients.append(network.flat_grad.clone())
@@ -130,7 +131,7 @@ def test_the_norms_of_magnitudes_are_of_the_weights_on_the_device(kind, monkeypa
         with torch.no_grad():
             network.flat.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
         if swapped:
-            install_block_runner(dit, blocks_to_swap=3)
+            install_block_runner(dit, SaverSettings(blocks_to_swap=3))
         else:
             for index in swapped_indices(CONFIG.num_blocks, 3):
                 for parameter in dit.blocks[index].parameters():
@@ -144,10 +145,10 @@ def test_the_norms_of_magnitudes_are_of_the_weights_on_the_device(kind, monkeypa
 def test_gradients_reach_what_is_shared_by_the_blocks():
     """An adapter on the timestep embedding, as include patterns allow."""
     results = []
-    for options in ({}, {"gradient_checkpointing": True}, {"blocks_to_swap": 4}):
+    for options in ({}, {"recompute": "block"}, {"blocks_to_swap": 4}):
         dit = make_dit(CONFIG)
         adapter = Adapter(dit.t_embedder[1].linear_2, 0.0)
-        install_block_runner(dit, **options)
+        install_block_runner(dit, SaverSettings(**options))
         results.append(train_step(dit, adapter))
     assert results[0][-1].abs().max() > 0
     assert_same(results[1], results[0])
@@ -160,7 +161,7 @@ def test_trained_weights_stay_resident_and_get_gradients():
     for count in (0, 4):
         dit = make_dit(CONFIG)
         trained = [block.self_attn.q_norm.weight.requires_grad_() for block in dit.blocks]
-        install_block_runner(dit, blocks_to_swap=count)
+        install_block_runner(dit, SaverSettings(blocks_to_swap=count))
         pointers = [p.data_ptr() for p in trained]
         dit(*make_inputs(CONFIG)).square().mean().backward()
         assert [p.data_ptr() for p in trained] == pointers
@@ -173,7 +174,7 @@ def test_checkpointing_keeps_only_block_inputs():
 
     def saved_bytes(**options):
         dit, _ = adapted_dit()
-        install_block_runner(dit, **options)
+        install_block_runner(dit, SaverSettings(**options))
         own = {p.untyped_storage().data_ptr() for p in dit.parameters()}
         sizes = {}
 
@@ -187,12 +188,12 @@ def test_checkpointing_keeps_only_block_inputs():
         del out
         return sum(sizes.values())
 
-    assert saved_bytes(gradient_checkpointing=True) < 0.2 * saved_bytes()
+    assert saved_bytes(recompute="block") < 0.2 * saved_bytes()
 
 
-@pytest.mark.parametrize("option", ["cpu_offload", "unsloth_offload"])
-def test_offloading_moves_one_tensor_per_block(option, monkeypatch):
-    name = "to_host" if option == "cpu_offload" else "to_pinned"
+@pytest.mark.parametrize("place", ["host", "pinned"])
+def test_offloading_moves_one_tensor_per_block(place, monkeypatch):
+    name = f"to_{place}"
     packed, unpacked = [], []
     pack, unpack = getattr(offload, name), offload.to_device
 
@@ -207,7 +208,7 @@ def test_offloading_moves_one_tensor_per_block(option, monkeypatch):
     monkeypatch.setattr(offload, name, spy_pack)
     monkeypatch.setattr(offload, "to_device", spy_unpack)
     dit, adapters = adapted_dit()
-    install_block_runner(dit, **{option: True})
+    install_block_runner(dit, SaverSettings("block", place))
     train_step(dit, adapters)
     # Checkpointing of PyTorch 2.11 keeps an empty tensor as well.
     packed, unpacked = ([s for s in shapes if 0 not in s] for shapes in (packed, unpacked))
@@ -235,7 +236,7 @@ def test_swapped_blocks_hold_two_blocks_at_most(monkeypatch):
 
     monkeypatch.setattr(BlockSwap, "_start", spy)
     dit, adapters = adapted_dit()
-    install_block_runner(dit, blocks_to_swap=3)
+    install_block_runner(dit, SaverSettings(blocks_to_swap=3))
     train_step(dit, adapters)
     assert max(most) <= 2
     order = dit.block_runner.swap.order
@@ -246,9 +247,9 @@ def test_swapped_blocks_hold_two_blocks_at_most(monkeypatch):
 def test_state_dict_survives_the_swap_and_install_undoes_it():
     dit = make_dit(CONFIG)
     expected = {k: v.clone() for k, v in dit.state_dict().items()}
-    install_block_runner(dit, blocks_to_swap=4)
+    install_block_runner(dit, SaverSettings(blocks_to_swap=4))
     for count in (4, 2, 0):
-        install_block_runner(dit, blocks_to_swap=count)
+        install_block_runner(dit, SaverSettings(blocks_to_swap=count))
         state = dit.state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[k], v) for k, v in expected.items())
@@ -267,29 +268,36 @@ def test_placement_is_even_and_limited():
         with pytest.raises(UserError, match="give 0 to 26"):
             swapped_indices(28, count)
     with pytest.raises(UserError, match="blocks_to_swap 5"):
-        install_block_runner(make_dit(CONFIG), blocks_to_swap=5)
+        install_block_runner(make_dit(CONFIG), SaverSettings(blocks_to_swap=5))
 
 
-def test_refused_combinations():
-    dit = make_dit(CONFIG)
-    for options in (
-        {"cpu_offload": True, "unsloth_offload": True},
-        {"cpu_offload": True, "blocks_to_swap": 1},
-        {"unsloth_offload": True, "blocks_to_swap": 1},
-    ):
-        with pytest.raises(UserError, match="exclude each other"):
-            install_block_runner(dit, **options)
-    dit.requires_grad_(True)
+def test_settings_of_a_run():
+    def of(**given):
+        return SaverSettings.of(TrainOptions(dataset_config="d.toml", **given))
+
+    assert of() == SaverSettings()
+    assert of(cpu_offload_checkpointing=True) == SaverSettings("block", "host")
+    assert of(unsloth_offload_checkpointing=True) == SaverSettings("block", "pinned")
+    swapped = of(gradient_checkpointing=True, blocks_to_swap=2)
+    assert swapped == SaverSettings("block", blocks_to_swap=2)
+    assert of(recompute="2").policies(4, fused=False) == ["block", "block", "none", "none"]
+    for recompute, message in (("mlp", "policy of the fused block"), ("5", "from 0 to 4")):
+        with pytest.raises(UserError, match=f"--recompute.*{message}"):
+            of(recompute=recompute).policies(4, fused=False)
+
+
+def test_swapping_needs_frozen_weights():
+    dit = make_dit(CONFIG).requires_grad_(True)
     with pytest.raises(UserError, match="frozen"):
-        install_block_runner(dit, blocks_to_swap=1)
+        install_block_runner(dit, SaverSettings(blocks_to_swap=1))
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"blocks_to_swap": 2}])
+@pytest.mark.parametrize("options", [{}, {"recompute": "block"}, {"blocks_to_swap": 2}])
 def test_compiled_blocks(options):
     torch._dynamo.reset()
     dit, adapters = adapted_dit()
     expected = train_step(dit, adapters)
-    install_block_runner(dit, **options)
+    install_block_runner(dit, SaverSettings(**options))
     compile_blocks(dit, backend="aot_eager", dynamic="auto", cache_size_limit=16)
     compiled = [block._compiled_call_impl is not None for block in dit.blocks]
     swapped = swapped_indices(6, options.get("blocks_to_swap", 0))
@@ -322,7 +330,7 @@ def test_swapped_weights_never_visit_the_device(monkeypatch):
     left = []
     monkeypatch.setattr(offload, "move_to", lambda dit, device, leave: left.append((device, leave)))
     dit = make_dit(CONFIG)
-    install_block_runner(dit, blocks_to_swap=2, device="cpu")
+    install_block_runner(dit, SaverSettings(blocks_to_swap=2), device="cpu")
     ((_, leave),) = left
     swapped = [p for index in (1, 4) for p in dit.blocks[index].parameters()]
     assert {id(p) for p in leave} == {id(p) for p in swapped}
@@ -333,7 +341,7 @@ def test_swapped_weights_stay_off_a_card():
     dit = make_dit(CONFIG)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    install_block_runner(dit, blocks_to_swap=4, device="cuda")
+    install_block_runner(dit, SaverSettings(blocks_to_swap=4), device="cuda")
     sizes = [p.numel() * p.element_size() for p in dit.parameters() if p.is_cuda]
     assert all(p.is_cuda for p in dit.blocks[1].parameters()) is False
     assert torch.cuda.max_memory_allocated() - before < 1.2 * sum(sizes) + 2**20

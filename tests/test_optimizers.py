@@ -11,8 +11,6 @@ from anima_fast.training.optimizers.build import (
     averaged_weights,
     build_optimizer,
     clip_flat_grad,
-    effective_rates,
-    eval_mode,
     learning_rates,
     train_mode,
 )
@@ -110,18 +108,20 @@ def test_every_optimizer_reduces_a_quadratic(kind):
         pytest.importorskip("schedulefree")
     rate, arguments = KINDS[kind]
     network = FlatNetwork(rates=(rate, rate))
-    optimizer, _ = build_optimizer(options(kind, *arguments, learning_rate=rate), network)
+    optimizer, _ = build_optimizer(
+        options(kind, *arguments, learning_rate=rate), network.param_groups
+    )
     before = network.loss_backward()
     steps(optimizer, network, 60)
-    eval_mode(optimizer)
-    assert network.loss_backward() < 0.7 * before
+    with averaged_weights(optimizer):
+        assert network.loss_backward() < 0.7 * before
     assert torch.isfinite(network.flat).all()
 
 
 @pytest.mark.parametrize("kind", ["AdamW8bit", "Lion8bit", "PagedAdamW8bit", "SGDNesterov8bit"])
 def test_eight_bit_states_of_a_flat_group_are_eight_bit(kind):
     network = FlatNetwork()
-    optimizer, _ = build_optimizer(options(kind), network)
+    optimizer, _ = build_optimizer(options(kind), network.param_groups)
     steps(optimizer, network, 1)
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
     for group in optimizer.param_groups:
@@ -134,7 +134,7 @@ def test_eight_bit_states_of_a_flat_group_are_eight_bit(kind):
 @pytest.mark.parametrize("kind", ["AdamW", "AdamW8bit", "SGDNesterov"])
 def test_elementwise_optimizers_take_the_flat_buffer(kind):
     network = FlatNetwork()
-    optimizer, _ = build_optimizer(options(kind), network)
+    optimizer, _ = build_optimizer(options(kind), network.param_groups)
     shared = {
         param.untyped_storage().data_ptr() for g in optimizer.param_groups for param in g["params"]
     }
@@ -146,7 +146,7 @@ def test_elementwise_optimizers_take_the_flat_buffer(kind):
 
 @pytest.mark.parametrize("kind", ["AdaFactor", "torch.optim.Adafactor", "test_optimizers.Own"])
 def test_shape_dependent_and_unknown_optimizers_take_matrices(kind):
-    optimizer, _ = build_optimizer(options(kind), FlatNetwork())
+    optimizer, _ = build_optimizer(options(kind), FlatNetwork().param_groups)
     shapes = [tuple(p.shape) for g in optimizer.param_groups for p in g["params"]]
     assert shapes == SHAPES
 
@@ -161,7 +161,7 @@ class NoOptimizer:
 
 def test_flat_adamw_equals_one_call_per_matrix():
     flat, matrices = FlatNetwork(rates=(1e-2, 3e-3)), FlatNetwork(rates=(1e-2, 3e-3))
-    ours, _ = build_optimizer(options("AdamW", "weight_decay=0.1"), flat)
+    ours, _ = build_optimizer(options("AdamW", "weight_decay=0.1"), flat.param_groups)
     stock = torch.optim.AdamW(matrices.param_groups(flat=False), weight_decay=0.1, fused=True)
     steps(ours, flat, 5)
     steps(stock, matrices, 5)
@@ -171,7 +171,7 @@ def test_flat_adamw_equals_one_call_per_matrix():
 def test_adamw_meets_its_formula():
     network = FlatNetwork(rates=(1e-2, 3e-3))
     optimizer, _ = build_optimizer(
-        options("AdamW", "betas=0.8,0.95", "weight_decay=0.1", "eps=1e-6"), network
+        options("AdamW", "betas=0.8,0.95", "weight_decay=0.1", "eps=1e-6"), network.param_groups
     )
     rate = torch.empty(network.flat.shape, dtype=torch.float64)
     for (start, end), value in zip(network.bounds, network.rates, strict=True):
@@ -188,7 +188,7 @@ def test_adamw_meets_its_formula():
 
 
 def test_group_rates_and_names_reach_the_optimizer():
-    optimizer, _ = build_optimizer(options("AdamW"), FlatNetwork(rates=(1e-3, 2e-3)))
+    optimizer, _ = build_optimizer(options("AdamW"), FlatNetwork(rates=(1e-3, 2e-3)).param_groups)
     assert [(g["lr"], g["name"]) for g in optimizer.param_groups] == [
         (1e-3, "group0"),
         (2e-3, "group1"),
@@ -197,9 +197,11 @@ def test_group_rates_and_names_reach_the_optimizer():
 
 
 def test_sgd_nesterov_has_momentum_unless_told_otherwise():
-    optimizer, _ = build_optimizer(options("sgdnesterov"), FlatNetwork())
+    optimizer, _ = build_optimizer(options("sgdnesterov"), FlatNetwork().param_groups)
     assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, True)
-    optimizer, _ = build_optimizer(options("SGDNesterov", "momentum=0.5"), FlatNetwork())
+    optimizer, _ = build_optimizer(
+        options("SGDNesterov", "momentum=0.5"), FlatNetwork().param_groups
+    )
     assert optimizer.defaults["momentum"] == 0.5
 
 
@@ -221,65 +223,72 @@ def test_sgd_nesterov_has_momentum_unless_told_otherwise():
 )  # fmt: skip
 def test_bad_names_and_arguments_are_explained(kind, arguments, message):
     with pytest.raises(UserError, match=message) as caught:
-        build_optimizer(options(kind, *arguments), FlatNetwork())
+        build_optimizer(options(kind, *arguments), FlatNetwork().param_groups)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(UserError, match=r"anima-fast\[optimizers\]"):
-        build_optimizer(options("Prodigy", learning_rate=1.0), FlatNetwork(rates=(1.0, 1.0)))
+        build_optimizer(
+            options("Prodigy", learning_rate=1.0), FlatNetwork(rates=(1.0, 1.0)).param_groups
+        )
 
 
 def test_adaptive_optimizers_warn_about_small_rates_and_refuse_different_ones():
     pytest.importorskip("prodigyopt")
-    _, notices = build_optimizer(options("Prodigy"), FlatNetwork(rates=(1e-4, 1e-4)))
+    _, notices = build_optimizer(options("Prodigy"), FlatNetwork(rates=(1e-4, 1e-4)).param_groups)
     assert any("about 1 is meant" in notice for notice in notices)
-    _, notices = build_optimizer(options("Prodigy"), FlatNetwork(rates=(1.0, 1.0)))
+    _, notices = build_optimizer(options("Prodigy"), FlatNetwork(rates=(1.0, 1.0)).param_groups)
     assert notices == []
     with pytest.raises(UserError, match="different ones"):
-        build_optimizer(options("Prodigy"), FlatNetwork(rates=(1.0, 0.5)))
+        build_optimizer(options("Prodigy"), FlatNetwork(rates=(1.0, 0.5)).param_groups)
 
 
 def test_rates_by_name_and_what_prodigy_makes_of_them():
     pytest.importorskip("prodigyopt")
     network = FlatNetwork(rates=(0.5, 0.5))
-    optimizer, _ = build_optimizer(options("Prodigy", "d0=1e-3"), network)
+    optimizer, _ = build_optimizer(options("Prodigy", "d0=1e-3"), network.param_groups)
     steps(optimizer, network, 10)
     d = optimizer.param_groups[0]["d"]
     assert d > 1e-3
-    assert learning_rates(optimizer) == {"group0": 0.5, "group1": 0.5}
-    assert effective_rates(optimizer) == {"group0": 0.5 * d, "group1": 0.5 * d}
-    assert effective_rates(build_optimizer(options("AdamW"), FlatNetwork())[0]) == {}
+    effective = {"group0": 0.5 * d, "group1": 0.5 * d}
+    assert learning_rates(optimizer) == ({"group0": 0.5, "group1": 0.5}, effective)
+    plain, _ = build_optimizer(options("AdamW"), FlatNetwork().param_groups)
+    assert learning_rates(plain)[1] == {}
 
 
 def test_adafactor_relative_step_drops_the_rates():
-    optimizer, notices = build_optimizer(options("AdaFactor"), FlatNetwork())
+    optimizer, notices = build_optimizer(options("AdaFactor"), FlatNetwork().param_groups)
     assert all(group["lr"] is None for group in optimizer.param_groups)
     assert any("relative_step" in notice for notice in notices)
     _, notices = build_optimizer(
-        options("AdaFactor", "warmup_init=True", "relative_step=False"), FlatNetwork()
+        options("AdaFactor", "warmup_init=True", "relative_step=False"), FlatNetwork().param_groups
     )
     assert any("warmup_init" in notice for notice in notices)
 
 
 def test_adafactor_with_a_given_rate_advises():
     arguments = ("relative_step=False", "scale_parameter=False")
-    optimizer, notices = build_optimizer(options("AdaFactor", *arguments), FlatNetwork())
+    optimizer, notices = build_optimizer(
+        options("AdaFactor", *arguments), FlatNetwork().param_groups
+    )
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2]
     assert any("constant_with_warmup" in notice for notice in notices)
     assert any("max_grad_norm" in notice for notice in notices)
 
 
 def test_paged_optimizers_say_that_they_do_not_page_here():
-    _, notices = build_optimizer(options("PagedAdamW8bit"), FlatNetwork())
+    _, notices = build_optimizer(options("PagedAdamW8bit"), FlatNetwork().param_groups)
     assert any("CUDA only" in notice for notice in notices)
 
 
 def test_averaged_weights_restores_the_training_point_bit_for_bit():
     pytest.importorskip("schedulefree")
     network = FlatNetwork()
-    optimizer, notices = build_optimizer(options("AdamWScheduleFree"), network, "cosine")
+    optimizer, notices = build_optimizer(
+        options("AdamWScheduleFree"), network.param_groups, "cosine"
+    )
     assert any("schedules itself" in notice for notice in notices)
     steps(optimizer, network, 7)
     before = network.flat.clone()
@@ -287,7 +296,7 @@ def test_averaged_weights_restores_the_training_point_bit_for_bit():
         assert not torch.equal(network.flat, before)
         averaged = network.flat.clone()
     assert torch.equal(network.flat, before)
-    eval_mode(optimizer)
+    optimizer.eval()
     torch.testing.assert_close(network.flat, averaged)
     train_mode(optimizer)
     torch.testing.assert_close(network.flat, before)
@@ -295,7 +304,7 @@ def test_averaged_weights_restores_the_training_point_bit_for_bit():
 
 def test_averaged_weights_of_other_optimizers_are_the_weights():
     network = FlatNetwork()
-    optimizer, _ = build_optimizer(options("AdamW"), network)
+    optimizer, _ = build_optimizer(options("AdamW"), network.param_groups)
     before = network.flat.clone()
     with averaged_weights(optimizer):
         assert torch.equal(network.flat, before)

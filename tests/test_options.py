@@ -104,13 +104,16 @@ def test_every_attribute_that_code_reads_exists():
     ("given", "message"),
     [
         ({"network_dim": 0}, "at least 1"),
-        ({"learning_rate": -1.0}, "at least 0"),
+        ({"learning_rate": -1}, "--learning_rate: -1 is out of range: use a number of at least 0"),
         ({"learning_rate": float("nan")}, "expected a number"),
         ({"max_train_steps": 0}, "at least 1"),
         ({"train_batch_size": 1.5}, "expected a whole number"),
         ({"caption_dropout_rate": 1.1}, "from 0 to 1"),
         ({"seed": -1}, "out of range"),
-        ({"network_dim": "8"}, "expected a whole number"),
+        ({"network_dim": "8"}, "expected a whole number, got '8', a text"),
+        ({"bucket_reso_steps": 24}, "multiple of 16, such as 64"),
+        ({"min_bucket_reso": 8}, "from 16 to"),
+        ({"max_bucket_reso": 8, "min_bucket_reso": 8}, "from 16 to"),
         ({"cache_latents": 1}, "expected true or false"),
         ({"loss_type": "l3"}, "not one of l2"),
         ({"lr_scheduler": "cosin"}, "not one of"),
@@ -128,9 +131,14 @@ def test_wrong_values(given, message):
         TrainOptions(**given)
 
 
+def test_a_resolution_may_be_written_with_a_fraction_of_zero():
+    assert TrainOptions(resolution="64.0", dataset_config="data.toml").resolution == "64.0"
+    with pytest.raises(UserError, match="a whole number or two"):
+        TrainOptions(resolution="64.5")
+
+
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("100", 100), ("0.1", 0.1), ("5%", 0.05), ("0", 0), ("1", 1), ("100%", 1)],
+    ("text", "value"), [("100", 100), ("0.1", 0.1), ("5%", 0.05), ("0", 0), ("1", 1), ("100%", 1)]
 )
 def test_warmup_in_steps_fraction_and_percent(text, value):
     options, _ = resolve(lr_warmup_steps=text, lr_scheduler="linear")
@@ -168,10 +176,7 @@ def test_warmup_in_steps_fraction_and_percent(text, value):
         ({"lr_warmup_steps": 10}, "constant_with_warmup"),
         ({"min_timestep": 600, "max_timestep": 600}, "must be below"),
         ({"dim_from_weights": True}, "--network_weights"),
-        (
-            {"network_train_text_encoder_only": True, "text_encoder_lr": (0.0,)},
-            "trains nothing",
-        ),
+        ({"network_train_text_encoder_only": True, "text_encoder_lr": (0.0,)}, "trains nothing"),
         ({"base_weights_multiplier": (1.0,)}, "at most one each"),
         ({"save_model_as": "ckpt"}, "pickle"),
         ({"save_model_as": "pt"}, "pickle"),

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from PIL import Image
 from anima_fast.data.plan import build_plan
 from anima_fast.data.summary import summarise
 from anima_fast.errors import UserError
+from anima_fast.options.run import TrainOptions
 
 
 def picture(path, size=(64, 64), caption=None, **save):
@@ -31,7 +31,7 @@ def folder(root, count, size=(64, 64), caption="a, b"):
 def plan(tmp_path, text, **options):
     path = tmp_path / "data.toml"
     path.write_text(text, encoding="utf-8")
-    return build_plan(SimpleNamespace(dataset_config=path, **options))
+    return build_plan(TrainOptions(dataset_config=str(path), **options))
 
 
 def one(tmp_path, image_dir, more="", dataset="", **options):
@@ -96,8 +96,9 @@ def test_batches_are_the_same_in_another_process(tmp_path):
     images = folder(tmp_path / "a", 9)
     found = one(tmp_path, images)
     code = (
-        "from types import SimpleNamespace\nfrom anima_fast.data.plan import build_plan\n"
-        f"plan = build_plan(SimpleNamespace(dataset_config={str(tmp_path / 'data.toml')!r}))\n"
+        "from anima_fast.data.plan import build_plan\n"
+        "from anima_fast.options.run import TrainOptions\n"
+        f"plan = build_plan(TrainOptions(dataset_config={str(tmp_path / 'data.toml')!r}))\n"
         "print(plan.epoch_batches(3, 5))"
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -229,7 +230,7 @@ def test_class_folders(tmp_path):
     for name, count in (("10_sks girl", 2), ("1_other_thing", 1), ("0_off", 1), ("words", 1)):
         folder(tmp_path / "t" / name, count, caption=None)
     folder(tmp_path / "r" / "2_girl", 1, caption=None)
-    options = SimpleNamespace(
+    options = TrainOptions(
         train_data_dir=str(tmp_path / "t"), reg_data_dir=str(tmp_path / "r"), resolution="64,64"
     )
     found = build_plan(options)
@@ -237,11 +238,10 @@ def test_class_folders(tmp_path):
     assert train == [("sks girl", 10), ("sks girl", 10), ("other_thing", 1)]
     assert [(i.caption.text, i.repeats) for i in found.items if i.is_reg] == [("girl", 21)]
     assert sum("is ignored" in notice for notice in found.notices) == 2
-    options.train_data_dir = str(tmp_path / "t" / "words")
     with pytest.raises(UserError, match="10_name"):
-        build_plan(options)
+        build_plan(TrainOptions(train_data_dir=str(tmp_path / "t" / "words"), resolution="64,64"))
     with pytest.raises(UserError, match="--dataset_config"):
-        build_plan(SimpleNamespace())
+        build_plan(TrainOptions())
 
 
 def test_metadata_files(tmp_path):
@@ -258,10 +258,10 @@ def test_metadata_files(tmp_path):
     lines.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     for file in (meta, lines):
         options = dict(in_json=str(file), train_data_dir=images, resolution="64")
-        found = build_plan(SimpleNamespace(**options))
+        found = build_plan(TrainOptions(**options))
         texts = [item.caption.lines(item.subset)[0] for item in found.items]
         assert texts == ["by stem,t1, t2", "by name", "by path"]
-    split = build_plan(SimpleNamespace(**options, validation_split=0.34))
+    split = build_plan(TrainOptions(**options, validation_split=0.34))
     assert (len(split.items), len(split.validation_items)) == (2, 1)
 
 
@@ -283,7 +283,7 @@ def test_bad_metadata_files(tmp_path, content, expected):
     (tmp_path / "m.json").write_text(content)
     options = dict(in_json=str(tmp_path / "m.json"), train_data_dir=images, resolution="64")
     with pytest.raises(UserError, match=expected):
-        build_plan(SimpleNamespace(**options))
+        build_plan(TrainOptions(**options))
 
 
 def test_masks(tmp_path):

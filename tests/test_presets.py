@@ -1,6 +1,5 @@
 """Presets: what they set, who wins, what is said, and that their numbers are the project's own."""
 
-import math
 import re
 from pathlib import Path
 
@@ -11,10 +10,11 @@ from typer.testing import CliRunner
 from anima_fast.bench.model import memory_gib
 from anima_fast.cli import app
 from anima_fast.errors import UserError
-from anima_fast.memory.finetune import Setting, Sizes, predict
+from anima_fast.memory.finetune import FinetuneNeeds
 from anima_fast.memory.lora import published_step
-from anima_fast.memory.plan import CONTEXT_BYTES, GIB, USABLE_SHARE
-from anima_fast.models.dit import AnimaDiT, DitConfig
+from anima_fast.memory.plan import CONTEXT_BYTES, GIB, USABLE_SHARE, LargestBatch, Modes
+from anima_fast.models.dit import AnimaDiT
+from anima_fast.models.dit_config import PUBLISHED
 from anima_fast.options.declare import specs
 from anima_fast.options.files import resolve_train_options, to_toml
 from anima_fast.options.presets import FOLDER, RIVALS, load_preset, preset_names, split_names
@@ -96,37 +96,23 @@ def test_a_lora_fits_the_card_by_the_projects_own_prediction(card):
 
 
 @pytest.fixture(scope="module")
-def whole_model():
-    """Counts of the 2B model with its LLM adapter frozen, from its architecture."""
-    config = DitConfig(
-        model_channels=2048, num_blocks=28, num_heads=16, head_dim=128, context_dim=1024,
-        adaln_rank=256, mlp_hidden=8192,
-    )  # fmt: skip
+def shapes():
+    """Of the 2B model without its LLM adapter."""
     with torch.device("meta"):
-        dit = AnimaDiT(config)
-    counts = {name: math.prod(p.shape) for name, p in dit.named_parameters()}
-    blocks = sum(n for name, n in counts.items() if name.startswith("blocks."))
-    return Sizes(
-        28, 2048, blocks // 28, 0, sum(counts.values()) - blocks, 0, max(counts.values())
-    )  # fmt: skip
+        return {name: p.shape for name, p in AnimaDiT(PUBLISHED).named_parameters()}
 
 
 @pytest.mark.parametrize("card", CARDS)
-def test_full_fine_tuning_fits_the_card_by_the_projects_own_prediction(card, whole_model):
-    options, _ = resolve(card, cls=FinetuneOptions)
+def test_full_fine_tuning_fits_the_card_by_the_projects_own_prediction(card, shapes):
+    options, _ = resolve(card, cls=FinetuneOptions, llm_adapter_lr="0")
     # Bytes a number: AdamW8bit has two moments of 8 bit and their scales, AdaFactor next to none.
     state = {"AdamW8bit": 2.05, "AdaFactor": 0.01}[options.optimizer_type]
-    need = predict(
-        whole_model,
-        Setting(
-            compute_bytes=2, gradient_bytes=2, master=False,
-            wide_update=options.weight_update == "stochastic", state_bytes=state, chunk=CHUNK,
-            accumulates=False, fused=options.fused_backward_pass,
-            recomputed=28 if options.gradient_checkpointing else 0,
-            swapped=options.blocks_to_swap or 0, offloaded=False, batch=options.train_batch_size,
-            tokens=4096, rows=512, residual_bytes=2,
-        ),
+    needs = FinetuneNeeds(
+        LargestBatch(options.train_batch_size, 4096), torch.device("cuda"),
+        lambda run: Modes("cached", "context"), lambda run: state, shapes,
+        looks_at_all=lambda run: False, chunk=CHUNK,
     )  # fmt: skip
+    need = needs(options)
     whole = (need.device + CONTEXT_BYTES) / GIB
     assert whole <= USABLE_SHARE * int(card.removesuffix("gb"))
     reasons = [s.reason for s in load_preset(card).settings if s.command == "finetune"]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from anima_fast.reports.charts import MOST_POINTS, Series, axis_number, chart, ticks
 from anima_fast.reports.reading import read_log
-from anima_fast.reports.run_page import Picture, preview_table, report_run, write_report
+from anima_fast.reports.run_page import preview_table, report_run, write_report
 from anima_fast.sampling.pictures import save_png
 
 
@@ -57,7 +57,7 @@ def test_one_chart_for_loss_rate_speed_and_memory(tmp_path):
 def test_the_page_needs_nothing_else(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg")
-    pictures = [Picture('"quoted" <b>', tmp_path / "a.png"), Picture("b", tmp_path / "b.jpg")]
+    pictures = {'"quoted" <b>': tmp_path / "a.png", "b": tmp_path / "b.jpg"}
     text = page(tmp_path, galleries={"Before": pictures})
     found = []
 
@@ -191,7 +191,7 @@ def test_rows_of_previews_follow_the_prompts(tmp_path):
         for name, prompt in zip(files, prompts, strict=True):
             save_png(tmp_path / name, Image.new("RGB", (8, 8)), f"{prompt}\nSteps: 3, Seed: {step}")
         records.append({"kind": "preview", "step": step, "files": files})
-    rows = preview_table(records, tmp_path).rows
+    rows = preview_table(records, tmp_path)["rows"]
     assert [prompt for prompt, _ in rows] == ["cat", "dog", "dog", "fox"]
     shown = [[picture is not None for picture in pictures] for _, pictures in rows]
     assert shown == [[True, False], [True, True], [True, True], [False, True]]

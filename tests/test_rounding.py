@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anima_fast.training.optimizers.rounding import rounding_generator, stochastic_round
+from anima_fast.training.optimizers.weight_updates import rounding_generator, stochastic_round
 
 CPU = torch.device("cpu")
 

@@ -24,8 +24,8 @@ from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.options.sample import SampleOptions
 from anima_fast.sampling import euler, euler_sample, run_sample
 from anima_fast.sampling.grid import compose, expand, read_axes
-from anima_fast.sampling.jobs import Job, batches, make_jobs
 from anima_fast.sampling.pictures import generation_parameters
+from anima_fast.sampling.prompts import Job, batches, make_jobs
 from anima_fast.sampling.texts import adapt, encode_states, tokenize_prompt, weighted_segments
 
 
@@ -459,9 +459,9 @@ def test_bad_input_is_one_line_and_status_2(world, tmp_path, monkeypatch, words,
 
 def test_sizes_default_to_those_of_the_picture(world):
     given = options(world, "x.png", width=None, height=None)
-    (job,) = make_jobs(given, ())
+    (job,) = make_jobs(given)
     assert (job.width, job.height) == (1024, 1024)
-    (job,) = make_jobs(given, (), (100, 70))
+    (job,) = make_jobs(given, (100, 70))
     assert (job.width, job.height) == (96, 64)
 
 

@@ -180,7 +180,7 @@ def test_adafactor_reports_the_rate_it_computes(warmup_init):
         learning_rate=5e-4,
     )
     network = MatrixNetwork()
-    adafactor, _ = build_optimizer(options, network)
+    adafactor, _ = build_optimizer(options, network.param_groups)
     scheduler = build_scheduler(options, adafactor, TOTAL)
     assert scheduler.get_last_lr() == [5e-4]
     reference = AdafactorSchedule(adafactor, 5e-4)
@@ -200,7 +200,7 @@ def test_schedule_free_optimizers_keep_their_rate():
     options = TrainOptions(
         optimizer_type="AdamWScheduleFree", lr_scheduler="cosine", lr_warmup_steps=10
     )
-    free, _ = build_optimizer(options, MatrixNetwork())
+    free, _ = build_optimizer(options, MatrixNetwork().param_groups)
     scheduler = build_scheduler(options, free, TOTAL)
     scheduler.step()
     assert scheduler.get_last_lr() == [1e-3]

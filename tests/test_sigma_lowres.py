@@ -140,13 +140,13 @@ def test_high_noise_gets_the_smaller_picture(world, tmp_path, monkeypatch, cache
 
 def test_small_latents_are_cached_once_and_full_ones_stay(world, tmp_path, monkeypatch):
     encoded = []
-    real = LatentPhase._encode
+    real = LatentPhase.encode
 
     def encode(self, missing):
         encoded.append(len(missing))
         return real(self, missing)
 
-    monkeypatch.setattr(LatentPhase, "_encode", encode)
+    monkeypatch.setattr(LatentPhase, "encode", encode)
     cache = {"cache_dir": str(tmp_path / "cache"), "max_train_epochs": 1}
     train(train_options(world, tmp_path / "a", **cache))
     train(train_options(world, tmp_path / "b", sigma_lowres=0.5, **cache))

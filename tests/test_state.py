@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from anima_fast import files
 from anima_fast.errors import UserError
 from anima_fast.options.run import TrainOptions
-from anima_fast.training import state as states
+from anima_fast.training import state_files
 from anima_fast.training.optimizers.build import build_optimizer
 from anima_fast.training.optimizers.schedules import build_scheduler
-from anima_fast.training.resume import find_states, resolve_resume, state_seed
+from anima_fast.training.run import Position, SigmaBins
 from anima_fast.training.state import load_state, save_state
-from anima_fast.training.state_checks import dataset_fingerprint
-from anima_fast.training.state_files import damage
+from anima_fast.training.state_checks import LORA_REMEDIES, dataset_fingerprint
+from anima_fast.training.state_files import damage, find_states, resolve_resume, state_seed
 
 TOTAL = 20
 
@@ -74,17 +74,14 @@ class Run:
 
     def __init__(self, options, total=TOTAL, **network):
         self.network = TinyNetwork(rate=options.learning_rate, **network)
-        self.optimizer, _ = build_optimizer(options, self.network)
+        self.optimizer, _ = build_optimizer(options, self.network.param_groups)
         self.scheduler = build_scheduler(
             options, self.optimizer, total, learning_rate=options.learning_rate
         )
         self.scaler = torch.amp.GradScaler("cpu", enabled=options.mixed_precision == "fp16")
-        self.parts = {
-            "network": self.network,
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "scaler": self.scaler,
-        }
+        self.sigma_bins = SigmaBins(torch.device("cpu"))
+        self.training = types.SimpleNamespace(ema=None, remedies=LORA_REMEDIES)
+        self.seed, self.fingerprint = 11, {}
 
     def steps(self, first, last):
         for step in range(first, last):
@@ -97,9 +94,15 @@ class Run:
         return self
 
     def save(self, folder, step=7, **others):
-        position = {"step": step, "epoch": 2, "batch": 1, "losses": [0.1, 0.2], "slot": 0}
-        save_state(folder, **self.parts, position=position, **others)
+        position = Position(step=step, epoch=2, batch=1, losses=[0.1, 0.2])
+        save_state(folder, self, position, **others)
         return position
+
+
+def load(folder, run):
+    """The position of a state that is loaded into a run, and what is said."""
+    notices = []
+    return load_state(folder, run, say=notices.append), notices
 
 
 def options(kind="AdamW", **others):
@@ -135,12 +138,10 @@ def test_a_resumed_run_is_bit_identical(case, tmp_path):
         pytest.importorskip(PACKAGES[case["kind"]])
     whole = Run(options(**case)).steps(0, TOTAL)
     first = Run(options(**case)).steps(0, 7)
-    position = first.save(tmp_path / "run-state", seed=11)
-    resumed, notices = Run(options(**case)), []
+    position = first.save(tmp_path / "run-state")
+    resumed = Run(options(**case))
     assert state_seed(tmp_path / "run-state") == 11
-    loaded = load_state(tmp_path / "run-state", **resumed.parts, say=notices.append)
-    assert loaded == position
-    assert notices == []
+    assert load(tmp_path / "run-state", resumed) == (position, [])
     assert torch.equal(resumed.network.flat, first.network.flat)
     resumed.steps(7, TOTAL)
     assert torch.equal(resumed.network.flat, whole.network.flat)
@@ -149,10 +150,7 @@ def test_a_resumed_run_is_bit_identical(case, tmp_path):
 
 def test_no_file_of_a_state_is_a_pickle(tmp_path):
     Run(options("AdamW8bit")).steps(0, 2).save(tmp_path / "run-state")
-    assert {path.suffix for path in (tmp_path / "run-state").iterdir()} == {
-        ".json",
-        ".safetensors",
-    }
+    assert {path.suffix for path in (tmp_path / "run-state").iterdir()} == {".json", ".safetensors"}
 
 
 def test_the_loss_scale_is_restored(tmp_path):
@@ -160,7 +158,7 @@ def test_the_loss_scale_is_restored(tmp_path):
     first.scaler.load_state_dict({**first.scaler.state_dict(), "scale": 128.0})
     first.save(tmp_path / "run-state")
     second = Run(options(mixed_precision="fp16"))
-    load_state(tmp_path / "run-state", **second.parts)
+    load(tmp_path / "run-state", second)
     assert second.scaler.state_dict()["scale"] == 128.0
 
 
@@ -187,7 +185,7 @@ def test_damage_of_any_file_is_found_and_the_state_before_is_offered(name, how, 
     fresh = Run(options())
     before = fresh.network.flat.clone()
     with pytest.raises(UserError, match="damaged") as caught:
-        load_state(newest, **fresh.parts)
+        load(newest, fresh)
     assert f"--resume {tmp_path / 'run-000001-state'}" in str(caught.value)
     assert torch.equal(fresh.network.flat, before)
     assert resolve_resume("auto", tmp_path, "run") == tmp_path / "run-000001-state"
@@ -197,7 +195,7 @@ def test_a_damaged_state_alone_says_to_start_again(tmp_path):
     Run(options()).save(tmp_path / "run-state")
     (tmp_path / "run-state" / "state.json").write_text("{}", encoding="utf-8")
     for use in (
-        lambda: load_state(tmp_path / "run-state", **Run(options()).parts),
+        lambda: load(tmp_path / "run-state", Run(options())),
         lambda: state_seed(tmp_path / "run-state"),
     ):
         with pytest.raises(UserError, match="start again without --resume"):
@@ -211,20 +209,17 @@ def test_a_state_of_a_newer_format_is_refused(tmp_path, monkeypatch):
     Run(options()).save(tmp_path / "run-state")
     monkeypatch.undo()
     with pytest.raises(UserError, match="format is 99"):
-        load_state(tmp_path / "run-state", **Run(options()).parts)
+        load(tmp_path / "run-state", Run(options()))
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [
-        ({"rank": 4}, r"was \[8, 320\], is \[4, 320\]"),
-        ({"alpha": 2.0}, "alpha was 4, is 2"),
-    ],
+    [({"rank": 4}, r"was \[8, 320\], is \[4, 320\]"), ({"alpha": 2.0}, "alpha was 4, is 2")],
 )
 def test_another_network_is_explained(changed, message, tmp_path):
     Run(options()).save(tmp_path / "run-state")
     with pytest.raises(UserError, match=message):
-        load_state(tmp_path / "run-state", **Run(options(), **changed).parts)
+        load(tmp_path / "run-state", Run(options(), **changed))
 
 
 def test_other_targets_are_explained(tmp_path):
@@ -234,7 +229,7 @@ def test_other_targets_are_explained(tmp_path):
     tensors["lora_unet_new.alpha"] = tensors.pop("lora_unet_blocks_0_mlp_layer1.alpha")
     second.network.state_tensors = lambda: tensors
     with pytest.raises(UserError, match=r"no more .*blocks_0.*are new .*lora_unet_new"):
-        load_state(tmp_path / "run-state", **second.parts)
+        load(tmp_path / "run-state", second)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +243,7 @@ def test_other_targets_are_explained(tmp_path):
 def test_another_optimizer_or_scheduler_is_refused(changed, message, tmp_path):
     Run(options()).save(tmp_path / "run-state")
     with pytest.raises(UserError, match=message):
-        load_state(tmp_path / "run-state", **Run(changed).parts)
+        load(tmp_path / "run-state", Run(changed))
 
 
 def plan(**changed):
@@ -275,22 +270,22 @@ def plan(**changed):
     ],
 )
 def test_another_dataset_is_explained(changed, message, tmp_path):
-    Run(options()).save(tmp_path / "run-state", fingerprint=dataset_fingerprint(plan()))
-    fresh = Run(options())
-    same = dataset_fingerprint(plan())
-    load_state(tmp_path / "run-state", **fresh.parts, fingerprint=same)
-    other = dataset_fingerprint(plan(**changed))
+    first, fresh = Run(options()), Run(options())
+    first.fingerprint = fresh.fingerprint = dataset_fingerprint(plan())
+    first.save(tmp_path / "run-state")
+    load(tmp_path / "run-state", fresh)
+    fresh.fingerprint = dataset_fingerprint(plan(**changed))
     with pytest.raises(UserError, match=message) as caught:
-        load_state(tmp_path / "run-state", **fresh.parts, fingerprint=other)
+        load(tmp_path / "run-state", fresh)
     assert "--network_weights" in str(caught.value)
 
 
 def test_a_new_rate_and_a_new_length_are_used_with_a_notice(tmp_path):
     old = options(learning_rate=1e-2, lr_scheduler="linear")
     Run(old).steps(0, 10).save(tmp_path / "run-state", step=10)
-    new, notices = options(learning_rate=2e-2, lr_scheduler="linear"), []
+    new = options(learning_rate=2e-2, lr_scheduler="linear")
     resumed = Run(new, total=40)
-    load_state(tmp_path / "run-state", **resumed.parts, say=notices.append)
+    _, notices = load(tmp_path / "run-state", resumed)
     assert [group["lr"] for group in resumed.optimizer.param_groups] == [2e-2 * 30 / 40] * 2
     assert any("from 0.01 to 0.02" in notice for notice in notices)
     assert any("40 steps instead of 20" in notice for notice in notices)
@@ -298,19 +293,17 @@ def test_a_new_rate_and_a_new_length_are_used_with_a_notice(tmp_path):
 
 def test_optimizer_arguments_that_stay_are_told(tmp_path):
     Run(options()).save(tmp_path / "run-state")
-    new, notices = options(optimizer_args=("weight_decay=0.5",)), []
-    resumed = Run(new)
-    load_state(tmp_path / "run-state", **resumed.parts, say=notices.append)
+    resumed = Run(options(optimizer_args=("weight_decay=0.5",)))
+    _, notices = load(tmp_path / "run-state", resumed)
     assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.01
     assert notices == ["optimizer_args: weight_decay stays 0.01 as in the state, not 0.5"]
 
 
 def test_other_versions_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(states, "versions", lambda: {"torch": "1.0"})
+    monkeypatch.setattr(state_files, "versions", lambda: {"torch": "1.0"})
     Run(options()).save(tmp_path / "run-state")
     monkeypatch.undo()
-    notices = []
-    load_state(tmp_path / "run-state", **Run(options()).parts, say=notices.append)
+    _, notices = load(tmp_path / "run-state", Run(options()))
     assert any("made with 1.0" in notice for notice in notices)
 
 
@@ -324,10 +317,11 @@ def test_a_state_of_sd_scripts_gives_its_weights_only(tmp_path):
     (folder / "train_state.json").write_text(
         json.dumps({"current_epoch": 3, "current_step": 30}), encoding="utf-8"
     )
-    run, notices = Run(options()), []
+    run = Run(options())
     assert resolve_resume(str(folder), tmp_path, "run") == folder
     assert state_seed(folder) is None
-    assert load_state(folder, **run.parts, say=notices.append) == {}
+    position, notices = load(folder, run)
+    assert position == Position()
     assert torch.equal(run.network.flat, source.flat)
     assert "only its network weights" in notices[0]
 
@@ -371,13 +365,13 @@ def test_an_autosave_keeps_the_one_before(tmp_path):
         run.save(tmp_path / "run-autosave-state", step=step, keep_previous=True)
     found = find_states(tmp_path, "run")
     assert [path.name for path in found] == ["run-autosave-state", "run-autosave-state.prev"]
-    assert [load_state(path, **Run(options()).parts)["step"] for path in found] == [3, 2]
+    assert [load(path, Run(options()))[0].step for path in found] == [3, 2]
 
 
 def steps_found(folder):
     """Steps of the whole states a later run would see, newest first."""
     whole = [path for path in find_states(folder, "run") if damage(path) is None]
-    return [load_state(path, **Run(options()).parts)["step"] for path in whole]
+    return [load(path, Run(options()))[0].step for path in whole]
 
 
 def count_calls(monkeypatch, at, act):

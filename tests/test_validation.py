@@ -12,9 +12,8 @@ from anima_fast.errors import UserError
 from anima_fast.options.run import TrainOptions
 from anima_fast.training import events, validation
 from anima_fast.training.loop import train
-from anima_fast.training.position import Position
-from anima_fast.training.sigma_bins import SigmaBins
-from anima_fast.training.validation import SIGMAS, Validation
+from anima_fast.training.run import Position, SigmaBins
+from anima_fast.training.validation import SIGMAS
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,7 @@ def test_a_subset_may_be_the_validation_folder(world, tmp_path):
 
 def fake_losses(monkeypatch, losses):
     left = iter(losses)
-    monkeypatch.setattr(events, "validate_or_skip", lambda *_: Validation(next(left), {"0.2": 1.0}))
+    monkeypatch.setattr(events, "validate_or_skip", lambda *_: {"0.2": next(left)})
 
 
 @pytest.mark.parametrize("every", ["epochs", "steps"])

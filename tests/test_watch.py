@@ -224,12 +224,7 @@ def test_the_command_says_where_it_is_and_ends_quietly(tmp_path):
     words = [sys.executable, "-m", "anima_fast", "watch", str(out), "--port", "0"]
     environment = {**os.environ, "SSH_CONNECTION": "", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        words,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         line = process.stdout.readline()

@@ -25,6 +25,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from anima_fast.kernels.op import wide
 from anima_fast.models.adapter_kinds import (
     LOHA,
     LOKR,
@@ -44,9 +45,7 @@ AnyDelta = TypeVar("AnyDelta", bound="Delta")
 class Delta:
     """What all kinds share; a subclass has the matrices as fields.
 
-    Attributes:
-        alpha: one number; None means the rank.
-        dora_scale: the magnitudes m; None without DoRA.
+    An alpha of None means the rank; `dora_scale` are the magnitudes m, None without DoRA.
     """
 
     kind: ClassVar[AdapterKind]
@@ -73,7 +72,8 @@ class Delta:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight it is for."""
-        raise NotImplementedError
+        left, right = (self.matrices()[suffix] for suffix in self.kind.products[0])
+        return left.shape[0], right.shape[1]
 
     @property
     def columns(self) -> int:
@@ -145,12 +145,8 @@ class LoRADelta(Delta):
     def rank(self) -> int:
         return self.down.shape[0]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.up.shape[0], self.down.shape[1]
-
     def product(self) -> Tensor:
-        return upcast(self.up) @ upcast(self.down)
+        return wide(self.up) @ wide(self.down)
 
     def times(self, factor: float) -> LoRADelta:
         return replace(self, up=_scaled(self.up, factor))
@@ -173,13 +169,9 @@ class LoHaDelta(Delta):
     def rank(self) -> int:
         return self.w1_b.shape[0]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.w1_a.shape[0], self.w1_b.shape[1]
-
     def product(self) -> Tensor:
-        first = upcast(self.w1_a) @ upcast(self.w1_b)
-        return first * (upcast(self.w2_a) @ upcast(self.w2_b))
+        first = wide(self.w1_a) @ wide(self.w1_b)
+        return first * (wide(self.w2_a) @ wide(self.w2_b))
 
     def times(self, factor: float) -> LoHaDelta:
         return replace(self, w2_a=_scaled(self.w2_a, factor))
@@ -248,7 +240,7 @@ def _factor(full: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Te
 
 def multiplied(factor: tuple[Tensor, ...]) -> Tensor:
     """A factor of a LoKr, full or two thin matrices, as one matrix in float32 or wider."""
-    first, *rest = (upcast(tensor) for tensor in factor)
+    first, *rest = (wide(tensor) for tensor in factor)
     return first @ rest[0] if rest else first
 
 
@@ -263,11 +255,7 @@ def _as_pair(factor: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 
 
 def delta_of(tensors: Mapping[str, Tensor]) -> Delta:
-    """Δ from the tensors of one module by suffix.
-
-    Raises:
-        ValueError: a tensor of a kind that is not known here, or shapes that do not fit each other.
-    """
+    """Δ from the tensors of one module by suffix; `ValueError` for unknown or unfit ones."""
     kind = kind_of(tensors)
     own = {suffix.removeprefix(kind.prefix): tensor for suffix, tensor in tensors.items()}
     unknown = own.keys() - {f.name for f in fields(DELTAS[kind])}
@@ -295,34 +283,20 @@ def _check(delta: Delta) -> None:
 
 
 def adapted_weight(weight: Tensor, delta: Delta, strength: float = 1.0) -> Tensor:
-    """The weight with a Δ built in.
-
-    Args:
-        weight: [out, in], any dtype.
-        delta: of that shape, on the weight's device.
-        strength: s of the module docstring.
-
-    Returns:
-        [out, in], float32 or wider.
-    """
-    weight = upcast(weight)
+    """The weight [out, in] with a Δ on its device built in at a strength, float32 or wider."""
+    weight = wide(weight)
     if delta.dora_scale is None:
         return weight + strength * delta.matrix()
     decomposed = weight + delta.matrix()
     dim = 0 if is_of_inputs(delta.dora_scale) else 1
     norm = decomposed.norm(dim=dim, keepdim=True).clamp_min(NORM_FLOOR)
-    decomposed = decomposed * (upcast(delta.dora_scale).view(norm.shape) / norm)
+    decomposed = decomposed * (wide(delta.dora_scale).view(norm.shape) / norm)
     return weight + strength * (decomposed - weight)
 
 
 def is_of_inputs(dora_scale: Tensor) -> bool:
     """Whether magnitudes are those of the inputs [1, in]; other shapes belong to the outputs."""
     return dora_scale.ndim == 2 and dora_scale.shape[0] == 1 and dora_scale.shape[1] != 1
-
-
-def upcast(x: Tensor) -> Tensor:
-    """`x` in float32, or as it is when it is wider: products of factors are computed in this."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

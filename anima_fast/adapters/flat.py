@@ -1,8 +1,8 @@
 """One buffer for all parameters of a network and one for all gradients.
 
 Each matrix is a leaf parameter whose data and whose `.grad` are views, so autograd adds gradients
-in place. Matrices that share a learning rate are contiguous: a group is a slice, and an optimizer
-step, a gradient norm or a copy is one launch, however many modules there are.
+in place. Groups of a learning rate are contiguous: an optimizer step, a norm or a copy of one is
+one launch, however many modules there are.
 """
 
 from __future__ import annotations
@@ -32,8 +32,14 @@ class FlatBuffer:
         groups: trained matrices; they become contiguous in this order.
         frozen: matrices that are saved but not trained, placed after the groups.
         device, dtype: of both buffers.
+
+    Attributes:
+        flat, flat_grad: the buffers; `trained` elements of the first have a gradient.
+        slices: one parameter per group, a slice of `flat` whose `.grad` is that of `flat_grad`.
+            They are always the same, since an optimizer keeps its state by parameter.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         groups: list[ParamGroup],
@@ -42,46 +48,28 @@ class FlatBuffer:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        self.groups = groups
-        self.frozen = frozen
-        self.ranges: list[tuple[int, int]] = []
-        total = 0
-        for group in groups:
-            start = total
-            total += sum(_aligned(p) for p in group.params)
-            self.ranges.append((start, total))
-        self.trained = total
-        total += sum(_aligned(p) for p in frozen)
+        self.trained = sum(_aligned(p) for group in groups for p in group.params)
+        total = self.trained + sum(_aligned(p) for p in frozen)
         self.flat = torch.zeros(total, device=device, dtype=dtype)
         self.flat_grad = torch.zeros(self.trained, device=device, dtype=dtype)
-        self._slices: list[nn.Parameter] | None = None
-        self._place()
-
-    @torch.no_grad()
-    def _place(self) -> None:
+        self.slices: list[nn.Parameter] = []
         offset = 0
-        for param in [*(p for g in self.groups for p in g.params), *self.frozen]:
-            view = self.flat[offset : offset + param.numel()].view(param.shape)
-            view.copy_(param)
-            param.data = view
-            if offset < self.trained:
-                param.grad = self.flat_grad[offset : offset + param.numel()].view(param.shape)
-            else:
-                param.requires_grad_(False)
+        for group in groups:
+            start = offset
+            for param in group.params:
+                param.data = _part(self.flat, offset, param).copy_(param)
+                param.grad = _part(self.flat_grad, offset, param)
+                offset += _aligned(param)
+            self.slices.append(nn.Parameter(self.flat[start:offset]))
+            self.slices[-1].grad = self.flat_grad[start:offset]
+        for param in frozen:
+            param.data = _part(self.flat, offset, param).copy_(param)
+            param.requires_grad_(False)
             offset += _aligned(param)
 
-    def group_slices(self) -> list[nn.Parameter]:
-        """One parameter per group: a slice of `flat` with the slice of `flat_grad` as its `.grad`.
 
-        The slices are created once, since an optimizer keeps its state by parameter.
-        """
-        if self._slices is None:
-            self._slices = []
-            for start, end in self.ranges:
-                param = nn.Parameter(self.flat[start:end])
-                param.grad = self.flat_grad[start:end]
-                self._slices.append(param)
-        return self._slices
+def _part(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
+    return buffer[offset : offset + like.numel()].view(like.shape)
 
 
 def _aligned(param: Tensor) -> int:

@@ -7,12 +7,11 @@
 | diffusers | `transformer.transformer_blocks.0.attn1.to_q` | `lora_A`, `lora_B` | none |
 
 LoHa, LoKr and DoRA have the same suffixes in every dialect; diffusers does not load them. Names of
-LyCORIS' wrapper and of PEFT are read too (names.py), but not written.
+LyCORIS' wrapper and of PEFT are read too (names.py), not written. No `.alpha` means alpha = rank.
 
-A file without `.alpha` means alpha = rank. Folding multiplies alpha / rank into one matrix (the up
-matrix of a LoRA) and records the alphas in the metadata, so that unfolding restores the file: bit
-for bit when alpha / rank is a power of two (and no number leaves the range of its dtype), otherwise
-up to the rounding of one multiplication.
+Folding multiplies alpha / rank into one matrix (the up matrix of a LoRA) and records the alphas in
+the metadata, so that unfolding restores the file: bit for bit when alpha / rank is a power of two,
+otherwise up to the rounding of one multiplication.
 """
 
 from __future__ import annotations
@@ -48,12 +47,9 @@ PEFT_MAGNITUDES = "lora_magnitude_vector"
 
 @dataclass(frozen=True)
 class NetworkKeys:
-    """The keys of a network file, sorted.
+    """The keys of a network file, sorted; no dialect: it has no network of this model.
 
-    Attributes:
-        dialect: that of the names; None when the file has no network of this model.
-        modules: {dotted module name: {suffix as in the file: key}}.
-        unknown: keys of modules that no Anima model has.
+    `modules`: {dotted module name: {suffix as in the file: key}}; `unknown`: keys of no module.
     """
 
     dialect: str | None
@@ -81,11 +77,9 @@ def read_tensors(
 ) -> tuple[dict[str, dict[str, Tensor]], str, dict[str, str]]:
     """A network file as {dotted module name: {suffix: tensor}}, its dialect and its metadata.
 
-    Suffixes are `down`, `up`, `alpha`, or those of other networks unchanged.
-
-    Raises:
-        UserError: the file is no LoRA of this model, is incomplete, or has keys of modules that no
-            Anima model has; with a list `ignored`, such keys are added to it instead.
+    Suffixes are `down`, `up`, `alpha`, or those of other networks unchanged. Raises `UserError`
+    when the file is no LoRA of this model, is incomplete, or has keys of modules that no Anima
+    model has; with a list `ignored`, such keys are added to it instead.
     """
     checkpoint = Checkpoint.open(path)
     keys = NetworkKeys.sort(checkpoint.shapes)
@@ -103,13 +97,12 @@ def read_tensors(
         )
     modules: dict[str, dict[str, Tensor]] = {}
     for name, own in keys.modules.items():
-        modules[name] = {}
+        tensors = modules[name] = {}
         for suffix, key in own.items():
             tensor, ours = checkpoint.get(key), our_suffix(suffix)
             # PEFT stores magnitudes as a vector; elsewhere those of the outputs are [out, 1].
             vector = ours == MAGNITUDES and suffix != ours
-            modules[name][ours] = tensor.reshape(-1, 1) if vector else tensor
-    for name, tensors in modules.items():
+            tensors[ours] = tensor.reshape(-1, 1) if vector else tensor
         if not is_complete(tensors):
             raise UserError(f"{path}: {name} is incomplete, it has only {', '.join(tensors)}")
         if "alpha" in tensors and tensors["alpha"].numel() != 1:
@@ -143,8 +136,7 @@ def read_lora(
 ) -> tuple[dict[str, Delta], str, dict[str, str]]:
     """A LoRA, LoHa or LoKr file as {dotted module name: Δ}, its dialect and its metadata.
 
-    Raises `UserError` as `read_tensors` does, and for matrices that do not fit each other or no
-    linear layer.
+    Raises `UserError` as `read_tensors` does, and for matrices that fit no layer or each other.
     """
     modules, dialect, metadata = read_tensors(path, ignored)
     deltas = {}
@@ -189,16 +181,12 @@ def write_lora(
     metadata: Mapping[str, str] | None = None,
     fold_alpha: bool = False,
 ) -> None:
-    """Write a LoRA file atomically; see the module docstring for dialects and folding.
-
-    Raises `UserError` for values that are not finite, or when the disk refuses.
-    """
+    """Write a file atomically; `UserError` for values that are not finite, or a full disk."""
     tensors, folded = named_tensors(deltas, dialect, fold_alpha=fold_alpha)
     bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise UserError(f"{path} is not written: {bad[0]} holds numbers that are not finite")
-    metadata = {k: v for k, v in (metadata or {}).items() if k != FOLDED}
-    metadata.pop(FOLDED_DTYPE, None)
+    metadata = {k: v for k, v in (metadata or {}).items() if k not in (FOLDED, FOLDED_DTYPE)}
     if folded:
         metadata[FOLDED] = json.dumps(folded)
         dtype = next(d.alpha.dtype for d in deltas.values() if d.alpha is not None)
@@ -208,10 +196,7 @@ def write_lora(
 
 
 def unfold(deltas: Mapping[str, Delta], metadata: Mapping[str, str]) -> dict[str, Delta]:
-    """Give a folded file its alphas back, from its metadata; modules that have one keep it.
-
-    Raises `UserError` when that metadata is damaged.
-    """
+    """Give a folded file its alphas back, from its metadata; `UserError` when that is damaged."""
     try:
         alphas = {n: float(a) for n, a in json.loads(metadata.get(FOLDED, "{}")).items()}
         dtype = getattr(torch, metadata.get(FOLDED_DTYPE, "float32"))

@@ -5,8 +5,8 @@ is made from a Δ as files hold it (deltas.py) and gives one back. Adapters on o
 
 With a magnitude m (DoRA) the layer computes with W' = m · (W + Δ) / ‖W + Δ‖, where W has the
 adapters below built in. Magnitudes of the outputs, m [out, 1], become a factor on the output,
-those of the inputs, m [1, in], one on the input, so W' itself is never built; the norms are taken
-over a few rows of W + Δ at a time, which backward recomputes.
+those of the inputs, m [1, in], one on the input; the norms are taken over a few rows of W + Δ at a
+time, which backward recomputes. W' itself is never built.
 """
 
 from __future__ import annotations
@@ -21,15 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anima_fast.adapters.deltas import (
-    NORM_FLOOR,
-    Delta,
-    LoRADelta,
-    is_of_inputs,
-    upcast,
-)
+from anima_fast.adapters.deltas import NORM_FLOOR, Delta, LoRADelta, is_of_inputs
 from anima_fast.adapters.targets import Target
+from anima_fast.kernels.op import wide
 from anima_fast.models.adapter_kinds import LORA, AdapterKind
+from anima_fast.models.dit_layers import attached
 
 # Rows of a weight whose norm or product is computed at once.
 ROWS = 1024
@@ -38,12 +34,11 @@ AnyDelta = TypeVar("AnyDelta", bound=Delta)
 
 @dataclass(frozen=True)
 class Dropouts:
-    """Probabilities, in train mode only; None is 0.
+    """Probabilities, in train mode only; None is 0. Survivors are scaled up.
 
     Attributes:
         dropout: of zeroing an element of down(x) (LoRA only).
-        rank: of zeroing a rank component for a sample (LoRA) or an output for a call (LoHa, LoKr);
-            survivors are scaled up.
+        rank: of zeroing a rank component for a sample (LoRA) or an output for a call (LoHa, LoKr).
         module: of skipping the adapter for a call.
     """
 
@@ -53,18 +48,12 @@ class Dropouts:
 
 
 class AdaptedLinear(nn.Module, Generic[AnyDelta]):
-    """The adapter of one linear layer.
-
-    Args:
-        target: the layer and its dotted name.
-        delta: initial matrices, alpha and magnitudes.
-        dropouts: of the calls.
-    """
+    """The adapter of one linear layer, with initial matrices, alpha and magnitudes."""
 
     kind: ClassVar[AdapterKind]
     # Names of the matrices whose learning rate LoRA+ multiplies.
     plus: ClassVar[tuple[str, ...]]
-    # (shape, rank, alpha, generator, **settings of the kind) -> initial values with Δ = 0.
+    # ((out, in), rank, generator, **settings of the kind) -> initial values with Δ = 0.
     initial: ClassVar[Callable[..., Delta]]
 
     def __init__(self, target: Target, delta: AnyDelta, dropouts: Dropouts) -> None:
@@ -88,28 +77,24 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
         """LoRA, LoHa, LoKr or DoRA."""
         return self._trained.title
 
-    # Attaching
-
     def attach(self) -> None:
         """Let the layer compute with this adapter, on top of those that it already has."""
         linear = self._linear[0]
-        self._below = list(getattr(linear, "adapters", ()))[-1:]
+        self._below = list(attached(linear))[-1:]
         self._plain_forward, linear.forward = linear.forward, self.forward
         # Read by the fused block, which computes layer and adapter together.
-        linear.adapters = [*getattr(linear, "adapters", ()), self]
+        linear.adapters = [*attached(linear), self]
 
     def remove(self) -> None:
         """Let the layer compute without this adapter; others on the layer stay."""
         linear = self._linear[0]
         # If other adapters were attached on top, this one stays in the chain as a pass-through.
         self._removed = True
-        linear.adapters = [a for a in getattr(linear, "adapters", ()) if a is not self]
+        linear.adapters = [a for a in attached(linear) if a is not self]
         if linear.__dict__.get("forward") == self.forward:
             del linear.forward
             if linear.forward != self._plain_forward:
                 linear.forward = self._plain_forward
-
-    # Values
 
     def as_delta(self, convert: Callable[[Tensor], Tensor] = lambda t: t) -> AnyDelta:
         """The adapter as a file holds it, its matrices passed through `convert`."""
@@ -121,16 +106,6 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
         """Take the values of a Δ of the same kind and sizes, whatever its alpha."""
         for name, tensor in delta.fields().items():
             getattr(self, name).copy_(tensor)
-
-    def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Parameters of the plain learning rate, and those of the side that LoRA+ speeds up."""
-        named = dict(self.named_parameters())
-        return (
-            [p for name, p in named.items() if name not in self.plus],
-            [named[name] for name in self.plus if name in named],
-        )
-
-    # Computing
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out] in x's dtype."""
@@ -159,8 +134,6 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
         probability = self.dropouts.module if self.training else None
         return bool(probability) and torch.rand(()).item() < probability
 
-    # DoRA
-
     def _decomposed(self, x: Tensor) -> Tensor:
         plain, bias = self._plain_forward(x), self._linear[0].bias
         factor = self._factor(self._linear[0].weight)
@@ -183,7 +156,7 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
             for start, stop in row_ranges(self._linear[0].out_features)
         ]
         square = sum(squares) if of_inputs else torch.cat(squares)
-        return upcast(self.dora_scale).view(-1) / square.sqrt().clamp_min(NORM_FLOOR)
+        return wide(self.dora_scale).view(-1) / square.sqrt().clamp_min(NORM_FLOOR)
 
     def _squares(self, weight: Tensor, start: int, stop: int, of_inputs: bool) -> Tensor:
         decomposed = self._base_rows(weight, start, stop) + self.rows(start, stop)
@@ -193,7 +166,7 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
         """Rows of the weight with the adapters below built in, float32."""
         for below in self._below:
             return below._built_rows(weight, start, stop)
-        return upcast(weight[start:stop])
+        return wide(weight[start:stop])
 
     def _built_rows(self, weight: Tensor, start: int, stop: int) -> Tensor:
         base = self._base_rows(weight, start, stop)
@@ -206,22 +179,12 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
         return base + self.multiplier * (factor * (base + self.rows(start, stop)) - base)
 
 
-def initial_lora(
-    shape: tuple[int, int], rank: int, alpha: float | None, generator: torch.Generator
-) -> LoRADelta:
-    """Initial values as in sd-scripts: down uniform in ±1/√in, up zero.
-
-    Args:
-        shape: (out, in).
-        rank: R.
-        alpha: 0 or None means the rank.
-        generator: source of the numbers.
-    """
+def initial_lora(shape: tuple[int, int], rank: int, generator: torch.Generator) -> LoRADelta:
+    """Initial values as in sd-scripts: down uniform in ±1/√in, up zero."""
     out_features, in_features = shape
     bound = 1 / math.sqrt(in_features)
     down = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-    up = torch.zeros(out_features, rank)
-    return LoRADelta(down, up, alpha=torch.tensor(float(alpha or rank)))
+    return LoRADelta(down, torch.zeros(out_features, rank))
 
 
 class LoRALinear(AdaptedLinear[LoRADelta]):
@@ -241,14 +204,9 @@ class LoRALinear(AdaptedLinear[LoRADelta]):
         return super().drops or (self.training and self.rank_mask is not None)
 
     def draw(self, batch: int, length: int, like: Tensor) -> tuple[float, Tensor | None]:
-        """The scale of one call (0: left out) and the factors of down(x), drawn as `forward` does.
+        """The scale of one call (0: left out) and the factors [B, L, R] of down(x), None for ones.
 
-        Args:
-            batch, length: B and L of x [B, L, in].
-            like: gives dtype and device of x.
-
-        Returns:
-            The scale and [B, L, R], None where every factor is 1.
+        They are drawn as `forward` does, in the dtype of `like`.
         """
         if self._removed or self._left_out():
             return 0.0, None
@@ -274,7 +232,7 @@ class LoRALinear(AdaptedLinear[LoRADelta]):
         return scale * F.linear(h, self.up.to(x.dtype))
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self.scale * (upcast(self.up[start:stop]) @ upcast(self.down))
+        return self.scale * (wide(self.up[start:stop]) @ wide(self.down))
 
     def _masks(self, shape: tuple[int, ...], like: Tensor) -> list[Tensor]:
         """Factors of down(x) that all tokens of a sample share."""

@@ -1,10 +1,9 @@
 """A network on a frozen model: attached to its layers to train, or built into its weights.
 
-`add_lora` attaches adapters (layers.py, lycoris.py) to the linear layers of a DiT (and, when asked,
-of the LLM adapter and the text encoder) by replacing their `forward`; state dict and module tree
-stay as they are. All parameters live in one flat buffer (flat.py). Names, default targets, initial
-values and dropouts are those of sd-scripts, so that files and settings carry over. `merge_lora`
-builds a file into the weights themselves.
+`add_lora` attaches adapters (layers.py, lycoris.py) to linear layers by replacing their `forward`;
+state dict and module tree stay as they are. All parameters live in one flat buffer (flat.py).
+Names, default targets, initial values and dropouts are those of sd-scripts, so that files and
+settings carry over. `merge_lora` builds a file into the weights themselves.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def add_lora(
     modules_from: Mapping[str, Delta] | None = None,
     device: str = "cpu",
 ) -> LoRANetwork:
-    """Attach a network.
+    """Attach a network; it is in train mode (`network.to(device)` before making an optimizer).
 
     Args:
         dit: from `load_dit`; `llm_adapter`, `text_encoder`: their modules get adapters when given.
@@ -87,12 +86,8 @@ def add_lora(
             the arguments above say about them.
         device: of the initial values; "meta" makes none, to ask only whether a network fits.
 
-    Returns:
-        The network, in train mode (`network.to(device)` before making an optimizer).
-
-    Raises:
-        UserError: rank below 1, a bad pattern, a block that does not exist, nothing to train, or
-            modules of a file that do not fit the layers.
+    Raises `UserError` for a rank below 1, a bad pattern, a block that does not exist, nothing to
+    train, or modules of a file that do not fit the layers.
     """
     if rank < 1:
         raise UserError(f"--network_dim {rank}: the rank must be at least 1")
@@ -125,24 +120,17 @@ def add_lora(
                 raise UserError(
                     f"network_reg_dims: {target.name} gets rank {own_rank}, use 1 or more"
                 )
-            generator = _generator(seed, target.name)
             settings = lokr or {} if kind == LOKR.word else {}
             layer = LAYERS[kinds[kind]]
-            delta = _initial(target, layer, own_rank, alpha, generator, dora, settings, device)
+            delta = _initial(target, layer, own_rank, alpha, seed, dora, settings, device)
         adapters[target.name] = LAYERS[delta.kind](target, delta, dropouts)
-    groups = _groups(
-        adapters,
-        {t.name: t.model for t in targets},
-        rates={
-            "dit": unet_lr,
-            "text_encoder": unet_lr if text_encoder_lr is None else text_encoder_lr,
-        },
-        ratios={
-            "dit": loraplus_unet_ratio or loraplus_ratio or 1.0,
-            "text_encoder": loraplus_te_ratio or loraplus_ratio or 1.0,
-        },
-        reg_lrs=reg_lrs or {},
-    )
+    text_lr = unet_lr if text_encoder_lr is None else text_encoder_lr
+    branches = {
+        "dit": ("unet", unet_lr, loraplus_unet_ratio or loraplus_ratio or 1.0),
+        "text_encoder": ("textencoder", text_lr, loraplus_te_ratio or loraplus_ratio or 1.0),
+    }
+    branch_of = {target.name: branches[target.model] for target in targets}
+    groups = _groups(adapters, branch_of, reg_lrs or {})
     network = LoRANetwork(adapters, groups, dtype).train()
     # Last, so that the model is untouched when something above is refused.
     for adapter in network.adapters:
@@ -162,13 +150,8 @@ def merge_lora(
     """W ← W with the file built in at a strength (deltas.py), in float32, back to W's dtype.
 
     Weights are replaced, not overwritten: those of a mapped file or of a caller's state dict stay
-    as they are.
-
-    Returns:
-        How many modules were skipped because they belong to a model that is not given.
-
-    Raises:
-        UserError: the file does not fit a model; nothing is changed then.
+    as they are. Returns how many modules were skipped because they belong to a model that is not
+    given. Raises `UserError` when the file does not fit a model; nothing is changed then.
     """
     deltas, _, _ = read_lora(path)
     owners = {names.TEXT_ENCODER: text_encoder and text_encoder.model, names.ADAPTER: llm_adapter}
@@ -192,8 +175,7 @@ def _matching(
 ) -> list[Target]:
     """The layers that a file has modules for; raises `UserError` where the two do not fit.
 
-    The file may have modules of models that are not adapted here (prefixes `left_out`; the DiT
-    without `dit`).
+    Modules of models that are not adapted here (`left_out`, the DiT without `dit`) are passed over.
     """
     by_name = {target.name: target for target in targets}
     others = (names.TEXT_ENCODER, names.ADAPTER)
@@ -216,15 +198,16 @@ def _initial(
     layer: type[AdaptedLinear],
     rank: int,
     alpha: float | None,
-    generator: torch.Generator,
+    seed: int | None,
     dora: str | None,
     settings: Mapping[str, Any],
     device: str,
 ) -> Delta:
     """The initial values of an adapter: Δ = 0, and with magnitudes W' = W."""
     shape = (target.linear.out_features, target.linear.in_features)
+    generator = _generator(seed, target.name)
     with torch.device(device):
-        delta = layer.initial(shape, rank, alpha, generator, **settings)
+        delta = layer.initial(shape, rank, generator, **settings)
     # Outside: a network without values has its alpha too.
     delta = replace(delta, alpha=torch.tensor(float(alpha or rank)))
     if dora is not None:
@@ -243,22 +226,20 @@ def _generator(seed: int | None, name: str) -> torch.Generator:
 
 def _groups(
     adapters: Mapping[str, AdaptedLinear],
-    models: Mapping[str, str],
-    *,
-    rates: Mapping[str, float],
-    ratios: Mapping[str, float],
+    branch_of: Mapping[str, tuple[str, float, float]],
     reg_lrs: Mapping[str, float],
 ) -> list[ParamGroup]:
-    """Learning-rate groups; what has rate 0 is in none of them."""
+    """Learning-rate groups, without rate 0, from each adapter's (title, rate, ratio of LoRA+)."""
     members: dict[tuple[str, float], list[nn.Parameter]] = {}
-    titles = {"dit": "unet", "text_encoder": "textencoder"}
     for name, adapter in adapters.items():
-        model = models[name]
+        title, rate, plus = branch_of[name]
         matched = first_match(reg_lrs, name, None, "network_reg_lrs")
-        rate = rates[model] if matched is None else float(matched)
-        title = titles[model] if matched is None else f"{titles[model]}_reg_{rate:g}"
-        plus = ratios[model]
-        slow, fast = adapter.groups()
+        if matched is not None:
+            rate = float(matched)
+            title = f"{title}_reg_{rate:g}"
+        named = dict(adapter.named_parameters())
+        fast = [parameter for key, parameter in named.items() if key in adapter.plus]
+        slow = [parameter for key, parameter in named.items() if key not in adapter.plus]
         for matrices, lr, suffix in ((slow, rate, ""), (fast, rate * plus, "_plus")):
             key = (title + (suffix if plus != 1 else ""), lr)
             if lr and matrices:

@@ -2,9 +2,7 @@
 
 LoHa: Δ = (alpha / R) · (w1_a w1_b) ∘ (w2_a w2_b). A Hadamard product cannot be applied through its
 factors at rank R (that would take R² columns), so Δ is built, used and dropped a band of rows at a
-time; backward builds the same bands again. Saved for backward: x and the factors.
-
-LoKr: Δ = (alpha / R) · w1 ⊗ w2, so with x read as a matrix X [in₁, in₂]
+time, in backward too. LoKr: Δ = (alpha / R) · w1 ⊗ w2, so with x read as a matrix X [in₁, in₂]
 
     y = w1 · X · w2ᵀ                [out₁, out₂]
 
@@ -22,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anima_fast.adapters.deltas import LoHaDelta, LoKrDelta, multiplied, upcast
+from anima_fast.adapters.deltas import LoHaDelta, LoKrDelta, multiplied
 from anima_fast.adapters.layers import AdaptedLinear, AnyDelta, row_ranges
+from anima_fast.kernels.op import wide
 from anima_fast.models.adapter_kinds import LOHA, LOKR
 
 
@@ -40,17 +39,8 @@ def split(dimension: int, factor: int = -1) -> tuple[int, int]:
     return small, dimension // small
 
 
-def initial_loha(
-    shape: tuple[int, int], rank: int, alpha: float | None, generator: torch.Generator
-) -> LoHaDelta:
-    """Initial values: w1_a N(0, 0.1), w1_b and w2_b N(0, 1), w2_a zero.
-
-    Args:
-        shape: (out, in).
-        rank: R.
-        alpha: 0 or None means the rank.
-        generator: source of the numbers.
-    """
+def initial_loha(shape: tuple[int, int], rank: int, generator: torch.Generator) -> LoHaDelta:
+    """Initial values: w1_a N(0, 0.1), w1_b and w2_b N(0, 1), w2_a zero."""
     out_features, in_features = shape
 
     def normal(std: float, *size: int) -> Tensor:
@@ -61,14 +51,12 @@ def initial_loha(
         w1_b=normal(1.0, rank, in_features),
         w2_a=torch.zeros(out_features, rank),
         w2_b=normal(1.0, rank, in_features),
-        alpha=torch.tensor(float(alpha or rank)),
     )
 
 
 def initial_lokr(
     shape: tuple[int, int],
     rank: int,
-    alpha: float | None,
     generator: torch.Generator,
     *,
     factor: int = -1,
@@ -78,11 +66,8 @@ def initial_lokr(
     """Initial values: w1 and w2_a Kaiming uniform (a = √5), w2 or w2_b zero.
 
     Args:
-        shape: (out, in).
         rank: R; a factor that would not be smaller as two thin ones (R ≥ half its longer side) is
             full.
-        alpha: 0 or None means the rank; the scale is 1 where both factors are full.
-        generator: source of the numbers.
         factor: of `split`.
         decompose_both: w1 as two thin factors too.
         full_matrix: both factors full, whatever the rank.
@@ -102,7 +87,7 @@ def initial_lokr(
         found |= {"w2_a": kaiming(out_2, rank), "w2_b": torch.zeros(rank, in_2)}
     else:
         found["w2"] = torch.zeros(out_2, in_2)
-    return LoKrDelta(**found, alpha=torch.tensor(float(alpha or rank)))
+    return LoKrDelta(**found)
 
 
 class LycorisLinear(AdaptedLinear[AnyDelta]):
@@ -131,8 +116,8 @@ class LoHaLinear(LycorisLinear[LoHaDelta]):
         return self._kept_outputs(HadamardProduct.apply(x, *factors, strength * self.scale))
 
     def rows(self, start: int, stop: int) -> Tensor:
-        first = upcast(self.w1_a[start:stop]) @ upcast(self.w1_b)
-        return self.scale * first * (upcast(self.w2_a[start:stop]) @ upcast(self.w2_b))
+        first = wide(self.w1_a[start:stop]) @ wide(self.w1_b)
+        return self.scale * first * (wide(self.w2_a[start:stop]) @ wide(self.w2_b))
 
 
 class HadamardProduct(torch.autograd.Function):
@@ -149,8 +134,8 @@ class HadamardProduct(torch.autograd.Function):
         ctx.scale = scale
         y = x.new_empty(*x.shape[:-1], w1_a.shape[0])
         for start, stop in row_ranges(w1_a.shape[0]):
-            first = upcast(w1_a[start:stop]) @ upcast(w1_b)
-            band = first.mul_(upcast(w2_a[start:stop]) @ upcast(w2_b)).mul_(scale)
+            first = wide(w1_a[start:stop]) @ wide(w1_b)
+            band = first.mul_(wide(w2_a[start:stop]) @ wide(w2_b)).mul_(scale)
             y[..., start:stop] = F.linear(x, band.to(x.dtype))
         return y
 
@@ -160,16 +145,16 @@ class HadamardProduct(torch.autograd.Function):
         x, w1_a, w1_b, w2_a, w2_b = ctx.saved_tensors
         flat_x = x.reshape(-1, x.shape[-1])
         flat_dy = dy.reshape(-1, dy.shape[-1])
-        dx = torch.zeros_like(flat_x, dtype=upcast(w1_a).dtype) if ctx.needs_input_grad[0] else None
-        grads = [torch.zeros_like(w, dtype=upcast(w).dtype) for w in (w1_a, w1_b, w2_a, w2_b)]
-        b1, b2 = upcast(w1_b), upcast(w2_b)
+        dx = torch.zeros_like(flat_x, dtype=wide(w1_a).dtype) if ctx.needs_input_grad[0] else None
+        grads = [torch.zeros_like(w, dtype=wide(w).dtype) for w in (w1_a, w1_b, w2_a, w2_b)]
+        b1, b2 = wide(w1_b), wide(w2_b)
         for start, stop in row_ranges(w1_a.shape[0]):
-            a1, a2 = upcast(w1_a[start:stop]), upcast(w2_a[start:stop])
+            a1, a2 = wide(w1_a[start:stop]), wide(w2_a[start:stop])
             first, second = a1 @ b1, a2 @ b2
             rows = flat_dy[:, start:stop]
             if dx is not None:
                 dx += rows @ (first * second).to(rows.dtype)
-            outer = upcast(rows.T @ flat_x)
+            outer = wide(rows.T @ flat_x)
             of_first, of_second = outer * second, outer.mul_(first)
             grads[0][start:stop] = of_first @ b1.T
             grads[1] += a1.T @ of_first

@@ -61,17 +61,13 @@ MODELSPEC_OPTIONS = (
 def training_metadata(
     options: TrainOptions, summary: Mapping[str, Any], run: Mapping[str, Any]
 ) -> dict[str, str]:
-    """The header metadata of a LoRA file.
+    """The header metadata of a LoRA file; the two `sshs_` hashes are added when it is written.
 
     Args:
-        options: of the run.
         summary: `data.summary.summarise` of the run's plan.
         run: facts of the moment: `steps`, `epoch`, `num_epochs`, `max_train_steps`,
             `num_batches_per_epoch`, `seed`, `session_id`, `started_at`, `finished_at`,
             `optimizer`.
-
-    Returns:
-        strings by key; the two `sshs_` hashes are added when the file is written.
     """
     minimal = {
         "ss_v2": "False",
@@ -79,67 +75,46 @@ def training_metadata(
         "ss_network_module": options.network_module,
         "ss_network_dim": str(options.network_dim),
         "ss_network_alpha": f"{options.network_alpha:g}",
-        "ss_network_args": json.dumps(_network_args(options)),
+        "ss_network_args": json.dumps(
+            dict(word.partition("=")[::2] for word in options.network_args)
+        ),
     }
     if options.no_metadata:
         return minimal
-    metadata = {
-        **minimal,
-        **{f"ss_{name}": _text(getattr(options, name)) for name in PLAIN_OPTIONS},
-        **{f"ss_{name}": value for name, value in FIXED.items()},
-        **{f"ss_{name}": _text(value) for name, value in summary.items()},
-        **_single_dataset(options),
-        **{f"ss_{name}": _text(value) for name, value in _run_facts(run).items()},
-        **model_hashes(options),
-        **modelspec(options),
-    }
-    metadata["ss_output_name"] = options.output_stem
-    return metadata
-
-
-def _single_dataset(options: TrainOptions) -> dict[str, str]:
-    if options.dataset_config:
-        return {}
-    size = options.train_batch_size
-    return {
-        "ss_batch_size_per_device": str(size),
-        "ss_total_batch_size": str(size * options.gradient_accumulation_steps),
-        **{f"ss_{name}": _text(getattr(options, name)) for name in DATASET_OPTIONS},
-    }
-
-
-def _run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
-    facts = dict(run)
+    facts = {name: getattr(options, name) for name in PLAIN_OPTIONS} | FIXED | dict(summary)
+    if not options.dataset_config:
+        size = options.train_batch_size
+        facts["batch_size_per_device"] = size
+        facts["total_batch_size"] = size * options.gradient_accumulation_steps
+        facts |= {name: getattr(options, name) for name in DATASET_OPTIONS}
+    facts |= run
     facts["training_started_at"] = facts.pop("started_at")
     facts["training_finished_at"] = facts.pop("finished_at")
     facts["sd_scripts_commit_hash"] = f"anima_fast-{__version__}"
-    return facts
+    facts |= _model_hashes(options)
+    facts["output_name"] = options.output_stem
+    texts = {f"ss_{name}": _text(value) for name, value in facts.items()}
+    return minimal | texts | modelspec(options)
 
 
-def _network_args(options: TrainOptions) -> dict[str, str]:
-    return dict(word.partition("=")[::2] for word in options.network_args)
-
-
-def model_hashes(options: TrainOptions) -> dict[str, str]:
+def _model_hashes(options: TrainOptions) -> dict[str, str]:
     """Names and hashes of the DiT and VAE files."""
     found = {}
-    for option, name, prefix in (
-        ("pretrained_model_name_or_path", "sd_model", "sd_model"),
-        ("vae", "vae", "vae"),
-    ):
+    for name, option in (("sd_model", "pretrained_model_name_or_path"), ("vae", "vae")):
         path = Path(getattr(options, option))
         if path.is_file():
-            found[f"ss_{name}_name"] = path.name
-            found[f"ss_{prefix}_hash"] = legacy_file_hash(path)
-            found[f"ss_new_{prefix}_hash"] = cached_sha256(path)
+            found[f"{name}_name"] = path.name
+            found[f"{name}_hash"] = legacy_file_hash(path)
+            found[f"new_{name}_hash"] = cached_sha256(path)
     return found
 
 
 def modelspec(options: TrainOptions | FinetuneOptions) -> dict[str, str]:
     """The `modelspec.` keys (Stability AI's model specification, as sd-scripts fills it in)."""
+    sides = (options.resolution or "1024").split(",")
     spec = {
         **lora_spec(options.metadata_title or options.output_stem),
-        "resolution": _resolution(options.resolution),
+        "resolution": f"{sides[0]}x{sides[-1]}",
         # Wrong for a flow model, but what every other Anima LoRA says.
         "prediction_type": "epsilon",
     }
@@ -162,13 +137,6 @@ def lora_spec(title: str) -> dict[str, str]:
         "title": title,
         "date": datetime.datetime.now().replace(microsecond=0).isoformat(),
     }
-
-
-def _resolution(resolution: str | None) -> str:
-    if not resolution:
-        return "1024x1024"
-    sides = resolution.split(",")
-    return f"{sides[0]}x{sides[-1]}"
 
 
 def _text(value: Any) -> str:

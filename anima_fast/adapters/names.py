@@ -8,7 +8,7 @@ back by replacing them: it is looked up among the modules that exist.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from anima_fast.models.adapter_kinds import MARKS
 
@@ -18,74 +18,52 @@ OTHER = "other"
 TEXT_ENCODER = "text_encoder."
 ADAPTER = "llm_adapter."
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")
-BLOCK_MODULES = (
-    *(f"{attn}.{proj}" for attn in ("self_attn", "cross_attn") for proj in ATTENTION),
-    "mlp.layer1",
-    "mlp.layer2",
-    *(
-        f"adaln_modulation_{branch}.{n}"
-        for branch in ("self_attn", "cross_attn", "mlp")
-        for n in (1, 2)
-    ),
-)
-TOP_MODULES = (
-    "x_embedder.proj.1",
-    "t_embedder.1.linear_1",
-    "t_embedder.1.linear_2",
-    "final_layer.linear",
-    "final_layer.adaln_modulation.1",
-    "final_layer.adaln_modulation.2",
-    # Not adapted by default, but files of other trainers may have them.
-    f"{ADAPTER}in_proj",
-    f"{ADAPTER}out_proj",
-)
-ADAPTER_MODULES = (
-    *(f"{a}.{p}_proj" for a in ("self_attn", "cross_attn") for p in "qkvo"),
-    "mlp.0",
-    "mlp.2",
-)
-TEXT_ENCODER_MODULES = (
-    *(f"self_attn.{p}_proj" for p in "qkvo"),
-    *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
-)
-# (prefix of the dotted name, prefix of the flat name, modules of one layer)
-LAYERED = (
-    ("blocks", "lora_unet_blocks", BLOCK_MODULES),
-    (f"{ADAPTER}blocks", "lora_unet_llm_adapter_blocks", ADAPTER_MODULES),
-    (f"{TEXT_ENCODER}layers", "lora_te_layers", TEXT_ENCODER_MODULES),
-)
-
-COMFYUI_PREFIXES = (
-    (TEXT_ENCODER, "text_encoders.qwen3_06b.transformer.model."),
-    ("", "diffusion_model."),
-)
-
-# Module names of diffusers' CosmosTransformer3DModel.
-DIFFUSERS_BLOCK = {
+# Every module of the DiT, with its name in diffusers' CosmosTransformer3DModel; "#" stands for the
+# number of a block.
+DIFFUSERS = {
     **{
-        f"{ours}.{a}": f"{theirs}.{b}"
+        f"blocks.#.{ours}.{a}": f"transformer_blocks.#.{theirs}.{b}"
         for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for a, b in zip(ATTENTION, ("to_q", "to_k", "to_v", "to_out.0"), strict=True)
+        for a, b in (
+            ("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"), ("output_proj", "to_out.0"),
+        )
     },
-    "mlp.layer1": "ff.net.0.proj",
-    "mlp.layer2": "ff.net.2",
+    "blocks.#.mlp.layer1": "transformer_blocks.#.ff.net.0.proj",
+    "blocks.#.mlp.layer2": "transformer_blocks.#.ff.net.2",
     **{
-        f"adaln_modulation_{branch}.{n}": f"norm{i}.linear_{n}"
+        f"blocks.#.adaln_modulation_{branch}.{n}": f"transformer_blocks.#.norm{i}.linear_{n}"
         for i, branch in enumerate(("self_attn", "cross_attn", "mlp"), 1)
         for n in (1, 2)
     },
-}
-DIFFUSERS_TOP = {
     "x_embedder.proj.1": "patch_embed.proj",
     "t_embedder.1.linear_1": "time_embed.t_embedder.linear_1",
     "t_embedder.1.linear_2": "time_embed.t_embedder.linear_2",
     "final_layer.adaln_modulation.1": "norm_out.linear_1",
     "final_layer.adaln_modulation.2": "norm_out.linear_2",
     "final_layer.linear": "proj_out",
-}
+}  # fmt: skip
 DIFFUSERS_TEXT = "text_conditioner."
 DIFFUSERS_DIT = "transformer."
+ADAPTER_MODULES = (
+    *(f"{a}.{p}_proj" for a in ("self_attn", "cross_attn") for p in "qkvo"), "mlp.0", "mlp.2",
+)  # fmt: skip
+TEXT_ENCODER_MODULES = (
+    *(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+)  # fmt: skip
+MODULES = (
+    *DIFFUSERS,
+    *(f"{ADAPTER}blocks.#.{module}" for module in ADAPTER_MODULES),
+    # Not adapted by default, but files of other trainers may have them.
+    f"{ADAPTER}in_proj",
+    f"{ADAPTER}out_proj",
+    *(f"{TEXT_ENCODER}layers.#.{module}" for module in TEXT_ENCODER_MODULES),
+)
+NUMBER = re.compile(r"(?:(?<=blocks[._])|(?<=layers[._]))\d+(?=[._])")
+
+COMFYUI_PREFIXES = (
+    (TEXT_ENCODER, "text_encoders.qwen3_06b.transformer.model."),
+    ("", "diffusion_model."),
+)
 
 # LyCORIS' own wrapper, on our modules or (SimpleTuner) on those of diffusers.
 LYCORIS = "lycoris_"
@@ -101,14 +79,23 @@ def flat_name(name: str) -> str:
     return "lora_unet_" + name.replace(".", "_")
 
 
+FROM_FLAT = {flat_name(module): module for module in MODULES}
+FROM_DIFFUSERS = {theirs: ours for ours, theirs in DIFFUSERS.items()}
+FROM_FLAT_DIFFUSERS = {theirs.replace(".", "_"): ours for theirs, ours in FROM_DIFFUSERS.items()}
+
+
+def _looked_up(name: str, table: Mapping[str, str]) -> str | None:
+    """The result of a table, for any number of layers; None when it has no such module."""
+    number = NUMBER.search(name)
+    found = table.get(NUMBER.sub("#", name, count=1))
+    if found is None or "#" not in found:
+        return found
+    return found.replace("#", number[0]) if number else None
+
+
 def from_flat(flat: str) -> str | None:
     """Flat → dotted, for any number of layers; None when no such module exists."""
-    for dotted_prefix, flat_prefix, modules in LAYERED:
-        if match := re.fullmatch(rf"{flat_prefix}_(\d+)_(.+)", flat):
-            by_flat = {m.replace(".", "_"): m for m in modules}
-            module = by_flat.get(match[2])
-            return f"{dotted_prefix}.{match[1]}.{module}" if module else None
-    return {flat_name(m): m for m in TOP_MODULES}.get(flat)
+    return _looked_up(flat, FROM_FLAT)
 
 
 def comfyui_name(name: str) -> str:
@@ -129,16 +116,10 @@ def from_comfyui(name: str) -> str | None:
 
 def diffusers_name(name: str) -> str | None:
     """Dotted → diffusers' name; None for the text encoder, which diffusers loads no LoRA for."""
-    if name.startswith(TEXT_ENCODER):
-        return None
     if name.startswith(ADAPTER):
         return DIFFUSERS_TEXT + name[len(ADAPTER) :]
-    if name in DIFFUSERS_TOP:
-        return DIFFUSERS_DIT + DIFFUSERS_TOP[name]
-    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
-        module = DIFFUSERS_BLOCK.get(match[2])
-        return f"{DIFFUSERS_DIT}transformer_blocks.{match[1]}.{module}" if module else None
-    return None
+    theirs = _looked_up(name, DIFFUSERS)
+    return theirs and DIFFUSERS_DIT + theirs
 
 
 def from_diffusers(name: str) -> str | None:
@@ -147,31 +128,20 @@ def from_diffusers(name: str) -> str | None:
         return ADAPTER + name[len(DIFFUSERS_TEXT) :]
     if not name.startswith(DIFFUSERS_DIT):
         return None
-    name = name[len(DIFFUSERS_DIT) :]
-    if match := re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", name):
-        module = {v: k for k, v in DIFFUSERS_BLOCK.items()}.get(match[2])
-        return f"blocks.{match[1]}.{module}" if module else None
-    return {v: k for k, v in DIFFUSERS_TOP.items()}.get(name)
+    return _looked_up(name[len(DIFFUSERS_DIT) :], FROM_DIFFUSERS)
 
 
 def from_other(name: str) -> str | None:
     """A name of LyCORIS' wrapper or of PEFT, or with a checkpoint's prefix or none → dotted."""
     if name.startswith(LYCORIS):
         flat = name[len(LYCORIS) :]
-        return from_flat(f"lora_unet_{flat}") or _from_flat_diffusers(flat)
+        return from_flat(f"lora_unet_{flat}") or _looked_up(flat, FROM_FLAT_DIFFUSERS)
     name = name.removeprefix(PEFT)
     for prefix in OTHER_PREFIXES:
         if name.startswith(prefix):
             name = name[len(prefix) :]
             return from_diffusers(DIFFUSERS_DIT + name) or name
     return None
-
-
-def _from_flat_diffusers(flat: str) -> str | None:
-    if match := re.fullmatch(r"transformer_blocks_(\d+)_(.+)", flat):
-        module = {v.replace(".", "_"): k for k, v in DIFFUSERS_BLOCK.items()}.get(match[2])
-        return f"blocks.{match[1]}.{module}" if module else None
-    return {v.replace(".", "_"): k for k, v in DIFFUSERS_TOP.items()}.get(flat)
 
 
 def to_dialect(name: str, dialect: str) -> str | None:
@@ -200,12 +170,7 @@ def detect_dialect(keys: Iterable[str]) -> str | None:
 
 def from_dialect(name: str, dialect: str) -> str | None:
     """The dotted name of a module of a dialect; None when Anima has no such module."""
-    reverse = {
-        "kohya": from_flat,
-        "comfyui": from_comfyui,
-        "diffusers": from_diffusers,
-        OTHER: from_other,
-    }[dialect]
-    dotted = reverse(name)
+    readers = {"kohya": from_flat, "comfyui": from_comfyui, "diffusers": from_diffusers}
+    dotted = (readers | {OTHER: from_other})[dialect](name)
     # Other models use the same prefixes: only names in the table of modules are accepted.
     return dotted if dotted and from_flat(flat_name(dotted)) == dotted else None

@@ -4,10 +4,9 @@ T-LoRA, fewer ranks at higher noise, is set on the network (`tlora`):
 
     r(σ) = ⌊(1 − σ)^α · (R − r_min)⌋ + r_min,    rank components r(σ) … R − 1 are masked
 
-High noise decides layout, and a LoRA trained on few pictures memorises their layouts there; with
-few ranks it cannot. The mask acts in training only: loaders use all ranks at every noise level, as
-they do with any LoRA, and the file is an ordinary one. Source: Soboleva et al., "T-LoRA: Single
-Image Diffusion Model Customization Without Overfitting", arXiv 2507.05964, with σ for its t / T.
+High noise decides layout, and with few ranks a LoRA trained on few pictures cannot memorise theirs.
+The mask acts in training only, and the file is an ordinary one. Source: Soboleva et al., "T-LoRA:
+Single Image Diffusion Model Customization Without Overfitting", arXiv 2507.05964, with σ for t / T.
 """
 
 from __future__ import annotations
@@ -28,11 +27,9 @@ from anima_fast.models.adapter_kinds import LORA
 
 
 class LoRANetwork(nn.Module):
-    """All adapters of a run; made by `add_lora`.
+    """All adapters of a run, `modules_by_name`; made by `add_lora`.
 
-    Attributes:
-        modules_by_name: `AdaptedLinear` by dotted name.
-        flat: all parameters [P], `flat_grad`: the gradients of the trained ones.
+    `flat` [P]: all parameters; `flat_grad`: the gradients of the trained ones.
     """
 
     def __init__(
@@ -51,16 +48,7 @@ class LoRANetwork(nn.Module):
         trained = {id(p) for group in self._groups for p in group.params}
         frozen = [p for p in self.parameters() if id(p) not in trained]
         self.buffer = FlatBuffer(self._groups, frozen, device=device, dtype=self._dtype)
-
-    @property
-    def flat(self) -> Tensor:
-        """All parameters, one buffer."""
-        return self.buffer.flat
-
-    @property
-    def flat_grad(self) -> Tensor:
-        """The gradients of all trained parameters, one buffer."""
-        return self.buffer.flat_grad
+        self.flat, self.flat_grad = self.buffer.flat, self.buffer.flat_grad
 
     def to(self, device: torch.device | str) -> LoRANetwork:
         """Move buffers and parameters to a device; only before an optimizer is built."""
@@ -97,30 +85,24 @@ class LoRANetwork(nn.Module):
     def param_groups(self, flat: bool = True) -> list[dict]:
         """Groups for an optimizer: {"params", "lr", "name"}.
 
-        With `flat` a group is one parameter, its slice of the buffer (for elementwise optimizers);
-        without, it is the matrices (for optimizers that look at their shapes).
+        With `flat` a group is one slice of the buffer; without, it is the matrices, whose shapes
+        some optimizers look at.
         """
-        slices = self.buffer.group_slices()
         return [
             {"params": [one] if flat else list(group.params), "lr": group.lr, "name": group.name}
-            for group, one in zip(self._groups, slices, strict=True)
+            for group, one in zip(self._groups, self.buffer.slices, strict=True)
         ]
 
     def zero_grad_flat(self) -> None:
         """Set all gradients to zero in place, so that they stay views of the buffer."""
         self.flat_grad.zero_()
 
-    def is_finite(self) -> bool:
-        """Whether every parameter is finite (waits for the device)."""
-        return bool(torch.isfinite(self.flat).all())
-
     def deltas(self, dtype: torch.dtype | None = None) -> dict[str, Delta]:
         """The network as a file holds it: Δ by dotted name, on the CPU."""
-
-        def copy(x: Tensor) -> Tensor:
-            return x.to("cpu", dtype or x.dtype, copy=True)
-
-        return {name: adapter.as_delta(copy) for name, adapter in self.modules_by_name.items()}
+        return {
+            name: adapter.as_delta(lambda x: x.to("cpu", dtype or x.dtype, copy=True))
+            for name, adapter in self.modules_by_name.items()
+        }
 
     def state_tensors(
         self, dialect: str = "kohya", dtype: torch.dtype | None = None
@@ -136,17 +118,15 @@ class LoRANetwork(nn.Module):
         metadata: Mapping[str, str] | None = None,
         fold_alpha: bool = False,
     ) -> None:
-        """Write a LoRA file atomically.
+        """Write a .safetensors file atomically.
 
         Args:
-            path: the .safetensors file.
             dialect: kohya, comfyui or diffusers.
             dtype: of the saved matrices; None keeps the training dtype.
             metadata: strings for the header.
             fold_alpha: multiply alpha / rank into the weights and leave `.alpha` out.
 
-        Raises:
-            UserError: numbers that are not finite, or a disk that refuses.
+        Raises `UserError` for numbers that are not finite, or a disk that refuses.
         """
         # Programs disagree on what alpha means in a LoHa or LoKr, so it is the rank there.
         deltas = {n: d if d.kind is LORA else d.settled() for n, d in self.deltas(dtype).items()}
@@ -154,14 +134,10 @@ class LoRANetwork(nn.Module):
 
     @torch.no_grad()
     def load(self, path: str | os.PathLike) -> list[str]:
-        """Take the matrices of a LoRA file of any dialect, in place.
+        """Take the matrices of a LoRA file of any dialect, in place; the others keep their values.
 
-        Returns:
-            Names in the file that this network does not have; modules that the file does not have
-            keep their values.
-
-        Raises:
-            UserError: the file is not a LoRA, none of its modules fits, or a rank differs.
+        Returns the names in the file that this network does not have. Raises `UserError` when the
+        file is not a LoRA, none of its modules fits, or a rank differs.
         """
         ignored: list[str] = []
         deltas, _, metadata = read_lora(path, ignored)
@@ -186,11 +162,8 @@ class LoRANetwork(nn.Module):
     def scale_weight_norms(self, max_norm: float) -> tuple[int, float, float]:
         """Shrink each pair whose product (with alpha / rank) has a larger Frobenius norm.
 
-        Returns:
-            (pairs shrunk, mean norm, largest norm), norms after shrinking.
-
-        Raises:
-            ValueError: an adapter that is not a LoRA.
+        Returns how many, and the mean and the largest norm after that. Raises `ValueError` for an
+        adapter that is not a LoRA.
         """
         adapters = [a for a in self.modules_by_name.values() if isinstance(a, LoRALinear)]
         if len(adapters) < len(self.modules_by_name):
@@ -228,16 +201,7 @@ def _product_norm(adapter: LoRALinear) -> Tensor:
 
 
 def rank_mask(sigma: Tensor, rank: int, min_rank: int, alpha: float = 1.0) -> Tensor:
-    """Which rank components each sample of a T-LoRA may use.
-
-    Args:
-        sigma: [B] in 0 … 1.
-        rank: R; `min_rank` is at most that many.
-        min_rank, alpha: r_min and α.
-
-    Returns:
-        [B, R] float32 of 0 and 1.
-    """
+    """Rank components that samples of noise σ [B] may use: [B, R] of 0 and 1; alpha is α."""
     least = min(min_rank, rank)
     share = (1 - sigma.double()).clamp(0, 1) ** alpha
     ranks = (share * (rank - least)).floor() + least  # [B]

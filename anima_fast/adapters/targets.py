@@ -61,21 +61,20 @@ def find_targets(
     included = _compiled(include, "include_patterns")
 
     def chosen(name: str) -> bool:
+        block = BLOCK.match(name)
+        if blocks is not None and block is not None and int(block[1]) not in blocks:
+            return False
         if any(pattern.fullmatch(name) for pattern in included):
             return True
         return not any(pattern.fullmatch(name) for pattern in excluded)
 
-    def in_blocks(name: str) -> bool:
-        match = BLOCK.match(name)
-        return blocks is None or match is None or int(match[1]) in blocks
-
     found = []
-    if dit is not None:
-        layers = _linears(dit, DIT_CLASSES, "")
-        found += [t for t in layers if chosen(t.name) and in_blocks(t.name)]
-    if llm_adapter is not None:
-        layers = _linears(llm_adapter, (AdapterBlock,), "llm_adapter.")
-        found += [t for t in layers if chosen(t.name)]
+    for model, classes, prefix in (
+        (dit, DIT_CLASSES, ""),
+        (llm_adapter, (AdapterBlock,), "llm_adapter."),
+    ):
+        if model is not None:
+            found += [t for t in _linears(model, classes, prefix) if chosen(t.name)]
     if text_encoder is not None:
         found += [
             Target("text_encoder", f"text_encoder.{name}", module)

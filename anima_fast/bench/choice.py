@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from anima_fast.bench.metrics import METRICS
 from anima_fast.errors import UserError
@@ -13,6 +14,8 @@ from anima_fast.errors import UserError
 # Beside the ops of the registry: one fused block, the training step, the loss curve, the program.
 WHOLES = ("block", "step", "loss", "program")
 MODES = ("fwd", "bwd", "both")
+# A provider of the whole step.
+DIFFUSERS = "diffusers"
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -56,8 +59,8 @@ class Choice:
     @classmethod
     def loads(cls, text: str) -> Choice:
         """The choice of `dumps`."""
-        values = json.loads(text)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values: Any = json.loads(text)
+        return cls(**values | {k: tuple(v) for k, v in values.items() if isinstance(v, list)})
 
 
 def parse_choice(
@@ -82,20 +85,18 @@ def parse_choice(
         UserError: a name or a size that does not exist.
     """
     from anima_fast.bench.providers import load_candidate, provider_names
-    from anima_fast.bench.step import MODELS
     from anima_fast.kernels.registry import OPS
 
-    wholes = {name.split()[0] for model in MODELS.values() for name in model}
     known = {
         "ops": (*OPS, *WHOLES),
         "dtypes": DTYPES,
-        "providers": (*provider_names(), *sorted(wholes - set(provider_names()))),
+        "providers": (*provider_names(), DIFFUSERS),
         "modes": MODES,
         "metrics": tuple(METRICS),
     }
     options = {"ops": "OP", "dtypes": "--dtype", "providers": "--provider", "modes": "--mode",
                "metrics": "--metric"}  # fmt: skip
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for kind, given in {"ops": ops, **names}.items():
         words = [word for text in given for word in text.split(",") if word]
         for word in words:

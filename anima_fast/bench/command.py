@@ -26,14 +26,18 @@ Say = Callable[[str], None]
 def run_command(choice: Choice, out: Path | None, against: Path | None, *, say: Say) -> int:
     """Measure into `out`; the exit status."""
     groups, lacking = chosen(choice)
+    unable = [f"{g.name}: {', '.join(g.metrics)} of {' '.join(g.ops) or 'ops'} need {g.needs}"
+              for g in lacking]  # fmt: skip
+    if not groups:
+        for line in unable or ["nothing that is measured has all of these names"]:
+            say(f"problem: {line}")
+        return 1
     baselines = read_some(against) if against else []
     path = out or default_name(environment())
     # Before the first measurement, which may take minutes.
     check_folder(path.parent)
     rows, problems = run_groups(groups, choice, path, say=say)
-    problems += [f"{g.name}: {', '.join(g.metrics)} of {' '.join(g.ops) or 'ops'} need {g.needs}"
-                 for g in lacking]  # fmt: skip
-    problems += wrong(rows)
+    problems += unable + wrong(rows)
     for line in summary(rows):
         say(line)
     status = 0
@@ -53,11 +57,11 @@ def against_all(baselines: Sequence[Run], run: Run) -> list[comparison.Change]:
     limits, found = comparison.limits_of(()), []
     for baseline in baselines:
         known = baseline.by_key().keys() & run.by_key().keys()
-        both = [
+        first, second = (
             dataclasses.replace(one, rows=tuple(row for row in one.rows if row.key in known))
             for one in (baseline, run)
-        ]
-        found += comparison.compare(*both, limits)
+        )
+        found += comparison.compare(first, second, limits)
     return sorted(found, key=lambda change: comparison.SEVERITY.index(change.verdict))
 
 
@@ -100,8 +104,15 @@ def profile_command(op: str, tool: str, choice: Choice, against: Path | None, *,
 
     if tool not in profile.TOOLS:
         raise UserError(f"--tool {tool} is unknown: use one of {', '.join(profile.TOOLS)}")
-    if op in ("loss", "program") or (op == "block" and tool != "sass"):
-        raise UserError(f"{op} has no profile: use an op of the registry, or step")
+    if op in ("loss", "program"):
+        raise UserError(f"{op} has no profile: use an op of the registry, block or step")
+    if op == "block" and tool != "sass":
+        # Counted, so that no card is needed.
+        from anima_fast.bench.launches import timeline
+
+        for line in timeline(choice):
+            say(line)
+        return 0
     if tool == "sass":
         return _sass(choice, against, say)
     if against:

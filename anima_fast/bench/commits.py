@@ -7,6 +7,7 @@ import dataclasses
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from anima_fast.bench.choice import Choice
@@ -53,13 +54,17 @@ def run_both(
                     path = Path(folder) / f"{i}-{group.name}-{turn}.jsonl"
                     _, problems = run_groups(
                         [group], choice, path, root=root,
-                        say=lambda line, i=i: say(f"{names[i]}: {line}"),
+                        say=partial(_say_of, names[i], say),
                     )  # fmt: skip
                     if problems:
                         raise UserError(f"{names[i]}: {problems[0]}")
                     runs[i].append(read_run(path))
     first, second = (_joined(name, some) for name, some in zip(names, runs, strict=True))
     return first, second
+
+
+def _say_of(name: str, say: Callable[[str], None], line: str) -> None:
+    say(f"{name}: {line}")
 
 
 def _joined(name: str, runs: list[Run]) -> Run:

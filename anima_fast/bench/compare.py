@@ -136,7 +136,7 @@ def _changes(
         row = new or old
         assert row is not None
         verdict = NEW if old is None else GONE
-        yield Change(row, "", old and old.value, new and new.value, verdict)
+        yield Change(row, "", old.value if old else None, new.value if new else None, verdict)
         return
     metric = METRICS.get(new.metric)
     if metric is None:

@@ -131,7 +131,7 @@ def history_page(path: Path, runs: Sequence[Run], lines: Sequence[Line]) -> None
     for line in lines[:MOST_CHARTS]:
         points = [(float(i + 1), row.value) for i, (_, row) in enumerate(line.values)]
         name = f"{line.row.op} {line.row.metric} {line.row.provider} {line.row.mode}".strip()
-        charts.append(chart(name, [Series(name, points)], x_label="run"))
+        charts.append(chart(name, [Series(name, points)]))
     rows = [
         ("stepped" if index == line.step else "", str(line.row), commit_of(run), number(row.value))
         for line in lines

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def check(tool: str, op: str, choice: Choice) -> None:
         raise UserError(f"{tool} is not on PATH: install {SOURCES[tool]}, then: {words}")
 
 
-def calls(op: str, choice: Choice) -> Iterator[tuple[str, Callable[[], Any]]]:
+def calls(op: str, choice: Choice) -> Iterator[tuple[str, Any]]:
     """(what, call) of the chosen providers of an op at its first chosen shape, or of the step."""
     names = choice.providers or ("own",)
     if op == "step":

@@ -167,13 +167,8 @@ LIBRARIES: Mapping[str, Mapping[str, Library]] = {
         "xformers": Library(functools.partial(_attention, mode="xformers"), "xformers"),
     },
     "layernorm_modulate": {"layer_norm": Library(_layer_norm)},
-    "rmsnorm": {
-        "rms_norm": Library(_rms_norm),
-        "liger": Library(_liger_rms_norm, "liger_kernel"),
-    },
-    "adamw": {
-        "bitsandbytes": Library(_adamw(_update_bitsandbytes), "bitsandbytes"),
-    },
+    "rmsnorm": {"rms_norm": Library(_rms_norm), "liger": Library(_liger_rms_norm, "liger_kernel")},
+    "adamw": {"bitsandbytes": Library(_adamw(_update_bitsandbytes), "bitsandbytes")},
 }
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any
 
 from anima_fast.bench.choice import Choice
@@ -31,6 +31,11 @@ def default_name(where: dict[str, Any]) -> Path:
     return Path("bench_output") / f"{where.get('commit', 'installed')}-{machine}-{moment}.jsonl"
 
 
+def command(group: Group, choice: Choice) -> list[str]:
+    """What measures a group."""
+    return [sys.executable, "-m", "anima_fast.bench.groups", group.name, choice.dumps()]
+
+
 class Running:
     """One group at work: a process whose rows come through a queue."""
 
@@ -42,10 +47,10 @@ class Running:
         variables.pop("TRITON_INTERPRET", None)
         paths = [str(root), variables.get("PYTHONPATH", "")]
         variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        command = [sys.executable, "-m", "anima_fast.bench.groups", group.name, choice.dumps()]
         self.process = subprocess.Popen(
-            command, cwd=root, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=self._log, text=True, encoding="utf-8", start_new_session=True,
+            command(group, choice), cwd=root, env=variables, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=self._log, text=True, encoding="utf-8",
+            start_new_session=True,
         )  # fmt: skip
         threading.Thread(target=self._read, args=(queue,), daemon=True).start()
 
@@ -125,7 +130,12 @@ def run_groups(
         while waiting or running:
             while waiting and len(running) < at_once(groups):
                 running.append(Running(waiting.pop(0), choice, root, queue))
-            one, line = queue.get(timeout=LIMIT_S)
+            try:
+                one, line = queue.get(timeout=LIMIT_S)
+            except Empty:
+                names = ", ".join(one.group.name for one in running)
+                problems.append(f"{names}: stopped after {LIMIT_S:.0f} s without a row")
+                break
             if line is None:
                 running.remove(one)
                 why = one.problem()

@@ -14,14 +14,14 @@ import gc
 import importlib.util
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from anima_fast.bench.choice import Choice
+from anima_fast.bench.choice import DIFFUSERS, Choice
 from anima_fast.bench.environment import CardState
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.bench.step_models import (
@@ -35,13 +35,15 @@ from anima_fast.bench.step_models import (
     Inputs,
     Phases,
 )
-from anima_fast.measure.step_time import step_flops
+from anima_fast.measure.rates import Rates
+from anima_fast.measure.step_time import op_times, step_flops, step_time
 from anima_fast.measure.timer import Ceilings, Timer, ceilings, on_card, reason, synchronize
+from anima_fast.models.dit_config import PUBLISHED
 
 SIZES = ((4096, 1), (4096, 4), (1024, 1), (1024, 4))
 OWN = (*(f"own {policy}" for policy in POLICIES), "own none triton-attention")
 # Graphs last: their memory stays.
-MODELS = {"anima": ("eager", "compile", *OWN, "own none graphs"), "diffusers": ("diffusers",)}
+MODELS = {"anima": ("eager", "compile", *OWN, "own none graphs"), DIFFUSERS: (DIFFUSERS,)}
 PHASES = ("forward", "backward", "optimize")
 WARM_STEPS, MOST_ROUNDS, LEAST_ROUNDS = 3, 20, 3
 # Relative to eager's: far above bfloat16's rounding over 28 blocks and far below what a wrong
@@ -52,7 +54,7 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 0.02, 0.15
 def rows(choice: Choice) -> Iterator[list[Measurement]]:
     """Rows of the step at each size, as each provider is done."""
     limits = ceilings()
-    sizes = SIZES
+    sizes: Sequence[tuple[int, int]] = SIZES
     if "L" in choice.sizes or "B" in choice.sizes or choice.quick:
         sizes = ((choice.sizes.get("L", 4096), choice.sizes.get("B", 1)),)
     for model, names in MODELS.items():
@@ -115,6 +117,10 @@ def _size_rows(
                  "share_of_ceiling": rate / limits.peak}  # fmt: skip
         if limits.sheet_peak:
             parts["mfu"] = rate / limits.sheet_peak
+        if name.removeprefix("own ") in POLICIES and CONFIG is PUBLISHED:
+            times = op_times(Rates(limits.bandwidth, limits.peak), tokens=tokens, batch=batch,
+                             rank=RANK)  # fmt: skip
+            parts["predicted_s"] = step_time(times, name.removeprefix("own ")).seconds
         note = "the card was slowed by heat or power" if slowed else ""
         found.append(replace(row, parts=parts, note=note))
     yield found

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from anima_fast.adapters.lora import LoRANetwork, add_lora
 from anima_fast.measure.timer import on_card
-from anima_fast.memory.offload import compile_blocks, install_block_runner
+from anima_fast.memory.offload import SaverSettings, compile_blocks, install_block_runner
 from anima_fast.models.block_graphs import BlockGraphs
 from anima_fast.models.dit import AnimaDiT, DitConfig
 from anima_fast.models.dit_config import PUBLISHED
@@ -160,7 +160,7 @@ class Bench(Phases):
         self.own = words[0] == "own"
         self.dit.attn_mode = "triton" if "triton-attention" in words else "torch"
         if words[0] == "own" and words[1] not in self._fused:
-            install_block_runner(self.dit, fused=True, recompute=words[1])
+            install_block_runner(self.dit, SaverSettings(words[1]), fused=True)
             self._fused[words[1]] = [block.fused for block in blocks]
         if provider == "compile" and not self._compiled:
             install_block_runner(self.dit)

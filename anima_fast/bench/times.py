@@ -21,6 +21,7 @@ from anima_fast.bench.providers import EAGER, OWN, Provider, load_candidate, pro
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.kernels.op import Inputs, Op, Sizes
 from anima_fast.kernels.registry import OPS
+from anima_fast.measure.rates import Rates
 from anima_fast.measure.step_time import PARAMETER_OPS, lora_parameters
 from anima_fast.measure.timer import Ceilings, Timer, ceilings, on_card, reason, synchronize
 
@@ -200,6 +201,7 @@ def _times(
             "gb_s": moved / one.value / 1e9,
             "tflop_s": flops / one.value / 1e12,
             "share_of_ceiling": max(moved / limits.bandwidth, flops / limits.peak) / one.value,
+            "predicted_s": Rates(limits.bandwidth, limits.peak).seconds(moved, flops),
         }
         note = "the card was slowed by heat or power" if slowed else ""
         yield replace(one, parts={k: v for k, v in parts.items() if v}, note=note)

@@ -77,7 +77,6 @@ def _declare(spec: Spec) -> inspect.Parameter:
         help=spec.help + default,
         rich_help_panel=spec.group,
         metavar=spec.metavar or None,
-        show_default=False,
     )
     return _parameter(spec.name, plain, declared)
 
@@ -118,7 +117,7 @@ def option_command(
 
         parameters = [_declare(spec) for name, spec in known.items() if name not in hidden]
         if word:
-            shown = typer.Argument(metavar=word[1], help=known[word[0]].help, show_default=False)
+            shown = typer.Argument(metavar=word[1], help=known[word[0]].help)
             parameters.insert(0, _parameter("word", str, shown))
         context = inspect.Parameter(
             "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context

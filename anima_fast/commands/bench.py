@@ -5,6 +5,7 @@ Torch and Triton are imported when a command runs, not for `--help`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,7 +51,7 @@ Page = Annotated[Path | None, typer.Option("--html", help="Write a page with tab
 def _choice(ops: Sequence[str] | None, **words: Any) -> Any:
     from anima_fast.bench.choice import parse_choice
 
-    given = {name: value if value is not None else () for name, value in words.items()}
+    given: Any = {name: value if value is not None else () for name, value in words.items()}
     return parse_choice(ops or (), **given)
 
 
@@ -172,14 +173,12 @@ def _resources(
     quick: Annotated[
         bool, typer.Option("--quick", help="Other types than bfloat16 for one capability only.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print every variant as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every variant as JSON.")] = False,
 ) -> None:
     """Compile every kernel for cards that need not be there: registers, spills, shared memory.
 
     Ends with status 1 when a kernel spills, does not fit or does not compile.
     """
-    from json import dumps
-
     from anima_fast.measure.cards import find_card
 
     archs = list(dict.fromkeys([*(arch or ()), *(find_card(name).arch for name in card or ())]))
@@ -195,9 +194,9 @@ def _resources(
     ops = {name: COMPILED[name] for name in op or COMPILED}
     rows = measure(ops=ops, archs=archs or ARCHS, quick=quick)
     problems = check(rows)
-    if json:
+    if as_json:
         found = {"triton": triton.__version__, "problems": problems}
-        typer.echo(dumps(found | {"kernels": [as_record(row) for row in rows]}, indent=1))
+        typer.echo(json.dumps(found | {"kernels": [as_record(row) for row in rows]}, indent=1))
     else:
         typer.echo(resources_table(rows))
         typer.echo("\nregisters a thread, KiB of shared memory a block, occupancy; worst variant")
@@ -218,14 +217,12 @@ def _model(
     ] = 4096,
     batch: Annotated[int, typer.Option("--batch", help="Images per step.")] = 1,
     rank: Annotated[int, typer.Option("--rank", help="Rank of the LoRA.")] = 32,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, times in seconds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, times in seconds.")] = False,
 ) -> None:
     """Predict the time of every op and of a training step, and the memory it takes.
 
     From data sheets and assumed shares of them: a yardstick for measurements, not one itself.
     """
-    from json import dumps
-
     from anima_fast.measure.cards import find_card
 
     for name, value in (("tokens", tokens), ("batch", batch), ("rank", rank)):
@@ -242,4 +239,4 @@ def _model(
     else:
         found = prediction(*measured_card(), tokens=tokens, batch=batch, rank=rank)
         found["source"] = "measured here"
-    typer.echo(dumps(found, indent=1) if json else prediction_text(found))
+    typer.echo(json.dumps(found, indent=1) if as_json else prediction_text(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,7 @@ def _parity(
     update: Annotated[
         bool, typer.Option("--update", help="Store these numbers as the baseline.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print a run file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a run file.")] = False,
 ) -> None:
     """Check every kernel, the fused block and a loss curve, on the card or interpreted.
 
@@ -43,7 +44,7 @@ def _parity(
         quick=quick,
         baseline=baseline,
         update=update,
-        as_json=json,
+        as_json=as_json,
         say=typer.echo,
     )
     raise typer.Exit(0 if good else 1)
@@ -55,8 +56,7 @@ def _download(
         str, typer.Option(help="Release of the DiT, or its file name in the repository.")
     ] = "base-v1.0",
     models_dir: Annotated[
-        Path | None,
-        typer.Option("--models_dir", "--models-dir", help="Folder to fill.", show_default=False),
+        Path | None, typer.Option("--models_dir", "--models-dir", help="Folder to fill.")
     ] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List the known DiT releases.")] = False,
     tokenizers_only: Annotated[
@@ -76,19 +76,17 @@ def _download(
 
 @app.command("doctor", rich_help_panel=MACHINE)
 def _doctor(
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     models_dir: Annotated[
-        Path | None,
-        typer.Option("--models_dir", "--models-dir", help="Models folder.", show_default=False),
+        Path | None, typer.Option("--models_dir", "--models-dir", help="Models folder.")
     ] = None,
 ) -> None:
     """Report what this machine has and what missing pieces would bring."""
-    from json import dumps
-
     from anima_fast.inspection.doctor import doctor_text, examine
 
     report = examine(models_dir)
-    typer.echo(dumps(report, indent=1, ensure_ascii=False) if json else doctor_text(report))
+    text = json.dumps(report, indent=1, ensure_ascii=False) if as_json else doctor_text(report)
+    typer.echo(text)
     raise typer.Exit(0 if report["can_train"] else 1)
 
 

@@ -44,15 +44,11 @@ def _import(
         ),
     ],
     out: Annotated[
-        Path | None,
-        typer.Option(help="TOML file to write, or a folder (default: here).", show_default=False),
+        Path | None, typer.Option(help="TOML file to write, or a folder (default: here).")
     ] = None,
     cwd: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder that the other trainer was started in, for relative paths.",
-            show_default=False,
-        ),
+        typer.Option(help="Folder that the other trainer was started in, for relative paths."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
 ) -> None:

@@ -12,10 +12,7 @@ from anima_fast.options.sample import SampleOptions
 
 
 @option_command(
-    "sample",
-    SampleOptions,
-    allowed={"pretrained_model_name_or_path", *OUTSIDE},
-    panel=USE,
+    "sample", SampleOptions, allowed={"pretrained_model_name_or_path", *OUTSIDE}, panel=USE
 )
 def _sample(values: dict[str, Any]) -> None:
     """Render images from prompts, with or without LoRA files; grids, image to image.

@@ -1,15 +1,33 @@
-"""`anima-fast train`, `anima-fast plan` and `anima-fast finetune`."""
+"""Commands for runs: `presets`, `train`, `plan`, `finetune` and `watch`."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from anima_fast.commands.app import PREPARE, option_command
+from anima_fast.commands.app import PREPARE, app, option_command
 from anima_fast.console import configure_console
 from anima_fast.options.files import OTHER_NAMES, refused, resolve_train_options, write_config
 from anima_fast.options.run import FileOptions, FinetuneOptions, TrainOptions
+
+
+@app.command("presets", rich_help_panel=PREPARE)
+def _presets(
+    name: Annotated[
+        str | None, typer.Argument(help="Preset, or TOML file, to print with its reasons.")
+    ] = None,
+) -> None:
+    """List the presets of `--preset`, or print one with the reason of every line."""
+    from anima_fast.options.presets import load_preset, preset_names
+
+    if name is not None:
+        typer.echo(load_preset(name).text.rstrip("\n"))
+        return
+    for known in preset_names():
+        typer.echo(f"{known:10} {load_preset(known).about}")
+    typer.echo("\nanima-fast train --preset character,12gb ...    anima-fast presets character")
 
 
 @option_command("train", FileOptions, TrainOptions, allowed=OTHER_NAMES, panel=PREPARE)
@@ -59,3 +77,29 @@ def _run(cls: type[Any], values: dict[str, Any], *, plan: bool = False) -> None:
     result = train(options)
     if result is not None and result.interrupted_by is not None:
         raise typer.Exit(128 + result.interrupted_by)
+
+
+@app.command("watch", rich_help_panel=PREPARE)
+def _watch(
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Output folder of the run (--output_dir).")
+    ],
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port of the page; 0 takes any free one (default 7860, or the next free one).",
+        ),
+    ] = None,
+    open_browser: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open the page in the browser.")
+    ] = False,
+) -> None:
+    """Follow a run on a local web page: curves, speed, memory, previews, log and dataset.
+
+    It only reads the folder's files: start and stop it at any time.
+    """
+    from anima_fast.reports.watch.server import watch
+
+    watch(out, port=port, open_browser=open_browser, say=typer.echo)

@@ -26,12 +26,15 @@ from anima_fast.data import captions, images
 from anima_fast.data.cache import LatentEntry, Stored, TextEntry
 from anima_fast.data.encode import EncodedDataset
 from anima_fast.data.encode_text import pad_rows
-from anima_fast.data.items import DatasetPlan, ImageItem
+from anima_fast.data.items import DatasetPlan, ImageItem, run_length
 from anima_fast.data.lowres import LowRes
 from anima_fast.data.seeding import seeded
 from anima_fast.device import NOT_WHILE_RECORDING
 from anima_fast.models.dit_config import TEXT_ROWS
-from anima_fast.options.run import FinetuneOptions, TrainOptions
+from anima_fast.options.run import AnyRun
+
+# Alpha of an opaque pixel.
+_WHITE = np.float32(255)
 
 
 @dataclass
@@ -113,7 +116,7 @@ class Batches:
         self,
         plan: DatasetPlan,
         encoded: EncodedDataset,
-        options: TrainOptions | FinetuneOptions,
+        options: AnyRun,
         seed: int,
         lowres: LowRes | None = None,
     ) -> None:
@@ -123,15 +126,12 @@ class Batches:
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
 
     def load(self, indices: list[int], *, epoch: int, step: int, validation: bool = False) -> Batch:
-        """The batch of these items.
+        """The batch of these items of one bucket; `UserError` for a file that cannot be read now.
 
         Args:
-            indices: into `plan.items`, or `plan.validation_items` with `validation`; of one bucket.
-            epoch: counts from 1.
-            step: number of the batch within the epoch, from 0.
+            indices: into `plan.items`, or `plan.validation_items` with `validation`.
+            epoch, step: of the run, from 1, and of the batch within the epoch, from 0.
             validation: no dropout, no mirroring, always the same rendering of a caption.
-        Raises:
-            UserError: an image or cache file that can no longer be read.
         """
         items = self._plan.validation_items if validation else self._plan.items
         uses = [
@@ -169,13 +169,12 @@ class Batches:
                 yield waiting.popleft().result()
 
     def _cached(self, uses: list[ItemUse]) -> Batch:
-        entries = [self._latents(use).get() for use in uses]
-        flips = [use.is_flipped for use in uses]
-        latents = [e.flipped if flip else e.latents for e, flip in zip(entries, flips, strict=True)]
-        masks = [
-            self._mask(use, _alpha(entry), flip)
-            for use, entry, flip in zip(uses, entries, flips, strict=True)
-        ]
+        latents, masks = [], []
+        for use in uses:
+            entry = self._latents(use).get()
+            latents.append(entry.latents_flipped if use.is_flipped else entry.latents)
+            alpha = entry.alpha_mask
+            masks.append(self._mask(use, None if alpha is None else alpha.numpy() / _WHITE))
         return self._batch(uses, masks, latents=torch.stack(latents))
 
     def _live(self, uses: list[ItemUse]) -> Batch:
@@ -187,19 +186,19 @@ class Batches:
         """Pixels [3, H, W] and mask [H, W] of one use, cropped and mirrored alike."""
         rng = None if use.validation else use.rng("augment")
         pixels, alpha = images.load_item(use.item, crop_rng=rng)
-        mask = self._mask(use, alpha, use.is_flipped)
+        mask = self._mask(use, alpha)
         if use.is_flipped:
             pixels = pixels[..., ::-1]
         return torch.from_numpy(np.ascontiguousarray(pixels)), mask
 
-    def _mask(self, use: ItemUse, alpha: np.ndarray | None, flip: bool) -> np.ndarray | None:
-        """The item's mask file, else its alpha, else None."""
+    def _mask(self, use: ItemUse, alpha: np.ndarray | None) -> np.ndarray | None:
+        """The item's mask file, else its alpha, else None; mirrored as its picture is."""
         mask = alpha
         if use.item.mask_path is not None:
             is_live = self._encoded.image_mode == "live" and not use.validation
             rng = use.rng("augment") if is_live else None
             mask = images.load_mask(use.item, crop_rng=rng)
-        return mask[:, ::-1] if flip and mask is not None else mask
+        return mask[:, ::-1] if mask is not None and use.is_flipped else mask
 
     def _batch(
         self,
@@ -235,23 +234,16 @@ class Batches:
         return variants[rng.randrange(len(variants))].get()
 
     def _caption(self, use: ItemUse) -> str:
-        step, max_steps = self._optimizer_steps(use.epoch, use.step)
+        length = run_length(self._options, self._plan.batches_per_epoch)
+        before = (use.epoch - 1) * length.updates_per_epoch + use.step // length.accumulation
         return captions.render(
             use.item.caption,
             use.item.subset,
             rng=use.rng("caption"),
             epoch=use.epoch,
-            step=step,
-            max_steps=max_steps,
+            step=before,
+            max_steps=length.steps,
         )
-
-    def _optimizer_steps(self, epoch: int, step: int) -> tuple[int, int]:
-        """Optimizer steps before a batch, and in the run: what token warm-up counts."""
-        options = self._options
-        updates = -(-self._plan.batches_per_epoch // options.gradient_accumulation_steps)
-        done = (epoch - 1) * updates + step // options.gradient_accumulation_steps
-        epochs = options.max_train_epochs
-        return done, epochs * updates if epochs else options.max_train_steps
 
     def _latents(self, use: ItemUse) -> Stored[LatentEntry]:
         encoded = self._encoded
@@ -276,13 +268,10 @@ def pad_contexts(entries: list[TextEntry]) -> ContextInputs:
 
 
 def zero_key_counts(rows: list[int]) -> int | tuple[int, ...]:
-    """Zero keys beyond a batch of contexts that is as long as its longest.
+    """Zero keys beyond a batch of contexts that is as long as its longest, from their real rows.
 
-    Args:
-        rows: the real rows of each text.
-    Returns:
-        one count for all where they agree, else one per sample; negative where the batch's padding
-        holds more zero rows than the text would have alone.
+    One count for all where they agree, else one per sample; negative where the batch's padding
+    holds more zero rows than the text would have alone.
     """
     length = max(rows)
     counts = tuple(max(TEXT_ROWS, own) - length for own in rows)
@@ -299,10 +288,6 @@ def _pad_masked(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     counts = torch.tensor([len(row) for row in rows])
     length = max(1, int(counts.max()))
     return pad_rows(rows, length), (torch.arange(length) < counts[:, None]).long()
-
-
-def _alpha(entry: LatentEntry) -> np.ndarray | None:
-    return None if entry.alpha is None else entry.alpha.numpy() / np.float32(255)
 
 
 def _stack_masks(masks: list[np.ndarray | None], size: tuple[int, int]) -> Tensor | None:

@@ -12,9 +12,9 @@ same batches and step counts there and here. All sizes are (width, height) in pi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 
+from anima_fast.data.subset import Dataset
 from anima_fast.errors import UserError
 
 Size = tuple[int, int]
@@ -23,54 +23,29 @@ Size = tuple[int, int]
 TOKEN_PIXELS = 16
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where an image goes: the size after resizing and the bucket cut out of it."""
+def place(size: Size, dataset: Dataset) -> tuple[Size, Size]:
+    """The size that an image of `size` is resized to, and the bucket that is cut out of it.
 
-    resized: Size
-    bucket: Size
-
-
-@dataclass(frozen=True)
-class BucketRule:
-    """The bucket settings of one dataset. `low` and `high` limit the sides of the bucket list."""
-
-    resolution: Size
-    enabled: bool = False
-    low: int = 256
-    high: int = 1024
-    step: int = 64
-    no_upscale: bool = False
-
-    @cached_property
-    def buckets(self) -> list[Size]:
-        """The predefined list (one entry when buckets are off; empty with `no_upscale`)."""
-        if not self.enabled:
-            return [self.resolution]
-        if self.no_upscale:
-            return []
-        return predefined_buckets(self.resolution, self.low, self.high, self.step)
-
-    def place(self, size: Size) -> Placement:
-        """The placement of an image of `size`.
-
-        Raises `UserError` (without the file's name) when the image has no bucket.
-        """
-        if self.enabled and self.no_upscale:
-            return place_no_upscale(size, self.resolution, self.step)
-        if not self.enabled:
-            return Placement(cover(size, self.resolution), self.resolution)
-        return place(size, self.buckets)
+    Raises `UserError` (without the file's name) when no bucket fits.
+    """
+    if not dataset.enable_bucket:
+        return cover(size, dataset.resolution), dataset.resolution
+    if dataset.bucket_no_upscale:
+        return _place_no_upscale(size, dataset.resolution, dataset.bucket_reso_steps)
+    limits = dataset.min_bucket_reso, dataset.max_bucket_reso, dataset.bucket_reso_steps
+    buckets = predefined_buckets(dataset.resolution, *limits)
+    if size in buckets:
+        return size, size
+    ratio = size[0] / size[1]
+    # The nearest aspect ratio, the first of equals.
+    bucket = min(buckets, key=lambda b: abs(b[0] / b[1] - ratio))
+    return cover(size, bucket), bucket
 
 
 def fit_defaults(values: dict, given: set[str], where: str) -> list[str]:
-    """Let bucket limits that nobody set follow a resolution that they would exclude.
+    """Let limits that nobody set follow a resolution that they would exclude, in place.
 
-    Args:
-        values: settings of a dataset by key; changed in place.
-        given: the keys that the user set.
-    Returns:
-        A notice for each change.
+    `given` are the keys of `values` that the user set. Returns a notice for each change.
     """
     small, large = min(values["resolution"]), max(values["resolution"])
     before = dict(values)
@@ -89,38 +64,37 @@ def fit_defaults(values: dict, given: set[str], where: str) -> list[str]:
     ]
 
 
-def adjust_limits(
-    resolution: Size, low: int, high: int, step: int, where: str
-) -> tuple[int, int, list[str]]:
-    """Round the limits outwards to multiples of `step` and check them against `resolution`.
+def adjust_limits(values: dict, where: str) -> list[str]:
+    """Round a dataset's limits outwards to multiples of the step, in place.
 
-    Returns:
-        (low, high, notices), a notice for each limit that was changed.
-    Raises:
-        UserError: low above the smaller side of `resolution`, or high below the larger one.
+    Returns a notice for each limit that was changed. Raises `UserError` for a lower limit above the
+    smaller side of `resolution`, or an upper one below the larger side.
     """
-    notices = []
-    rounded_low, rounded_high = max(low // step, 1) * step, -(-high // step) * step
-    for name, old, new in (("min", low, rounded_low), ("max", high, rounded_high)):
-        if old != new:
-            notices.append(
-                f"{where}: {name}_bucket_reso {old} is not a multiple of bucket_reso_steps {step}: "
-                f"{new} is used"
-            )
-    if rounded_low > min(resolution):
+    step, (width, height) = values["bucket_reso_steps"], values["resolution"]
+    given_low, given_high = values["min_bucket_reso"], values["max_bucket_reso"]
+    low, high = max(given_low // step, 1) * step, -(-given_high // step) * step
+    small, large = min(width, height), max(width, height)
+    if low > small:
         raise UserError(
-            f"{where}: min_bucket_reso {rounded_low} is above the smaller side of resolution "
-            f"{resolution[0]}x{resolution[1]}: set min_bucket_reso to at most {min(resolution)}"
-            + (f" and bucket_reso_steps to at most {min(resolution)}" if step > low else "")
+            f"{where}: min_bucket_reso {low} is above the smaller side of resolution "
+            f"{width}x{height}: set min_bucket_reso to at most {small}"
+            + (f" and bucket_reso_steps to at most {small}" if step > given_low else "")
         )
-    if rounded_high < max(resolution):
+    if high < large:
         raise UserError(
-            f"{where}: max_bucket_reso {rounded_high} is below the larger side of resolution "
-            f"{resolution[0]}x{resolution[1]}: set max_bucket_reso to at least {max(resolution)}"
+            f"{where}: max_bucket_reso {high} is below the larger side of resolution "
+            f"{width}x{height}: set max_bucket_reso to at least {large}"
         )
-    return rounded_low, rounded_high, notices
+    values |= {"min_bucket_reso": low, "max_bucket_reso": high}
+    return [
+        f"{where}: {name}_bucket_reso {old} is not a multiple of bucket_reso_steps {step}: "
+        f"{new} is used"
+        for name, old, new in (("min", given_low, low), ("max", given_high, high))
+        if old != new
+    ]
 
 
+@cache
 def predefined_buckets(resolution: Size, low: int, high: int, step: int) -> list[Size]:
     """All buckets of about the area of `resolution`, sorted by (width, height)."""
     area = resolution[0] * resolution[1]
@@ -133,15 +107,6 @@ def predefined_buckets(resolution: Size, low: int, high: int, step: int) -> list
     return sorted(buckets)
 
 
-def place(size: Size, buckets: list[Size]) -> Placement:
-    """The bucket of the nearest aspect ratio (the first of equals), and the size that covers it."""
-    if size in buckets:
-        return Placement(size, size)
-    ratio = size[0] / size[1]
-    bucket = min(buckets, key=lambda b: abs(b[0] / b[1] - ratio))
-    return Placement(cover(size, bucket), bucket)
-
-
 def cover(size: Size, bucket: Size) -> Size:
     """`size` scaled, keeping its aspect ratio, so that it just covers `bucket`."""
     width, height = size
@@ -150,11 +115,8 @@ def cover(size: Size, bucket: Size) -> Size:
     return math.floor(width * scale + 0.5), math.floor(height * scale + 0.5)
 
 
-def place_no_upscale(size: Size, resolution: Size, step: int) -> Placement:
-    """Shrink to the area of `resolution` when larger, then crop to multiples of `step`.
-
-    Raises `UserError` when a side of the result is shorter than `step`.
-    """
+def _place_no_upscale(size: Size, resolution: Size, step: int) -> tuple[Size, Size]:
+    """Shrink to the area of `resolution` when larger, then crop to multiples of `step`."""
     area = resolution[0] * resolution[1]
     resized = size if size[0] * size[1] <= area else _shrink(size, area, step)
     bucket = (resized[0] // step * step, resized[1] // step * step)
@@ -164,7 +126,7 @@ def place_no_upscale(size: Size, resolution: Size, step: int) -> Placement:
             f"{step}: remove it, lower bucket_reso_steps (at least {TOKEN_PIXELS}) or set "
             "bucket_no_upscale = false"
         )
-    return Placement(resized, bucket)
+    return resized, bucket
 
 
 def _shrink(size: Size, area: int, step: int) -> Size:

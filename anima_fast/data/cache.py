@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from safetensors.torch import load
@@ -29,7 +29,6 @@ from anima_fast.models.vae import LATENT_CHANNELS, LATENT_SCALE
 
 # Part of every key: raise it when the way of encoding changes.
 CACHE_VERSION = 1
-LATENTS_FORMAT, TEXT_FORMAT = "anima_fast.latents", "anima_fast.text"
 
 T = TypeVar("T")
 
@@ -40,52 +39,25 @@ class CacheError(Exception):
 
 @dataclass(frozen=True)
 class LatentEntry:
-    """One image: latents [16, h, w] fp32, the same of the mirrored image, alpha [H, W] uint8."""
+    """One image: latents [16, h, w] fp32, the same of the mirrored image, alpha [H, W] uint8.
 
+    Fields are named as the tensors of the file are, here and in `TextEntry`.
+    """
+
+    FORMAT: ClassVar[str] = "anima_fast.latents"
     latents: Tensor
-    flipped: Tensor | None = None
-    alpha: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The parts that exist, under their names in the file."""
-        named = {"latents": self.latents, "latents_flipped": self.flipped, "alpha_mask": self.alpha}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+    latents_flipped: Tensor | None = None
+    alpha_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class TextEntry:
     """One caption: context [S, C], or Qwen3 states [N, C] with T5 ids [S] int64. No padding."""
 
+    FORMAT: ClassVar[str] = "anima_fast.text"
     context: Tensor | None = None
     source_states: Tensor | None = None
     t5_ids: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The parts that exist, under their names in the file."""
-        if self.context is not None:
-            return {"context": self.context}
-        return {"source_states": self.source_states, "t5_ids": self.t5_ids}
-
-
-@dataclass(frozen=True)
-class LatentSpec:
-    """What the latent file of one image must hold. `size` is the bucket (width, height)."""
-
-    key: str
-    size: tuple[int, int]
-    flip: bool
-    alpha: bool
-
-    def shapes(self) -> dict[str, list[int]]:
-        """Shape of each tensor of the file."""
-        width, height = self.size
-        latent = [LATENT_CHANNELS, height // LATENT_SCALE, width // LATENT_SCALE]
-        shapes = {"latents": latent}
-        if self.flip:
-            shapes["latents_flipped"] = latent
-        if self.alpha:
-            shapes["alpha_mask"] = [height, width]
-        return shapes
 
 
 class Stored(Generic[T]):
@@ -112,14 +84,10 @@ def digest(parts: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def latent_spec(item: ImageItem, *, image_sha256: str, vae: str, dtype: torch.dtype) -> LatentSpec:
-    """Key and contents of an item's latent file.
-
-    image_sha256, vae: content hashes of the image file and of the VAE file, which computes in
-    `dtype`.
-    """
+def latent_key(item: ImageItem, *, image_sha256: str, vae: str, dtype: torch.dtype) -> str:
+    """Key of an item's latent file, with the content hash of the VAE that computes in `dtype`."""
     subset = item.subset
-    key = digest(
+    return digest(
         {
             "kind": "latents",
             "image": image_sha256,
@@ -134,14 +102,10 @@ def latent_spec(item: ImageItem, *, image_sha256: str, vae: str, dtype: torch.dt
             **({"turned": True} if item.is_turned else {}),
         }
     )
-    return LatentSpec(key, item.bucket, subset.flip_aug, subset.alpha_mask)
 
 
 def model_identity(path: str | Path) -> str:
-    """Content hash of a model file, or of the weights and configuration of a model folder.
-
-    Raises `UserError` when there is nothing at `path`.
-    """
+    """Content hash of a model file, or of weights and configuration of a folder, if it exists."""
     path = Path(path)
     try:
         if not path.is_dir():
@@ -152,27 +116,31 @@ def model_identity(path: str | Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror or error}; check the path") from error
 
 
-def write_latents(path: Path, entry: LatentEntry, spec: LatentSpec, origin: dict[str, str]) -> None:
-    """Write a latent file; `origin` is what `inspect` shows (image name, sizes, VAE)."""
-    _write(path, entry.tensors(), LATENTS_FORMAT, spec.key, origin)
+def write(path: Path, entry: LatentEntry | TextEntry, key: str, origin: dict[str, str]) -> None:
+    """Write a cache file; `origin` is what `inspect` shows (image and sizes, caption, models)."""
+    tensors = {name: tensor for name, tensor in vars(entry).items() if tensor is not None}
+    metadata = {"format": entry.FORMAT, "version": str(CACHE_VERSION), "key": key, **origin}
+    files.save_safetensors(tensors, path, metadata)
 
 
-def write_text(path: Path, entry: TextEntry, key: str, origin: dict[str, str]) -> None:
-    """Write a text file; `origin` is what `inspect` shows (caption, encoder)."""
-    _write(path, entry.tensors(), TEXT_FORMAT, key, origin)
-
-
-def check_latents(path: Path, spec: LatentSpec) -> None:
-    """Raise `CacheError` unless the file is complete and its header that of the wanted latents."""
-    header = _checked_header(path, LATENTS_FORMAT, spec.key)
-    for name, shape in spec.shapes().items():
+def check_latents(path: Path, key: str, item: ImageItem) -> None:
+    """Raise `CacheError` unless the file is complete and its header that of the item's latents."""
+    header = _checked_header(path, LatentEntry.FORMAT, key)
+    width, height = item.bucket
+    latent = [LATENT_CHANNELS, height // LATENT_SCALE, width // LATENT_SCALE]
+    shapes = {"latents": latent}
+    if item.subset.flip_aug:
+        shapes["latents_flipped"] = latent
+    if item.subset.alpha_mask:
+        shapes["alpha_mask"] = [height, width]
+    for name, shape in shapes.items():
         if header.get(name, {}).get("shape") != shape:
             raise CacheError(f"it holds no {name} of shape {shape}")
 
 
 def check_text(path: Path, key: str, form: str) -> None:
     """Raise `CacheError` unless the file is complete and holds a text in that form."""
-    header = _checked_header(path, TEXT_FORMAT, key)
+    header = _checked_header(path, TextEntry.FORMAT, key)
     wanted = ("context",) if form == "context" else ("source_states", "t5_ids")
     if any(name not in header for name in wanted):
         raise CacheError(f"it holds no {' and '.join(wanted)}")
@@ -180,26 +148,18 @@ def check_text(path: Path, key: str, form: str) -> None:
 
 def read_latents(path: Path) -> LatentEntry:
     """Read a latent file; `CacheError` when it is damaged or not finite."""
-    tensors = _read(path, ("latents",))
-    return LatentEntry(
-        tensors["latents"], tensors.get("latents_flipped"), tensors.get("alpha_mask")
-    )
+    tensors = _read(path, LatentEntry)
+    if "latents" not in tensors:
+        raise CacheError("it holds no latents")
+    return LatentEntry(**tensors)
 
 
 def read_text(path: Path) -> TextEntry:
     """Read a text file; `CacheError` when it is damaged or not finite."""
-    tensors = _read(path, ())
-    entry = TextEntry(*(tensors.get(name) for name in ("context", "source_states", "t5_ids")))
+    entry = TextEntry(**_read(path, TextEntry))
     if entry.context is None and (entry.source_states is None or entry.t5_ids is None):
         raise CacheError("it holds no text encoding")
     return entry
-
-
-def _write(
-    path: Path, tensors: dict[str, Tensor], format: str, key: str, origin: dict[str, str]
-) -> None:
-    metadata = {"format": format, "version": str(CACHE_VERSION), "key": key, **origin}
-    files.save_safetensors(tensors, path, metadata)
 
 
 def _checked_header(path: Path, format: str, key: str) -> dict:
@@ -213,7 +173,7 @@ def _checked_header(path: Path, format: str, key: str) -> dict:
     return header
 
 
-def _read(path: Path, required: Sequence[str]) -> dict[str, Tensor]:
+def _read(path: Path, kind: type[LatentEntry | TextEntry]) -> dict[str, Tensor]:
     try:
         # Bytes, not a memory map: Windows cannot replace a file that is mapped.
         tensors = load(path.read_bytes())
@@ -222,10 +182,7 @@ def _read(path: Path, required: Sequence[str]) -> dict[str, Tensor]:
     # The safetensors library raises its own exception types for damaged files.
     except Exception as error:
         raise CacheError(f"damaged: {error}") from error
-    missing = [name for name in required if name not in tensors]
-    if missing:
-        raise CacheError(f"it holds no {', '.join(missing)}")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CacheError(f"its {name} is not finite")
-    return tensors
+    return {part.name: tensors[part.name] for part in fields(kind) if part.name in tensors}

@@ -6,9 +6,11 @@ be written is served by `OUTPUT_DIR/cache`; what its own `.anima_cache` already 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,28 +24,25 @@ _STEM_BYTES = 120
 
 
 class CacheFolders:
-    """Finds and places the cache files of a run."""
+    """Finds and places the cache files of a run with these images."""
 
     def __init__(
-        self, cache_dir: str | None, output_dir: str | None, say: Callable[[str], None]
+        self,
+        cache_dir: str | None,
+        output_dir: str | None,
+        images: Iterable[Path],
+        say: Callable[[str], None],
     ) -> None:
         self._cache_dir = Path(cache_dir) if cache_dir else None
-        self._fallback = Path(output_dir) / "cache" if output_dir else None
+        self._fallback = Path(output_dir) / "cache" if output_dir and not cache_dir else None
+        self._all = list(dict.fromkeys(self._folder(image) for image in images))
         self._say = say
-        self._own: dict[Path, Path] = {}
         self._writable: dict[Path, Path] = {}
-
-    def register(self, images: Iterable[Path]) -> None:
-        """Register the images of the run, so that `find` looks next to all of them."""
-        for image in images:
-            self._folder(image)
 
     def find(self, name: str, image: Path, *, anywhere: bool = False) -> Path | None:
         """The existing file of that name for an image; `anywhere` looks next to all images."""
-        folders = [self._folder(image)]
-        if anywhere:
-            folders += self._own.values()
-        if self._fallback is not None and self._cache_dir is None:
+        folders = [self._folder(image), *(self._all if anywhere else [])]
+        if self._fallback is not None:
             folders.append(self._fallback)
         found = (folder / name for folder in dict.fromkeys(folders))
         return next((path for path in found if path.is_file()), None)
@@ -59,58 +58,41 @@ class CacheFolders:
         return self._writable[folder] / name
 
     def _folder(self, image: Path) -> Path:
-        parent = image.parent
-        if parent not in self._own:
-            self._own[parent] = self._cache_dir or parent / FOLDER
-        return self._own[parent]
+        return self._cache_dir or image.parent / FOLDER
 
     def _choose_writable(self, folder: Path) -> Path:
         try:
             files.check_folder(folder)
             return folder
         except UserError:
-            if self._fallback is None or self._cache_dir is not None:
+            if self._fallback is None:
                 raise
         self._say(f"{folder} cannot be written: caches go to {self._fallback}")
         return self._fallback
 
 
-class FileHashes:
-    """SHA-256 of files, remembered by (path, size, mtime) in an index in the cache folder."""
+def file_hashes(folders: CacheFolders, paths: Iterable[Path], threads: int) -> dict[Path, str]:
+    """SHA-256 of files, remembered by (path, size, mtime) in an index in the cache folder.
 
-    def __init__(self, folders: CacheFolders) -> None:
-        self._folders = folders
-        self._known: dict[str, list] = {}
-        self._read: set[Path] = set()
-
-    def many(self, paths: Iterable[Path], threads: int) -> dict[Path, str]:
-        """Hashes of all files; only new and changed ones are read.
-
-        Raises `UserError` naming a file that cannot be read.
-        """
-        wanted = list(dict.fromkeys(paths))
-        stamps = {path: _stamp(path) for path in wanted}
-        for path in wanted:
-            self._use_index(self._folders.find(INDEX, path))
-        new = [path for path in wanted if self._known.get(_name(path), [])[:2] != stamps[path]]
-        with ThreadPoolExecutor(max(threads, 1)) as pool:
-            for path, sha256 in zip(new, pool.map(_sha256, new), strict=True):
-                self._known[_name(path)] = [*stamps[path], sha256]
-        self._write_indexes(new)
-        return {path: self._known[_name(path)][2] for path in wanted}
-
-    def _use_index(self, index: Path | None) -> None:
-        if index is not None and index not in self._read:
-            self._read.add(index)
-            self._known = {**_read_index(index), **self._known}
-
-    def _write_indexes(self, new: list[Path]) -> None:
-        changed: dict[Path, list[str]] = {}
-        for path in new:
-            changed.setdefault(self._folders.place(INDEX, path), []).append(_name(path))
-        for index, names in changed.items():
-            old = {name: e for name, e in _read_index(index).items() if os.path.exists(name)}
-            files.write_json(index, old | {name: self._known[name] for name in names})
+    Only new and changed files are read. Raises `UserError` naming a file that cannot be.
+    """
+    names = {path: printable(os.path.abspath(path)) for path in paths}
+    stamps = {path: _stamp(path) for path in names}
+    known: dict[str, list] = {}
+    for index in dict.fromkeys(folders.find(INDEX, path) for path in names):
+        if index is not None:
+            known = _read_index(index) | known
+    new = [path for path, name in names.items() if known.get(name, [])[:2] != stamps[path]]
+    changed: dict[Path, dict[str, list]] = defaultdict(dict)
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        for path, sha256 in zip(new, pool.map(_sha256, new), strict=True):
+            known[names[path]] = [*stamps[path], sha256]
+    for path in new:
+        changed[folders.place(INDEX, path)][names[path]] = known[names[path]]
+    for index, entries in changed.items():
+        old = {name: e for name, e in _read_index(index).items() if os.path.exists(name)}
+        files.write_json(index, old | entries)
+    return {path: known[name][2] for path, name in names.items()}
 
 
 def latent_name(stem: str, key: str) -> str:
@@ -129,10 +111,6 @@ def printable(name: str) -> str:
     return "".join("_" if "\ud800" <= c <= "\udfff" else c for c in name)
 
 
-def _name(path: Path) -> str:
-    return printable(os.path.abspath(path))
-
-
 def _read_index(index: Path) -> dict[str, list]:
     """The entries of an index; nothing for a missing or damaged one, which only costs time."""
     try:
@@ -149,15 +127,19 @@ def _read_index(index: Path) -> dict[str, list]:
 
 
 def _stamp(path: Path) -> list[int]:
-    try:
+    with _readable(path):
         stat = path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; check the file") from error
-    return [stat.st_size, stat.st_mtime_ns]
+        return [stat.st_size, stat.st_mtime_ns]
 
 
 def _sha256(path: Path) -> str:
-    try:
+    with _readable(path):
         return files.sha256_file(path)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; check the file") from error

@@ -17,7 +17,7 @@ from anima_fast.data.layouts import some
 from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.tokenizers import Tokenizers
 from anima_fast.options.data import CaptionOptions
-from anima_fast.options.run import FinetuneOptions, TrainOptions
+from anima_fast.options.run import AnyRun
 
 # Files that a message names.
 _NAMED = 10
@@ -90,7 +90,7 @@ def count_tokens(
     items: Sequence[ImageItem],
     texts: Sequence[Sequence[str]],
     tokenizers: Tokenizers,
-    options: TrainOptions | FinetuneOptions,
+    options: AnyRun,
 ) -> CaptionTokens:
     """Count the tokens of every text: the renderings of each item's caption.
 

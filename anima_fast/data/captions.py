@@ -49,29 +49,21 @@ class Caption:
 
     def unused_lines(self, subset: Subset) -> int:
         """Lines that are never trained, as only the first counts without wildcards."""
-        count = sum(bool(line.strip()) for line in _NEWLINE.split(self.text))
-        return 0 if subset.enable_wildcard else max(0, count - 1)
+        return 0 if subset.enable_wildcard else max(0, len(_filled_lines(self.text)) - 1)
 
     def lines(self, subset: Subset) -> list[str]:
         """The candidates: every non-empty line with wildcards on, else the first; at least one."""
-        found = [line.strip() for line in _NEWLINE.split(self.text) if line.strip()]
+        found = _filled_lines(self.text)
         if not subset.enable_wildcard:
             found = found[:1]
         separator = subset.caption_separator
-        tags = separator.join(t.strip() for t in _NEWLINE.split(self.tags) if t.strip())
-        if tags:
+        if tags := separator.join(_filled_lines(self.tags)):
             found = [line + separator + tags for line in found] or [tags]
         return found or [""]
 
 
 def render(
-    caption: Caption,
-    subset: Subset,
-    *,
-    rng: random.Random,
-    epoch: int,
-    step: int,
-    max_steps: int,
+    caption: Caption, subset: Subset, *, rng: random.Random, epoch: int, step: int, max_steps: int
 ) -> str:
     """The prompt of one use of an image, "" when the caption is dropped.
 
@@ -172,6 +164,10 @@ def _render_text(
     if subset.secondary_separator:
         text = text.replace(subset.secondary_separator, subset.caption_separator)
     return text
+
+
+def _filled_lines(text: str) -> list[str]:
+    return [line.strip() for line in _NEWLINE.split(text) if line.strip()]
 
 
 def _around(line: str, subset: Subset) -> str:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from anima_fast.data.batches import CaptionInputs, ContextInputs, TextInputs, zero_key_counts
-from anima_fast.data.encode_models import adapter_path, load_run_tokenizers
+from anima_fast.data.encode_models import EncodingModels, load_run_tokenizers
 from anima_fast.models.dit_config import TEXT_ROWS
-from anima_fast.models.llm_adapter import LLMAdapter, load_llm_adapter
-from anima_fast.models.model_files import given
-from anima_fast.models.text_encoder import TextEncoder, load_text_encoder
+from anima_fast.models.llm_adapter import LLMAdapter
+from anima_fast.models.text_encoder import TextEncoder
 from anima_fast.models.tokenizers import Tokenizers
-from anima_fast.options.run import FinetuneOptions, TrainOptions
+from anima_fast.options.run import AnyRun
 
 
 @dataclass
@@ -56,19 +55,14 @@ class Conditioning:
 
 
 def load_conditioning(
-    options: TrainOptions | FinetuneOptions,
-    text_mode: str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    options: AnyRun, text_mode: str, *, device: torch.device, dtype: torch.dtype
 ) -> Conditioning:
     """Load what `text_mode` ("context", "states" or "live") needs each step."""
     conditioning = Conditioning(device, dtype, token_limits=options.token_limits)
-    if text_mode == "context":
-        return conditioning
-    conditioning.adapter = load_llm_adapter(adapter_path(options), device=device, dtype=dtype)
+    models = EncodingModels(options, device, dtype)
+    if text_mode != "context":
+        conditioning.adapter = models.adapter
     if text_mode == "live":
         conditioning.tokenizers = load_run_tokenizers(options)
-        qwen3 = given(options.qwen3, "qwen3")
-        conditioning.text_encoder = load_text_encoder(qwen3, device=device, dtype=dtype)
+        conditioning.text_encoder = models.encoder
     return conditioning

@@ -21,30 +21,24 @@ from anima_fast.data.buckets import TOKEN_PIXELS, adjust_limits, fit_defaults
 from anima_fast.data.subset import Dataset, Subset
 from anima_fast.errors import UserError
 from anima_fast.files import parse_config, read_text
+from anima_fast.options.data import CacheOptions
 from anima_fast.options.dataset_keys import (
     KEYS,
     DatasetKeys,
+    Key,
     SubsetKeys,
     check_config,
     check_value,
 )
 from anima_fast.options.declare import specs
 from anima_fast.options.rules import check_cacheable
-
-
-def option(options: object, name: str, default: Any = None) -> Any:
-    """An option's value, or `default` when it was not given (absent or None)."""
-    value = getattr(options, name, None)
-    return default if value is None else value
+from anima_fast.options.run import AnyRun
 
 
 def load_dataset_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read and check a dataset file.
+    """A dataset file as {"general": {...}, "datasets": [{..., "subsets": [...]}]}.
 
-    Returns:
-        {"general": {...}, "datasets": [{..., "subsets": [...]}]} with checked, normal values.
-    Raises:
-        UserError: no such file, not TOML or JSON, or a key or value that is refused.
+    Values are checked and normal. Raises `UserError` for a file, a key or a value that is wrong.
     """
     path = Path(path)
     if path.is_dir():
@@ -59,20 +53,14 @@ def load_dataset_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return check_config(config, path.name)
 
 
-def resolve_datasets(options: object) -> tuple[list[Dataset], list[str]]:
+def resolve_datasets(options: AnyRun) -> tuple[list[Dataset], list[str]]:
     """The datasets that the options ask for, with notices for the user.
 
-    Args:
-        options: anything with attributes named as the options; absent or None means not given.
-    Raises:
-        UserError: no data named, or a setting that cannot work.
+    Raises `UserError` when no data is named or a setting cannot work.
     """
     notices: list[str] = []
-    if path := option(options, "dataset_config"):
-        ignored = [n for n in ("train_data_dir", "reg_data_dir", "in_json") if option(options, n)]
-        if ignored:
-            notices.append(f"{', '.join(ignored)} ignored: dataset_config is given")
-        config = load_dataset_config(path)
+    if options.dataset_config:
+        config = load_dataset_config(options.dataset_config)
     else:
         config = _config_of_folders(options, notices)
     datasets = [
@@ -82,38 +70,36 @@ def resolve_datasets(options: object) -> tuple[list[Dataset], list[str]]:
     return datasets, notices
 
 
-def _config_of_folders(options: object, notices: list[str]) -> dict[str, Any]:
+def _config_of_folders(options: AnyRun, notices: list[str]) -> dict[str, Any]:
     """The folder options as a configuration."""
-    train_dir, in_json = option(options, "train_data_dir"), option(options, "in_json")
-    masks = option(options, "conditioning_data_dir")
-    shared = {"conditioning_data_dir": str(masks)} if masks else {}
-    if in_json:
-        subsets = [{"metadata_file": str(in_json)}]
-        if train_dir:
-            subsets[0]["image_dir"] = str(train_dir)
-    elif train_dir:
-        subsets = layouts.class_folders(Path(train_dir), notices)
+    masks = options.conditioning_data_dir
+    shared = {"conditioning_data_dir": masks} if masks else {}
+    if options.in_json:
+        subsets = [{"metadata_file": options.in_json}]
+        if options.train_data_dir:
+            subsets[0]["image_dir"] = options.train_data_dir
+    elif options.train_data_dir:
+        subsets = layouts.class_folders(Path(options.train_data_dir), notices)
     else:
         raise UserError(
             "no training data: give --dataset_config FILE.toml, or --train_data_dir with folders "
             "named like '10_name'"
         )
     subsets = [subset | shared for subset in subsets]
-    if reg_dir := option(options, "reg_data_dir"):
-        if in_json:
-            notices.append("reg_data_dir ignored: in_json is given")
-        else:
-            reg = layouts.class_folders(Path(reg_dir), notices)
-            subsets += [subset | {"is_reg": True} for subset in reg]
+    if options.reg_data_dir and options.in_json:
+        notices.append("reg_data_dir ignored: in_json is given")
+    elif options.reg_data_dir:
+        reg = layouts.class_folders(Path(options.reg_data_dir), notices)
+        subsets += [subset | {"is_reg": True} for subset in reg]
     return {"general": {}, "datasets": [{"subsets": subsets}]}
 
 
-def _lookup(cls: type, levels: Sequence[Mapping[str, Any]], options: object) -> dict[str, Any]:
+def _lookup(cls: type, levels: Sequence[Mapping[str, Any]], options: AnyRun) -> dict[str, Any]:
     """The value of each key: from the first level that has it, else the option's or the default."""
     values = {}
     for name, spec in specs(cls).items():
         level = next((level for level in levels if name in level), None)
-        given = option(options, KEYS[name].option)
+        given = getattr(options, KEYS[name].option) if KEYS[name].option else None
         if level is not None:
             values[name] = level[name]
         # An option that is switched off or left empty is the same as one not given.
@@ -128,7 +114,7 @@ def _resolve_dataset(
     index: int,
     entry: Mapping[str, Any],
     general: Mapping[str, Any],
-    options: object,
+    options: AnyRun,
     notices: list[str],
 ) -> Dataset:
     where = f"datasets[{index}]"
@@ -139,12 +125,9 @@ def _resolve_dataset(
             "[[datasets]], or give --resolution=1024"
         )
     if values["enable_bucket"]:
-        given = {n for n in values if n in entry or n in general or _is_set(n, options)}
+        given = {n for n in values if n in entry or n in general or _is_set(KEYS[n], options)}
         notices += fit_defaults(values, given, where)
-        limits = values["min_bucket_reso"], values["max_bucket_reso"], values["bucket_reso_steps"]
-        low, high, changes = adjust_limits(values["resolution"], *limits, where)
-        values |= {"min_bucket_reso": low, "max_bucket_reso": high}
-        notices += changes
+        notices += adjust_limits(values, where)
     elif any(side % TOKEN_PIXELS for side in values["resolution"]):
         raise UserError(
             f"{where}: resolution {values['resolution']} is not a multiple of {TOKEN_PIXELS} on "
@@ -163,15 +146,15 @@ def _resolve_dataset(
     return Dataset(index=index, subsets=tuple(kept), **values)
 
 
-def _is_set(name: str, options: object) -> bool:
+def _is_set(key: Key, options: AnyRun) -> bool:
     """Whether the command line gives a key a value other than its default."""
-    key = KEYS[name]
-    return option(options, key.option, key.spec.default) != key.spec.default
+    return bool(key.option) and getattr(options, key.option) != key.spec.default
 
 
 def _resolve_subset(
-    dataset_index: int, index: int, levels: Sequence[Mapping[str, Any]], options: object
+    dataset_index: int, index: int, levels: Sequence[Mapping[str, Any]], options: AnyRun
 ) -> Subset:
+    """Refuses settings that contradict the caches or each other."""
     values = _lookup(SubsetKeys, levels, options)
     subset = Subset(index=index, dataset_index=dataset_index, **values)
     if subset.image_dir is None and subset.metadata_file is None:
@@ -179,30 +162,29 @@ def _resolve_subset(
             f"{subset.where}: image_dir is missing: name the folder with the images "
             "(or a metadata_file)"
         )
-    _check_subset(subset, options)
-    return subset
-
-
-def _check_subset(subset: Subset, options: object) -> None:
-    """Refuse settings that contradict the caches or each other."""
     extension = subset.caption_extension or ""
     if any(c in extension for c in '/\\\0:*?"<>|'):
         raise UserError(
             f"{subset.where}: caption_extension {extension!r} is not the end of a file name: use "
             "'.txt' or '.caption'"
         )
-    text = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
     check_cacheable(
         vars(subset),
         latents=caches_latents(options),
-        text=any(option(options, name) for name in text),
+        text=caches_text(options),
         place=f"{subset.where}: ",
     )
+    return subset
 
 
-def caches_latents(options: object) -> bool:
+def caches_latents(options: CacheOptions) -> bool:
     """Whether either latent cache is asked for."""
-    return any(option(options, name) for name in ("cache_latents", "cache_latents_to_disk"))
+    return options.cache_latents or options.cache_latents_to_disk
+
+
+def caches_text(options: CacheOptions) -> bool:
+    """Whether either text cache is asked for."""
+    return options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
 
 
 def _without_duplicates(subsets: list[Subset], where: str, notices: list[str]) -> list[Subset]:

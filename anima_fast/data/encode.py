@@ -9,7 +9,6 @@ staying in memory.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -18,14 +17,14 @@ import torch
 from anima_fast.data.cache import LatentEntry, Stored, TextEntry
 from anima_fast.data.cache_folders import CacheFolders
 from anima_fast.data.caption_tokens import CaptionTokens, count_tokens, renderings
-from anima_fast.data.dataset_config import caches_latents
+from anima_fast.data.dataset_config import caches_latents, caches_text
 from anima_fast.data.encode_latents import LatentPhase
-from anima_fast.data.encode_models import load_run_tokenizers
+from anima_fast.data.encode_models import EncodingModels, load_run_tokenizers
 from anima_fast.data.encode_text import TextPhase
 from anima_fast.data.items import DatasetPlan
 from anima_fast.data.lowres import LowRes
 from anima_fast.options.data import CacheOptions
-from anima_fast.options.run import FinetuneOptions, TrainOptions
+from anima_fast.options.run import AnyRun
 
 Texts = list[tuple[Stored[TextEntry], ...]]
 
@@ -50,18 +49,17 @@ class EncodedDataset:
     texts: Texts = field(default_factory=list)
     validation_texts: Texts = field(default_factory=list)
     empty_text: Stored[TextEntry] | None = None
-    notices: list[str] = field(default_factory=list)
 
 
 def encode_dataset(
     plan: DatasetPlan,
-    options: TrainOptions | FinetuneOptions,
+    options: AnyRun,
     *,
     device: str | torch.device = "cpu",
     vae_dtype: torch.dtype = torch.float32,
     text_dtype: torch.dtype = torch.bfloat16,
     lowres: LowRes | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> EncodedDataset:
     """Fill the caches that the options ask for and open them; no model stays in memory.
 
@@ -82,18 +80,14 @@ def encode_dataset(
     tokens = count_tokens(items, texts, tokenizers, options)
     encoded = EncodedDataset(choose_image_mode(options), choose_text_mode(options), device, tokens)
 
-    def report(text: str) -> None:
-        encoded.notices.append(text)
-        if say is not None:
-            say(text)
-
     for notice in tokens.notices():
-        report(notice)
-    folders = CacheFolders(options.cache_dir, options.output_dir, report)
-    folders.register(item.path for item in items)
+        say(notice)
+    paths = [item.path for item in items]
+    folders = CacheFolders(options.cache_dir, options.output_dir, paths, say)
     if encoded.image_mode == "cached":
-        threads = max(1, min(options.max_data_loader_n_workers, os.cpu_count() or 1))
-        phase = LatentPhase(options, options, folders, device, vae_dtype, report, threads)
+        models = EncodingModels(options, device, vae_dtype)
+        keep = not options.cache_latents_to_disk
+        phase = LatentPhase(options, folders, models, keep, say)
         latents = phase.run(items)
         encoded.latents, encoded.validation_latents = latents[:count], latents[count:]
         if lowres is not None:
@@ -102,17 +96,12 @@ def encode_dataset(
             found = zip(small, replace(phase, legacy=False).run(small), strict=True)
             encoded.small_latents = {item.index: entry for item, entry in found}
     if encoded.text_mode != "live":
+        models = EncodingModels(options, device, text_dtype)
+        keep = not options.cache_text_encoder_outputs_to_disk
+        largest = max(item.dataset.batch_size for item in items)
+        size = options.text_encoder_batch_size or largest
         entries, encoded.empty_text = TextPhase(
-            models=options,
-            caches=options,
-            tokenizers=tokenizers,
-            tokens=tokens,
-            token_limits=options.token_limits,
-            folders=folders,
-            device=device,
-            dtype=text_dtype,
-            form=encoded.text_mode,
-            say=report,
+            options, folders, models, keep, say, tokenizers, tokens, encoded.text_mode, size
         ).run(items, texts)
         encoded.texts, encoded.validation_texts = entries[:count], entries[count:]
     return encoded
@@ -123,9 +112,8 @@ def choose_image_mode(options: CacheOptions) -> str:
     return "cached" if caches_latents(options) else "live"
 
 
-def choose_text_mode(options: TrainOptions | FinetuneOptions) -> str:
+def choose_text_mode(options: AnyRun) -> str:
     """ "live" without a text cache, else "states" when the LLM adapter is trained, or "context"."""
-    cached = options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
-    if not cached:
+    if not caches_text(options):
         return "live"
     return "states" if options.trains_llm_adapter else "context"

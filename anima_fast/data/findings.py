@@ -1,4 +1,4 @@
-"""Problems that a plan shows without decoding a pixel."""
+"""What a finished plan shows without decoding a pixel: problems of single files, and notices."""
 
 from __future__ import annotations
 
@@ -7,14 +7,99 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from anima_fast.data.dataset_config import caches_latents
+from anima_fast.data.images import face_box
+from anima_fast.data.layouts import some
 from anima_fast.data.problems import Problem
+from anima_fast.errors import UserError
+from anima_fast.options.run import AnyRun
 
 if TYPE_CHECKING:
     from anima_fast.data.caption_tokens import CaptionTokens
     from anima_fast.data.items import ImageItem
+    from anima_fast.data.subset import Dataset
 
 # Enlarged by more than this, an image is soft; a crop that removes more than this share is named.
 MOST_SCALE, MOST_LOST = 1.25, 0.2
+
+
+def check_exact_sizes(
+    items: Iterable[ImageItem], options: AnyRun, problems: list[Problem] | None = None
+) -> None:
+    """Without buckets and without cached latents nothing resizes the images.
+
+    Those of another size go to `problems`, or raise `UserError` when that is None.
+    """
+    if caches_latents(options):
+        return
+    wrong = [
+        (item, f"{item.size[0]}x{item.size[1]}")
+        for item in items
+        if not (item.dataset.enable_bucket or item.subset.random_crop or item.size == item.bucket)
+    ]
+    if problems is not None:
+        problems += [Problem("wrong size", str(item.path), size) for item, size in wrong]
+    elif wrong:
+        named = some([f"{item.path.name} ({size})" for item, size in wrong])
+        raise UserError(
+            f"{len(wrong)} images do not have the size of the dataset's resolution "
+            f"({named}): set enable_bucket = true, or use cache_latents (resizes and "
+            "crops the centre) or random_crop"
+        )
+
+
+def about_rotation(items: list[ImageItem]) -> list[str]:
+    """A notice that names the images whose EXIF rotation is not applied."""
+    rotated = sorted({item.path.name for item in items if item.exif_rotated and not item.is_turned})
+    if not rotated:
+        return []
+    return [
+        f"{len(rotated)} images carry an EXIF rotation, which is not applied "
+        f"({some(rotated)}): if they lie on their side, set exif_rotation = true or save "
+        "them upright"
+    ]
+
+
+def advise(items: list[ImageItem], datasets: list[Dataset], options: AnyRun) -> Iterator[str]:
+    """Notices about what will be trained but may not be what the user wants."""
+    for dataset in datasets:
+        mine = [item for item in items if item.dataset.index == dataset.index]
+        if shrunk := sum(_is_shrunk_by_limit(item) for item in mine):
+            width, height = dataset.resolution
+            yield (
+                f"datasets[{dataset.index}]: max_bucket_reso {dataset.max_bucket_reso} makes "
+                f"{shrunk} of {len(mine)} images smaller than the area of {width}x{height}: set "
+                f"max_bucket_reso = {2 * max(width, height)} to train portrait and landscape "
+                "images at full area"
+            )
+    has_masks = any(item.mask_path or item.subset.alpha_mask for item in items)
+    if options.masked_loss and not has_masks:
+        yield "masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask"
+    faces = [item for item in items if item.subset.face_crop_aug_range]
+    plain = [item.path.name for item in faces if face_box(item.path.stem) is None]
+    if faces and caches_latents(options):
+        yield "face_crop_aug_range is ignored: cached latents are cropped at the centre"
+    elif plain:
+        yield (
+            f"face_crop_aug_range is ignored for {len(plain)} images without a face box at the end "
+            f"of the name, as in name_CX_CY_W_H ({some(plain)})"
+        )
+    if any(item.subset.cache_info for item in items):
+        yield "cache_info has no effect: captions and headers are read again at every start"
+    named = [s.where for dataset in datasets for s in dataset.subsets if s.custom_attributes]
+    if named:
+        what = "custom_attributes have no effect, timestep_sampling.offset included"
+        yield f"{what}: {some(named)}"
+
+
+def _is_shrunk_by_limit(item: ImageItem) -> bool:
+    dataset, high = item.dataset, item.dataset.max_bucket_reso
+    if not dataset.enable_bucket or dataset.bucket_no_upscale:
+        return False
+    if high >= 2 * max(dataset.resolution):
+        return False
+    area = math.prod(dataset.resolution)
+    return max(item.bucket) == high and math.prod(item.bucket) < 0.9 * area
 
 
 def scale(item: ImageItem) -> float:
@@ -33,27 +118,18 @@ def has_no_caption(item: ImageItem) -> bool:
 
 
 def plan_problems(items: Iterable[ImageItem], tokens: CaptionTokens | None) -> list[Problem]:
-    """What the images' headers and captions show, each file once per kind.
-
-    Args:
-        items: training and validation images.
-        tokens: the captions' lengths, when they are known.
-    """
+    """What the images' headers and captions show, each file once per kind."""
     items = list(items)
-    found: dict[tuple[str, str], Problem] = {}
-    for problem in chain(
+    in_order = chain(
         *(_of_caption(item) for item in items),
-        (
-            Problem("rotated", str(item.path))
-            for item in items
-            if item.exif_rotated and not item.is_turned
-        ),
+        (Problem("rotated", str(i.path)) for i in items if i.exif_rotated and not i.is_turned),
         # The worst first.
-        (_upscaled(item) for item in sorted(items, key=scale, reverse=True)),
-        (_cropped(item) for item in sorted(items, key=lost, reverse=True)),
-    ):
-        if problem is not None:
-            found.setdefault((problem.kind, problem.file), problem)
+        *(_upscaled(item) for item in sorted(items, key=scale, reverse=True)),
+        *(_cropped(item) for item in sorted(items, key=lost, reverse=True)),
+    )
+    found: dict[tuple[str, str], Problem] = {}
+    for problem in in_order:
+        found.setdefault((problem.kind, problem.file), problem)
     if tokens is not None:
         for caption in tokens.long:
             cut = "" if tokens.whole else f", the last {caption.beyond} are lost"
@@ -73,16 +149,14 @@ def _of_caption(item: ImageItem) -> Iterator[Problem]:
         yield Problem("further lines", str(item.caption.file or item.path), what)
 
 
-def _upscaled(item: ImageItem) -> Problem | None:
-    if (factor := scale(item)) <= MOST_SCALE:
-        return None
-    return Problem("upscaled", str(item.path), f"{_sizes(item)}: enlarged {factor:.1f}x")
+def _upscaled(item: ImageItem) -> Iterator[Problem]:
+    if (factor := scale(item)) > MOST_SCALE:
+        yield Problem("upscaled", str(item.path), f"{_sizes(item)}: enlarged {factor:.1f}x")
 
 
-def _cropped(item: ImageItem) -> Problem | None:
-    if (share := lost(item)) <= MOST_LOST:
-        return None
-    return Problem("crop", str(item.path), f"{_sizes(item)}: {share:.0%} cut off")
+def _cropped(item: ImageItem) -> Iterator[Problem]:
+    if (share := lost(item)) > MOST_LOST:
+        yield Problem("crop", str(item.path), f"{_sizes(item)}: {share:.0%} cut off")
 
 
 def _sizes(item: ImageItem) -> str:

@@ -1,19 +1,19 @@
 """`dataset.json` in the output folder: the dataset of a run in numbers, for `anima-fast watch`.
 
-Written when training starts, from the plan alone. Lists of files are capped; each
-comes with the full count under its name plus `_total`.
+Written when training starts, from the plan alone. Lists of files are capped; the full count is
+under the name plus `_total`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anima_fast.data.cache_folders import printable
 from anima_fast.data.findings import has_no_caption, plan_problems
-from anima_fast.data.tags import count_tags
 from anima_fast.files import write_json
 
 if TYPE_CHECKING:
@@ -23,20 +23,15 @@ if TYPE_CHECKING:
 NAME = "dataset.json"
 # Entries of a list of files or problems, and of tags.
 MOST_FILES, MOST_TAGS = 200, 200
+_BLANK = re.compile(r"[\s_]+")
+# More words than this are a sentence: no other spelling is looked for.
+_MOST_WORDS = 6
 
 
 def write_health(
     output_dir: str | Path, plan: DatasetPlan, tokens: CaptionTokens | None = None
 ) -> Path:
-    """Write the summary into the output folder, atomically.
-
-    Args:
-        output_dir: the run's folder.
-        plan: what is trained.
-        tokens: the captions' lengths, once they are counted.
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Write the summary into the run's folder; `tokens` once the captions are counted."""
     path = Path(output_dir) / NAME
     write_json(path, health(plan, tokens))
     return path
@@ -127,3 +122,35 @@ def buckets(items: Sequence[ImageItem]) -> list[dict]:
 
 def _long(caption: LongCaption) -> dict:
     return {"file": printable(str(caption.file)), "tokens": caption.tokens}
+
+
+def count_tags(items: Iterable[ImageItem]) -> Counter[str]:
+    """Captions that hold each tag, as it is spelt; a file that several datasets use counts once."""
+    counts: Counter[str] = Counter()
+    seen = set()
+    for item in items:
+        if item.path in seen:
+            continue
+        seen.add(item.path)
+        lines = item.caption.lines(item.subset)
+        parts = (tag.strip() for line in lines for tag in _split(line, item))
+        counts.update(dict.fromkeys(tag for tag in parts if tag).keys())
+    return counts
+
+
+def spelling_variants(counts: Counter[str]) -> list[list[tuple[str, int]]]:
+    """Groups of tags that differ only by case, spaces and underscores, the commonest first."""
+    groups: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for tag, count in counts.most_common():
+        plain = _BLANK.sub(" ", tag.casefold()).strip()
+        if plain.count(" ") < _MOST_WORDS:
+            groups[plain].append((tag, count))
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _split(line: str, item: ImageItem) -> list[str]:
+    subset = item.subset
+    for other in (subset.keep_tokens_separator, subset.secondary_separator):
+        if other:
+            line = line.replace(other, subset.caption_separator)
+    return line.split(subset.caption_separator)

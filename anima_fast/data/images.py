@@ -67,8 +67,7 @@ class Header:
 def read_header(path: str | os.PathLike) -> Header:
     """Size and EXIF rotation, without decoding the pixels.
 
-    Raises:
-        UserError: an unreadable or empty file, no image, a size of 0 or above 200 megapixels.
+    Raises `UserError` for a file that is no image or damaged, empty or above 200 megapixels.
     """
     with opened(path) as image:
         return Header(image.size, _orientation(image))
@@ -90,15 +89,10 @@ def upright(image: Image.Image) -> Image.Image:
 def read_image(
     path: str | os.PathLike, mode: str = "RGB", *, exif_rotation: bool = False
 ) -> np.ndarray:
-    """Decode an image (8 or 16 bit, grey, palette, CMYK ...).
+    """Decode an image (8 or 16 bit, grey, palette, CMYK ...) to [h, w, 3] or [h, w, 4] uint8.
 
-    Args:
-        mode: "RGB", or "RGBA" with alpha 255 where the file has none.
-        exif_rotation: turn it as its EXIF data says.
-    Returns:
-        [h, w, 3] or [h, w, 4] uint8.
-    Raises:
-        UserError: as `read_header`, and for a file that is cut off or damaged.
+    `mode` is "RGB", or "RGBA" with alpha 255 where the file has none. Raises `UserError` as
+    `read_header`, and for a file that is cut off or damaged.
     """
     if mode not in ("RGB", "RGBA"):
         raise ValueError(f"mode is {mode!r}, expected 'RGB' or 'RGBA'")
@@ -133,9 +127,7 @@ def load_item(
             cut the same rectangle.
     Returns:
         pixels [3, h, w] float32 in [-1, 1], and alpha [h, w] float32 0..1 when the subset has
-        `alpha_mask` (1 where the file has no alpha), else None.
-    Raises:
-        UserError: as `read_image`.
+        `alpha_mask` (1 where the file has no alpha), else None. Errors as `read_image`.
     """
     has_alpha = item.subset.alpha_mask
     mode, turned = "RGBA" if has_alpha else "RGB", item.subset.exif_rotation
@@ -151,10 +143,7 @@ def load_item(
 
 
 def load_mask(item: ImageItem, *, crop_rng: random.Random | None = None) -> np.ndarray | None:
-    """The red channel of the item's mask file, cut like its pixels: [h, w] float32 0..1.
-
-    None when the item has no mask file; errors as `read_image`.
-    """
+    """The red channel of the item's mask file, cut as its pixels are: [h, w] float32 0..1."""
     if item.mask_path is None:
         return None
     turned = item.subset.exif_rotation
@@ -165,10 +154,7 @@ def load_mask(item: ImageItem, *, crop_rng: random.Random | None = None) -> np.n
 
 
 def augment_color(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Shift the hue by up to ±8 of 180 or apply a gamma of 0.95 to 1.05, in one third of the cases.
-
-    `pixels` is [h, w, 3] uint8, and so is the result.
-    """
+    """Of [h, w, 3] uint8: in a third of the cases another hue (±8 of 180) or gamma (0.95..1.05)."""
     if rng.random() >= 1 / 3:
         return pixels
     if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""The images of a run and the order of its batches."""
+"""The images of a run, the order of its batches, and how long it is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from anima_fast.data.buckets import Size
 from anima_fast.data.captions import Caption
 from anima_fast.data.seeding import seeded
 from anima_fast.data.subset import Dataset, Subset
+from anima_fast.options.output import LengthOptions
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,14 @@ class ImageItem:
     resized: Size
     bucket: Size
     repeats: int
-    is_reg: bool
     loss_weight: float
     mask_path: Path | None
     exif_rotated: bool
+
+    @property
+    def is_reg(self) -> bool:
+        """Whether it is a regularisation image."""
+        return self.subset.is_reg
 
     @property
     def is_turned(self) -> bool:
@@ -99,3 +104,30 @@ def _group(items: list[ImageItem]) -> list[tuple[int, list[int]]]:
 
 def _cut(uses: list[int], batch_size: int) -> list[list[int]]:
     return [uses[i : i + batch_size] for i in range(0, len(uses), batch_size)]
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long the run is (spec: steps count optimizer updates)."""
+
+    batches_per_epoch: int
+    accumulation: int
+    epochs: int
+    steps: int
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """⌈batches / accumulation⌉: an incomplete accumulation group at the end is stepped."""
+        return math.ceil(self.batches_per_epoch / self.accumulation)
+
+
+def run_length(options: LengthOptions, batches_per_epoch: int) -> Length:
+    """Epochs and steps from whichever of the two was given; epochs win."""
+    accumulation = options.gradient_accumulation_steps
+    updates = math.ceil(batches_per_epoch / accumulation)
+    if options.max_train_epochs:
+        epochs, steps = options.max_train_epochs, options.max_train_epochs * updates
+    else:
+        steps = options.max_train_steps
+        epochs = math.ceil(steps / updates)
+    return Length(batches_per_epoch, accumulation, epochs, steps)

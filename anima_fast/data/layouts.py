@@ -10,27 +10,19 @@ import functools
 import json
 import os
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, features
 
 from anima_fast.data.captions import Caption
 from anima_fast.data.problems import Problem
+from anima_fast.data.subset import Subset
 from anima_fast.errors import UserError
 from anima_fast.files import read_text
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PLUGIN_EXTENSIONS = {".avif": "pillow-avif-plugin", ".jxl": "pillow-jxl-plugin"}
 DEFAULT_CAPTION_EXTENSIONS = (".txt", ".caption")
-
-
-@dataclass
-class Listing:
-    """The images of a subset in order, each with its caption, and what the user should know."""
-
-    entries: list[tuple[Path, Caption]] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
 
 
 def some(names: list, limit: int = 3) -> str:
@@ -54,10 +46,7 @@ def image_extensions() -> tuple[str, ...]:
 
 
 def list_images(folder: str | os.PathLike, notices: list[str]) -> list[Path]:
-    """The images directly in `folder`, sorted by name; other files are left alone.
-
-    Raises `UserError` when the folder is missing, unreadable or has no image.
-    """
+    """The images directly in `folder`, sorted by name; `UserError` when there are none."""
     if not os.path.isdir(folder):
         kind = "is not a folder" if os.path.exists(folder) else "does not exist"
         base = "" if os.path.isabs(folder) else f" in {os.getcwd()}, which it is relative to"
@@ -105,48 +94,42 @@ def class_folders(root: Path, notices: list[str]) -> list[dict]:
     return subsets
 
 
-def read_captioned_folder(
-    image_dir: str,
-    *,
-    extension: str | None,
-    class_tokens: str | None,
-    where: str,
-    problems: list[Problem] | None = None,
-) -> Listing:
-    """The images of a folder with their caption files.
+def captioned_images(
+    subset: Subset, notices: list[str], problems: list[Problem] | None = None
+) -> list[tuple[Path, Caption]]:
+    """The images of a subset in order, each with its caption.
 
-    Args:
-        extension: of the caption files; None means ".txt", then ".caption".
-        class_tokens: caption of images without one; None makes a missing caption an error.
-        where: the subset's place, for messages.
-        problems: collects what is wrong with single files; None raises instead.
+    `problems` collects what is wrong with single files, which are left out; None raises instead.
     """
-    listing, missing, empty = Listing(), [], []
-    for path in list_images(image_dir, listing.notices):
-        file = caption_file(path, extension)
+    if subset.metadata_file is not None:
+        return _read_metadata_file(subset.metadata_file, subset, problems)
+    assert subset.image_dir is not None
+    entries, missing, empty = [], [], []
+    for path in list_images(subset.image_dir, notices):
+        file = caption_file(path, subset.caption_extension)
         text = _caption_text(file, problems) if file else None
         if text == "":
             empty.append(file)
-        if file is None and class_tokens is None:
+        if file is None and subset.class_tokens is None:
             missing.append(path)
-        caption = Caption(text or class_tokens or "", file=file, blank=text == "")
-        listing.entries.append((path, caption))
+        caption = Caption(text or subset.class_tokens or "", file=file, blank=text == "")
+        entries.append((path, caption))
     if problems is not None:
         problems += [Problem("no caption", str(path)) for path in missing]
     elif missing:
-        wanted = extension or " or ".join(DEFAULT_CAPTION_EXTENSIONS)
+        wanted = subset.caption_extension or " or ".join(DEFAULT_CAPTION_EXTENSIONS)
         names = some([path.name for path in missing])
         raise UserError(
-            f"{where}: {len(missing)} images in {image_dir} have no caption ({names}): add "
-            f"a {wanted} file next to each, or set class_tokens to the caption of such images "
-            '(class_tokens = "" trains them without a caption)'
+            f"{subset.where}: {len(missing)} images in {subset.image_dir} have no caption "
+            f"({names}): add a {wanted} file next to each, or set class_tokens to the caption of "
+            'such images (class_tokens = "" trains them without a caption)'
         )
-    if empty and problems is None:
-        listing.notices.append(
-            f"{where}: {len(empty)} caption files are empty, which counts as no caption: "
+    elif empty:
+        notices.append(
+            f"{subset.where}: {len(empty)} caption files are empty, which counts as no caption: "
             f"{some(empty)}"
         )
-    return listing
+    return entries
 
 
 def _caption_text(file: Path, problems: list[Problem] | None) -> str | None:
@@ -161,10 +144,7 @@ def _caption_text(file: Path, problems: list[Problem] | None) -> str | None:
 
 
 def caption_file(image: Path, extension: str | None) -> Path | None:
-    """The caption file of an image, or None.
-
-    The stem without its last four "_" parts (a face box, see `images.face_box`) is tried second.
-    """
+    """The caption file of an image; tried second, that of its stem without a face box."""
     extensions: tuple[str, ...] = DEFAULT_CAPTION_EXTENSIONS
     if extension is not None:
         extensions = (extension if extension.startswith(".") else "." + extension,)
@@ -183,10 +163,7 @@ def caption_file(image: Path, extension: str | None) -> Path | None:
 def mask_files(
     images: list[Path], folder: str, where: str, problems: list[Problem] | None = None
 ) -> dict[Path, Path]:
-    """The mask of each image: the image of the same stem in `folder`.
-
-    One that is missing goes to `problems`, or raises `UserError` when that is None.
-    """
+    """The mask of each image: the image of the same stem in `folder`; `problems` as above."""
     by_stem = {path.stem: path for path in reversed(list_images(folder, []))}
     missing = [path for path in images if path.stem not in by_stem]
     if problems is not None:
@@ -199,17 +176,16 @@ def mask_files(
     return {path: by_stem[path.stem] for path in images if path.stem in by_stem}
 
 
-def read_metadata_file(
-    path: str, image_dir: str | None, where: str, problems: list[Problem] | None = None
-) -> Listing:
+def _read_metadata_file(
+    path: str, subset: Subset, problems: list[Problem] | None
+) -> list[tuple[Path, Caption]]:
     """The images that a .json or .jsonl metadata file names, sorted by path.
 
     `.json` is an object of image path or stem to {"caption", "tags"}; `.jsonl` has one object with
     "image_path" in a line. A relative path is below `image_dir`. Sizes written in the file are
-    checked for their type only: the image's own header decides. A missing image goes to `problems`,
-    or raises `UserError` when that is None.
+    checked for their type only: the image's own header decides.
     """
-    listing, missing = Listing(), []
+    entries, missing = [], []
     folders: dict[str, dict[str, Path]] = {}
     for key, entry in _metadata_entries(path):
         caption, tags = entry.get("caption"), entry.get("tags")
@@ -217,23 +193,22 @@ def read_metadata_file(
             raise UserError(f"{path}: {key!r}: caption and tags must be texts")
         if caption is None and tags is None:
             raise UserError(f"{path}: {key!r} has neither caption nor tags: add one of them")
-        image = _find_image(key, image_dir, folders, f"{where}: {path}")
+        image = _find_image(key, subset.image_dir, folders, f"{subset.where}: {path}")
         if image is None:
             missing.append(key)
         else:
-            listing.entries.append((image, Caption(caption or "", tags or "")))
+            entries.append((image, Caption(caption or "", tags or "")))
     if problems is not None:
         problems += [Problem("missing image", key, f"named by {path}") for key in missing]
     elif missing:
-        place = f" in {image_dir}" if image_dir else ""
+        place = f" in {subset.image_dir}" if subset.image_dir else ""
         raise UserError(
             f"{path}: {len(missing)} images are missing{place} ({some(missing)}): add the files or "
             "remove their entries"
         )
-    if not listing.entries:
+    if not entries:
         raise UserError(f"{path} names no images: add entries with a caption")
-    listing.entries.sort(key=lambda entry: str(entry[0]))
-    return listing
+    return sorted(entries, key=lambda entry: str(entry[0]))
 
 
 def _metadata_entries(path: str) -> list[tuple[str, dict]]:

@@ -61,12 +61,9 @@ class LowRes:
         return replace(item, bucket=(width, height), resized=cover(item.size, (width, height)))
 
     def draw(self, size: int, bucket: tuple[int, int], *key: object) -> tuple[Tensor, bool]:
-        """σ of a batch [B] float32 on the CPU, and whether it is on the high side.
+        """σ of a batch [B = size] float32 on the CPU, and whether it is on the high side.
 
-        Args:
-            size: B.
-            bucket: width and height of the full picture in pixels.
-            key: what the draw depends on, such as seed, epoch and batch number.
+        `bucket` is that of the full picture, `key` what the draw depends on (seed, epoch, batch).
         """
         generator = torch.Generator().manual_seed(seeded("sigma", *key).getrandbits(63))
         latent_hw = (bucket[1] // LATENT_SCALE, bucket[0] // LATENT_SCALE)

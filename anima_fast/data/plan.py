@@ -1,9 +1,8 @@
-"""The plan of a training run's data: which images, in which buckets, how often, in which batches.
+"""The plan of a training run's data: which images, in which buckets, how often.
 
 `build_plan` lists the images of every subset, reads their headers and captions, holds out the
 validation images, balances the regularisation images and places everything in buckets. No pixels
-are decoded. The batches of an epoch are a pure function of (epoch, seed), so a resumed run repeats
-them.
+are decoded.
 """
 
 from __future__ import annotations
@@ -13,41 +12,34 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from anima_fast.data import advice, images, layouts
-from anima_fast.data.buckets import BucketRule, Placement, Size
-from anima_fast.data.dataset_config import option, resolve_datasets
+from anima_fast.data import findings, images, layouts
+from anima_fast.data.buckets import Size, place
+from anima_fast.data.dataset_config import resolve_datasets
 from anima_fast.data.items import DatasetPlan, ImageItem
 from anima_fast.data.problems import Problem
 from anima_fast.data.seeding import seeded
 from anima_fast.data.subset import Dataset, Subset
 from anima_fast.errors import UserError
+from anima_fast.options.run import AnyRun
 
 # Reading headers waits for the disk, not for the processor.
 _HEADER_THREADS = 8
 
 
-def build_plan(options: object, problems: list[Problem] | None = None) -> DatasetPlan:
+def build_plan(options: AnyRun, problems: list[Problem] | None = None) -> DatasetPlan:
     """Plan the data that the options name.
 
-    Args:
-        options: attributes named as the options (`dataset_config` or `train_data_dir` /
-            `reg_data_dir` / `in_json`, and the defaults of dataset keys); absent or None means
-            not given.
-        problems: collects what is wrong with single files, which are then left out.
-    Raises:
-        UserError: anything wrong with the configuration or a folder and, without `problems`, with
-            an image or a caption.
+    `problems` collects what is wrong with single files, which are left out. Raises `UserError` for
+    anything wrong with the configuration or a folder and, without `problems`, with a file.
     """
     datasets, notices = resolve_datasets(options)
-    uses_masks = bool(option(options, "masked_loss", False))
-    prior_weight = getattr(options, "prior_loss_weight", 1.0)
     items: list[ImageItem] = []
     held_out: list[ImageItem] = []
     unused: list[ImageItem] = []
     for dataset in datasets:
         train, reg = [], []
         for subset in dataset.subsets:
-            found = _read_subset(subset, dataset, uses_masks, prior_weight, notices, problems)
+            found = _read_subset(subset, dataset, options, notices, problems)
             if subset.is_reg:
                 reg += found
                 continue
@@ -65,10 +57,10 @@ def build_plan(options: object, problems: list[Problem] | None = None) -> Datase
     items = [replace(item, index=i) for i, item in enumerate(items)]
     held_out = [replace(item, index=i) for i, item in enumerate(held_out)]
     everything = items + held_out
-    advice.check_exact_sizes(everything, options, problems)
+    findings.check_exact_sizes(everything, options, problems)
     if problems is None:
-        notices += advice.about_rotation(everything)
-    notices += advice.advise(everything, datasets, options)
+        notices += findings.about_rotation(everything)
+    notices += findings.advise(everything, datasets, options)
     if not held_out and any(s.validation_split > 0 for d in datasets for s in d.subsets):
         notices.append("validation_split holds out no image: the subsets are too small for it")
     return DatasetPlan(items, held_out, datasets, notices, unused)
@@ -77,39 +69,30 @@ def build_plan(options: object, problems: list[Problem] | None = None) -> Datase
 def _read_subset(
     subset: Subset,
     dataset: Dataset,
-    uses_masks: bool,
-    prior_weight: float,
+    options: AnyRun,
     notices: list[str],
     problems: list[Problem] | None,
 ) -> list[ImageItem]:
-    if subset.metadata_file is not None:
-        listing = layouts.read_metadata_file(
-            subset.metadata_file, subset.image_dir, subset.where, problems
-        )
-    else:
-        assert subset.image_dir is not None
-        listing = layouts.read_captioned_folder(
-            subset.image_dir,
-            extension=subset.caption_extension,
-            class_tokens=subset.class_tokens,
-            where=subset.where,
-            problems=problems,
-        )
-    notices += listing.notices
-    paths = [path for path, _ in listing.entries]
+    entries = layouts.captioned_images(subset, notices, problems)
+    paths = [path for path, _ in entries]
     masks: dict[Path, Path] = {}
-    if subset.conditioning_data_dir and uses_masks:
+    if subset.conditioning_data_dir and options.masked_loss:
         masks = layouts.mask_files(paths, subset.conditioning_data_dir, subset.where, problems)
     elif subset.conditioning_data_dir:
         notices.append(f"{subset.where}: conditioning_data_dir is ignored without masked_loss")
-    rule = dataset.bucket_rule
+    headers = _headers(paths, problems)
     found = []
-    for (path, caption), header in zip(listing.entries, _headers(paths, problems), strict=True):
+    for path, caption in entries:
+        header = headers.get(path)
         if header is None:
             continue
         size = header.upright_size if subset.exif_rotation else header.size
-        placement = _place(path, size, rule, problems)
-        if placement is None:
+        try:
+            resized, bucket = _place(size, dataset)
+        except UserError as error:
+            if problems is None:
+                raise UserError(f"{path}: {error}") from None
+            problems.append(Problem("narrow", str(path), str(error)))
             continue
         found.append(
             ImageItem(
@@ -119,11 +102,10 @@ def _read_subset(
                 subset=subset,
                 dataset=dataset,
                 size=size,
-                resized=placement.resized,
-                bucket=placement.bucket,
+                resized=resized,
+                bucket=bucket,
                 repeats=subset.num_repeats,
-                is_reg=subset.is_reg,
-                loss_weight=prior_weight if subset.is_reg else 1.0,
+                loss_weight=options.prior_loss_weight if subset.is_reg else 1.0,
                 mask_path=masks.get(path),
                 exif_rotated=header.exif_rotated,
             )
@@ -131,40 +113,37 @@ def _read_subset(
     return found
 
 
-def _place(
-    path: Path, size: Size, rule: BucketRule, problems: list[Problem] | None
-) -> Placement | None:
-    """None for an image without a bucket, which then is in `problems`."""
-    try:
-        placement = rule.place(size)
-        if math.prod(placement.resized) > images.MAX_PIXELS:
-            raise UserError(
-                f"{size[0]}x{size[1]} is too narrow to fill the bucket "
-                f"{placement.bucket[0]}x{placement.bucket[1]}: crop it or remove it"
-            )
-    except UserError as error:
-        if problems is None:
-            raise UserError(f"{path}: {error}") from None
-        problems.append(Problem("narrow", str(path), str(error)))
-        return None
-    return placement
+def _headers(paths: list[Path], problems: list[Problem] | None) -> dict[Path, images.Header]:
+    """The header of each image; with `problems`, of each that can be read."""
 
+    def read(path: Path) -> images.Header | images.ImageError:
+        try:
+            return images.read_header(path)
+        except images.ImageError as error:
+            if problems is None:
+                raise
+            return error
 
-def _headers(paths: list[Path], problems: list[Problem] | None) -> list[images.Header | None]:
-    """None for an image that cannot be read, which then is in `problems`."""
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        if problems is None:
-            return list(pool.map(images.read_header, paths))
-        found = list(pool.map(_try_header, paths))
-    problems += [entry for entry in found if isinstance(entry, Problem)]
-    return [None if isinstance(entry, Problem) else entry for entry in found]
+        found = dict(zip(paths, pool.map(read, paths), strict=True))
+    headers = {}
+    for path, header in found.items():
+        if isinstance(header, images.Header):
+            headers[path] = header
+        elif problems is not None:
+            problems.append(Problem("unreadable", str(path), header.reason))
+    return headers
 
 
-def _try_header(path: Path) -> images.Header | Problem:
-    try:
-        return images.read_header(path)
-    except images.ImageError as error:
-        return Problem("unreadable", str(path), error.reason)
+def _place(size: Size, dataset: Dataset) -> tuple[Size, Size]:
+    """As `buckets.place`, and refuse what would be huge when resized."""
+    resized, bucket = place(size, dataset)
+    if math.prod(resized) > images.MAX_PIXELS:
+        raise UserError(
+            f"{size[0]}x{size[1]} is too narrow to fill the bucket "
+            f"{bucket[0]}x{bucket[1]}: crop it or remove it"
+        )
+    return resized, bucket
 
 
 def _split(found: list[ImageItem], subset: Subset) -> tuple[list[ImageItem], list[ImageItem]]:

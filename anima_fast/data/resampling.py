@@ -29,14 +29,9 @@ _FILTERS = {
 def resize(
     pixels: np.ndarray, size: tuple[int, int], interpolation: str | None = None
 ) -> np.ndarray:
-    """Resize an image.
+    """Resize [h, w] or [h, w, 3] uint8 to (width, height); `pixels` itself when that is its size.
 
-    Args:
-        pixels: [h, w] or [h, w, 3] uint8.
-        size: (width, height) wanted.
-        interpolation: a value of `resize_interpolation`, None for the default rule.
-    Returns:
-        [height, width] or [height, width, 3] uint8; `pixels` itself when the size is right.
+    `interpolation` is a value of `resize_interpolation`, None for the default rule.
     """
     height, width = pixels.shape[:2]
     if (width, height) == tuple(size):

@@ -9,7 +9,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from anima_fast.data.buckets import BucketRule
 from anima_fast.options.dataset_keys import DatasetKeys, SubsetKeys
 
 
@@ -37,15 +36,3 @@ class Dataset(DatasetKeys):
 
     index: int = 0
     subsets: tuple[Subset, ...] = ()
-
-    @property
-    def bucket_rule(self) -> BucketRule:
-        """The rule that places an image of this dataset."""
-        return BucketRule(
-            self.resolution,
-            self.enable_bucket,
-            self.min_bucket_reso,
-            self.max_bucket_reso,
-            self.bucket_reso_steps,
-            self.bucket_no_upscale,
-        )

@@ -23,14 +23,12 @@ _NOT_SHOWN = {"index", "dataset_index", "conditioning_data_dir"}
 
 
 def summarise(plan: DatasetPlan) -> dict:
-    """Values that serialise to JSON.
+    """Values that serialise to JSON: settings, counts and subsets of each dataset, and over all
 
-    Returns:
-        datasets: a list with settings, counts and subsets of each dataset.
-        tag_frequency: {folder: {tag: images}}, tags in lower case.
-        dataset_dirs, reg_dataset_dirs: {folder: {"n_repeats", "img_count"}}.
-        bucket_info: {"buckets": {"0": {"resolution", "count"}}, "mean_img_ar_error"}, or None.
-        num_train_images, num_reg_images (with repeats), num_validation_images.
+    tag_frequency: {folder: {tag: images}}, tags in lower case.
+    dataset_dirs, reg_dataset_dirs: {folder: {"n_repeats", "img_count"}}.
+    bucket_info: {"buckets": {"0": {"resolution", "count"}}, "mean_img_ar_error"}, or None.
+    num_train_images, num_reg_images (with repeats), num_validation_images.
     """
     train = [item for item in plan.items if not item.is_reg]
     reg = [item for item in plan.items if item.is_reg]

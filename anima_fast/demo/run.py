@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from anima_fast.models.adapter_kinds import LORA
 from anima_fast.options.run import TrainOptions
 from anima_fast.options.sample import SampleOptions
 from anima_fast.progress import Progress
-from anima_fast.reports.run_page import Picture, write_report
+from anima_fast.reports.run_page import write_report
 from anima_fast.sampling import run_sample
 from anima_fast.tools.convert import convert_file
 from anima_fast.training.loop import train
@@ -63,36 +62,6 @@ PREVIEWS = tuple(
 )
 
 
-@dataclass(frozen=True)
-class Folders:
-    """Where the demo puts what."""
-
-    out: Path
-
-    @property
-    def models(self) -> Path:
-        """The stand-in model files."""
-        return self.out / "models"
-
-    @property
-    def photographs(self) -> Path:
-        """Images and captions."""
-        return self.out / "photographs"
-
-    @property
-    def dataset(self) -> Path:
-        """The dataset file."""
-        return self.out / "data.toml"
-
-    @property
-    def run(self) -> Path:
-        """Output folder of the training run."""
-        return self.out / "run"
-
-    @property
-    def previews(self) -> Path:
-        """Rendered pictures."""
-        return self.out / "previews"
 
 
 @one_thread()
@@ -103,43 +72,38 @@ def run_demo(
 
     Args:
         out: folder to fill; files of an earlier demo are replaced.
-        seed: of the models, the run and the previews.
         vae_steps: training steps of the stand-in VAE.
         repeats: of each photograph in an epoch; four epochs are trained.
         steps: Euler steps of a preview.
-
     Returns:
         The report.
-
     Raises:
         UserError: scikit-image is missing, or the folder cannot be written.
     """
-    folders, started = Folders(Path(out)), time.perf_counter()
+    out, started = Path(out), time.perf_counter()
     with Progress() as progress:
-        images = write_photographs(folders, repeats)
-        progress.say(f"wrote {len(images)} photographs with captions to {folders.photographs}")
-        stack = build_models(folders.models, images, vae_steps, seed, progress)
-        before = render_previews(folders, stack, "before", seed, steps, lora=None)
+        images = write_photographs(out, repeats)
+        progress.say(f"wrote {len(images)} photographs with captions to {out / 'photographs'}")
+        stack = build_models(out / "models", images, vae_steps, seed, progress)
+        before = render_previews(out, stack, "before", seed, steps, lora=None)
         progress.say("rendered the previews before training")
-    options = train_options(folders, stack, seed, steps)
-    result = train(options)
+    result = train(train_options(out, stack, seed, steps))
     # Only a run that asks for the memory plan alone has no result.
     assert result is not None
     if result.interrupted_by:
         raise KeyboardInterrupt
     comfyui = result.output.with_name("demo_lora_comfyui.safetensors")
     convert_file(result.output, comfyui, to="comfyui")
-    after = render_previews(folders, stack, "after", seed, steps, lora=result.output)
-    report = write_demo_report(
-        folders, result, comfyui, before, after, seconds=time.perf_counter() - started
-    )
+    after = render_previews(out, stack, "after", seed, steps, lora=result.output)
+    seconds = time.perf_counter() - started
+    report = write_demo_report(out, result, comfyui, before, after, seconds)
     with Progress() as progress:
         progress.say(f"LoRA: {result.output} (ComfyUI names: {comfyui.name})")
         progress.say(f"report: {report}")
     return report
 
 
-def write_photographs(folders: Folders, repeats: int) -> dict[str, Image.Image]:
+def write_photographs(out: Path, repeats: int) -> dict[str, Image.Image]:
     """The photographs with a caption file each, and the dataset file; returns them by name."""
     try:
         from skimage import data
@@ -147,16 +111,16 @@ def write_photographs(folders: Folders, repeats: int) -> dict[str, Image.Image]:
         raise UserError(
             'the demo takes its photographs from scikit-image: pip install "anima-fast[demo]"'
         ) from error
-    images = {}
+    images, folder = {}, out / "photographs"
     for name, caption in CAPTIONS.items():
         images[name] = Image.fromarray(getattr(data, name)()).convert("RGB")
-        with atomic_write(folders.photographs / f"{name}.png") as file:
+        with atomic_write(folder / f"{name}.png") as file:
             images[name].save(file, "PNG")
-        write_text(folders.photographs / f"{name}.txt", caption + "\n")
+        write_text(folder / f"{name}.txt", caption + "\n")
     # A JSON string is a TOML string too, whatever characters the path has.
-    image_dir = json.dumps(folders.photographs.resolve().as_posix())
+    image_dir = json.dumps(folder.resolve().as_posix())
     text = DATASET.format(resolution=RESOLUTION, image_dir=image_dir, repeats=repeats)
-    write_text(folders.dataset, text)
+    write_text(out / "data.toml", text)
     return images
 
 
@@ -188,15 +152,15 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
-def train_options(folders: Folders, stack: Stack, seed: int, steps: int) -> TrainOptions:
+def train_options(out: Path, stack: Stack, seed: int, steps: int) -> TrainOptions:
     """The documentation's command, with what four photographs and a CPU need changed."""
     return TrainOptions(
         pretrained_model_name_or_path=str(stack.dit),
         qwen3=str(stack.qwen3),
         vae=str(stack.vae),
         t5_tokenizer_path=str(stack.t5_tokenizer),
-        dataset_config=str(folders.dataset),
-        output_dir=str(folders.run),
+        dataset_config=str(out / "data.toml"),
+        output_dir=str(out / "run"),
         output_name="demo_lora",
         save_model_as="safetensors",
         network_module=LORA.module,
@@ -225,52 +189,44 @@ def train_options(folders: Folders, stack: Stack, seed: int, steps: int) -> Trai
 
 
 def render_previews(
-    folders: Folders, stack: Stack, stage: str, seed: int, steps: int, lora: Path | None
-) -> list[Path]:
-    """One picture for each caption; returns the files in the order of `PHOTOGRAPHS`."""
-    return [
-        run_sample(
-            SampleOptions(
-                dit=str(stack.dit),
-                qwen3=str(stack.qwen3),
-                vae=str(stack.vae),
-                t5_tokenizer_path=str(stack.t5_tokenizer),
-                lora=(str(lora),) if lora else (),
-                prompt=caption,
-                seed=seed,
-                steps=steps,
-                cfg=1.0,
-                shift=1.0,
-                width=width,
-                height=height,
-                dtype="fp32",
-                device="cpu",
-                output=str(folders.previews / f"{name}-{stage}.png"),
-            ),
-            quiet=True,
+    out: Path, stack: Stack, stage: str, seed: int, steps: int, lora: Path | None
+) -> dict[str, Path]:
+    """A picture for each caption."""
+    pictures = {}
+    for name, (caption, (width, height)) in PHOTOGRAPHS.items():
+        options = SampleOptions(
+            dit=str(stack.dit),
+            qwen3=str(stack.qwen3),
+            vae=str(stack.vae),
+            t5_tokenizer_path=str(stack.t5_tokenizer),
+            lora=(str(lora),) if lora else (),
+            prompt=caption,
+            seed=seed,
+            steps=steps,
+            cfg=1.0,
+            shift=1.0,
+            width=width,
+            height=height,
+            dtype="fp32",
+            device="cpu",
+            output=str(out / "previews" / f"{name}-{stage}.png"),
         )
-        for name, (caption, (width, height)) in PHOTOGRAPHS.items()
-    ]
+        pictures[caption] = run_sample(options, quiet=True)
+    return pictures
 
 
 def write_demo_report(
-    folders: Folders,
+    out: Path,
     result: TrainResult,
     comfyui: Path,
-    before: list[Path],
-    after: list[Path],
-    *,
+    before: dict[str, Path],
+    after: dict[str, Path],
     seconds: float,
 ) -> Path:
     """`report.html` with the curves of the run and the pictures before and after."""
-
-    def gallery(paths: list[Path]) -> list[Picture]:
-        captions = CAPTIONS.values()
-        return [Picture(text, path) for text, path in zip(captions, paths, strict=True)]
-
-    photographs = [folders.photographs / f"{name}.png" for name in PHOTOGRAPHS]
+    folder = out / "photographs"
     return write_report(
-        folders.out / "report.html",
+        out / "report.html",
         title="anima_fast demo",
         lead="A LoRA trained on four photographs, on a tiny stand-in for the Anima model. The "
         "curves are those of a real run; the pictures show that all parts work together, not "
@@ -284,8 +240,8 @@ def write_demo_report(
         },
         log=result.log,
         galleries={
-            "Photographs": gallery(photographs),
-            "Previews before training": gallery(before),
-            "Previews with the LoRA": gallery(after),
+            "Photographs": {text: folder / f"{name}.png" for name, text in CAPTIONS.items()},
+            "Previews before training": before,
+            "Previews with the LoRA": after,
         },
     )

@@ -61,22 +61,13 @@ def build_stack(
 ) -> Stack:
     """Write a stack into `folder`; the same arguments give the same files.
 
-    Args:
-        folder: made when missing; files in it are replaced.
-        seed: of the weights.
-        blocks, width, head_dim: depth, D and K of the DiT.
-        context_dim: width of the text rows, of the adapter and of Qwen3.
-        adapter_layers: depth of the adapter.
-        vae_width: base width of the VAE.
-        dtype: of the stored weights.
-        captions: further text for the tokenizers.
+    blocks, width, head_dim: depth, D and K of the DiT. context_dim: width of the text rows, of the
+    adapter and of Qwen3. captions: further text for the tokenizers.
     """
-    folder = Path(folder)
-    corpus = [*CORPUS, *captions]
     stack = Stack(
         folder / "dit.safetensors", folder / "qwen3", folder / "vae.safetensors", folder / "t5"
     )
-    vocabulary = _train_tokenizers(stack, corpus)
+    vocabulary = _train_tokenizers(stack, [*CORPUS, *captions])
     config = DitConfig(width, blocks, width // head_dim, head_dim, context_dim, 32, 4 * width)
     adapter = AdapterConfig(
         context_dim, context_dim, adapter_layers, 32, 4 * context_dim, T5_VOCABULARY, context_dim
@@ -147,54 +138,45 @@ def _train_tokenizers(stack: Stack, corpus: list[str]) -> int:
     qwen.normalizer = normalizers.NFC()
     qwen.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     qwen.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = BpeTrainer(
+    pairs = BpeTrainer(
         vocab_size=400,
-        initial_alphabet=alphabet,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=["<|endoftext|>"],
         show_progress=False,
     )
-    qwen.train_from_iterator(corpus, trainer)
-    stack.qwen3.mkdir(parents=True, exist_ok=True)
-    _save_tokenizer(qwen, stack.qwen3 / "tokenizer.json")
+    qwen.train_from_iterator(corpus, pairs)
+    write_json(stack.qwen3 / "tokenizer.json", json.loads(qwen.to_str()))
 
     t5 = Tokenizer(models.Unigram())
     t5.normalizer = normalizers.NFKC()
     t5.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    t5.train_from_iterator(
-        corpus,
-        UnigramTrainer(
-            vocab_size=T5_VOCABULARY,
-            special_tokens=special,
-            unk_token="<unk>",
-            show_progress=False,
-        ),
+    unigrams = UnigramTrainer(
+        vocab_size=T5_VOCABULARY,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
     )
+    t5.train_from_iterator(corpus, unigrams)
     t5.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
-    stack.t5_tokenizer.mkdir(parents=True, exist_ok=True)
-    _save_tokenizer(t5, stack.t5_tokenizer / "tokenizer.json")
+    write_json(stack.t5_tokenizer / "tokenizer.json", json.loads(t5.to_str()))
     return qwen.get_vocab_size()
-
-
-def _save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    write_json(path, json.loads(tokenizer.to_str()))
 
 
 def _write_qwen3(folder: Path, vocabulary: int, width: int, seed: int, dtype: torch.dtype) -> None:
     """A two-layer Qwen3 in Hugging Face's folder layout."""
-    head_dim, hidden, layers = 32, 2 * width, 2
-    heads, kv_heads = max(2, width // head_dim), 1
+    from transformers import Qwen3Config, Qwen3Model
+
+    head_dim = 32
     config = {
         "architectures": ["Qwen3Model"],
         "model_type": "qwen3",
         "hidden_size": width,
-        "intermediate_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": max(2, width // head_dim),
+        "num_key_value_heads": 1,
         "head_dim": head_dim,
         "vocab_size": vocabulary,
         "rms_norm_eps": 1e-6,
@@ -205,23 +187,9 @@ def _write_qwen3(folder: Path, vocabulary: int, width: int, seed: int, dtype: to
         "tie_word_embeddings": True,
     }
     write_json(folder / "config.json", config)
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (vocabulary, width)}
-    for i in range(layers):
-        layer = {
-            "self_attn.q_proj.weight": (heads * head_dim, width),
-            "self_attn.k_proj.weight": (kv_heads * head_dim, width),
-            "self_attn.v_proj.weight": (kv_heads * head_dim, width),
-            "self_attn.o_proj.weight": (width, heads * head_dim),
-            "self_attn.q_norm.weight": (head_dim,),
-            "self_attn.k_norm.weight": (head_dim,),
-            "mlp.gate_proj.weight": (hidden, width),
-            "mlp.up_proj.weight": (hidden, width),
-            "mlp.down_proj.weight": (width, hidden),
-            "input_layernorm.weight": (width,),
-            "post_attention_layernorm.weight": (width,),
-        }
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    shapes["norm.weight"] = (width,)
+    with torch.device("meta"):
+        model = Qwen3Model(Qwen3Config(**config))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     save_safetensors(random_weights(shapes, seed, dtype), folder / "model.safetensors")
 
 

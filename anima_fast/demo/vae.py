@@ -24,12 +24,7 @@ ENCODER_WEIGHT = 0.2
 
 
 class PatchComponents:
-    """Principal components of the 8x8 patches of some images, scaled to deviation one.
-
-    Args:
-        images: tensors [3, H, W] in [-1, 1], H and W at least 8.
-        count: number of components.
-    """
+    """The first `count` principal components of the 8x8 patches of images, of deviation one."""
 
     def __init__(self, images: Sequence[Tensor], count: int) -> None:
         patches = torch.cat([_patches(image[None], 4)[0].T for image in images])  # [N, 192]
@@ -62,11 +57,8 @@ def fit_vae(
 
     Args:
         images: tensors [3, H, W] in [-1, 1], H and W at least 64.
-        width: base width of the VAE.
         steps: of training; the loss after 300 is about a third of that after the first.
-        seed: of the weights and the crops.
         on_step: called with the number of finished steps and the loss.
-
     Returns:
         The VAE in eval mode, float32, on the CPU.
     """

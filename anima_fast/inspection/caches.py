@@ -14,16 +14,22 @@ import numpy as np
 
 from anima_fast.data.cache import CACHE_VERSION, LATENT_SCALE
 from anima_fast.errors import UserError
-from anima_fast.inspection.description import SEE_NOTE, Description, shape_text
+from anima_fast.inspection.description import SEE_NOTE, Description
 from anima_fast.models.checkpoint import Checkpoint, detect_kind
 
-KEYED_BY = {
-    "latent_cache": "image bytes, bucket, resizing and crop, VAE file, dtype, flip_aug, alpha_mask",
-    "text_cache": "caption, Qwen3, LLM adapter and tokenizer files, token limits, dtype",
-}
-TITLES = {
-    "latent_cache": "latents of one image, cached by this program",
-    "text_cache": "encoding of one caption, cached by this program",
+# Of an own cache: what it is, what its key is made from, and tensors that it must hold, one set
+# of these.
+OWN = {
+    "latent_cache": (
+        "latents of one image, cached by this program",
+        "image bytes, bucket, resizing and crop, VAE file, dtype, flip_aug, alpha_mask",
+        [{"latents"}],
+    ),
+    "text_cache": (
+        "encoding of one caption, cached by this program",
+        "caption, Qwen3, LLM adapter and tokenizer files, token limits, dtype",
+        [{"context"}, {"source_states", "t5_ids"}],
+    ),
 }
 FORMS = {
     "context": "context: what the DiT reads, after the LLM adapter",
@@ -31,7 +37,6 @@ FORMS = {
 }
 # Entries of the metadata about the origin of a cache file.
 ORIGINS = ("image", "image_size", "bucket", "vae", "caption", "encoder", "dtype")
-NEEDED = {"latent_cache": [{"latents"}], "text_cache": [{"context"}, {"source_states", "t5_ids"}]}
 # RuntimeError: an encrypted member or an unknown compression, which a flipped bit can suggest.
 _DAMAGE = (
     OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
@@ -45,24 +50,19 @@ def describe_cache(checkpoint: Checkpoint) -> Description:
 
     Raises `UserError` when it lacks what a file of its kind holds.
     """
-    kind, metadata, shapes = detect_kind(checkpoint), checkpoint.metadata, checkpoint.shapes
-    if not any(names <= shapes.keys() for names in NEEDED[kind]):
+    title, keyed_by, needed = OWN[detect_kind(checkpoint)]
+    metadata, shapes = checkpoint.metadata, checkpoint.shapes
+    if not any(names <= shapes.keys() for names in needed):
         raise UserError(
             f"{checkpoint.name} is a cache file without its tensors: delete it, the next run "
             "encodes again"
         )
-    facts: dict[str, Any] = {
-        name: metadata[name] for name in ORIGINS if metadata.get(name) is not None
-    }
+    facts: dict[str, Any] = {name: metadata[name] for name in ORIGINS if name in metadata}
     if "dtype" in facts:
         facts["computed_in"] = facts.pop("dtype").removeprefix("torch.")
     if form := FORMS.get(metadata.get("form", "")):
         facts["form"] = form
-    facts |= {
-        "tensors": _tensors(shapes),
-        "key": metadata.get("key", "none"),
-        "keyed_by": KEYED_BY[kind],
-    }
+    facts |= {"tensors": _tensors(shapes), "key": metadata.get("key", "none"), "keyed_by": keyed_by}
     notes = []
     if metadata.get("version") != str(CACHE_VERSION):
         notes.append(
@@ -70,7 +70,7 @@ def describe_cache(checkpoint: Checkpoint) -> Description:
             "the next run encodes again"
         )
     programs = {"anima-fast": SEE_NOTE if notes else "yes, found by its key"}
-    return Description(TITLES[kind], facts, programs, notes)
+    return Description(title, facts, programs, notes)
 
 
 def describe_npz(path: Path) -> Description:
@@ -165,4 +165,4 @@ def _array_header(archive: np.lib.npyio.NpzFile, name: str) -> tuple[tuple[int, 
 
 
 def _tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    return {name: shape_text(shapes[name]) for name in sorted(shapes)}
+    return {name: str(list(shapes[name])) for name in sorted(shapes)}

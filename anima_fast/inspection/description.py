@@ -42,23 +42,18 @@ LONGEST_VALUE = 160
 class Description:
     """A file or folder, as JSON values.
 
-    Attributes:
-        title: what it is.
-        facts: {label: value or {name: value}}.
-        programs: {name: "yes" or "no", with the reason}.
-        notes: what else to know.
-        metadata: entries of the file's own metadata; None takes those worth showing.
-        kind: a key of `file.KINDS`; set by the reader for .npz files and folders.
-        option: the options that take this file, where they are not those of every such file.
+    facts: {label: value or {name: value}}. programs: {name: "yes" or "no", with the reason}. notes:
+    what else to know. option: the options that take it. metadata: of the file's own; None takes the
+    entries worth showing. kind: of a file of tensors, the word that `detect_kind` gives.
     """
 
     title: str
     facts: dict[str, Any]
     programs: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    option: str | None = None
     metadata: dict[str, str] | None = None
     kind: str = ""
-    option: str | None = None
 
 
 def size_text(size: int) -> str:
@@ -67,11 +62,6 @@ def size_text(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.3g} {unit}"
     return f"{size} bytes"
-
-
-def shape_text(shape: tuple[int, ...]) -> str:
-    """A shape as text: "[16, 64]"."""
-    return f"[{', '.join(map(str, shape))}]"
 
 
 def plural(count: int, noun: str) -> str:
@@ -83,7 +73,7 @@ def dtype_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Dtype of every tensor as PyTorch spells it, from the file's header."""
     path = checkpoint.path
     if path is None or path.suffix.lower() in PICKLES:
-        dtypes = {key: str(checkpoint.dtype(key)) for key in checkpoint.shapes}
+        dtypes = {key: str(checkpoint.get(key).dtype) for key in checkpoint.shapes}
     else:
         header = read_safetensors_header(path)
         codes = {key: header[key]["dtype"] for key in checkpoint.shapes}
@@ -156,10 +146,7 @@ def _text(value: Any, key: str = "") -> str:
 def _wrap(start: str, text: str, width: int) -> list[str]:
     # Paths and names are never broken, so that they can be copied.
     wrapped = textwrap.wrap(
-        one_line(text),
-        max(width - len(start), 20),
-        break_long_words=False,
-        break_on_hyphens=False,
+        one_line(text), max(width - len(start), 20), break_long_words=False, break_on_hyphens=False
     )
     first, *rest = wrapped or [""]
     return [f"{start}{first}".rstrip(), *(" " * len(start) + line for line in rest)]

@@ -6,6 +6,7 @@ missing required library. Training without a card works, slowly, so that is a wa
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -15,7 +16,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from anima_fast.models.download import DIT_FOLDER, TEXT_ENCODER, TOKENIZERS, VAE, default_models_dir
+from anima_fast.models.download import DIT_FOLDER, TEXT_ENCODER, TOKENIZERS, VAE, models_folder
 
 # Attention before this version returns NaN for some shapes.
 OLDEST_TORCH = (2, 5)
@@ -44,83 +45,56 @@ _DISTRIBUTIONS = {
 
 
 def examine(models_dir: str | Path | None = None) -> dict[str, Any]:
-    """The report as plain values.
+    """The report as plain values; `problems` are those with which training cannot run.
 
-    Args:
-        models_dir: the models folder to look into (default: the one that `download` fills).
-    Returns:
-        sections `system`, `torch`, `cards`, `libraries`, `extras`, `models`, `disk`, with the
-        lists `problems` (training cannot run) and `warnings`, and `can_train`.
+    The models folder is the one that `download` fills, unless one is given.
     """
-    folder = Path(models_dir) if models_dir else default_models_dir()
+    folder = models_folder(models_dir)
     problems: list[str] = []
     warnings: list[str] = []
-    libraries = {name: version_of(name) for name in REQUIRED}
     report = {
-        "system": system_report(),
-        "torch": torch_report(problems, warnings),
-        "cards": card_report(warnings),
-        "libraries": libraries,
+        "system": {
+            "python": platform.python_version(),
+            "os": platform.platform(),
+            "driver": _driver_version(),
+            "memory_gib": _memory_gib(),
+        },
+        **torch_report(problems, warnings),
+        "libraries": {name: version_of(name) for name in REQUIRED},
         "extras": {name: version_of(name) for name in EXTRAS},
         "models": models_report(folder),
         "disk": disk_report(folder, warnings),
     }
-    for name, version in libraries.items():
+    for name, version in report["libraries"].items():
         if version is None:
             problems.append(f"{_DISTRIBUTIONS.get(name, name)} is missing: pip install anima-fast")
     return report | {"problems": problems, "warnings": warnings, "can_train": not problems}
 
 
-def system_report() -> dict[str, Any]:
-    """Python, operating system and memory."""
-    return {
-        "python": platform.python_version(),
-        "os": platform.platform(),
-        "driver": _driver_version(),
-        "memory_gib": _memory_gib(),
-    }
-
-
-def torch_report(problems: list[str], warnings: list[str]) -> dict[str, Any] | None:
-    """PyTorch and its CUDA version; None when it cannot be imported."""
+def torch_report(problems: list[str], warnings: list[str]) -> dict[str, Any]:
+    """`torch`: its version and CUDA's, None when it cannot be imported; `cards`: those of CUDA."""
     try:
         import torch
     except (ImportError, OSError) as error:
         # OSError: a shared library of another version (seen with mixed CUDA wheels).
         problems.append(f"PyTorch cannot be imported ({error}): see https://pytorch.org for wheels")
-        return None
+        return {"torch": None, "cards": []}
     version = torch.__version__
     if is_older(version, OLDEST_TORCH):
         oldest = ".".join(map(str, OLDEST_TORCH))
         problems.append(
             f"PyTorch {version} is too old: before {oldest} attention gives NaN losses; upgrade it"
         )
-    if not torch.cuda.is_available():
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda:
         why = (
             "this PyTorch is built for the CPU: install a CUDA build from https://pytorch.org"
             if torch.version.cuda is None
             else "no NVIDIA card or driver was found"
         )
         warnings.append(f"no CUDA: training runs on the CPU, slowly ({why})")
-    return {"version": version, "cuda": torch.version.cuda, "threads": torch.get_num_threads()}
-
-
-def is_older(version: str, oldest: tuple[int, int]) -> bool:
-    """Whether a version such as 2.13.0+cu130 comes before (2, 5)."""
-    numbers = [int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit()]
-    return len(numbers) == 2 and tuple(numbers) < oldest
-
-
-def card_report(warnings: list[str]) -> list[dict[str, Any]]:
-    """Name, memory and capability of every CUDA card."""
-    if importlib.util.find_spec("torch") is None:
-        return []
-    try:
-        import torch
-    except (ImportError, OSError):
-        return []
     cards = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for index in range(torch.cuda.device_count() if has_cuda else 0):
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         cards.append({
@@ -131,21 +105,24 @@ def card_report(warnings: list[str]) -> list[dict[str, Any]]:
         })  # fmt: skip
         if properties.major < 8:
             warnings.append(f"{properties.name} has no bfloat16: use --mixed_precision fp16")
-    return cards
+    about = {"version": version, "cuda": torch.version.cuda, "threads": torch.get_num_threads()}
+    return {"torch": about, "cards": cards}
+
+
+def is_older(version: str, oldest: tuple[int, int]) -> bool:
+    """Whether a version such as 2.13.0+cu130 comes before (2, 5)."""
+    numbers = [int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit()]
+    return len(numbers) == 2 and tuple(numbers) < oldest
 
 
 def version_of(module: str) -> str | None:
     """The installed version of a module, None when it is absent; nothing is imported."""
     if importlib.util.find_spec(module) is None:
         return None
-    names = [_DISTRIBUTIONS.get(module, module)]
-    if module == "triton":
-        names.append("triton-windows")
-    for name in names:
-        try:
+    # Of triton there is a second distribution.
+    for name in (_DISTRIBUTIONS.get(module, module), f"{module}-windows"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return "unknown"
 
 
@@ -193,28 +170,34 @@ def _memory_gib() -> float | None:
 
 def doctor_text(report: dict[str, Any]) -> str:
     """The report as lines of text."""
-    system, torch, models = report["system"], report["torch"], report["models"]
+    system, torch, models, disk = (report[key] for key in ("system", "torch", "models", "disk"))
     memory = f", {system['memory_gib']} GiB memory" if system["memory_gib"] else ""
     lines = [f"Python {system['python']} on {system['os']}{memory}"]
     if torch:
         lines.append(f"PyTorch {torch['version']}, CUDA {torch['cuda'] or 'none'}")
-    lines.append(f"NVIDIA driver: {system['driver'] or 'not found'}")
     lines += [
-        f"card: {c['name']}, {c['memory_gib']} GiB ({c['free_gib']} free), sm_{c['capability']}"
-        for c in report["cards"]
+        f"NVIDIA driver: {system['driver'] or 'not found'}",
+        *(
+            f"card: {c['name']}, {c['memory_gib']} GiB ({c['free_gib']} free), sm_{c['capability']}"
+            for c in report["cards"]
+        ),
+        "",
+        "extras:",
+        *(
+            f"  {name:15} {EXTRAS[name][1]}: {version or f'missing: {EXTRAS[name][0]}'}"
+            for name, version in report["extras"].items()
+        ),
+        "",
+        f"models in {models['folder']}:",
+        f"  DiT: {', '.join(models['dit']) or 'none'}",
+        *(
+            f"  {name}: {'found' if models[name] else 'missing (anima-fast download)'}"
+            for name in ("text_encoder", "vae", *TOKENIZERS)
+        ),
+        f"free space: {disk['models_free_gb']} GB there, {disk['here_free_gb']} GB here",
+        "",
+        *(f"warning: {text}" for text in report["warnings"]),
+        *(f"problem: {text}" for text in report["problems"]),
+        "training can run" if report["can_train"] else "training cannot run",
     ]
-    lines += ["", "extras:"]
-    for name, version in report["extras"].items():
-        install, brings = EXTRAS[name]
-        state = version if version else f"missing: {install}"
-        lines.append(f"  {name:15} {brings}: {state}")
-    lines += ["", f"models in {models['folder']}:"]
-    lines.append(f"  DiT: {', '.join(models['dit']) or 'none'}")
-    for name in ("text_encoder", "vae", *TOKENIZERS):
-        lines.append(f"  {name}: {'found' if models[name] else 'missing (anima-fast download)'}")
-    disk = report["disk"]
-    lines += [f"free space: {disk['models_free_gb']} GB there, {disk['here_free_gb']} GB here", ""]
-    lines += [f"warning: {text}" for text in report["warnings"]]
-    lines += [f"problem: {text}" for text in report["problems"]]
-    lines.append("training can run" if report["can_train"] else "training cannot run")
     return "\n".join(lines)

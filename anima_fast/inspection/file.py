@@ -1,8 +1,7 @@
 """`anima-fast inspect`: what any file or folder of this program holds, and who reads it.
 
-The kind is recognised from the content; a row of `KINDS` names the options that take such a file
-and the function that describes it. Headers are read, never weights, so a model of 4 GB is answered
-at once.
+The kind is recognised from the content. Headers are read, never weights, so a model of 4 GB is
+answered at once.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from anima_fast.errors import UserError
 from anima_fast.inspection.caches import describe_cache, describe_npz
@@ -33,8 +32,14 @@ from anima_fast.inspection.models import (
 )
 from anima_fast.models.checkpoint import PICKLES, Checkpoint, detect_kind
 from anima_fast.models.text_encoder import weight_files
-from anima_fast.training.resume import find_states, is_foreign_state
-from anima_fast.training.state_files import FORMAT, NETWORK_FILE, STATE_FILE, read_record
+from anima_fast.training.state_files import (
+    FORMAT,
+    NETWORK_FILE,
+    STATE_FILE,
+    find_states,
+    is_foreign_state,
+    read_record,
+)
 
 PROGRAMS = ("ComfyUI", "Forge Neo, SwarmUI", "diffusers", "sd-scripts", "anima-fast")
 SUFFIXES = (".safetensors", ".npz", *PICKLES)
@@ -46,7 +51,7 @@ NETWORK_NOTE = "the trained network is a LoRA file:"
 def _describe_unknown(checkpoint: Checkpoint) -> Description:
     names = list(checkpoint.shapes)[:FIRST_NAMES]
     label = "first_tensors" if len(checkpoint.shapes) > len(names) else "names"
-    shapes = {name: str(list(checkpoint.shape(name))) for name in names}
+    shapes = {name: str(list(checkpoint.shapes[name])) for name in names}
     metadata = list(checkpoint.metadata.items())[:FIRST_NAMES]
     return Description(
         "unknown: no model, LoRA or cache of Anima",
@@ -56,39 +61,23 @@ def _describe_unknown(checkpoint: Checkpoint) -> Description:
     )
 
 
-class FileKind(NamedTuple):
-    """The options that take a kind of file, and what describes a file of tensors of this kind."""
-
-    option: str | None = None
-    describe: Callable[[Checkpoint], Description] = _describe_unknown
-
-
-KINDS = {
-    "dit": FileKind("train --pretrained_model_name_or_path, sample --dit", describe_dit),
-    "llm_adapter": FileKind("--llm_adapter_path", describe_adapter),
-    "qwen3": FileKind("--qwen3", lambda checkpoint: describe_qwen3(Path(checkpoint.name))),
-    "vae": FileKind("--vae", describe_vae),
-    "lora": FileKind("train --network_weights or --base_weights, sample --lora", describe_lora),
-    "latent_cache": FileKind(describe=describe_cache),
-    "text_cache": FileKind(describe=describe_cache),
-    "unknown": FileKind(),
-    # These are .npz files and folders.
-    "sd_scripts_latent_cache": FileKind(),
-    "sd_scripts_text_cache": FileKind(),
-    "resume_state": FileKind("train --resume"),
-    "sd_scripts_state": FileKind("train --resume"),
+# Of files of tensors, by their kind; those of others are only listed.
+DESCRIBE: dict[str, Callable[[Checkpoint], Description]] = {
+    "dit": describe_dit,
+    "llm_adapter": describe_adapter,
+    "qwen3": lambda checkpoint: describe_qwen3(Path(checkpoint.name)),
+    "vae": describe_vae,
+    "lora": describe_lora,
+    "latent_cache": describe_cache,
+    "text_cache": describe_cache,
 }
 
 
 def inspect_file(path: str | Path) -> dict:
-    """What a file or folder is, as JSON values.
+    """What a file or folder is, as JSON values: those of `Description`, and its path as `file`.
 
-    Returns:
-        file, kind (a key of `KINDS`), title, facts {label: value or {name: value}}, option (None
-        when no option takes it), programs {name: "yes" or "no", with the reason}, metadata, notes.
-
-    Raises:
-        UserError: missing, damaged, cut off, a pickle with code, or nothing that is read here.
+    Raises `UserError` for one that is missing, damaged, cut off, a pickle with code, or nothing
+    that is read here.
     """
     path = Path(path)
     try:
@@ -101,7 +90,7 @@ def inspect_file(path: str | Path) -> dict:
         "kind": found.kind,
         "title": found.title,
         "facts": found.facts,
-        "option": (found.option or KINDS[found.kind].option) if usable else None,
+        "option": found.option if usable else None,
         "programs": {name: found.programs[name] for name in PROGRAMS if name in found.programs},
         "metadata": found.metadata or {},
         "notes": found.notes,
@@ -110,8 +99,7 @@ def inspect_file(path: str | Path) -> dict:
 
 def _find(path: Path) -> Description:
     if path.is_dir():
-        found = _describe_folder(path)
-        return found if found is not None else _tensors(path)
+        return _describe_folder(path)
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file: give a model, LoRA or cache file")
     if path.exists() and path.stat().st_size == 0:
@@ -120,24 +108,22 @@ def _find(path: Path) -> Description:
         found = describe_npz(path)
         found.facts["size"] = size_text(path.stat().st_size)
         return found
-    return _tensors(path)
+    checkpoint = _open(path)
+    kind = detect_kind(checkpoint)
+    found = DESCRIBE.get(kind, _describe_unknown)(checkpoint)
+    if found.metadata is None:
+        found.metadata = highlights(checkpoint.metadata)
+    return _with_sizes(found, kind, [checkpoint], path)
 
 
-def _tensors(path: Path) -> Description:
-    """A file of tensors, or the folder of a text encoder."""
-    if path.is_dir():
-        kind, found = "qwen3", describe_qwen3(path)
-        checkpoints = [Checkpoint.open(file) for file in weight_files(path)]
-    else:
-        checkpoint = _open(path)
-        kind, checkpoints = detect_kind(checkpoint), [checkpoint]
-        found = KINDS[kind].describe(checkpoint)
-        if found.metadata is None:
-            found.metadata = highlights(checkpoint.metadata)
+def _with_sizes(
+    found: Description, kind: str, checkpoints: list[Checkpoint], path: Path
+) -> Description:
+    """The description of files of tensors, with their kind, dtypes and size on the disk."""
+    found.kind = kind
     dtypes = [dtype for one in checkpoints for dtype in dtype_names(one).values()]
     found.facts["dtype"] = dtype_summary(dtypes)
     found.facts["size"] = size_text(sum(file.stat().st_size for file in weight_files(path)))
-    found.kind = kind
     return found
 
 
@@ -156,8 +142,8 @@ def _open(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _describe_folder(folder: Path) -> Description | None:
-    """A resume state; None for the folder of a language model, which its tensors describe.
+def _describe_folder(folder: Path) -> Description:
+    """A resume state, or a language model.
 
     Raises `UserError` for a damaged state, and for a folder that is neither.
     """
@@ -166,8 +152,13 @@ def _describe_folder(folder: Path) -> Description | None:
     named = folder.name.removesuffix(".prev").endswith("-state")
     if (folder / STATE_FILE).exists() or (named and (folder / NETWORK_FILE).exists()):
         return _state(folder)
-    if _is_language_model(folder):
-        return None
+    config = folder / "config.json"
+    content = _read_json(config)
+    # One that cannot be read is for the reader of language models to refuse.
+    if config.exists() and (not isinstance(content, dict) or "model_type" in content):
+        found = describe_qwen3(folder)
+        checkpoints = [Checkpoint.open(file) for file in weight_files(folder)]
+        return _with_sizes(found, "qwen3", checkpoints, folder)
     raise _unknown_folder(folder)
 
 
@@ -205,6 +196,7 @@ def _state(folder: Path) -> Description:
         facts,
         {"anima-fast": "yes", "sd-scripts": "no"},
         [f"{NETWORK_NOTE} {folder / NETWORK_FILE}"],
+        "train --resume",
         kind="resume_state",
     )
 
@@ -222,6 +214,7 @@ def _foreign_state(folder: Path) -> Description:
             "sd-scripts": "yes",
         },
         [f"{NETWORK_NOTE} {folder / 'model.safetensors'}"],
+        "train --resume",
         kind="sd_scripts_state",
     )
 
@@ -232,14 +225,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _is_language_model(folder: Path) -> bool:
-    """Whether a folder's config.json is that of a model of transformers, or cannot be read."""
-    if not (folder / "config.json").exists():
-        return False
-    config = _read_json(folder / "config.json")
-    return not isinstance(config, dict) or "model_type" in config
 
 
 def _unknown_folder(folder: Path) -> UserError:

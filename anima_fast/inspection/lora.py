@@ -16,8 +16,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -35,67 +33,47 @@ MOST_VALUES = 5
 MODELS = (("text_encoder", names.TEXT_ENCODER), ("llm_adapter", names.ADAPTER), ("dit", ""))
 
 
-@dataclass
 class LoRAHeader:
-    """A network file without its data: its keys by module, and what follows from their shapes."""
+    """A network file without its data: its keys by module, and what follows from their shapes.
 
-    checkpoint: Checkpoint
-    keys: NetworkKeys
+    Attributes:
+        suffixes: of all tensors in the file.
+        title: LoRA, LoHa, LoKr or DoRA.
+        module: the `network_module` that loads it in sd-scripts.
+        counts: modules by model; models without any are left out.
+        deltas: each module's Δ without data; None where a tensor is missing or does not fit.
+        ranks: by module; a LoKr whose factors are both full has none.
+        alphas: stored alpha by module: the only tensors that are read.
+    """
 
-    @property
-    def suffixes(self) -> set[str]:
-        """The suffixes of all tensors in the file."""
-        return {suffix for own in self.keys.modules.values() for suffix in own}
-
-    @property
-    def title(self) -> str:
-        """LoRA, LoHa, LoKr or DoRA."""
-        return title_of(kind_of(self.suffixes), dora=self.dora)
-
-    @property
-    def dora(self) -> bool:
-        """Whether it has magnitudes."""
-        return MAGNITUDES in map(our_suffix, self.suffixes)
-
-    @property
-    def module(self) -> str:
-        """The `network_module` that loads it in sd-scripts."""
-        return module_of(kind_of(self.suffixes), dora=self.dora)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Modules by model; models without any are left out."""
-        found = (
-            next(m for m, prefix in MODELS if name.startswith(prefix)) for name in self.keys.modules
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.keys = NetworkKeys.sort(checkpoint.shapes)
+        modules = self.keys.modules
+        self.suffixes = {suffix for own in modules.values() for suffix in own}
+        kind, dora = kind_of(self.suffixes), MAGNITUDES in map(our_suffix, self.suffixes)
+        self.title, self.module = title_of(kind, dora=dora), module_of(kind, dora=dora)
+        self.counts = Counter(
+            next(model for model, prefix in MODELS if name.startswith(prefix)) for name in modules
         )
-        return dict(Counter(found))
-
-    @cached_property
-    def deltas(self) -> dict[str, Delta | None]:
-        """Each module's Δ without data; None where a tensor is missing or does not fit."""
-        return {name: self._delta(own) for name, own in self.keys.modules.items()}
+        self.deltas = {name: self._delta(own) for name, own in modules.items()}
+        self.ranks = {name: d.rank for name, d in self.deltas.items() if d is not None and d.rank}
+        keys = {name: own["alpha"] for name, own in modules.items() if "alpha" in own}
+        self.alphas = {
+            name: checkpoint.get(key).item()
+            for name, key in keys.items()
+            if prod(checkpoint.shapes[key]) == 1
+        }
 
     def _delta(self, own: Mapping[str, str]) -> Delta | None:
-        shape = self.checkpoint.shape
-        tensors = {our_suffix(s): torch.empty(shape(key), device="meta") for s, key in own.items()}
+        shapes = self.checkpoint.shapes
+        tensors = {our_suffix(s): torch.empty(shapes[k], device="meta") for s, k in own.items()}
         if not is_complete(tensors) or ("alpha" in tensors and tensors["alpha"].numel() != 1):
             return None
         try:
             return delta_of(tensors)
         except ValueError:
             return None
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank by module; a LoKr whose factors are both full has none."""
-        return {name: d.rank for name, d in self.deltas.items() if d is not None and d.rank}
-
-    @property
-    def alphas(self) -> dict[str, float]:
-        """Stored alpha by module: the only tensors that are read."""
-        get, shape = self.checkpoint.get, self.checkpoint.shape
-        keys = {name: own["alpha"] for name, own in self.keys.modules.items() if "alpha" in own}
-        return {name: get(key).item() for name, key in keys.items() if prod(shape(key)) == 1}
 
     @property
     def folded(self) -> dict[str, float]:
@@ -126,20 +104,18 @@ class LoRAHeader:
 
 def describe_lora(checkpoint: Checkpoint) -> Description:
     """Kind, ranks and names of a LoRA, LoHa or LoKr file, and what every program does with it."""
-    file = LoRAHeader(checkpoint, NetworkKeys.sort(checkpoint.shapes))
+    file = LoRAHeader(checkpoint)
     if not file.keys.modules:
         return Description(
             "LoRA of another model: none of its names belongs to Anima",
             {"tensors": len(checkpoint.shapes), "first_name": min(checkpoint.shapes)},
             {"anima-fast": "no"},
         )
-    return Description(
-        f"{file.title} for Anima",
-        _facts(file),
-        programs(file),
-        _notes(file),
-        option="train --network_weights" if file.keys.unknown else None,
-    )
+    option = "train --network_weights or --base_weights, sample --lora"
+    if file.keys.unknown:
+        option = "train --network_weights"
+    title = f"{file.title} for Anima"
+    return Description(title, _facts(file), programs(file), _notes(file), option)
 
 
 def _notes(file: LoRAHeader) -> list[str]:
@@ -174,7 +150,7 @@ def _facts(file: LoRAHeader) -> dict[str, Any]:
         "rank": _spread(ranks.values()) or "none: both factors are stored whole",
         "alpha": _spread(alphas.values()) or "not stored: alpha = rank",
         "scale": _spread(alphas.get(n, rank) / rank for n, rank in ranks.items()) or "1",
-        "parameters": sum(prod(file.checkpoint.shape(key)) for key in keys),
+        "parameters": sum(prod(file.checkpoint.shapes[key]) for key in keys),
     }
     if file.folded:
         facts["folded_alpha"] = f"{_spread(file.folded.values())} (in the weights already)"

@@ -20,7 +20,7 @@ from anima_fast.models.dit import dit_tensors, load_dit
 from anima_fast.models.dit_config import DitConfig
 from anima_fast.models.llm_adapter import AdapterConfig, adapter_tensors, load_llm_adapter
 from anima_fast.models.text_encoder import Qwen3Shape, read_sizes, weight_files
-from anima_fast.models.vae_checkpoint import read_vae
+from anima_fast.models.vae_checkpoint import load_vae
 
 # The sizes of Qwen3-0.6B (width, layers), and of the only DiT that sd-scripts takes (width, heads,
 # blocks).
@@ -38,9 +38,10 @@ def describe_dit(checkpoint: Checkpoint) -> Description:
         for key in checkpoint.shapes
         if not key.startswith(prefix) or FOREIGN.fullmatch(key.removeprefix(prefix))
     }
-    notes = _refusals(checkpoint, load_dit, *([] if adapter is None else [load_llm_adapter]))
+    notes = _refusals(lambda: load_dit(without_data(checkpoint), device="meta"))
     bundled = "none: give its file with --llm_adapter_path"
     if adapter is not None:
+        notes += _refusals(lambda: load_llm_adapter(without_data(checkpoint), device="meta"))
         layers = len({n.split(".")[1] for n in adapter.shapes if n.startswith("blocks.")})
         bundled = f"bundled, {layers} layers, {_parameters(adapter.shapes):,} parameters"
     programs = _usable(notes)
@@ -63,6 +64,7 @@ def describe_dit(checkpoint: Checkpoint) -> Description:
         },
         programs,
         notes,
+        "train --pretrained_model_name_or_path, sample --dit",
     )
 
 
@@ -70,15 +72,16 @@ def _dit_programs(
     config: DitConfig, prefix: str, bundled: bool, all_in_one: bool
 ) -> dict[str, str]:
     size = (config.model_channels, config.num_heads, config.num_blocks)
-    sd_scripts = "yes"
+    found = {"sd-scripts": "yes"}
     if size != SD_SCRIPTS_DIT:
-        sd_scripts = "no: it takes 28 blocks of width 2048 only"
+        found["sd-scripts"] = "no: it takes 28 blocks of width 2048 only"
     elif prefix not in ("net.", "") or all_in_one:
-        sd_scripts = "no: it takes names with `net.` or without prefix only"
+        found["sd-scripts"] = "no: it takes names with `net.` or without prefix only"
     elif not bundled:
-        sd_scripts = "no: it needs the LLM adapter in the same file"
-    comfyui = bundled and prefix in ("net.", "model.diffusion_model.")
-    return ({"ComfyUI": "yes"} if comfyui else {}) | {"sd-scripts": sd_scripts}
+        found["sd-scripts"] = "no: it needs the LLM adapter in the same file"
+    if bundled and prefix in ("net.", "model.diffusion_model."):
+        found["ComfyUI"] = "yes"
+    return found
 
 
 def describe_adapter(checkpoint: Checkpoint) -> Description:
@@ -87,7 +90,7 @@ def describe_adapter(checkpoint: Checkpoint) -> Description:
     # Fewer names identify an adapter than loading needs.
     shapes = own.shapes if own else {}
     config = _sizes(AdapterConfig, shapes, checkpoint, "LLM adapter")
-    notes = _refusals(checkpoint, load_llm_adapter)
+    notes = _refusals(lambda: load_llm_adapter(without_data(checkpoint), device="meta"))
     return Description(
         "LLM adapter of Anima",
         {
@@ -101,6 +104,7 @@ def describe_adapter(checkpoint: Checkpoint) -> Description:
         },
         _usable(notes) | {"sd-scripts": "no: it takes the adapter inside the DiT file only"},
         notes,
+        "--llm_adapter_path",
     )
 
 
@@ -112,7 +116,7 @@ def describe_qwen3(path: Path) -> Description:
         shapes |= Checkpoint.open(file).shapes
     embedding = min((k for k in shapes if k.endswith("embed_tokens.weight")), key=len)
     prefix = embedding.removesuffix("embed_tokens.weight")
-    notes = _qwen3_refusals(sizes, shapes, prefix)
+    notes = _refusals(lambda: _check_qwen3(sizes, shapes, prefix))
     programs = _usable(notes)
     fits = (sizes.hidden_size, sizes.num_hidden_layers) == QWEN3_06B
     if fits and not notes:
@@ -140,13 +144,12 @@ def describe_qwen3(path: Path) -> Description:
         },
         programs,
         notes,
+        "--qwen3",
     )
 
 
-def _qwen3_refusals(
-    sizes: Qwen3Shape, shapes: Mapping[str, tuple[int, ...]], prefix: str
-) -> list[str]:
-    """Which tensors are missing or of another shape, without importing transformers."""
+def _check_qwen3(sizes: Qwen3Shape, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
+    """Refuse missing tensors and other shapes as loading does, without importing transformers."""
     width, hidden, head_dim = sizes.hidden_size, sizes.intermediate_size, sizes.head_dim
     q, kv = sizes.num_attention_heads * head_dim, sizes.num_key_value_heads * head_dim
     layer = {
@@ -164,17 +167,13 @@ def _qwen3_refusals(
     own = {k.removeprefix(prefix): v for k, v in shapes.items() if not k.endswith(passed_over)}
     # Only shapes are compared: nothing is read.
     found = Checkpoint(own, lambda name: torch.empty(own[name], device="meta"))
-    try:
-        check_shapes(expected, found, "Qwen3")
-    except UserError as error:
-        return [_of_file(error)]
-    return []
+    check_shapes(expected, found, "Qwen3")
 
 
 def describe_vae(checkpoint: Checkpoint) -> Description:
     """Latent channels, width and naming of a VAE; raises `UserError` when it is not Anima's."""
     try:
-        config, _ = read_vae(without_data(checkpoint), device="meta", dtype=torch.float32)
+        config = load_vae(without_data(checkpoint), device="meta").config
     except UserError as error:
         raise UserError(str(error).replace("the state dict", checkpoint.name)) from error
     wan = any(key.endswith("encoder.conv1.weight") for key in checkpoint.shapes)
@@ -192,22 +191,17 @@ def describe_vae(checkpoint: Checkpoint) -> Description:
             "ComfyUI" if wan else "diffusers": "yes",
             "sd-scripts": "no: it takes .safetensors only" if pickle else "yes",
         },
+        option="--vae",
     )
 
 
-def _refusals(checkpoint: Checkpoint, *loaders: Callable[..., Any]) -> list[str]:
-    """Why loaders refuse a file; empty when all take it."""
-    found = []
-    for load in loaders:
-        try:
-            load(without_data(checkpoint), device="meta")
-        except UserError as error:
-            found.append(_of_file(error))
-    return found
-
-
-def _of_file(error: UserError) -> str:
-    return str(error).replace("the state dict", "the file")
+def _refusals(load: Callable[[], Any]) -> list[str]:
+    """Why a file cannot be loaded; empty when it can."""
+    try:
+        load()
+    except UserError as error:
+        return [str(error).replace("the state dict", "the file")]
+    return []
 
 
 def _usable(notes: list[str]) -> dict[str, str]:

@@ -102,14 +102,14 @@ def _adamw_fwd(
     tl.store(V + o, tl.where(live, v_new, v), mask=inside)
 
 
-def adamw_forward(
+@torch.library.custom_op("anima_fast::adamw", mutates_args=("p", "m", "v"))
+def _op(
     p: Tensor,
     g: Tensor,
     m: Tensor,
     v: Tensor,
     range_ends: Tensor,
     lrs: Tensor,
-    *,
     step: float,
     beta1: float,
     beta2: float,
@@ -118,7 +118,6 @@ def adamw_forward(
     norm: Tensor | None,
     max_norm: float,
 ) -> None:
-    """Change p, m and v; arguments as for `adamw`, unchecked."""
     if not dispatch.runs_triton(p):
         new = adamw_reference(
             p, g, m, v, range_ends=range_ends, lrs=lrs, step=step, beta1=beta1, beta2=beta2,
@@ -136,31 +135,7 @@ def adamw_forward(
     )  # fmt: skip
 
 
-@torch.library.custom_op("anima_fast::adamw", mutates_args=("p", "m", "v"))
-def _op(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    range_ends: Tensor,
-    lrs: Tensor,
-    step: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    norm: Tensor | None,
-    max_norm: float,
-) -> None:
-    adamw_forward(
-        p, g, m, v, range_ends, lrs, step=step, beta1=beta1, beta2=beta2, eps=eps,
-        weight_decay=weight_decay, norm=norm, max_norm=max_norm,
-    )  # fmt: skip
-
-
-@_op.register_fake
-def _(p, g, m, v, range_ends, lrs, step, beta1, beta2, eps, weight_decay, norm, max_norm):
-    return None
+_op.register_fake(lambda *_: None)
 
 
 @torch.no_grad()
@@ -196,29 +171,6 @@ def adamw(
     Raises:
         ValueError, TypeError: shapes, devices, dtypes or numbers that do not fit.
     """
-    _check(p, g, m, v, range_ends, lrs, norm)
-    if not step >= 1:
-        raise ValueError(f"step is {step}, expected 1 or more")
-    for name, beta in {"beta1": beta1, "beta2": beta2}.items():
-        if not 0 <= beta < 1:
-            raise ValueError(f"{name} is {beta}, expected 0 <= {name} < 1")
-    if max_norm > 0 and norm is None:
-        raise ValueError(f"max_norm is {max_norm} and norm is None: clipping needs the norm")
-    _op(
-        p, g, m, v, range_ends, lrs, float(step), beta1, beta2, eps, weight_decay, norm,
-        float(max_norm),
-    )  # fmt: skip
-
-
-def _check(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    range_ends: Tensor,
-    lrs: Tensor,
-    norm: Tensor | None,
-) -> None:
     moments, scalars = {"m": m, "v": v}, {} if norm is None else {"norm": norm}
     if p.ndim != 1:
         raise ValueError(f"p is {tuple(p.shape)}, expected [N]: flatten it")
@@ -242,6 +194,17 @@ def _check(
         if not x.is_contiguous():
             raise ValueError(f"{name} has stride {x.stride()}, expected dense memory")
     dispatch.check_devices(p=p, g=g, **moments, range_ends=range_ends, lrs=lrs, **scalars)
+    if not step >= 1:
+        raise ValueError(f"step is {step}, expected 1 or more")
+    for name, beta in {"beta1": beta1, "beta2": beta2}.items():
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name} is {beta}, expected 0 <= {name} < 1")
+    if max_norm > 0 and norm is None:
+        raise ValueError(f"max_norm is {max_norm} and norm is None: clipping needs the norm")
+    _op(
+        p, g, m, v, range_ends, lrs, float(step), beta1, beta2, eps, weight_decay, norm,
+        float(max_norm),
+    )  # fmt: skip
 
 
 def adamw_copy(

@@ -277,14 +277,10 @@ def attention_backward(
     *,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv).
+    """(dq, dk, dv) of do [B, L, H, K]; the zero keys are in the lse.
 
-    Args:
-        do: [B, L, H, K].
-        q, k, v: as given to the forward.
-        out, lse: as the forward returned them; the zero keys are in the lse.
-        into: tensors of q's, k's and v's shapes to write, of any strides with a dense head (parts
-            of a packed gradient); new ones when None.
+    `into`: tensors of q's, k's and v's shapes to write, of any strides with a dense head (parts
+    of a packed gradient); new ones when None.
     """
     if not dispatch.runs_triton(q):
         return _backward_reference(do, q, k, v, out, lse, into)
@@ -359,7 +355,7 @@ def _op(q: Tensor, k: Tensor, v: Tensor, zero_keys: Tensor | None) -> tuple[Tens
 def _(q, k, v, zero_keys):
     batch, length, heads, _ = q.shape
     lse = torch.empty(batch, heads, length, dtype=dispatch.wide_dtype(q), device=q.device)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+    return *dispatch.dense(q), lse
 
 
 @torch.library.custom_op("anima_fast::attention_backward", mutates_args=())
@@ -369,9 +365,7 @@ def _op_backward(
     return tuple(t.contiguous() for t in attention_backward(do, q, k, v, out, lse))
 
 
-@_op_backward.register_fake
-def _(do, q, k, v, out, lse):
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+_op_backward.register_fake(lambda do, q, k, v, out, lse: dispatch.dense(q, k, v))
 
 
 def _setup(ctx, inputs, output) -> None:

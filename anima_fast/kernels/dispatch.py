@@ -62,6 +62,11 @@ def empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
     return like.new_empty(shape, dtype=dtype)
 
 
+def dense(*like: Tensor) -> tuple[Tensor, ...]:
+    """Dense tensors of these shapes and dtypes: what an operator promises while it is traced."""
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like)
+
+
 def cdiv(a: int, b: int) -> int:
     """⌈a / b⌉; Triton's own is made for kernels and slow on the host."""
     return -(-a // b)

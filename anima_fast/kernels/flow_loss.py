@@ -106,11 +106,10 @@ def flow_loss_forward(
     prediction: Tensor,
     latents: Tensor,
     noise: Tensor,
-    weights: Tensor | None = None,
-    *,
-    loss_type: str = "l2",
-    c: Tensor | None = None,
-    cells: Tensor | None = None,
+    weights: Tensor | None,
+    loss_type: str,
+    c: Tensor | None,
+    cells: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(losses [B], dprediction for dlosses of 1), both wide, without autograd."""
     if not dispatch.runs_triton(prediction):
@@ -135,13 +134,7 @@ def flow_loss_forward(
 
 
 def flow_loss_backward(dlosses: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
-    """dprediction in `dtype`.
-
-    Args:
-        dlosses: [B].
-        unit: the second result of the forward.
-        dtype: the prediction's.
-    """
+    """dprediction in `dtype`, from dlosses [B] and the second result of the forward."""
     if not dispatch.runs_triton(unit):
         return (per_sample(dlosses, unit) * unit).to(dtype)
     batch, count = len(unit), unit[0].numel()
@@ -185,19 +178,7 @@ def _match(cells: Tensor, like: Tensor) -> Tensor:
     return cells.reshape(len(like), 1, *like.shape[2:])
 
 
-@torch.library.custom_op("anima_fast::flow_loss", mutates_args=())
-def _op(
-    prediction: Tensor,
-    latents: Tensor,
-    noise: Tensor,
-    weights: Tensor | None,
-    loss_type: str,
-    c: Tensor | None,
-    cells: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return flow_loss_forward(
-        prediction, latents, noise, weights, loss_type=loss_type, c=c, cells=cells
-    )
+_op = torch.library.custom_op("anima_fast::flow_loss", flow_loss_forward, mutates_args=())
 
 
 @_op.register_fake
@@ -207,9 +188,9 @@ def _(prediction, latents, noise, weights, loss_type, c, cells):
     return tuple(torch.empty(s, dtype=wide_type, device=prediction.device) for s in shapes)
 
 
-@torch.library.custom_op("anima_fast::flow_loss_backward", mutates_args=())
-def _op_backward(dlosses: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
-    return flow_loss_backward(dlosses, unit, dtype)
+_op_backward = torch.library.custom_op(
+    "anima_fast::flow_loss_backward", flow_loss_backward, mutates_args=()
+)
 
 
 @_op_backward.register_fake

@@ -23,13 +23,13 @@ from torch import Tensor
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.dispatch import rows
 from anima_fast.kernels.layernorm_modulate import (
-    MODEL_ROWS,
-    ROW_SHAPES,
     check_modulation,
     row_chunks,
+    row_op,
+    row_sums,
     row_warps,
 )
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
+from anima_fast.kernels.op import wide
 
 
 def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -90,27 +90,22 @@ def gate_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 def gate_residual_backward(
     dout: Tensor, y: Tensor | None, gate: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """(dy, dgate); dgate is wide [B, D], or None without `y`. dx is dout.
+    """(dy, dgate) of dout, the gradient of x' and x; dgate is wide [B, D], or None without `y`.
 
-    Args:
-        dout: [B, L, D], the gradient of x'.
-        y: as given to the forward; None when the gate needs no gradient.
-        gate: as given to the forward.
-        dtype: of dy; dout's when None.
+    `dtype`: of dy; dout's when None.
     """
     dtype = dtype or dout.dtype
     if not dispatch.runs_triton(dout):
-        return _backward_reference(dout, y, gate, dtype)
+        dout = wide(dout)
+        dgate = None if y is None else (dout * wide(y)).sum(1)
+        return (dout * wide(gate)[:, None]).to(dtype), dgate
     needs_gate = y is not None
     dout, gate = rows(dout), rows(gate)
     y = rows(y) if needs_gate else dout
     batch, length, width = dout.shape
     chunk, parts = row_chunks(length, needs_gate)
     dy = dispatch.empty(batch, length, width, like=dout, dtype=dtype)
-    dgate = dy
-    if needs_gate:
-        wide_type = dispatch.wide_dtype(dout)
-        dgate = dispatch.empty(batch, parts, width, like=dout, dtype=wide_type)
+    dgate = row_sums(1, parts, like=dout)[0] if needs_gate else dy
     block = dispatch.power_of_2(width)
     _gate_residual_bwd[(parts, batch)](
         dout, y, gate, dy, dgate, length, chunk, dout.stride(0), dout.stride(1),
@@ -121,22 +116,8 @@ def gate_residual_backward(
     return dy, dgate.sum(1) if needs_gate else None
 
 
-def _backward_reference(
-    dout: Tensor, y: Tensor | None, gate: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    dout = wide(dout)
-    dgate = None if y is None else (dout * wide(y)).sum(1)
-    return (dout * wide(gate)[:, None]).to(dtype), dgate
-
-
-@torch.library.custom_op("anima_fast::gate_residual", mutates_args=())
-def _op(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    return gate_residual_forward(x, y, gate)
-
-
-@_op.register_fake
-def _(x, y, gate):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+_op = torch.library.custom_op("anima_fast::gate_residual", gate_residual_forward, mutates_args=())
+_op.register_fake(lambda x, y, gate: dispatch.dense(x)[0])
 
 
 @torch.library.custom_op("anima_fast::gate_residual_backward", mutates_args=())
@@ -146,14 +127,11 @@ def _op_backward(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]
     return dy, dgate.to(gate.dtype)
 
 
-@_op_backward.register_fake
-def _(dout, y, gate):
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y, gate))
+_op_backward.register_fake(lambda dout, y, gate: dispatch.dense(y, gate))
 
 
 def _setup(ctx, inputs, output) -> None:
-    _, y, gate = inputs
-    ctx.save_for_backward(y, gate)
+    ctx.save_for_backward(*inputs[1:])
 
 
 def _backward(ctx, dout: Tensor) -> tuple[Tensor, ...]:
@@ -185,31 +163,10 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return _op(x, y, gate)
 
 
-def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
-    b, l, d = sizes["B"], sizes["L"], sizes["D"]
-    return {
-        "x": randn(b, l, d, dtype=dtype, device=device) * 2 + 1,
-        "y": randn(b, l, d, dtype=dtype, device=device),
-        "gate": randn(b, d, dtype=dtype, device=device),
-    }
-
-
-def _cost(sizes: Sizes, itemsize: int) -> Cost:
-    unit = sizes["B"] * sizes["L"] * sizes["D"] * itemsize
-    return Cost(forward_bytes=3 * unit, backward_bytes=2 * unit)
-
-
-OP = Op(
-    name="gate_residual",
-    function=gate_residual,
-    reference=gate_residual_reference,
-    make_inputs=_inputs,
-    grads=("x", "y", "gate"),
-    shapes=ROW_SHAPES,
-    model_shapes=MODEL_ROWS[:1],
-    # dgate: all tokens.
-    summed=lambda sizes: sizes["L"],
-    real_shapes=lambda tokens: {"": {"B": 1, "L": tokens, "D": 2048}},
-    cost=_cost,
+OP = row_op(
+    gate_residual,
+    gate_residual_reference,
+    ("x", "y", "gate"),
+    bytes=(3, 2),
     cost_note="read x and y, write x'; read dx', write dy",
 )

@@ -25,19 +25,17 @@ from anima_fast.kernels import dispatch
 from anima_fast.kernels.dispatch import rows
 from anima_fast.kernels.layernorm_modulate import (
     EPS,
-    MODEL_ROWS,
-    ROW_SHAPES,
-    SMALL,
     check_modulation,
     layernorm_dx,
     layernorm_modulate_backward,
     layernorm_modulate_reference,
-    longest_sum,
     normalized,
     row_chunks,
+    row_op,
+    row_sums,
     row_warps,
 )
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
+from anima_fast.kernels.op import wide
 
 
 def gate_residual_layernorm_modulate_reference(
@@ -47,11 +45,10 @@ def gate_residual_layernorm_modulate_reference(
     scale: Tensor,
     shift: Tensor,
     dtype: torch.dtype | None = None,
-    eps: float = EPS,
 ) -> tuple[Tensor, Tensor]:
     """The definition; see `gate_residual_layernorm_modulate`."""
     x = (wide(x) + wide(gate)[:, None] * wide(y)).to(x.dtype)
-    return x, layernorm_modulate_reference(x, scale, shift, dtype or x.dtype, eps)
+    return x, layernorm_modulate_reference(x, scale, shift, dtype or x.dtype)
 
 
 @triton.jit
@@ -113,17 +110,11 @@ def _gate_residual_layernorm_modulate_bwd(
 
 
 def gate_residual_layernorm_modulate_forward(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    dtype: torch.dtype,
-    eps: float = EPS,
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(x' in x's dtype, h in `dtype`), both [B, L, D], without autograd."""
     if not dispatch.runs_triton(x):
-        return gate_residual_layernorm_modulate_reference(x, y, gate, scale, shift, dtype, eps)
+        return gate_residual_layernorm_modulate_reference(x, y, gate, scale, shift, dtype)
     x, y, gate, scale, shift = (rows(t) for t in (x, y, gate, scale, shift))
     batch, length, width = x.shape
     x_out = dispatch.empty(batch, length, width, like=x)
@@ -132,7 +123,7 @@ def gate_residual_layernorm_modulate_forward(
     _gate_residual_layernorm_modulate_fwd[(batch * length,)](
         x, y, gate, scale, shift, x_out, h, length, x.stride(0), x.stride(1), y.stride(0),
         y.stride(1), gate.stride(0), scale.stride(0), shift.stride(0),
-        D=width, BLOCK_D=block, EPS=eps, ACC=dispatch.accumulator(x),
+        D=width, BLOCK_D=block, EPS=EPS, ACC=dispatch.accumulator(x),
         num_warps=row_warps(block),
     )  # fmt: skip
     return x_out, h
@@ -147,7 +138,6 @@ def gate_residual_layernorm_modulate_backward(
     scale: Tensor,
     *,
     dtype: torch.dtype | None = None,
-    eps: float = EPS,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dy, dgate, dscale, dshift); the last three are wide [B, D], or None without `y`.
 
@@ -155,13 +145,16 @@ def gate_residual_layernorm_modulate_backward(
         dx_out, dh: gradients [B, L, D] of both outputs.
         x_out: x', as the forward returned it.
         y: as given to the forward; None when no modulation vector needs its gradient.
-        gate, scale: as given to the forward.
         dtype: of dy; dh's when None.
-        eps: as given to the forward.
     """
     dtype = dtype or dh.dtype
     if not dispatch.runs_triton(x_out):
-        return _backward_reference(dx_out, dh, x_out, y, gate, scale, dtype, eps)
+        # In the wide type up to here: dy and dgate read dr before it is rounded.
+        dr, *of_norm = layernorm_modulate_backward(
+            wide(dh), wide(x_out), scale, residual=dx_out, needs_modulation=y is not None
+        )
+        dgate = None if y is None else (dr * wide(y)).sum(1)
+        return dr.to(x_out.dtype), (dr * wide(gate)[:, None]).to(dtype), dgate, *of_norm
     needs_modulation = y is not None
     y = x_out if y is None else rows(y)
     dx_out, dh, x_out, gate, scale = (rows(t) for t in (dx_out, dh, x_out, gate, scale))
@@ -169,10 +162,7 @@ def gate_residual_layernorm_modulate_backward(
     chunk, parts = row_chunks(length, needs_modulation)
     dx = dispatch.empty(batch, length, width, like=x_out)
     dy = dispatch.empty(batch, length, width, like=x_out, dtype=dtype)
-    sums = [dx, dx, dx]
-    if needs_modulation:
-        wide_type = dispatch.wide_dtype(x_out)
-        sums = [dispatch.empty(batch, parts, width, like=x_out, dtype=wide_type) for _ in range(3)]
+    sums = row_sums(3, parts, like=x_out) if needs_modulation else [dx, dx, dx]
     block = dispatch.power_of_2(width)
     _gate_residual_layernorm_modulate_bwd[(parts, batch)](
         dx_out, dh, x_out, y, gate, scale, dx, dy, *sums, length, chunk,
@@ -180,7 +170,7 @@ def gate_residual_layernorm_modulate_backward(
         x_out.stride(0), x_out.stride(1), y.stride(0), y.stride(1),
         gate.stride(0), scale.stride(0),
         NEEDS_MODULATION=needs_modulation,
-        D=width, BLOCK_D=block, EPS=eps, ACC=dispatch.accumulator(x_out),
+        D=width, BLOCK_D=block, EPS=EPS, ACC=dispatch.accumulator(x_out),
         num_warps=row_warps(block),
     )  # fmt: skip
     if not needs_modulation:
@@ -188,77 +178,38 @@ def gate_residual_layernorm_modulate_backward(
     return dx, dy, *(s.sum(1) for s in sums)
 
 
-def _backward_reference(
-    dx_out: Tensor,
-    dh: Tensor,
-    x_out: Tensor,
-    y: Tensor | None,
-    gate: Tensor,
-    scale: Tensor,
-    dtype: torch.dtype,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    # In the wide type up to here: dy and dgate read dr before it is rounded.
-    dr, dscale, dshift = layernorm_modulate_backward(
-        wide(dh), wide(x_out), scale, residual=dx_out, needs_modulation=y is not None, eps=eps
-    )
-    dy = (dr * wide(gate)[:, None]).to(dtype)
-    dgate = None if y is None else (dr * wide(y)).sum(1)
-    return dr.to(x_out.dtype), dy, dgate, dscale, dshift
-
-
-@torch.library.custom_op("anima_fast::gate_residual_layernorm_modulate", mutates_args=())
-def _op(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    dtype: torch.dtype,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    return gate_residual_layernorm_modulate_forward(x, y, gate, scale, shift, dtype, eps)
+_op = torch.library.custom_op(
+    "anima_fast::gate_residual_layernorm_modulate",
+    gate_residual_layernorm_modulate_forward,
+    mutates_args=(),
+)
 
 
 @_op.register_fake
-def _(x, y, gate, scale, shift, dtype, eps):
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(x.shape, dtype=dtype, device=x.device),
-    )
+def _(x, y, gate, scale, shift, dtype):
+    return *dispatch.dense(x), torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 @torch.library.custom_op("anima_fast::gate_residual_layernorm_modulate_backward", mutates_args=())
 def _op_backward(
-    dx_out: Tensor,
-    dh: Tensor,
-    x_out: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
+    dx_out: Tensor, dh: Tensor, x_out: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, dy, dgate, dscale, dshift = gate_residual_layernorm_modulate_backward(
-        dx_out, dh, x_out, y, gate, scale, dtype=y.dtype, eps=eps
+        dx_out, dh, x_out, y, gate, scale, dtype=y.dtype
     )
     assert dgate is not None and dscale is not None and dshift is not None
     return dx, dy, dgate.to(gate.dtype), dscale.to(scale.dtype), dshift.to(shift.dtype)
 
 
-@_op_backward.register_fake
-def _(dx_out, dh, x_out, y, gate, scale, shift, eps):
-    like = (x_out, y, gate, scale, shift)
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like)
+_op_backward.register_fake(lambda dx_out, dh, *others: dispatch.dense(*others))
 
 
 def _setup(ctx, inputs, output) -> None:
-    _, y, gate, scale, shift, _, ctx.eps = inputs
-    ctx.save_for_backward(output[0], y, gate, scale, shift)
+    ctx.save_for_backward(output[0], *inputs[1:5])
 
 
 def _backward(ctx, dx_out: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
-    return *_op_backward(dx_out, dh, *ctx.saved_tensors, ctx.eps), None, None
+    return *_op_backward(dx_out, dh, *ctx.saved_tensors), None
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -271,7 +222,6 @@ def gate_residual_layernorm_modulate(
     scale: Tensor,
     shift: Tensor,
     dtype: torch.dtype | None = None,
-    eps: float = EPS,
 ) -> tuple[Tensor, Tensor]:
     """The gated residual and the modulated norm of its result.
 
@@ -280,7 +230,6 @@ def gate_residual_layernorm_modulate(
         y: [B, L, D], the sublayer's result.
         gate, scale, shift: [B, D].
         dtype: of h; x's when None.
-        eps: added to the variance.
 
     Returns:
         x' = x + gate·y in x's dtype and h = LN(x')·(1 + scale) + shift, both [B, L, D].
@@ -292,36 +241,13 @@ def gate_residual_layernorm_modulate(
     dispatch.check_shape("y", y, "x's [B, L, D]", tuple(x.shape))
     dispatch.check_dtypes(y=y)
     dispatch.check_devices(x=x, y=y)
-    return _op(x, y, gate, scale, shift, dtype or x.dtype, eps)
+    return _op(x, y, gate, scale, shift, dtype or x.dtype)
 
 
-def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
-    b, l, d = sizes["B"], sizes["L"], sizes["D"]
-    x = randn(b, l, d, dtype=dtype, device=device) * 2 + 1
-    return {
-        "x": x * SMALL if sizes.get("small") else x,
-        "y": randn(b, l, d, dtype=dtype, device=device),
-        "gate": randn(b, d, dtype=dtype, device=device),
-        "scale": randn(b, d, dtype=dtype, device=device) * 0.5,
-        "shift": randn(b, d, dtype=dtype, device=device),
-    }
-
-
-def _cost(sizes: Sizes, itemsize: int) -> Cost:
-    unit = sizes["B"] * sizes["L"] * sizes["D"] * itemsize
-    return Cost(forward_bytes=4 * unit, backward_bytes=5 * unit)
-
-
-OP = Op(
-    name="gate_residual_layernorm_modulate",
-    function=gate_residual_layernorm_modulate,
-    reference=gate_residual_layernorm_modulate_reference,
-    make_inputs=_inputs,
-    grads=("x", "y", "gate", "scale", "shift"),
-    shapes=ROW_SHAPES,
-    model_shapes=MODEL_ROWS,
-    summed=longest_sum,
-    real_shapes=lambda tokens: {"": {"B": 1, "L": tokens, "D": 2048}},
-    cost=_cost,
+OP = row_op(
+    gate_residual_layernorm_modulate,
+    gate_residual_layernorm_modulate_reference,
+    ("x", "y", "gate", "scale", "shift"),
+    bytes=(4, 5),
     cost_note="read x and y, write x' and h; read dx', dh and x', write dx and dy",
 )

@@ -42,7 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anima_fast.kernels import dispatch
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
+from anima_fast.kernels.op import Inputs, Op, Sizes, passes, randn, wide
 
 # Elements of a program: 16 for each thread of 8 warps.
 TILE = 4096
@@ -96,14 +96,9 @@ def gelu_forward(a: Tensor) -> Tensor:
 
 
 def gelu_backward(dg: Tensor, a: Tensor) -> Tensor:
-    """da, dense, in a's dtype.
-
-    Args:
-        dg: the gradient of g, of a's shape.
-        a: as given to the forward.
-    """
+    """da, dense, in a's dtype, from dg of a's shape."""
     if not dispatch.runs_triton(a):
-        return _backward_reference(dg, a)
+        return torch.ops.aten.gelu_backward(wide(dg), wide(a)).to(a.dtype)
     dg, a = dg.contiguous(), a.contiguous()
     da = dispatch.empty(*a.shape, like=a)
     _gelu_bwd[(dispatch.cdiv(a.numel(), TILE),)](
@@ -112,28 +107,10 @@ def gelu_backward(dg: Tensor, a: Tensor) -> Tensor:
     return da
 
 
-def _backward_reference(dg: Tensor, a: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(wide(dg), wide(a)).to(a.dtype)
-
-
-@torch.library.custom_op("anima_fast::gelu", mutates_args=())
-def _op(a: Tensor) -> Tensor:
-    return gelu_forward(a)
-
-
-@_op.register_fake
-def _(a):
-    return torch.empty(a.shape, dtype=a.dtype, device=a.device)
-
-
-@torch.library.custom_op("anima_fast::gelu_backward", mutates_args=())
-def _op_backward(dg: Tensor, a: Tensor) -> Tensor:
-    return gelu_backward(dg, a)
-
-
-@_op_backward.register_fake
-def _(dg, a):
-    return torch.empty(a.shape, dtype=a.dtype, device=a.device)
+_op = torch.library.custom_op("anima_fast::gelu", gelu_forward, mutates_args=())
+_op.register_fake(lambda a: dispatch.dense(a)[0])
+_op_backward = torch.library.custom_op("anima_fast::gelu_backward", gelu_backward, mutates_args=())
+_op_backward.register_fake(lambda dg, a: dispatch.dense(a)[0])
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -167,25 +144,16 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inp
     return {"a": randn(*sizes.values(), dtype=dtype, device=device) * 2}
 
 
-def _cost(sizes: Sizes, itemsize: int) -> Cost:
-    unit = torch.Size(sizes.values()).numel() * itemsize
-    return Cost(forward_bytes=2 * unit, backward_bytes=3 * unit)
-
-
 OP = Op(
     name="gelu",
     function=gelu,
     reference=gelu_reference,
     make_inputs=_inputs,
     grads=("a",),
-    shapes=(
-        {"L": 1},
-        {"B": 2, "L": 3, "D": 7},
-        {"B": 2, "L": 27, "D": 97},
-    ),
+    shapes=({"L": 1}, {"B": 2, "L": 3, "D": 7}, {"B": 2, "L": 27, "D": 97}),
     model_shapes=({"B": 1, "L": 3, "D": 8192},),
     summed=lambda _sizes: 1,
     real_shapes=lambda tokens: {"": {"B": 1, "L": tokens, "D": 8192}},
-    cost=_cost,
+    cost=passes(2, 3),
     cost_note="read a, write g; read dg and a, write da",
 )

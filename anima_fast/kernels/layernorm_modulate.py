@@ -17,6 +17,9 @@ Sources: Ba et al. 2016 (layer norm), Peebles & Xie 2022 (adaLN); the backward i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.dispatch import rows
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
+from anima_fast.kernels.op import Inputs, Op, Sizes, passes, randn, wide
 
 EPS = 1e-6
 MAX_WIDTH = 8192
@@ -34,10 +37,10 @@ CHUNKS, LEAST_ROWS = 256, 4
 
 
 def layernorm_modulate_reference(
-    x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype | None = None, eps: float = EPS
+    x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """The definition; see `layernorm_modulate`."""
-    normed = torch.nn.functional.layer_norm(wide(x), x.shape[-1:], eps=eps)
+    normed = torch.nn.functional.layer_norm(wide(x), x.shape[-1:], eps=EPS)
     return (normed * (1 + wide(scale)[:, None]) + wide(shift)[:, None]).to(dtype or x.dtype)
 
 
@@ -113,19 +116,26 @@ def row_chunks(length: int, needs_sums: bool) -> tuple[int, int]:
     return chunk, dispatch.cdiv(length, chunk)
 
 
+def row_sums(count: int, parts: int, *, like: Tensor) -> list[Tensor]:
+    """Buffers [B, parts, D] for the partial sums of `like` [B, L, D], wide."""
+    batch, _, width = like.shape
+    dtype = dispatch.wide_dtype(like)
+    return [dispatch.empty(batch, parts, width, like=like, dtype=dtype) for _ in range(count)]
+
+
 def layernorm_modulate_forward(
-    x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, eps: float = EPS
+    x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """h [B, L, D] in `dtype`, without autograd."""
     if not dispatch.runs_triton(x):
-        return layernorm_modulate_reference(x, scale, shift, dtype, eps)
+        return layernorm_modulate_reference(x, scale, shift, dtype)
     x, scale, shift = rows(x), rows(scale), rows(shift)
     batch, length, width = x.shape
     h = dispatch.empty(batch, length, width, like=x, dtype=dtype)
     block = dispatch.power_of_2(width)
     _layernorm_modulate_fwd[(batch * length,)](
         x, scale, shift, h, length, x.stride(0), x.stride(1), scale.stride(0), shift.stride(0),
-        D=width, BLOCK_D=block, EPS=eps, ACC=dispatch.accumulator(x),
+        D=width, BLOCK_D=block, EPS=EPS, ACC=dispatch.accumulator(x),
         num_warps=row_warps(block),
     )  # fmt: skip
     return h
@@ -138,52 +148,39 @@ def layernorm_modulate_backward(
     *,
     residual: Tensor | None = None,
     needs_modulation: bool = True,
-    eps: float = EPS,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, dscale, dshift) of h; dx [B, L, D] in x's dtype, the others [B, D] wide or None.
+    """(dx, dscale, dshift) of dh; dx [B, L, D] in x's dtype, the others [B, D] wide or None.
 
-    Args:
-        dh: [B, L, D].
-        x, scale: as given to the forward.
-        residual: a gradient [B, L, D] of x to add.
-        needs_modulation: compute dscale and dshift.
-        eps: as given to the forward.
+    `residual`: a gradient [B, L, D] of x to add; `needs_modulation`: compute dscale and dshift.
     """
     if not dispatch.runs_triton(x):
-        return _backward_reference(dh, x, scale, residual, needs_modulation, eps)
+        return _backward_reference(dh, x, scale, residual, needs_modulation)
     dh, x, scale = rows(dh), rows(x), rows(scale)
     res = x if residual is None else rows(residual)
     batch, length, width = x.shape
     chunk, parts = row_chunks(length, needs_modulation)
     dx = dispatch.empty(batch, length, width, like=x)
-    sums_dtype = dispatch.wide_dtype(x)
     dscale = dshift = dx
     if needs_modulation:
-        dscale = dispatch.empty(batch, parts, width, like=x, dtype=sums_dtype)
-        dshift = dispatch.empty(batch, parts, width, like=x, dtype=sums_dtype)
+        dscale, dshift = row_sums(2, parts, like=x)
     block = dispatch.power_of_2(width)
     _layernorm_modulate_bwd[(parts, batch)](
         dh, x, scale, res, dx, dscale, dshift, length, chunk,
         dh.stride(0), dh.stride(1), x.stride(0), x.stride(1), scale.stride(0),
         res.stride(0), res.stride(1),
         HAS_RES=residual is not None, NEEDS_MODULATION=needs_modulation,
-        D=width, BLOCK_D=block, EPS=eps, ACC=dispatch.accumulator(x),
+        D=width, BLOCK_D=block, EPS=EPS, ACC=dispatch.accumulator(x),
         num_warps=row_warps(block),
     )  # fmt: skip
     return (dx, dscale.sum(1), dshift.sum(1)) if needs_modulation else (dx, None, None)
 
 
 def _backward_reference(
-    dh: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    residual: Tensor | None,
-    needs_modulation: bool,
-    eps: float,
+    dh: Tensor, x: Tensor, scale: Tensor, residual: Tensor | None, needs_modulation: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     x_wide, dh_wide = wide(x), wide(dh)
     var, mean = torch.var_mean(x_wide, -1, correction=0, keepdim=True)
-    rstd = torch.rsqrt(var + eps)
+    rstd = torch.rsqrt(var + EPS)
     x_hat = (x_wide - mean) * rstd
     g = dh_wide * (1 + wide(scale)[:, None])
     dx = rstd * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
@@ -195,46 +192,41 @@ def _backward_reference(
     return dx, (dh_wide * x_hat).sum(1), dh_wide.sum(1)
 
 
-@torch.library.custom_op("anima_fast::layernorm_modulate", mutates_args=())
-def _op(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
-    return layernorm_modulate_forward(x, scale, shift, dtype, eps)
+_op = torch.library.custom_op(
+    "anima_fast::layernorm_modulate", layernorm_modulate_forward, mutates_args=()
+)
 
 
 @_op.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+def _(x, scale, shift, dtype):
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 @torch.library.custom_op("anima_fast::layernorm_modulate_backward", mutates_args=())
 def _op_backward(
-    dh: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float
+    dh: Tensor, x: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dscale, dshift = layernorm_modulate_backward(dh, x, scale, eps=eps)
+    dx, dscale, dshift = layernorm_modulate_backward(dh, x, scale)
     assert dscale is not None and dshift is not None
     return dx, dscale.to(scale.dtype), dshift.to(shift.dtype)
 
 
-@_op_backward.register_fake
-def _(
-    dh: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, scale, shift))
+_op_backward.register_fake(lambda dh, x, scale, shift: dispatch.dense(x, scale, shift))
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, scale, shift, _, ctx.eps = inputs
-    ctx.save_for_backward(x, scale, shift)
+    ctx.save_for_backward(*inputs[:3])
 
 
 def _backward(ctx, dh: Tensor) -> tuple[Tensor | None, ...]:
-    return *_op_backward(dh, *ctx.saved_tensors, ctx.eps), None, None
+    return *_op_backward(dh, *ctx.saved_tensors), None
 
 
 _op.register_autograd(_backward, setup_context=_setup)
 
 
 def layernorm_modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype | None = None, eps: float = EPS
+    x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """LN(x)·(1 + scale) + shift over the last dimension, without learned weights.
 
@@ -242,7 +234,6 @@ def layernorm_modulate(
         x: [B, L, D], D at most 8192, fp32, fp16 or bf16, any strides.
         scale, shift: [B, D], any of these dtypes.
         dtype: of the result; x's when None.
-        eps: added to the variance.
 
     Returns:
         [B, L, D].
@@ -251,7 +242,7 @@ def layernorm_modulate(
         ValueError, TypeError: shapes, devices or dtypes that do not fit.
     """
     check_modulation(x, scale=scale, shift=shift)
-    return _op(x, scale, shift, dtype or x.dtype, eps)
+    return _op(x, scale, shift, dtype or x.dtype)
 
 
 def check_modulation(x: Tensor, **vectors: Tensor) -> None:
@@ -264,50 +255,61 @@ def check_modulation(x: Tensor, **vectors: Tensor) -> None:
     dispatch.check_devices(x=x, **vectors)
 
 
-def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
+def row_op(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    names: tuple[str, ...],
+    *,
+    bytes: tuple[int, int],
+    cost_note: str,
+) -> Op:
+    """An op of tokens x, y [B, L, D] and modulation vectors [B, D], all of which get gradients.
+
+    `bytes`: of forward and backward, in units of x.
+    """
+    return Op(
+        name=function.__name__,
+        function=function,
+        reference=reference,
+        make_inputs=partial(_inputs, names),
+        grads=names,
+        shapes=(
+            {"B": 1, "L": 1, "D": 1},
+            {"B": 2, "L": 3, "D": 33},
+            {"B": 2, "L": 38, "D": 64},
+            {"B": 1, "L": 2, "D": 5120},
+        ),
+        model_shapes=(
+            {"B": 1, "L": 9, "D": 2048},
+            {"B": 1, "L": 9, "D": 2048, "small": 1},
+        ),
+        # Statistics sum a row, the gradients of the vectors all tokens.
+        summed=lambda sizes: max(sizes["D"], sizes["L"]),
+        real_shapes=lambda tokens: {"": {"B": 1, "L": tokens, "D": 2048}},
+        cost=passes(*bytes),
+        cost_note=cost_note,
+    )
+
+
+def _inputs(
+    names: tuple[str, ...], sizes: Sizes, dtype: torch.dtype, device: torch.device | str
+) -> Inputs:
     b, l, d = sizes["B"], sizes["L"], sizes["D"]
-    x = randn(b, l, d, dtype=dtype, device=device) * 2 + 1
-    return {
-        "x": x * SMALL if sizes.get("small") else x,
-        "scale": randn(b, d, dtype=dtype, device=device) * 0.5,
-        "shift": randn(b, d, dtype=dtype, device=device),
-    }
+    shapes = {name: (b, l, d) if name in ("x", "y") else (b, d) for name in names}
+    drawn = {name: randn(*shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    drawn["x"] = drawn["x"] * 2 + 1
+    if sizes.get("small"):
+        # A variance of 1e-4, beside which a wrong ε of 1e-6 shows in any type.
+        drawn["x"] = drawn["x"] * 5e-3
+    if "scale" in drawn:
+        drawn["scale"] = drawn["scale"] * 0.5
+    return drawn
 
 
-def _cost(sizes: Sizes, itemsize: int) -> Cost:
-    unit = sizes["B"] * sizes["L"] * sizes["D"] * itemsize
-    return Cost(forward_bytes=2 * unit, backward_bytes=3 * unit)
-
-
-ROW_SHAPES = (
-    {"B": 1, "L": 1, "D": 1},
-    {"B": 2, "L": 3, "D": 33},
-    {"B": 2, "L": 38, "D": 64},
-    {"B": 1, "L": 2, "D": 5120},
-)
-MODEL_ROWS = (
-    {"B": 1, "L": 9, "D": 2048},
-    {"B": 1, "L": 9, "D": 2048, "small": 1},
-)
-# Brings x to a variance of 1e-4, beside which a wrong ε of 1e-6 shows in any type.
-SMALL = 5e-3
-
-
-def longest_sum(sizes: Sizes) -> int:
-    """Statistics sum a row, dscale and dshift all tokens."""
-    return max(sizes["D"], sizes["L"])
-
-
-OP = Op(
-    name="layernorm_modulate",
-    function=layernorm_modulate,
-    reference=layernorm_modulate_reference,
-    make_inputs=_inputs,
-    grads=("x", "scale", "shift"),
-    shapes=ROW_SHAPES,
-    model_shapes=MODEL_ROWS,
-    summed=longest_sum,
-    real_shapes=lambda tokens: {"": {"B": 1, "L": tokens, "D": 2048}},
-    cost=_cost,
+OP = row_op(
+    layernorm_modulate,
+    layernorm_modulate_reference,
+    ("x", "scale", "shift"),
+    bytes=(2, 3),
     cost_note="read x, write h; read dh and x, write dx",
 )

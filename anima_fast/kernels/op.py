@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,16 @@ class Cost:
     backward_bytes: float
     forward_flops: float = 0.0
     backward_flops: float = 0.0
+
+
+def passes(forward: int, backward: int) -> Callable[[Sizes, int], Cost]:
+    """The cost of an op that reads and writes so many tensors of the product of its sizes."""
+
+    def cost(sizes: Sizes, itemsize: int) -> Cost:
+        unit = math.prod(sizes.values()) * itemsize
+        return Cost(forward_bytes=forward * unit, backward_bytes=backward * unit)
+
+    return cost
 
 
 @dataclass(frozen=True)

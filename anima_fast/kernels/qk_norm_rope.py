@@ -36,15 +36,11 @@ MAX_HEAD = 256
 
 
 def qk_norm_rope_reference(
-    packed: Tensor,
-    weights: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    eps: float = EPS,
+    packed: Tensor, weights: Tensor, cos: Tensor | None = None, sin: Tensor | None = None
 ) -> Tensor:
     """The definition; see `qk_norm_rope`."""
     x = wide(packed[:, :, : len(weights)])  # [B, L, N, H, K]
-    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
     n = x * rstd * wide(weights)[:, None]
     if cos is None:
         return n.to(packed.dtype)
@@ -141,11 +137,11 @@ def _launch(packed: Tensor, parts: int) -> tuple[tuple[int, int], dict[str, int]
 
 
 def qk_norm_rope_forward(
-    packed: Tensor, weights: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float = EPS
+    packed: Tensor, weights: Tensor, cos: Tensor | None, sin: Tensor | None
 ) -> Tensor:
     """[B, L, N, H, K] without autograd."""
     if not dispatch.runs_triton(packed):
-        return qk_norm_rope_reference(packed, weights, cos, sin, eps)
+        return qk_norm_rope_reference(packed, weights, cos, sin)
     rope = cos is not None
     packed, weights = dispatch.rows(packed), dispatch.rows(weights)
     cos, sin = (dispatch.rows(cos), dispatch.rows(sin)) if rope else (weights, weights)
@@ -155,7 +151,7 @@ def qk_norm_rope_forward(
     _qk_norm_rope_fwd[grid](
         packed, weights, cos, sin, out, batch * length * heads, length, heads,
         *packed.stride()[:4], weights.stride(0), cos.stride(0), sin.stride(0), *out.stride()[:4],
-        ROPE=rope, EPS=eps, ACC=dispatch.accumulator(packed), **tile, num_warps=4,
+        ROPE=rope, EPS=EPS, ACC=dispatch.accumulator(packed), **tile, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -169,13 +165,12 @@ def qk_norm_rope_backward(
     *,
     out: Tensor | None = None,
     needs_weights: bool = False,
-    eps: float = EPS,
 ) -> tuple[Tensor, Tensor | None]:
     """(dpacked, dweights).
 
     Args:
         dy: [B, L, N, H, K], the gradient of the result.
-        packed, weights, cos, sin, eps: as given to the forward.
+        packed, weights, cos, sin: as given to the forward.
         out: [B, L, P, H, K], dense in K, whose first N parts are written; dy may be those parts.
             A new tensor with zeros in the other parts when None.
         needs_weights: compute dweights [N, K], wide.
@@ -185,7 +180,7 @@ def qk_norm_rope_backward(
         out = dispatch.empty(*packed.shape, like=packed)
         out[:, :, parts:] = 0
     if not dispatch.runs_triton(packed):
-        dx, dweights = _backward_reference(dy, packed, weights, cos, sin, needs_weights, eps)
+        dx, dweights = _backward_reference(dy, packed, weights, cos, sin, needs_weights)
         out[:, :, :parts] = dx
         return out, dweights
     rope = cos is not None
@@ -202,7 +197,7 @@ def qk_norm_rope_backward(
         batch * length * heads, length, heads,
         *dy.stride()[:4], *packed.stride()[:4], weights.stride(0), cos.stride(0), sin.stride(0),
         *out.stride()[:4],
-        ROPE=rope, NEEDS_WEIGHTS=needs_weights, EPS=eps, ACC=dispatch.accumulator(packed),
+        ROPE=rope, NEEDS_WEIGHTS=needs_weights, EPS=EPS, ACC=dispatch.accumulator(packed),
         **tile, num_warps=4,
     )  # fmt: skip
     return out, None if dweights is None else dweights.sum(1)
@@ -215,67 +210,53 @@ def _backward_reference(
     cos: Tensor | None,
     sin: Tensor | None,
     needs_weights: bool,
-    eps: float,
 ) -> tuple[Tensor, Tensor | None]:
     g, x = wide(dy), wide(packed[:, :, : len(weights)])
     if cos is not None:
         first, second = g.chunk(2, -1)
         c, s = (wide(t)[:, None, None] for t in (cos, sin))
         g = torch.cat([first * c + second * s, second * c - first * s], -1)
-    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
     x = x * rstd
     dweights = (g * x).sum((0, 1, 3)) if needs_weights else None
     g = g * wide(weights)[:, None]
     return (rstd * (g - x * (g * x).mean(-1, keepdim=True))).to(packed.dtype), dweights
 
 
-@torch.library.custom_op("anima_fast::qk_norm_rope", mutates_args=())
-def _op(
-    packed: Tensor, weights: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
-) -> Tensor:
-    return qk_norm_rope_forward(packed, weights, cos, sin, eps)
+_op = torch.library.custom_op("anima_fast::qk_norm_rope", qk_norm_rope_forward, mutates_args=())
 
 
 @_op.register_fake
-def _(packed, weights, cos, sin, eps):
+def _(packed, weights, cos, sin):
     shape = (*packed.shape[:2], len(weights), *packed.shape[3:])
     return torch.empty(shape, dtype=packed.dtype, device=packed.device)
 
 
 @torch.library.custom_op("anima_fast::qk_norm_rope_backward", mutates_args=())
 def _op_backward(
-    dy: Tensor, packed: Tensor, weights: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
+    dy: Tensor, packed: Tensor, weights: Tensor, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    dpacked, dweights = qk_norm_rope_backward(
-        dy, packed, weights, cos, sin, needs_weights=True, eps=eps
-    )
+    dpacked, dweights = qk_norm_rope_backward(dy, packed, weights, cos, sin, needs_weights=True)
     assert dweights is not None
     return dpacked, dweights.to(weights.dtype)
 
 
-@_op_backward.register_fake
-def _(dy, packed, weights, cos, sin, eps):
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (packed, weights))
+_op_backward.register_fake(lambda dy, packed, weights, *_: dispatch.dense(packed, weights))
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_op_backward(dy, *ctx.saved_tensors, ctx.eps), None, None, None
+    return *_op_backward(dy, *ctx.saved_tensors), None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup)
 
 
 def qk_norm_rope(
-    packed: Tensor,
-    weights: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    eps: float = EPS,
+    packed: Tensor, weights: Tensor, cos: Tensor | None = None, sin: Tensor | None = None
 ) -> Tensor:
     """The first N parts of a packed projection, each head normed and, with angles, rotated.
 
@@ -284,7 +265,6 @@ def qk_norm_rope(
             fp16 or bf16.
         weights: [N, K], N from 1 to P: the norm weight of each part that is normed.
         cos, sin: [L, K/2] of the RoPE angles, or None for no rotation. They get no gradient.
-        eps: added to the mean square.
 
     Returns:
         [B, L, N, H, K] in packed's dtype.
@@ -310,7 +290,7 @@ def qk_norm_rope(
         dispatch.check_shape(name, angle, "[L, K/2]", (packed.shape[1], head // 2))
     dispatch.check_dtypes(packed=packed, weights=weights, **angles)
     dispatch.check_devices(packed=packed, weights=weights, **angles)
-    return _op(packed, weights, cos, sin, eps)
+    return _op(packed, weights, cos, sin)
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:

@@ -25,17 +25,17 @@ from torch import Tensor
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.dispatch import rows
 from anima_fast.kernels.layernorm_modulate import EPS, MAX_WIDTH, row_chunks, row_warps
-from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
+from anima_fast.kernels.op import Inputs, Op, Sizes, passes, randn, wide
 
 # Elements of a tile, where a row has fewer. Backward gives them twice the warps of the other norms:
 # with 16 elements a thread it spills on sm_80.
 TILE = 2048
 
 
-def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
+def rmsnorm_reference(x: Tensor, weight: Tensor) -> Tensor:
     """The definition; see `rmsnorm`."""
     x = wide(x)
-    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
     return (x * rstd).to(weight.dtype) * weight
 
 
@@ -91,35 +91,28 @@ def _tile(width: int) -> tuple[int, int]:
     return max(1, TILE // block), block
 
 
-def rmsnorm_forward(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
+def rmsnorm_forward(x: Tensor, weight: Tensor) -> Tensor:
     """y [..., D] in the weight's dtype, without autograd."""
     if not dispatch.runs_triton(x):
-        return rmsnorm_reference(x, weight, eps)
+        return rmsnorm_reference(x, weight)
     width = x.shape[-1]
     flat, weight = rows(x.reshape(-1, width)), weight.contiguous()
     y = dispatch.empty(*x.shape, like=x, dtype=weight.dtype)
     tile_rows, block = _tile(width)
     _rmsnorm_fwd[(dispatch.cdiv(len(flat), tile_rows),)](
         flat, weight, y, len(flat), flat.stride(0),
-        D=width, BLOCK_D=block, ROWS=tile_rows, EPS=eps, ACC=dispatch.accumulator(x, weight),
+        D=width, BLOCK_D=block, ROWS=tile_rows, EPS=EPS, ACC=dispatch.accumulator(x, weight),
         num_warps=row_warps(tile_rows * block),
     )  # fmt: skip
     return y
 
 
 def rmsnorm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, *, needs_weight: bool = True, eps: float = EPS
+    dy: Tensor, x: Tensor, weight: Tensor, *, needs_weight: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """(dx, dweight) of y; dx [..., D] in x's dtype, dweight [D] wide or None.
-
-    Args:
-        dy: [..., D].
-        x, weight: as given to the forward.
-        needs_weight: compute dweight.
-        eps: as given to the forward.
-    """
+    """(dx, dweight) of dy [..., D]; dx [..., D] in x's dtype, dweight [D] wide or None."""
     if not dispatch.runs_triton(x):
-        return _backward_reference(dy, x, weight, needs_weight, eps)
+        return _backward_reference(dy, x, weight, needs_weight)
     width = x.shape[-1]
     flat_dy, flat = rows(dy.reshape(-1, width)), rows(x.reshape(-1, width))
     weight = weight.contiguous()
@@ -132,17 +125,17 @@ def rmsnorm_backward(
     _rmsnorm_bwd[(parts,)](
         flat_dy, flat, weight, dx, dweight, len(flat), chunk, flat_dy.stride(0), flat.stride(0),
         NEEDS_WEIGHT=needs_weight,
-        D=width, BLOCK_D=block, ROWS=tile_rows, EPS=eps, ACC=dispatch.accumulator(x, weight),
+        D=width, BLOCK_D=block, ROWS=tile_rows, EPS=EPS, ACC=dispatch.accumulator(x, weight),
         num_warps=row_warps(2 * tile_rows * block),
     )  # fmt: skip
     return dx, dweight.sum(0) if needs_weight else None
 
 
 def _backward_reference(
-    dy: Tensor, x: Tensor, weight: Tensor, needs_weight: bool, eps: float
+    dy: Tensor, x: Tensor, weight: Tensor, needs_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     x_wide, dy_wide = wide(x), wide(dy)
-    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + EPS)
     x_hat = x_wide * rstd
     g = dy_wide * wide(weight)
     dx = rstd * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
@@ -152,47 +145,37 @@ def _backward_reference(
     return dx.to(x.dtype), dweight
 
 
-@torch.library.custom_op("anima_fast::rmsnorm", mutates_args=())
-def _op(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rmsnorm_forward(x, weight, eps)
-
-
-@_op.register_fake
-def _(x, weight, eps):
-    return torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+_op = torch.library.custom_op("anima_fast::rmsnorm", rmsnorm_forward, mutates_args=())
+_op.register_fake(lambda x, weight: torch.empty(x.shape, dtype=weight.dtype, device=x.device))
 
 
 @torch.library.custom_op("anima_fast::rmsnorm_backward", mutates_args=())
-def _op_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dx, dweight = rmsnorm_backward(dy, x, weight, eps=eps)
+def _op_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dweight = rmsnorm_backward(dy, x, weight)
     assert dweight is not None
     return dx, dweight.to(weight.dtype)
 
 
-@_op_backward.register_fake
-def _(dy, x, weight, eps):
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, weight))
+_op_backward.register_fake(lambda dy, x, weight: dispatch.dense(x, weight))
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_op_backward(dy, *ctx.saved_tensors, ctx.eps), None
+def _backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return _op_backward(dy, *ctx.saved_tensors)
 
 
 _op.register_autograd(_backward, setup_context=_setup)
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
+def rmsnorm(x: Tensor, weight: Tensor) -> Tensor:
     """x/√(mean(x²) + ε) over the last dimension, rounded to the weight's dtype, times the weight.
 
     Args:
         x: [..., D], at least 2-D, D at most 8192, fp32, fp16 or bf16, any strides.
         weight: [D], any of these dtypes.
-        eps: added to the mean square.
 
     Returns:
         [..., D] in the weight's dtype.
@@ -205,7 +188,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
     dispatch.check_shape("weight", weight, "[D]", (x.shape[-1],))
     dispatch.check_dtypes(x=x, weight=weight)
     dispatch.check_devices(x=x, weight=weight)
-    return _op(x, weight, eps)
+    return _op(x, weight)
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
@@ -214,11 +197,6 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inp
         "x": randn(*shape, dtype=dtype, device=device) * (0.01 if sizes.get("small") else 2),
         "weight": 1 + 0.3 * randn(sizes["D"], dtype=dtype, device=device),
     }
-
-
-def _cost(sizes: Sizes, itemsize: int) -> Cost:
-    unit = torch.Size(sizes.values()).numel() * itemsize
-    return Cost(forward_bytes=2 * unit, backward_bytes=3 * unit)
 
 
 OP = Op(
@@ -243,6 +221,6 @@ OP = Op(
         "text": {"B": 1, "L": 512, "D": 1024},
         "image": {"B": 1, "L": tokens, "D": 2048},
     },
-    cost=_cost,
+    cost=passes(2, 3),
     cost_note="read x, write y; read dy and x, write dx",
 )

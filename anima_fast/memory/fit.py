@@ -10,18 +10,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from anima_fast.errors import UserError
 from anima_fast.memory.free import device_free, host_free
-from anima_fast.memory.plan import CONTEXT_BYTES, GIB, USABLE_SHARE, Needs, Prediction
+from anima_fast.memory.plan import CONTEXT_BYTES, GIB, USABLE_SHARE, Needs, OptionsT, Prediction
 
-if TYPE_CHECKING:
-    from anima_fast.memory.plan import Options
-
-    Change = tuple[str, Options, Prediction]
+# How changed options are written, the options, and what they take.
+Change = tuple[str, OptionsT, Prediction]
 
 
 @dataclass(frozen=True)
@@ -36,32 +33,26 @@ class Budget:
         """What counts of a prediction: the device, on a CPU everything."""
         return need.device + need.host if self.same else need.device
 
+    def short(self, need: Prediction) -> list[tuple[int, int, str]]:
+        """Bytes needed, bytes there, and how to say so, of each memory that is too small."""
+        rows = [(self.size(need), self.host, "GiB, {} GiB are free")]
+        if not self.same:
+            rows = [
+                (need.device, self.device, "GiB of device memory, {} GiB can be used"),
+                (need.host, self.host, "GiB of host memory, {} GiB are free"),
+            ]
+        return [(n, free, text) for n, free, text in rows if free is not None and n > free]
+
     def fits(self, need: Prediction) -> bool:
         """Whether a prediction stays within both."""
-        if self.same:
-            return self.host is None or self.size(need) <= self.host
-        return (self.device is None or need.device <= self.device) and (
-            self.host is None or need.host <= self.host
-        )
-
-    def shortage(self, subject: str, need: Prediction) -> str:
-        """What `subject` needs and what is there, of the memory that is too small."""
-        if self.same:
-            needed, free, ends = self.size(need), self.host, "GiB, {} GiB are free"
-        elif self.device is not None and need.device > self.device:
-            needed, free, ends = (
-                need.device, self.device, "GiB of device memory, {} GiB can be used"
-            )  # fmt: skip
-        else:
-            needed, free, ends = need.host, self.host, "GiB of host memory, {} GiB are free"
-        return f"{subject} needs about {gib(needed)} {ends.format(gib(free or 0))}"
+        return not self.short(need)
 
 
-def measure_budget(options: Options, device: torch.device) -> Budget:
-    """What may be used: of the card, or of `--vram` without what the program itself takes."""
+def measure_budget(vram: float | None, device: torch.device) -> Budget:
+    """What may be used: of the card, or of `--vram` GiB without what the program itself takes."""
     free, host = device_free(device), host_free()
-    if options.vram is not None:
-        return Budget(max(0, int(USABLE_SHARE * options.vram * GIB) - CONTEXT_BYTES), host)
+    if vram is not None:
+        return Budget(max(0, int(USABLE_SHARE * vram * GIB) - CONTEXT_BYTES), host)
     if free is None:
         return Budget(None, host, same=True)
     return Budget(int(USABLE_SHARE * free), host)
@@ -72,24 +63,27 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f}"
 
 
-def does_not_fit(options: Options, needs: Needs, device: torch.device) -> str | None:
+def does_not_fit(options: OptionsT, needs: Needs[OptionsT], device: torch.device) -> str | None:
     """What is short and what would help, in one line; None when the run fits."""
-    budget, need = measure_budget(options, device), needs(options)
-    if budget.fits(need):
+    budget = measure_budget(options.vram, device)
+    short = budget.short(needs(options))
+    if not short:
         return None
-    return f"{budget.shortage(needs.subject, need)}: {describe_remedies(options, needs, budget)}"
+    needed, free, text = short[0]
+    remedies = describe_remedies(options, needs, budget)
+    return f"{needs.subject} needs about {gib(needed)} {text.format(gib(free))}: {remedies}"
 
 
-def describe_need(options: Options, needs: Needs, device: torch.device) -> str:
+def describe_need(options: OptionsT, needs: Needs[OptionsT], device: torch.device) -> str:
     """What a run that fits will take, in one line."""
     need = needs(options)
     text = f"memory: about {gib(need.device)} GiB on {device.type}"
     return text + (f", {gib(need.host)} GiB in the host" if options.blocks_to_swap else "")
 
 
-def memory_plan(options: Options, needs: Needs, device: torch.device) -> list[str]:
+def memory_plan(options: OptionsT, needs: Needs[OptionsT], device: torch.device) -> list[str]:
     """The prediction and what would change it, in lines of text."""
-    budget, need = measure_budget(options, device), needs(options)
+    budget, need = measure_budget(options.vram, device), needs(options)
     lines = [f"{gib(size):>7} GiB  {name}" for name, size in need.rows() if size]
     lines.append(f"{gib(need.device):>7} GiB  together, on the device")
     lines.append(f"{gib(need.host):>7} GiB  in the host")
@@ -106,7 +100,7 @@ def memory_plan(options: Options, needs: Needs, device: torch.device) -> list[st
     return lines + [f"assumed: {text}" for text in need.assumed]
 
 
-def describe_remedies(options: Options, needs: Needs, budget: Budget) -> str:
+def describe_remedies(options: OptionsT, needs: Needs[OptionsT], budget: Budget) -> str:
     """The single options that make the run fit, else the first combination of them that does."""
     alone = [
         f"{text} ({gib(budget.size(need))} GiB)"
@@ -131,14 +125,14 @@ def describe_remedies(options: Options, needs: Needs, budget: Budget) -> str:
     )
 
 
-def single_changes(options: Options, needs: Needs) -> Iterator[Change]:
+def single_changes(options: OptionsT, needs: Needs[OptionsT]) -> Iterator[Change[OptionsT]]:
     """Options that save device memory, each alone, with how they are written."""
     for change in needs.remedies:
         yield from _changes(options, change, needs)
     yield from swaps(options, needs, sorted({needs.blocks // 2, needs.blocks - 2}))
 
 
-def combined_changes(options: Options, needs: Needs) -> Iterator[Change]:
+def combined_changes(options: OptionsT, needs: Needs[OptionsT]) -> Iterator[Change[OptionsT]]:
     """The same on top of each other, as far as they go together."""
     for change in needs.together:
         for step in _changes(options, change, needs):
@@ -146,14 +140,16 @@ def combined_changes(options: Options, needs: Needs) -> Iterator[Change]:
             yield step
 
 
-def swaps(options: Options, needs: Needs, counts: Iterable[int]) -> Iterator[Change]:
+def swaps(
+    options: OptionsT, needs: Needs[OptionsT], counts: Iterable[int]
+) -> Iterator[Change[OptionsT]]:
     """Block swap of more blocks than now."""
     for count in counts:
         if count > (options.blocks_to_swap or 0):
             yield from _changes(options, {"blocks_to_swap": count}, needs)
 
 
-def _changes(options: Options, change: dict, needs: Needs) -> Iterator[Change]:
+def _changes(options: OptionsT, change: dict, needs: Needs[OptionsT]) -> Iterator[Change[OptionsT]]:
     """The options with a change, if it can be (a package may be missing) and saves memory."""
     try:
         changed = dataclasses.replace(options, **change)

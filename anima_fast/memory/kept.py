@@ -27,11 +27,9 @@ def storages(tensors: Iterable[Tensor]) -> Storages:
 
 
 def kept(run: Callable[[], Tensor], there: Storages) -> tuple[Tensor, Storages]:
-    """The result of a call and what it keeps for backward.
+    """The result of a call on meta tensors and what it keeps for backward, the result left out.
 
-    Args:
-        run: a call on meta tensors; its result is not counted.
-        there: what is in memory anyway, such as weights.
+    `there`: what is in memory anyway, such as weights.
     """
     saved: Storages = {}
 
@@ -81,11 +79,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 class BlockCount:
-    """Counts what each eager block of a DiT keeps, and what the layers around the blocks keep.
-
-    Args:
-        dit: on the meta device, with its adapters attached.
-        adapters: their parameters.
+    """Counts what the eager blocks of a DiT on the meta device keep, with adapters attached.
 
     Attributes:
         blocks: bytes of each block.

@@ -15,32 +15,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from anima_fast.adapters.targets import find_targets
 from anima_fast.memory.kept import BlockCount, Storages, kept, size, storages
-from anima_fast.memory.offload import choose_policies
+from anima_fast.memory.offload import SaverSettings
 from anima_fast.memory.plan import (
     WORKSPACE_UNITS,
-    Asks,
     Item,
-    LargestBatch,
+    Modes,
+    Needs,
     Phase,
     Prediction,
-    program_bytes,
     stored_bytes,
 )
-from anima_fast.memory.swap import swapped_indices
+from anima_fast.memory.swap import swapped_indices, swapped_parameters
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.dit_config import PUBLISHED, TEXT_ROWS
 from anima_fast.models.text_encoder import read_sizes
 
 if TYPE_CHECKING:
     from anima_fast.adapters.network import LoRANetwork
-    from anima_fast.memory.plan import Modes, Options
     from anima_fast.models.llm_adapter import LLMAdapter
     from anima_fast.models.text_encoder import TextEncoder
     from anima_fast.models.vae import VAE
@@ -72,8 +70,7 @@ REMEDIES: tuple[dict, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class BlockBytes:
+class BlockBytes(NamedTuple):
     """Of one block: what it keeps for backward, and what backward recomputes on top of that."""
 
     kept: float
@@ -84,14 +81,19 @@ def fused_block(policy: str, unit: float, *, more: float = 0.0, wide: bool = Fal
     """A fused block under a policy.
 
     Args:
-        policy: none, mlp or block.
+        policy: none, mlp, block or host (nothing is kept on the device).
         unit: bytes of one [B, L, D] tensor of the compute dtype.
-        more: units kept besides, unless the policy is `block`.
+        more: units kept besides, unless all is recomputed.
         wide: the residual stream, which `block` keeps once and the others three times, has twice
             the bytes of the compute dtype.
     """
     whole = SAVED_UNITS["none"] + more + 3 * wide
-    kept = SAVED_UNITS[policy] + (wide if policy == "block" else more + 3 * wide)
+    kept = {
+        "none": whole,
+        "mlp": SAVED_UNITS["mlp"] + more + 3 * wide,
+        "block": SAVED_UNITS["block"] + wide,
+        "host": 0.0,
+    }[policy]
     return BlockBytes(kept * unit, (whole - kept) * unit)
 
 
@@ -103,14 +105,14 @@ def training_items(
     *,
     around: int = 0,
 ) -> tuple[Item, ...]:
-    """What is on the device in the backward pass.
+    """What is on the device in the backward pass, in bytes.
 
     Args:
-        weights: bytes of the frozen DiT there.
+        weights: the frozen DiT there.
         adapters: the network and all that belongs to it.
         blocks: of all blocks.
-        unit: bytes of one [B, L, D] tensor.
-        around: bytes kept by other layers than the blocks'.
+        unit: one [B, L, D] tensor.
+        around: kept by other layers than the blocks'.
     """
     workspace = WORKSPACE_UNITS * unit + max((block.again for block in blocks), default=0.0)
     return (
@@ -136,85 +138,78 @@ class Models:
 
 
 @dataclass(frozen=True)
-class LoRANeeds:
-    """The prediction for any options, with the same network and data on the same device.
+class LoRANeeds(Needs["TrainOptions"]):
+    """The prediction for a LoRA.
 
     Attributes:
-        batch, device: of the run.
         models: see `Models`.
-        asks: see `Asks`.
         fused: whether the run takes the fused blocks, as far as options and device decide.
         text_batch: captions that are encoded together.
         preview: pixels of the largest preview; 0 without previews.
     """
 
-    batch: LargestBatch
-    device: torch.device
     models: Models
-    asks: Asks
     fused: bool
     text_batch: int = 1
     preview: int = 0
-    subject: str = "this LoRA"
-    remedies: tuple[dict, ...] = REMEDIES
+    subject = "this LoRA"
+    remedies = REMEDIES
     # `block` is what is left of `mlp`.
-    together: tuple[dict, ...] = tuple(r for r in REMEDIES if r.get("recompute") != "mlp")
-    last_resort: str = "use a smaller resolution or batch size"
+    together = tuple(r for r in REMEDIES if r.get("recompute") != "mlp")
+    last_resort = "use a smaller resolution or batch size"
 
     @property
     def blocks(self) -> int:
         """Of the DiT."""
         return len(self.models.dit.blocks)
 
-    def __call__(self, options: Options) -> Prediction:
+    def __call__(self, options: TrainOptions) -> Prediction:
         """The predicted peaks."""
-        run = cast("TrainOptions", options)
-        modes = self.asks.modes(run)
-        staying = self.staying(run, modes)
-        training = training_items(
-            self.weights(run), self.adapters(run), self.block_bytes(run), self.unit,
-            around=self.around(run),
-        )  # fmt: skip
-        phases = [*self.encoding(run, modes)]
+        modes = self.modes(options)
+        in_host = self._swapped(options)
+        # Of swapped blocks, two visit the device.
+        weights = bytes_of(self.models.dit) - sum(in_host) + sum(sorted(in_host)[-2:])
+        # What eager blocks leave to the layers around them is within a fused block's units.
+        around = self.text_kept + (0 if self.runs_fused else self.eager.around)
+        adapters, blocks = self._adapters(options), self._block_bytes(options)
+        training = training_items(weights, adapters, blocks, self.unit, around=around)
+        resting = [item for item in training if item.key not in ("activations", "workspace")]
+        staying = Item("other", self._other_models(modes), "other models")
+        phases = self._encoding(options, modes)
         if modes.image == "live":
-            encode = Item("encode", self.vae_maps(run, self.batch.images), "encoding of the batch")
-            kept = [item for item in training if item.key not in ("activations", "workspace")]
-            phases.append(Phase("training", (*kept, *staying, encode)))
-        phases.append(Phase("training", (*training, *self.graphs(run, training), *staying)))
+            maps = self._maps(options, ENCODE_UNITS, self.batch.images * self.batch.pixels)
+            encode = Item("encode", maps, "encoding of the batch")
+            phases.append(Phase("training", (*resting, staying, encode)))
+        phases.append(Phase("training", (*training, *self._graphs(options, training), staying)))
         if self.preview:
-            phases.append(self.previews(run, modes, training, staying))
-        return Prediction(tuple(phases), self.host(run), ASSUMED)
+            # The VAE decodes a preview while the DiT and all of the network stay.
+            vae = 0 if modes.image == "live" else bytes_of(self.models.vae)
+            maps = self._maps(options, DECODE_UNITS, self.preview)
+            more = (Item("vae", vae, "VAE"), Item("maps", maps, "preview in the VAE"))
+            phases.append(Phase("previews", (*resting, staying, *more)))
+        waiting = self.blocks * self.input_bytes if SaverSettings.of(options).offload else 0
+        return Prediction(tuple(phases), self.program + sum(in_host) + waiting, ASSUMED)
 
-    def allows(self, before: Options, after: Options) -> bool:
+    def allows(self, before: TrainOptions, after: TrainOptions) -> bool:
         """Whether the same is trained."""
-        old, new = cast("TrainOptions", before), cast("TrainOptions", after)
-        return old.trains_text_encoder == new.trains_text_encoder
+        return before.trains_text_encoder == after.trains_text_encoder
 
-    # Weights and what belongs to the network
-
-    def swapped(self, options: TrainOptions) -> list[int]:
+    def _swapped(self, options: TrainOptions) -> list[int]:
         """Bytes of each swapped block in host memory."""
         blocks = self.models.dit.blocks
-        # Fused blocks compute the modulation of all blocks at once, so those weights stay.
-        keep = "adaln_modulation" if self.runs_fused else None
         return [
-            sum(p.nbytes for n, p in blocks[i].named_parameters() if not (keep and keep in n))
+            sum(p.nbytes for p in swapped_parameters(blocks[i], fused=self.runs_fused).values())
             for i in swapped_indices(len(blocks), options.blocks_to_swap or 0)
         ]
 
-    def weights(self, options: TrainOptions) -> int:
-        """Of the frozen DiT on the device; of swapped blocks, two visit it."""
-        swapped = self.swapped(options)
-        return bytes_of(self.models.dit) - sum(swapped) + sum(sorted(swapped)[-2:])
-
-    def adapters(self, options: TrainOptions) -> tuple[Item, ...]:
+    def _adapters(self, options: TrainOptions) -> tuple[Item, ...]:
         """The network, its gradients, the optimizer's state and the running mean."""
         network = self.models.network
         mean = 4 * network.flat.numel() if options.ema_decay is not None else 0
         return (
             Item("parameters", network.flat.nbytes, "adapters"),
             Item("gradients", network.flat_grad.nbytes, "gradients of the adapters"),
-            Item("state", int(self.asks.state_bytes(options)), "optimizer state"),
+            Item("state", int(self.state_bytes(options)), "optimizer state"),
             Item("mean", mean, "running mean of the adapters"),
         )
 
@@ -226,6 +221,11 @@ class LoRANeeds:
         dit, batch = self.models.dit, self.batch
         width = dit.config.model_channels * dit.dtype.itemsize
         return batch.images * batch.tokens * width
+
+    @property
+    def input_bytes(self) -> int:
+        """Of what a recomputed block keeps; between blocks float16 is too narrow."""
+        return self.unit * (2 if self.models.dit.dtype == torch.float16 else 1)
 
     @cached_property
     def runs_fused(self) -> bool:
@@ -257,21 +257,13 @@ class LoRANeeds:
         prefixes = ("llm_adapter.", "text_encoder.")
         return any(name.startswith(prefixes) for name in self.models.network.modules_by_name)
 
-    def block_bytes(self, options: TrainOptions) -> list[BlockBytes]:
+    def _block_bytes(self, options: TrainOptions) -> list[BlockBytes]:
         """Of every block."""
-        policies = choose_policies(
-            self.blocks,
-            fused=self.fused,
-            recompute=options.recompute,
-            gradient_checkpointing=options.gradient_checkpointing,
-            cpu_offload=options.cpu_offload_checkpointing,
-            unsloth_offload=options.unsloth_offload_checkpointing,
-            blocks_to_swap=options.blocks_to_swap or 0,
-            cuda_graphs=options.cuda_graphs,
-        )
-        swapped = swapped_indices(self.blocks, options.blocks_to_swap or 0)
-        policies = ["block" if i in swapped else policy for i, policy in enumerate(policies)]
-        if options.cpu_offload_checkpointing or options.unsloth_offload_checkpointing:
+        settings = SaverSettings.of(options, options.cuda_graphs)
+        policies = settings.policies(self.blocks, fused=self.fused)
+        for index in swapped_indices(self.blocks, settings.blocks_to_swap):
+            policies[index] = "block"
+        if settings.offload:
             policies = ["host"] * self.blocks
         first = 0 if self.trains_text else self._first_adapted
         found = [BlockBytes(0.0)] * first
@@ -280,11 +272,8 @@ class LoRANeeds:
     def _block(self, options: TrainOptions, policy: str, index: int) -> BlockBytes:
         if self.runs_fused:
             more, wide = self._more_units(options), self.input_bytes > self.unit
-            if policy != "host":
-                return fused_block(policy, self.unit, more=more, wide=wide)
-            whole = fused_block("none", self.unit, more=more, wide=wide).kept
-        else:
-            whole = float(self.eager.blocks[index])
+            return fused_block(policy, self.unit, more=more, wide=wide)
+        whole = float(self.eager.blocks[index])
         # The eager block cannot leave out its MLP alone, so `mlp` is `block` there.
         kept = {"none": whole, "host": 0.0}.get(policy, float(self.input_bytes))
         return BlockBytes(kept, whole - kept)
@@ -303,15 +292,6 @@ class LoRANeeds:
         if any(not name.startswith("blocks.") for name in names):
             return 0
         return min(int(name.split(".")[1]) for name in names)
-
-    @property
-    def input_bytes(self) -> int:
-        """Of what a recomputed block keeps; between blocks float16 is too narrow."""
-        return self.unit * (2 if self.models.dit.dtype == torch.float16 else 1)
-
-    def around(self, options: TrainOptions) -> int:
-        """Kept by the layers around eager blocks and by a trained text path."""
-        return (0 if self.runs_fused else self.eager.around) + self.text_kept
 
     @cached_property
     def text_kept(self) -> int:
@@ -334,7 +314,7 @@ class LoRANeeds:
         _, more = kept(lambda: adapter(rows, rows, states.to(dtype), words), there)
         return size(found | more)
 
-    def graphs(self, options: TrainOptions, training: Sequence[Item]) -> tuple[Item, ...]:
+    def _graphs(self, options: TrainOptions, training: Sequence[Item]) -> tuple[Item, ...]:
         """Where graphs are asked for: the largest holds what a step needs besides weights."""
         if not (options.cuda_graphs and self.runs_fused):
             return ()
@@ -343,67 +323,37 @@ class LoRANeeds:
 
     # Other models and phases
 
-    def staying(self, options: TrainOptions, modes: Modes) -> tuple[Item, ...]:
-        """Models besides the DiT that stay in training."""
-        found = bytes_of(self.models.vae) if modes.image == "live" else 0
-        if modes.text != "context":
-            kept = (self.models.adapter, self.models.text_encoder)
-            found += sum(bytes_of(model) for model in kept if model is not None)
-        return (Item("other", found, "other models"),)
+    def _other_models(self, modes: Modes) -> int:
+        """Bytes of the models besides the DiT that stay in training."""
+        text = (self.models.adapter, self.models.text_encoder) if modes.text != "context" else ()
+        vae = (self.models.vae,) if modes.image == "live" else ()
+        return sum(bytes_of(model) for model in (*vae, *text) if model is not None)
 
-    def encoding(self, options: TrainOptions, modes: Modes) -> list[Phase]:
+    def _encoding(self, options: TrainOptions, modes: Modes) -> list[Phase]:
         """The phases before the DiT is loaded."""
         found = []
         if modes.image == "cached":
-            maps = self.vae_maps(options, options.vae_batch_size)
+            pixels = options.vae_batch_size * self.batch.pixels
             vae = Item("vae", bytes_of(self.models.vae), "VAE")
-            found.append(Phase("encoding images", (vae, Item("maps", maps, "images in the VAE"))))
+            maps = Item("maps", self._maps(options, ENCODE_UNITS, pixels), "images in the VAE")
+            found.append(Phase("encoding images", (vae, maps)))
         if modes.text != "live":
             half = options.mixed_precision != "no"
-            encoder = stored_bytes(options.qwen3) * (1 if half else 2)
-            qwen = read_sizes(options.qwen3 or "")
-            each = 3 * qwen.intermediate_size + 4 * qwen.hidden_size
-            maps = self.text_batch * self.batch.words * each * (2 if half else 4)
-            found.append(
-                Phase(
-                    "encoding captions",
-                    (Item("qwen3", encoder, "text encoder"), Item("maps", maps, "captions in it")),
-                )
-            )
+            sizes = read_sizes(options.qwen3 or "")
+            each = 3 * sizes.intermediate_size + 4 * sizes.hidden_size
+            captions = self.text_batch * self.batch.words * each * (2 if half else 4)
+            qwen = Item("qwen3", stored_bytes(options.qwen3) * (1 if half else 2), "text encoder")
+            maps = Item("maps", captions, "captions in it")
+            found.append(Phase("encoding captions", (qwen, maps)))
         return found
 
-    def vae_maps(self, options: TrainOptions, images: int) -> int:
-        """Maps of the VAE while it encodes the largest images."""
-        return self._maps(options, ENCODE_UNITS, images * self.batch.pixels)
-
     def _maps(self, options: TrainOptions, units: float, pixels: int) -> int:
+        """Bytes of the VAE's maps for so many pixels; strips have the width of a square picture."""
         rows = options.vae_chunk_size
         if rows is not None:
-            # A square picture: strips have its width.
             pixels = min(pixels, int(STRIPS * rows * pixels**0.5))
         vae = self.models.vae
-        itemsize = next(vae.parameters()).dtype.itemsize
-        return int(units * vae.config.width * pixels * itemsize)
-
-    def previews(
-        self,
-        options: TrainOptions,
-        modes: Modes,
-        training: Sequence[Item],
-        staying: Sequence[Item],
-    ) -> Phase:
-        """The VAE decodes a preview while the DiT and all of the network stay."""
-        kept = [item for item in training if item.key not in ("activations", "workspace")]
-        vae = 0 if modes.image == "live" else bytes_of(self.models.vae)
-        maps = self._maps(options, DECODE_UNITS, self.preview)
-        more = (Item("vae", vae, "VAE"), Item("maps", maps, "preview in the VAE"))
-        return Phase("previews", (*kept, *staying, *more))
-
-    def host(self, options: TrainOptions) -> int:
-        """The program, swapped blocks and offloaded inputs."""
-        offloads = options.cpu_offload_checkpointing or options.unsloth_offload_checkpointing
-        inputs = self.blocks * self.input_bytes if offloads else 0
-        return program_bytes(self.device) + sum(self.swapped(options)) + inputs
+        return int(units * vae.config.width * pixels * next(vae.parameters()).dtype.itemsize)
 
 
 def bytes_of(module: nn.Module) -> int:

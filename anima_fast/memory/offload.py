@@ -11,11 +11,13 @@ Each is a way to run one block, installed as `dit.block_runner`:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from anima_fast.device import uses_fused_blocks
 from anima_fast.errors import UserError
 from anima_fast.memory.swap import BlockSwap, Sink, swapped_indices
 from anima_fast.models.dit import AnimaDiT, Block
@@ -24,74 +26,122 @@ from anima_fast.models.recompute import block_policies, recomputed
 
 if TYPE_CHECKING:
     from anima_fast.models.block_graphs import BlockGraphs
+    from anima_fast.options.training import MemoryOptions
 
 # A tensor in host memory and the device that it came from.
 Packed = tuple[torch.device, Tensor]
 
 
+@dataclass(frozen=True)
+class SaverSettings:
+    """How the blocks of a DiT run in less memory; without any of these they run plainly.
+
+    Attributes:
+        recompute: none, mlp (fused only), block, or a count of blocks at `block`.
+        offload: where the input of a recomputed block waits: "" (on the device), host, or pinned
+            (in pinned host memory, with asynchronous copies).
+        blocks_to_swap: how many blocks keep their weights in host memory, at most two less than
+            there are; spread evenly, so that copies overlap the computation between them.
+        cuda_graphs: launch the fused blocks as graphs (models/block_graphs.py); None: on a card,
+            where that pays.
+    """
+
+    recompute: str | int = "none"
+    offload: str = ""
+    blocks_to_swap: int = 0
+    cuda_graphs: bool | None = False
+
+    @classmethod
+    def of(cls, options: MemoryOptions, cuda_graphs: bool | None = False) -> SaverSettings:
+        """Those of a run, whose rules have made checkpointing and offloading `recompute` block."""
+        pinned, host = options.unsloth_offload_checkpointing, options.cpu_offload_checkpointing
+        offload = "pinned" if pinned else "host" if host else ""
+        return cls(options.recompute or "none", offload, options.blocks_to_swap or 0, cuda_graphs)
+
+    def policies(self, blocks: int, *, fused: bool) -> list[str]:
+        """The recompute policy of every block; `UserError` for what this DiT cannot run."""
+        if self.cuda_graphs and (not fused or self.offload or self.blocks_to_swap):
+            raise UserError(
+                "--cuda_graphs needs the fused blocks on a CUDA card, without --kernels eager, "
+                "--compile, --blocks_to_swap and offloaded checkpointing: leave it out, or those"
+            )
+        swapped_indices(blocks, self.blocks_to_swap)
+        try:
+            policies = block_policies(self.recompute, blocks)
+        except ValueError as error:
+            raise UserError(f"--recompute: {error}") from None
+        if "mlp" in policies and not fused:
+            raise UserError(
+                "--recompute mlp is a policy of the fused block: use --kernels triton on a CUDA "
+                "card, or --recompute block"
+            )
+        return policies
+
+
+PLAIN = SaverSettings()
+
+
+def install_memory_savers(
+    options: MemoryOptions,
+    dit: AnimaDiT,
+    device: torch.device,
+    *,
+    cuda_graphs: bool | None = False,
+    sink: Sink | None = None,
+) -> None:
+    """`install_block_runner` and `compile_blocks` as the options of a run say."""
+    fused = uses_fused_blocks(options.kernels, device, compiled=options.compile)
+    settings = SaverSettings.of(options, cuda_graphs)
+    install_block_runner(dit, settings, fused=fused, device=device, sink=sink)
+    if options.compile:
+        compile_blocks(
+            dit,
+            backend=options.compile_backend,
+            mode=options.compile_mode,
+            dynamic=options.compile_dynamic,
+            fullgraph=options.compile_fullgraph,
+            cache_size_limit=options.compile_cache_size_limit,
+        )
+
+
 def install_block_runner(
     dit: AnimaDiT,
+    settings: SaverSettings = PLAIN,
     *,
     fused: bool = False,
-    recompute: str | int | None = None,
-    gradient_checkpointing: bool = False,
-    cpu_offload: bool = False,
-    unsloth_offload: bool = False,
-    blocks_to_swap: int = 0,
-    cuda_graphs: bool | None = False,
     device: torch.device | str | None = None,
     sink: Sink | None = None,
 ) -> None:
-    """Choose how `dit` runs its blocks; without any option they run plainly again.
+    """Choose how `dit` runs its blocks; results are the same in every mode.
 
     Call it when the DiT's adapters are attached (`requires_grad` decides which weights are
     swapped). A DiT that is loaded on the CPU goes to the device here, all but its swapped weights,
     so that a card too small for the DiT is never asked to hold all of it. A later
-    `dit.to(device)` would move them there. Results are the same in every mode.
+    `dit.to(device)` would move them there.
 
     Args:
-        dit: the model.
+        dit, settings: the model, and what it saves.
         fused: run blocks through the fused kernels (models/block.py).
-        recompute: none, mlp (fused only), block, or a count of blocks at `block`.
-        cuda_graphs: launch the fused blocks as graphs (models/block_graphs.py); None: on a card,
-            where that pays.
         device: where the DiT computes; None means where it is.
-        gradient_checkpointing: the same as recompute `block`.
-        cpu_offload: checkpointing whose block inputs wait in host memory.
-        unsloth_offload: the same in pinned memory with asynchronous copies.
-        blocks_to_swap: how many blocks keep their weights in host memory, at most two less than
-            there are; spread evenly, so that copies overlap the computation between them.
         sink: gets the gradients of swapped blocks' trained weights (memory/swap.py); without it
             only frozen weights are swapped.
 
-    Raises:
-        UserError: options that exclude each other, too many blocks, or no frozen weights to swap.
+    Raises `UserError` for what this DiT cannot run, and for no frozen weights to swap.
     """
-    policies = choose_policies(
-        len(dit.blocks),
-        fused=fused,
-        recompute=recompute,
-        gradient_checkpointing=gradient_checkpointing,
-        cpu_offload=cpu_offload,
-        unsloth_offload=unsloth_offload,
-        blocks_to_swap=blocks_to_swap,
-        cuda_graphs=cuda_graphs,
-    )
+    policies = settings.policies(len(dit.blocks), fused=fused)
     device = torch.device(device) if device is not None else next(dit.parameters()).device
     swap = None
-    if blocks_to_swap:
-        # The fused path computes the modulation of all blocks at once, so those weights stay.
-        keep = "adaln_modulation" if fused else None
-        swap = BlockSwap(dit.blocks, blocks_to_swap, device, keep=keep, sink=sink)
+    if settings.blocks_to_swap:
+        swap = BlockSwap(dit.blocks, settings.blocks_to_swap, device, fused=fused, sink=sink)
     move_to(dit, device, leave=swap.weights if swap else ())
-    offload = to_pinned if unsloth_offload else to_host if cpu_offload else None
+    offload = {"host": to_host, "pinned": to_pinned}.get(settings.offload)
     dit.run_eagerly()
     if fused:
         # Not at the top: triton is not on every system that runs the eager blocks.
         from anima_fast.models.fuse import fuse_blocks
 
         moves = offload is not None or swap is not None
-        dit.graphs = graphs_of(cuda_graphs, device, moves=moves)
+        dit.graphs = graphs_of(settings.cuda_graphs, device, moves=moves)
         fuse_blocks(dit, policies, swapped=swap.order if swap else ())
         if offload is not None:
             for block in dit.blocks:
@@ -100,48 +150,6 @@ def install_block_runner(
         policies = ["none"] * len(dit.blocks)
     if swap is not None or set(policies) != {"none"}:
         dit.block_runner = BlockRunner(policies, offload=offload, swap=swap)
-
-
-def choose_policies(
-    blocks: int,
-    *,
-    fused: bool,
-    recompute: str | int | None = None,
-    gradient_checkpointing: bool = False,
-    cpu_offload: bool = False,
-    unsloth_offload: bool = False,
-    blocks_to_swap: int = 0,
-    cuda_graphs: bool | None = False,
-) -> list[str]:
-    """The recompute policy of every block; the one place that knows what excludes what.
-
-    Args as for `install_block_runner`; `blocks` is how many there are. Raises `UserError` for a
-    combination that cannot run.
-    """
-    if sum((bool(cpu_offload), bool(unsloth_offload), bool(blocks_to_swap))) > 1:
-        raise UserError(
-            "--cpu_offload_checkpointing, --unsloth_offload_checkpointing and --blocks_to_swap "
-            "exclude each other: keep one of them"
-        )
-    offloads = cpu_offload or unsloth_offload
-    if cuda_graphs and (not fused or offloads or blocks_to_swap):
-        raise UserError(
-            "--cuda_graphs needs the fused blocks on a CUDA card, without --kernels eager, "
-            "--compile, --blocks_to_swap and offloaded checkpointing: leave it out, or those"
-        )
-    swapped_indices(blocks, blocks_to_swap)
-    if gradient_checkpointing or offloads:
-        recompute = "block"
-    try:
-        policies = block_policies(recompute or "none", blocks)
-    except ValueError as error:
-        raise UserError(f"--recompute: {error}") from None
-    if "mlp" in policies and not fused:
-        raise UserError(
-            "--recompute mlp is a policy of the fused block: use --kernels triton on a CUDA card, "
-            "or --recompute block"
-        )
-    return policies
 
 
 def graphs_of(
@@ -220,14 +228,12 @@ def compile_blocks(
 
     Args:
         dit: the model, after `install_block_runner`.
-        backend: a dynamo backend.
-        mode: inductor's mode; None or "default" for its default.
+        backend, mode: of dynamo, and inductor's mode; None or "default" for its default.
         dynamic: true, false or auto (also None): whether shapes are compiled as unknowns.
         fullgraph: refuse graph breaks.
         cache_size_limit: how many variants (image sizes, caption lengths) are kept.
 
-    Raises:
-        UserError: an unknown backend or value of `dynamic`, or a mode that the backend lacks.
+    Raises `UserError` for an unknown backend or `dynamic`, or a mode that the backend lacks.
     """
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:

@@ -8,10 +8,11 @@ there, marked "Assumed".
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     Options = TrainOptions | FinetuneOptions
 
+OptionsT = TypeVar("OptionsT", bound="Options")
 GIB = 2**30
 # Assumed: what a CUDA context with its libraries takes of a card.
 CONTEXT_GIB = 0.8
@@ -62,12 +64,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted bytes of a run.
+    """Predicted bytes of a run: the moments that may be the peak, and host memory at its peak.
 
-    Attributes:
-        phases: the moments that may be the peak.
-        host: host memory at its peak.
-        assumed: what the figures rest on without having been measured, in sentences.
+    `assumed`: what the figures rest on without having been measured, in sentences.
     """
 
     phases: tuple[Phase, ...]
@@ -135,50 +134,48 @@ class Modes(NamedTuple):
     text: str
 
 
-class Needs(Protocol):
+@dataclass(frozen=True)
+class Needs(ABC, Generic[OptionsT]):
     """The prediction for any options of one kind of training, on the same data and device.
 
     Attributes:
+        batch, device: of the run.
+        modes: see `Modes`.
+        state_bytes: what the optimizer keeps, measured on small tensors: per trained number for
+            full fine-tuning, of the whole network for a LoRA.
         subject: what messages call this kind.
-        blocks: of the DiT.
         remedies: changes of options that save device memory, in the order of what they cost. Block
             swap is none of them: how many blocks it takes is searched for.
         together: those that can be made one on top of the other.
         last_resort: what to do when all of them are not enough.
     """
 
-    @property
-    def subject(self) -> str: ...
-    @property
-    def blocks(self) -> int: ...
-    @property
-    def remedies(self) -> tuple[dict, ...]: ...
-    @property
-    def together(self) -> tuple[dict, ...]: ...
-    @property
-    def last_resort(self) -> str: ...
+    batch: LargestBatch
+    device: torch.device
+    modes: Callable[[OptionsT], Modes]
+    state_bytes: Callable[[OptionsT], float]
+    subject: ClassVar[str]
+    remedies: ClassVar[tuple[dict, ...]]
+    together: ClassVar[tuple[dict, ...]]
+    last_resort: ClassVar[str]
 
-    def __call__(self, options: Options) -> Prediction:
+    @property
+    @abstractmethod
+    def blocks(self) -> int:
+        """Of the DiT."""
+
+    @abstractmethod
+    def __call__(self, options: OptionsT) -> Prediction:
         """The prediction; `UserError` for options that cannot work."""
-        ...
 
-    def allows(self, before: Options, after: Options) -> bool:
+    @abstractmethod
+    def allows(self, before: OptionsT, after: OptionsT) -> bool:
         """Whether changed options can train, and train the same."""
-        ...
 
-
-@dataclass(frozen=True)
-class Asks:
-    """What predictors ask the rooms above: functions of options.
-
-    Attributes:
-        modes: see `Modes`.
-        state_bytes: what the optimizer keeps, measured on small tensors: per trained number for
-            full fine-tuning, of the whole network for a LoRA.
-    """
-
-    modes: Callable[[Options], Modes]
-    state_bytes: Callable[[Options], float]
+    @property
+    def program(self) -> int:
+        """Host memory of the program itself."""
+        return CPU_PROGRAM_BYTES if self.device.type == "cpu" else PROGRAM_BYTES
 
 
 def stored_bytes(path: str | None) -> int:
@@ -186,19 +183,3 @@ def stored_bytes(path: str | None) -> int:
     given = Path(path or "")
     files = given.glob("*.safetensors") if given.is_dir() else [given]
     return sum(file.stat().st_size for file in files)
-
-
-def other_models(options: Options, modes: Modes) -> int:
-    """Bytes of the VAE and the text encoder where they stay, by the size of their files."""
-    half = options.mixed_precision != "no"
-    found = 0
-    if modes.image == "live":
-        found += stored_bytes(options.vae) * (1 if half and not options.no_half_vae else 2)
-    if modes.text == "live":
-        found += stored_bytes(options.qwen3) * (1 if half else 2)
-    return found
-
-
-def program_bytes(device: torch.device) -> int:
-    """Host memory of the program itself."""
-    return CPU_PROGRAM_BYTES if device.type == "cpu" else PROGRAM_BYTES

@@ -22,16 +22,13 @@ from torch.func import functional_call
 from anima_fast.errors import UserError
 from anima_fast.models.dit_layers import Shared
 
-Run = Callable[[Tensor, Shared], Tensor]
+BlockForward = Callable[[Tensor, Shared], Tensor]
 # Gets the index of a block and the gradients of its trained weights by name, on the device.
 Sink = Callable[[int, Mapping[str, Tensor]], None]
 
 
 def swapped_indices(blocks: int, count: int) -> list[int]:
-    """Which blocks are swapped: the middles of `count` equal parts.
-
-    Raises `UserError` for a count above blocks − 2 or below 0.
-    """
+    """Which blocks are swapped: the middles of `count` equal parts, from 0 to blocks − 2."""
     most = max(blocks - 2, 0)
     if not 0 <= count <= most:
         raise UserError(
@@ -46,14 +43,12 @@ class BlockSwap:
     At most two blocks' weights are on the device at a time: the one in use and the next one.
 
     Args:
-        blocks: all blocks of the DiT.
-        count: how many are swapped.
+        blocks, count: all blocks of the DiT, and how many are swapped.
         device: where they are computed.
-        keep: weights whose names contain this stay on the device.
+        fused: the fused blocks compute the modulation of all blocks at once, so its weights stay.
         sink: gets the gradients of trained weights; without one, trained weights stay there too.
 
-    Raises:
-        UserError: too many blocks, or one without anything to swap.
+    Raises `UserError` for too many blocks, or one without anything to swap.
     """
 
     def __init__(
@@ -62,14 +57,15 @@ class BlockSwap:
         count: int,
         device: torch.device,
         *,
-        keep: str | None = None,
+        fused: bool = False,
         sink: Sink | None = None,
     ) -> None:
         self.order = swapped_indices(len(blocks), count)
         self.device, self.sink = device, sink
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.parameters = {
-            i: swapped_parameters(blocks[i], keep, trained=sink is not None) for i in self.order
+            i: swapped_parameters(blocks[i], fused=fused, trained=sink is not None)
+            for i in self.order
         }
         if not all(self.parameters.values()):
             raise UserError("--blocks_to_swap needs frozen DiT weights: it works for LoRA training")
@@ -85,7 +81,7 @@ class BlockSwap:
     def __contains__(self, index: int) -> bool:
         return index in self.parameters
 
-    def runner(self, index: int, block: nn.Module) -> Run:
+    def runner(self, index: int, block: nn.Module) -> BlockForward:
         """A function that runs the block on fetched weights; its second call is the recompute."""
         forward = True
         trained = {n: p for n, p in self.parameters[index].items() if p.requires_grad}
@@ -173,17 +169,14 @@ class _Attach(torch.autograd.Function):
 
 
 def swapped_parameters(
-    block: nn.Module, keep: str | None = None, *, trained: bool = False
+    block: nn.Module, *, fused: bool, trained: bool = False
 ) -> dict[str, nn.Parameter]:
-    """Name → parameter of those that are swapped.
-
-    Args:
-        block: the block.
-        keep: those whose names contain it are left out.
-        trained: whether trained weights are swapped too.
-    """
-    named = block.named_parameters()
-    return {n: p for n, p in named if (trained or not p.requires_grad) and not (keep and keep in n)}
+    """Name → parameter of those that are swapped: not the trained ones unless `trained`."""
+    return {
+        name: parameter
+        for name, parameter in block.named_parameters()
+        if (trained or not parameter.requires_grad) and not (fused and "adaln_modulation" in name)
+    }
 
 
 def in_host(tensor: Tensor, *, pinned: bool) -> Tensor:

@@ -7,26 +7,25 @@ CUDA_VISIBLE_DEVICES=0 accelerate launch --mixed_precision bf16 anima_train_netw
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PureWindowsPath
+from typing import Any, NamedTuple
 
 from anima_fast.errors import UserError
 from anima_fast.migrate.ledger import Ledger
-from anima_fast.migrate.rows import OPTIONS, Item, reasons
+from anima_fast.migrate.rows import OPTIONS
 from anima_fast.migrate.shell import Command
 
 EXAMPLE = "`accelerate launch anima_train_network.py --pretrained_model_name_or_path=...`"
+# What may stand behind a flag.
+WORDS = ("true", "false")
 # Programs that start others; what stands between them and the script belongs to them.
 _STARTERS = re.compile(
     r"(?i)(.*[/\\])?(accelerate(-launch)?|python[0-9.]*|py|torchrun|deepspeed|uv|poetry|pipenv|conda|"
     r"mamba|env|nohup|time|call|start|sudo)(\.exe|\.bat|\.cmd)?"
     r"|launch|run|exec|-m|--|accelerate\.commands\.\w+|torch\.distributed\.run"
 )
-_LAUNCHER = reasons({
-    "it had no effect there either: the script's own --mixed_precision counts": "mixed_precision",
-    "a file of accelerate: precision and devices are options of the training here": "config_file",
-    "--compile and --compile_mode are the options here": "dynamo_backend dynamo_mode",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,11 @@ class Launch:
         for name, value in self.launcher.items():
             key, plain = f"{self.starter} {name}", name.lstrip("-").replace("-", "_")
             ledger.extend({key: value})
-            if plain == "cpu" or (plain == "gpu_ids" and value.isdigit()):
-                device = "cpu" if plain == "cpu" else f"cuda:{value}"
-                ledger.take(key, "device", device, "the device is an option here")
-            why = "one device is used here, without the launcher"
-            ledger.drop(key, _LAUNCHER.get(plain, why))
+            if plain == "cpu":
+                ledger.take(key, "device", "cpu", "the device is an option here")
+            elif plain == "gpu_ids" and value.isdigit():
+                ledger.take(key, "device", f"cuda:{value}", "the device is an option here")
+            ledger.drop("one device is used here, without a launcher", key)
         several = self.launcher.get("--num_processes", "1")
         if several.isdigit() and int(several) > 1:
             ledger.todo.append(
@@ -63,7 +62,7 @@ class Launch:
             )
         for name, value in self.environment.items():
             ledger.extend({f"environment {name}": value})
-            ledger.drop(f"environment {name}", "set it before the command here, in the same way")
+            ledger.drop("set it before the command here, in the same way", f"environment {name}")
 
 
 def find_launch(commands: list[Command]) -> Launch:
@@ -85,8 +84,7 @@ def find_launch(commands: list[Command]) -> Launch:
 
 
 def _launch(command: Command) -> Launch | None:
-    words = list(command.words)
-    environment = dict(command.exported)
+    words, environment = list(command.words), dict(command.exported)
     while words and re.match(r"[A-Za-z_]\w*=", words[0]):
         name, _, value = words.pop(0).partition("=")
         environment[name] = value
@@ -99,8 +97,8 @@ def _launch(command: Command) -> Launch | None:
     while options:
         name, equals, value = options.pop(0).partition("=")
         if not equals:
-            has_value = options and not options[0].startswith("-")
-            value = options.pop(0) if name.startswith("-") and has_value else "true"
+            has_value = name.startswith("-") and options and not options[0].startswith("-")
+            value = options.pop(0) if has_value else "true"
         launcher[name] = value
     starter = PureWindowsPath(starters[-1]).stem.lower() if starters else ""
     if any("accelerate" in w for w in words[:at]):
@@ -109,7 +107,28 @@ def _launch(command: Command) -> Launch | None:
     return Launch(words[at], arguments, starter, launcher, environment, command.folder)
 
 
-def read_arguments(words: tuple[str, ...], ledger: Ledger, prefix: str = "") -> list[Item]:
+class Item(NamedTuple):
+    """An option of a script: its key in the ledger and its value."""
+
+    key: str
+    value: Any
+
+
+# By the option's name.
+Items = dict[str, Item]
+
+
+def join(
+    items: Items, ledger: Ledger, names: Iterable[str], option: str, value: Any, key: str
+) -> None:
+    """The items of these names that there are become one option, which the ledger calls `key`."""
+    for name in filter(items.__contains__, names):
+        ledger.place(option, items.pop(name).key)
+    ledger.extend({key: value})
+    items[option] = Item(key, value)
+
+
+def read_arguments(words: tuple[str, ...], ledger: Ledger, prefix: str = "") -> Items:
     """The options of a script as argparse reads them; all words become keys of the ledger.
 
     Abbreviations are completed where only one known name fits. Of an option given twice the last
@@ -124,29 +143,29 @@ def read_arguments(words: tuple[str, ...], ledger: Ledger, prefix: str = "") -> 
         else:
             (groups[-1][1] if groups else stray).append(word)
     names = [_full_name(name) for name, _ in groups]
-    items = []
+    items: Items = {}
     for i, ((spelt, values), name) in enumerate(zip(groups, names, strict=True)):
         spec = OPTIONS.get(name)
-        if spec is not None and not spec.is_list:
-            spelt_out = values and values[0].lower() in ("true", "false")
-            keep = 0 if spec.kind == "bool" and not spelt_out else 1
-            stray += values[keep:]
-            values = values[:keep]
-            if not values and spec.kind != "bool":
+        given: Any = " ".join(values) or "true"
+        if spec is not None and spec.is_list:
+            given = values
+        elif spec is not None:
+            is_flag = spec.kind == "bool" and "".join(values[:1]).lower() not in WORDS
+            if not values and not is_flag:
                 raise UserError(f"--{spelt} needs a value after it")
-        is_list = spec is not None and spec.is_list
-        given = values if is_list else " ".join(values) or "true"
-        last = name not in names[i + 1 :]
-        again = f" (given {names[:i].count(name) + 1}. of {names.count(name)})"
-        key = f"{prefix}--{spelt}" + ("" if last else again)
-        ledger.extend({key: given})
-        if last:
-            items.append(Item(key, name, given))
+            given = "true" if is_flag else values[0]
+            stray += values[0 if is_flag else 1 :]
+        key = f"{prefix}--{spelt}"
+        if name in names[i + 1 :]:
+            key += f" (given {names[:i].count(name) + 1}. of {names.count(name)})"
+            ledger.extend({key: given})
+            ledger.drop("given again further on: the last one counts", key)
         else:
-            ledger.drop(key, "given again further on: the last one counts")
-    for i, word in enumerate(stray):
-        ledger.extend({f"word {i + 1}": word})
-        ledger.drop(f"word {i + 1}", "it belongs to no option")
+            ledger.extend({key: given})
+            items[name] = Item(key, given)
+    for i, word in enumerate(stray, 1):
+        ledger.extend({f"word {i}": word})
+        ledger.drop("it belongs to no option", f"word {i}")
     return items
 
 

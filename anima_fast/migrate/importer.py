@@ -6,7 +6,7 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,24 +24,22 @@ from anima_fast.options.declare import specs
 from anima_fast.options.files import resolve_train_options
 from anima_fast.options.rules import REQUIRED
 
-TITLES = {
-    "sd-scripts": "sd-scripts", "kohya-gui": "kohya_ss' GUI", "diffusion-pipe": "diffusion-pipe",
-    "onetrainer": "OneTrainer",
-}  # fmt: skip
-_CONVERTERS: dict[str, Callable[[Source, Ledger], str]] = {
-    "sd-scripts": sd_scripts.convert, "kohya-gui": sd_scripts.convert,
-    "diffusion-pipe": diffusion_pipe.convert, "onetrainer": onetrainer.convert,
-}  # fmt: skip
+# Trainer -> its title and what fills a ledger from its source.
+TRAINERS: dict[str, tuple[str, Callable[[Source, Ledger], str]]] = {
+    "sd-scripts": ("sd-scripts", sd_scripts.convert),
+    "kohya-gui": ("kohya_ss' GUI", sd_scripts.convert),
+    "diffusion-pipe": ("diffusion-pipe", diffusion_pipe.convert),
+    "onetrainer": ("OneTrainer", onetrainer.convert),
+}
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A converted source: the `command` here, the ledger, and a name for the files."""
+    """A converted source: the `command` here and the ledger."""
 
     source: Source
     command: str
     ledger: Ledger
-    name: str
 
 
 def import_config(
@@ -85,10 +83,10 @@ def convert(source: Source) -> Imported:
     if source.launch is not None:
         source.launch.settle(ledger)
         if source.trainer in ("diffusion-pipe", "onetrainer"):
-            for item in read_arguments(source.launch.arguments, ledger):
-                ledger.drop(item.key, "not needed here, where a config is read and its keys listed")
+            for item in read_arguments(source.launch.arguments, ledger).values():
+                ledger.drop("not needed here, where a config is read and its keys listed", item.key)
     try:
-        command = _CONVERTERS[source.trainer](source, ledger)
+        command = TRAINERS[source.trainer][1](source, ledger)
     except UserError:
         raise
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
@@ -98,38 +96,36 @@ def convert(source: Source) -> Imported:
             f"{name} has a value of a kind that nobody expects there: {error}"
         ) from error
     ledger.close()
-    _todo(source, ledger, command)
-    name = ledger.options.get("output_name") or (source.file.stem if source.file else "imported")
-    return Imported(source, command, ledger, str(name))
+    ledger.todo += _todo(source, ledger, command)
+    return Imported(source, command, ledger)
 
 
-def _todo(source: Source, ledger: Ledger, command: str) -> None:
+def _todo(source: Source, ledger: Ledger, command: str) -> Iterator[str]:
     """What a run still needs."""
-    cls = CLASSES[command]
+    options, known = ledger.options, specs(CLASSES[command])
     for name in REQUIRED:
-        if not ledger.options.get(name):
-            ledger.todo.append(f"write {name} into the file: {specs(cls)[name].help}")
-    data = ("dataset_config", "train_data_dir", "in_json")
-    named = ledger.dataset is not None or any(ledger.options.get(name) for name in data)
-    if not named and not any("dataset_config" in text for text in ledger.todo):
-        ledger.todo.append("write dataset_config into the file: the source names no data")
+        if not options.get(name):
+            yield f"write {name} into the file: {known[name].help}"
+    data = ledger.dataset or any(map(options.get, ("dataset_config", "train_data_dir", "in_json")))
+    if not data and not any("dataset_config" in text for text in ledger.todo):
+        yield "write dataset_config into the file: the source names no data"
     for variable in source.unset:
-        names = [n for n, v in ledger.options.items() if variable in variable_names(str(v))]
+        names = [n for n, value in options.items() if variable in variable_names(str(value))]
         if names:
-            ledger.todo.append(
-                f"{', '.join(names)}: ${variable} is of your shell, and the text does not say its "
-                "value"
-            )
+            why = f"${variable} is of your shell, and the text does not say its value"
+            yield f"{', '.join(names)}: {why}"
 
 
 def _targets(imported: Imported, out: Path | None, force: bool) -> tuple[Path, Path | None]:
     """The file of the options, and that of the dataset if there is one."""
-    stem = "".join(c if c.isalnum() or c in "-_. " else "_" for c in imported.name).strip(". ")
-    out = out or Path(".")
+    source, out = imported.source.file, out or Path(".")
+    name = str(
+        imported.ledger.options.get("output_name") or (source.stem if source else "imported")
+    )
+    stem = "".join(c if c.isalnum() or c in "-_. " else "_" for c in name).strip(". ")
     target = out if out.suffix == ".toml" else out / f"{stem or 'imported'}_anima.toml"
     target = Path(os.path.abspath(target))
     data = target.with_name(f"{target.stem}_dataset.toml") if imported.ledger.dataset else None
-    source = imported.source.file
     for path in filter(None, (target, data)):
         if source is not None and path.exists() and path.samefile(source):
             raise UserError(f"{path} is the source itself: choose another file with --out")
@@ -141,7 +137,7 @@ def _targets(imported: Imported, out: Path | None, force: bool) -> tuple[Path, P
 def _texts(imported: Imported, target: Path, data: Path | None) -> dict[Path, str]:
     """The files and what is in them, the options first."""
     source, ledger, texts = imported.source, imported.ledger, {}
-    trainer = TITLES[source.trainer]
+    trainer = TRAINERS[source.trainer][0]
     if data is not None:
         ledger.options["dataset_config"] = str(data)
     origin = source.file.name if source.file else "a command line"

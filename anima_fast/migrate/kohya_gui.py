@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from anima_fast.errors import UserError
-from anima_fast.migrate.command import read_arguments
-from anima_fast.migrate.ledger import Ledger, is_off
-from anima_fast.migrate.rows import Item
+from anima_fast.migrate.command import Item, Items, join, read_arguments
+from anima_fast.migrate.ledger import OFF, Ledger, is_off
 from anima_fast.options.network_args import LYCORIS, parse_network_args
 
 # Field -> option of sd-scripts; those of the Anima panel begin with `anima_`, and beat fields of
@@ -28,13 +27,13 @@ MODULES = {
     "Kohya LoHa": "networks.loha", "Kohya LoKr": "networks.lokr",
     "LoHa": "networks.loha", "LoKr": "networks.lokr",
 }  # fmt: skip
-# Fields that are words of network_args.
+# Fields that are words of network_args; the DiT has no convolutions for the last ones.
 NETWORK_FIELDS = (
     "factor", "decompose_both", "dora_wd", "rank_dropout", "module_dropout", "loraplus_lr_ratio",
     "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "use_scalar", "train_norm",
     "train_llm_adapter", "exclude_patterns", "include_patterns", "network_reg_dims",
-    "network_reg_lrs", "conv_dim", "conv_alpha", "use_tucker", "use_cp", "bypass_mode",
-    "full_matrix",
+    "network_reg_lrs", "bypass_mode", "full_matrix", "conv_dim", "conv_alpha", "use_tucker",
+    "use_cp",
 )  # fmt: skip
 # A rate of 0, when the other one is set, means that only the other part is trained.
 ONLY = {
@@ -48,7 +47,7 @@ OF_FLUX = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
 ELSE = {"lllite_mlp_dim": "a ControlNet", "token_string": "textual inversion"}
 
 
-def items(config: Mapping[str, Any], ledger: Ledger) -> tuple[str, list[Item]]:
+def items(config: Mapping[str, Any], ledger: Ledger) -> tuple[str, Items]:
     """The command here, and the options of sd-scripts that the fields mean.
 
     Raises:
@@ -62,7 +61,7 @@ def items(config: Mapping[str, Any], ledger: Ledger) -> tuple[str, list[Item]]:
         fields.settle(key, config[key])
     fields.metadata()
     fields.network()
-    return ("train" if fields.lora_type else "finetune"), list(fields.found.values())
+    return ("train" if fields.lora_type else "finetune"), fields.found
 
 
 def _check_model(config: Mapping[str, Any]) -> None:
@@ -87,66 +86,68 @@ class _Fields:
     def __init__(self, config: Mapping[str, Any], ledger: Ledger) -> None:
         self.config, self.ledger = config, ledger
         self.lora_type = str(config.get("LoRA_type") or "")
-        self.found: dict[str, Item] = {}
+        self.found: Items = {}
+
+    def give(self, name: str, key: str, value: Any) -> None:
+        """An option is found."""
+        self.found[name] = Item(key, value)
 
     def settle(self, key: str, value: Any) -> None:
         """One field; what says nothing stays open, and is off."""
-        if key in NETWORK_FIELDS or key in ("LoRA_type", "anima_checkbox"):
+        if key in (*NETWORK_FIELDS, "LoRA_type", "anima_checkbox"):
             return
         if key in ONLY and is_off(value) and not is_off(self.config.get(ONLY[key][0])):
-            self._give(ONLY[key][1], key, True)
+            self.give(ONLY[key][1], key, True)
         elif key in OF_FLUX:
-            self.ledger.drop(key, "it is about another model")
+            self.ledger.drop("it is about another model", key)
         elif key == "LyCORIS_preset":
             self._preset(key, value)
         elif is_off(value) and key not in ("network_alpha", "anima_network_alpha"):
             return
         elif key == "xformers" and isinstance(value, str):
             # It chooses among xformers, sdpa and none.
-            self._give(value, key, True)
+            self.give(value, key, True)
         elif key == "sample_prompts":
             lines = [line.strip() for line in str(value).splitlines()]
             prompts = [line for line in lines if line and not line.startswith("#")]
-            self._give("sample_prompt", key, prompts)
+            self.give("sample_prompt", key, prompts)
         elif key == "additional_parameters":
             self._parameters(key, str(value))
-        elif key == "lr_warmup":
+        elif key == "lr_warmup" and not self.config.get("lr_warmup_steps"):
             # A percentage of all steps.
-            if self.config.get("lr_warmup_steps"):
-                self.ledger.drop(key, "lr_warmup_steps is given")
-            else:
-                self._give("lr_warmup_steps", key, float(value) / 100)
+            self.give("lr_warmup_steps", key, float(value) / 100)
         else:
             self._plain(key, value)
 
-    def _give(self, name: str, key: str, value: Any) -> None:
-        self.found[name] = Item(key, name, value)
-
     def _plain(self, key: str, value: Any) -> None:
         """A field with the name of an option, or nearly so."""
-        name = RENAMED.get(key, key.removeprefix("anima_"))
+        name, beaten_by = RENAMED.get(key, key.removeprefix("anima_")), ""
         if self.config.get(f"anima_{key}") not in (None, ""):
-            self.ledger.drop(key, f"anima_{key} is given, and beats it")
+            beaten_by = f"anima_{key}"
         elif key == "epoch" and not is_off(self.config.get("max_train_steps")):
-            self.ledger.drop(key, "max_train_steps is given, and beats it there")
+            beaten_by = "max_train_steps"
+        elif key == "lr_warmup":
+            beaten_by = "lr_warmup_steps"
         elif name in self.found or (key in RENAMED and not is_off(self.config.get(name))):
-            self.ledger.drop(key, f"{name} is given as well, and beats it")
+            beaten_by = name
+        if beaten_by:
+            self.ledger.drop(f"{beaten_by} is given as well, and beats it", key)
         else:
             is_text = name in LISTS and isinstance(value, str)
-            self._give(name, key, shlex.split(value) if is_text else value)
+            self.give(name, key, shlex.split(value) if is_text else value)
 
     def _parameters(self, key: str, value: str) -> None:
         """`additional_parameters` is the end of the command line, which beats the fields."""
-        for item in read_arguments(tuple(shlex.split(value)), self.ledger, f"{key} "):
-            if item.name in self.found:
-                why = f"--{item.name} in additional_parameters beats it"
-                self.ledger.drop(self.found.pop(item.name).key, why)
-            self.found[item.name] = item
-        self.ledger.place(key, "the options in it")
+        given = read_arguments(tuple(shlex.split(value)), self.ledger, f"{key} ")
+        for name in filter(self.found.__contains__, given):
+            why = f"--{name} in additional_parameters beats it"
+            self.ledger.drop(why, self.found[name].key)
+        self.found |= given
+        self.ledger.place("the options in it", key)
 
     def _preset(self, key: str, value: Any) -> None:
         """LyCORIS_preset chooses layers of a LyCORIS network."""
-        self.ledger.drop(key, "presets of layers do not exist here")
+        self.ledger.drop("presets of layers do not exist here", key)
         if self.lora_type.startswith("LyCORIS/") and value not in ("", "full"):
             self.ledger.todo.append(
                 f"LyCORIS_preset {value}: choose layers with include_patterns and exclude_patterns "
@@ -155,14 +156,14 @@ class _Fields:
 
     def metadata(self) -> None:
         """The panel for fine-tuning trains on a metadata file that it writes into `train_dir`."""
-        latents = str(self.config.get("use_latent_files")).lower() == "yes"
-        key = "latent_metadata_filename" if latents else "caption_metadata_filename"
+        files = ("caption_metadata_filename", "latent_metadata_filename")
+        key = files[str(self.config.get("use_latent_files")).lower() == "yes"]
         folder, name = self.config.get("train_dir"), self.config.get(key)
         if folder and name and not self.config.get("dataset_config"):
-            for unused in ("train_dir", "latent_metadata_filename", "caption_metadata_filename"):
+            for unused in ("train_dir", *files):
                 self.found.pop(unused, None)
-            self._give("in_json", key, f"{folder}/{name}")
-            self.ledger.place("train_dir", "in_json")
+            self.give("in_json", key, f"{folder}/{name}")
+            self.ledger.place("in_json", "train_dir")
 
     def network(self) -> None:
         """LoRA_type and the fields of the network as network_module and network_args."""
@@ -170,32 +171,25 @@ class _Fields:
         words = [f"algo={algorithm.lower()}"] if family == "LyCORIS" and algorithm else []
         module = LYCORIS if words else MODULES[self.lora_type]
         if self.lora_type:
-            self._give("network_module", "LoRA_type", module)
-        self.ledger.drop("anima_checkbox", "it chose the script, which is known")
+            self.give("network_module", "LoRA_type", module)
+        self.ledger.drop("it chose the script, which is known", "anima_checkbox")
         for key in filter(self.ledger.has, NETWORK_FIELDS):
             value = self.config[key]
             of_lokr = key in ("factor", "decompose_both") and module == MODULES[""]
             if is_off(value) or of_lokr or (key == "factor" and value == -1):
-                self.ledger.drop(key, "it is not set")
-            elif key.startswith(("conv_", "use_tucker", "use_cp")):
-                self.ledger.drop(key, "the DiT has no convolutions")
+                self.ledger.drop(OFF, key)
+            elif key in NETWORK_FIELDS[-4:]:
+                self.ledger.drop("the DiT has no convolutions", key)
             else:
-                word = f"{key}={value}"
                 try:
-                    parse_network_args([*words[:1], word], module)
+                    parse_network_args([*words[:1], f"{key}={value}"], module)
                 except UserError as error:
-                    self.ledger.drop(key, str(error).removeprefix("--network_args "))
+                    self.ledger.drop(str(error).removeprefix("--network_args "), key)
                     continue
-                words.append(word)
-                self.ledger.place(key, "network_args")
+                words.append(f"{key}={value}")
+                self.ledger.place("network_args", key)
         if words:
-            self._join_words(words)
-
-    def _join_words(self, words: list[str]) -> None:
-        if "network_args" in self.found:
-            item = self.found.pop("network_args")
-            words += item.value if isinstance(item.value, list) else [str(item.value)]
-            self.ledger.place(item.key, "network_args")
-        key = "fields of the network"
-        self.ledger.extend({key: words})
-        self._give("network_args", key, words)
+            if "network_args" in self.found:
+                words += self.found["network_args"].value
+            key = "fields of the network"
+            join(self.found, self.ledger, ["network_args"], "network_args", words, key)

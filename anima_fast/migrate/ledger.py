@@ -11,26 +11,40 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from anima_fast.errors import UserError
-from anima_fast.migrate.paths import PATHS, Paths
+from anima_fast.migrate.paths import PATHS, resolve
 
 # Values of keys with such names are neither written nor shown.
 SECRET = re.compile(r"(?i)(api_?key|(^|[._-])token$|password|secret|credential)")
 SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|[0-9a-f]{40})\b")
 HIDDEN = "(hidden)"
-OFF, NOT_SET, UNKNOWN = "it is off", "it is not set", "it has no counterpart here"
+TAKEN, CHANGED, DROPPED = "taken", "changed", "dropped"
+# Reasons that many keys share.
+OFF, UNKNOWN = "off or not set", "it has no counterpart here, or belongs to what is off"
+DEFAULT = "the default there"
+EPOCH = "a batch that is not full ends an epoch here, and is left out there"
+KERNELS = "the blocks run through kernels of their own, which --compile would turn off"
+WEIGHTS = (
+    "weights have the type of mixed_precision; 8-bit base weights are not supported: "
+    "blocks_to_swap saves memory"
+)
+# One key, or several that become the same.
+Keys = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A settled key of the source: `shown` is its value, `option` and `new` are ours."""
+    """A settled key of the source: `shown` is its value; `option` and `new` are ours, or `option`
+    is the place where it went."""
 
     key: str
+    verdict: str
     shown: str
-    option: str | None = None
-    new: str | None = None
+    option: str = ""
+    new: str = ""
     why: str = ""
 
 
@@ -40,38 +54,37 @@ class Ledger:
 
     Attributes:
         source: every key of the source by its full name, with its value.
+        settled: what became of them so far.
         options: our options so far.
-        taken, changed, dropped: the lists that the user sees.
-        added: options that the source does not have, each with the reason.
+        added: options that the source does not have -> their value and the reason.
         todo: what the user has to do by hand before training.
         dataset: a dataset file to write beside the options; None when there is nothing to write.
-        paths: where relative paths of the source start.
+        base: where relative paths of the source start.
     """
 
     source: dict[str, Any] = field(default_factory=dict)
+    settled: dict[str, Entry] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    taken: list[Entry] = field(default_factory=list)
-    changed: list[Entry] = field(default_factory=list)
-    dropped: list[Entry] = field(default_factory=list)
-    added: list[Entry] = field(default_factory=list)
+    added: dict[str, tuple[str, str]] = field(default_factory=dict)
     todo: list[str] = field(default_factory=list)
     dataset: dict[str, Any] | None = None
-    paths: Paths = field(default_factory=Paths)
-    _open: set[str] = field(default_factory=set)
+    base: Path | None = None
 
     def extend(self, keys: Mapping[str, Any], prefix: str = "") -> None:
         """Add the keys of another part of the source; tables are flattened to dotted names."""
-        found = dict(flatten(keys, prefix))
-        self.source |= found
-        self._open |= found.keys()
+        self.source |= dict(flatten(keys, prefix))
 
     def has(self, key: str) -> bool:
         """Whether the source has this key and it is not settled yet."""
-        return key in self._open
+        return key in self.source and key not in self.settled
 
-    def open_keys(self, prefix: str = "") -> list[str]:
+    def open_keys(self, prefix: str = "") -> tuple[str, ...]:
         """The keys that begin with `prefix` and are not settled."""
-        return [key for key in self.source if key in self._open and key.startswith(prefix)]
+        return tuple(key for key in self.source if key.startswith(prefix) and self.has(key))
+
+    def listed(self, verdict: str) -> list[Entry]:
+        """The keys that were taken, changed or dropped."""
+        return [entry for entry in self.settled.values() if entry.verdict == verdict]
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key of the source, settled or not; `UserError` for a table."""
@@ -106,78 +119,70 @@ class Ledger:
         return str(self.get(key) or default)
 
     def take(
-        self, key: str, option: str, value: Any = None, why: str = "", default: str = ""
+        self, keys: Keys, option: str, value: Any = None, why: str = "", default: str = ""
     ) -> None:
-        """The key becomes an option, with its own value unless one is given; paths are resolved.
+        """The keys become an option: with the key's own value unless one is given, paths resolved.
 
         Args:
             why: the reason, when something changes on the way.
-            default: the reason to add the option where the source does not set the key, if any.
+            default: the reason to add the option where the source sets none of the keys, if any.
         """
-        if default and self.source.get(key) is None:
-            self.add(option, value, default)
-        value = self.source.get(key) if value is None else value
-        if not self.has(key) or value is None:
-            return
-        if option in PATHS:
-            value, moved = self.paths.resolve_all(value)
-            why = "; ".join(filter(None, (why, moved)))
-        self.options[option] = value
-        self._settle(key, self.changed if why else self.taken, option, value, why)
+        keys = (keys,) if isinstance(keys, str) else keys
+        if default and all(self.source.get(key) is None for key in keys):
+            self.add(default, **{option: value})
+        for key in filter(self.has, keys):
+            new, moved = self.source[key] if value is None else value, ""
+            if new is None:
+                continue
+            if option in PATHS and isinstance(new, (list, tuple)):
+                found = [resolve(str(text), self.base) for text in new]
+                new, moved = [path for path, _ in found], max((m for _, m in found), default="")
+            elif option in PATHS:
+                new, moved = resolve(str(new), self.base)
+            self.options[option] = new
+            self.place(option, key, why="; ".join(filter(None, (why, moved))), new=new)
 
-    def place(self, key: str, where: str) -> None:
-        """The key is taken over into another file or option, which `where` names."""
-        self._settle(key, self.taken, where)
+    def place(self, where: str, *keys: str, why: str = "", new: Any = None) -> None:
+        """The keys are taken over into another file or option; changed, if there is a reason."""
+        for key in keys:
+            self._settle(key, CHANGED if why else TAKEN, where, new, why)
 
-    def explain(self, key: str, why: str) -> None:
-        """The key is taken over in another form, which `why` explains."""
-        self._settle(key, self.changed, why=why)
+    def drop(self, why: str, *keys: str) -> None:
+        """The keys have no counterpart here."""
+        for key in keys:
+            self._settle(key, DROPPED, why=why)
 
-    def drop(self, key: str, why: str) -> None:
-        """The key has no counterpart here."""
-        self._settle(key, self.dropped, why=why)
+    def add(self, why: str, **options: Any) -> None:
+        """Add options that the source leaves out; what is in the options already stays."""
+        self.put(why, **{name: v for name, v in options.items() if name not in self.options})
 
-    def add(self, option: str, value: Any, why: str) -> None:
-        """Add an option that the source leaves out; what is in the options already stays."""
-        if option not in self.options:
-            self.put(option, value, why)
-
-    def put(self, option: str, value: Any, why: str) -> None:
-        """Set an option that follows from several keys together, over what is there."""
-        self.options[option] = value
-        before = [e for e in self.added if e.option == option]
-        self.added = [e for e in self.added if e.option != option]
-        self.note(option, value, "; ".join(dict.fromkeys([*(e.why for e in before), why])))
-
-    def note(self, key: str, value: Any, why: str) -> None:
-        """List something that was added, here or to the dataset file."""
-        self.added.append(Entry("", "", key, show(value), why))
+    def put(self, why: str, **options: Any) -> None:
+        """Set options that follow from several keys together, over what is there."""
+        self.options |= options
+        self.added |= {name: (show(value), why) for name, value in options.items()}
 
     def close(self, reasons: Mapping[str, str] | None = None, prefix: str = "") -> None:
         """Drop the open keys that begin with `prefix`.
 
         Args:
             reasons: why a key has no counterpart, by the beginning of its name without `prefix`,
-                the longest one first. The rest is off, not set or has no counterpart.
+                the longest one first.
         """
-        starts = sorted(reasons or {}, key=len, reverse=True)
+        reasons = reasons or {}
+        starts = sorted(reasons, key=len, reverse=True)
         for key in self.open_keys(prefix):
-            name, value = key.removeprefix(prefix), self.source[key]
-            start = next((s for s in starts if name.startswith(s)), "")
-            why = reasons[start] if reasons and start else UNKNOWN
-            self.drop(key, NOT_SET if value in (None, "") else OFF if is_off(value) else why)
+            start = next((s for s in starts if key[len(prefix) :].startswith(s)), "")
+            self.drop(OFF if is_off(self.source[key]) else reasons.get(start, UNKNOWN), key)
 
     def _settle(
-        self, key: str, entries: list[Entry], option: str | None = None, value: Any = None,
-        why: str = "",
-    ) -> None:  # fmt: skip
+        self, key: str, verdict: str, option: str = "", new: Any = None, why: str = ""
+    ) -> None:
         if not self.has(key):
             return
-        self._open.remove(key)
-        secret = SECRET.search(key)
-        shown = HIDDEN if secret else show(self.source[key])
-        new = None if value is None else HIDDEN if secret else show(value)
-        entries.append(Entry(key, shown, option, new, why))
+        shown, new = show(self.source[key]), "" if new is None else show(new)
+        if SECRET.search(key):
+            shown, new = HIDDEN, new and HIDDEN
+        self.settled[key] = Entry(key, verdict, shown, option, new, why)
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,24 +12,14 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from anima_fast.errors import UserError
-from anima_fast.migrate.ledger import Ledger
+from anima_fast.migrate.ledger import DEFAULT, EPOCH, KERNELS, WEIGHTS, Ledger
 from anima_fast.migrate.onetrainer_data import convert_concepts, convert_samples
 from anima_fast.migrate.optimizers import ONETRAINER, OTHER, Known, settle_arguments
-from anima_fast.migrate.paths import Paths
-from anima_fast.migrate.rows import (
-    DEFAULT,
-    Row,
-    number,
-    on,
-    one_of,
-    rate,
-    reasons,
-    settle,
-    when_on,
-    whole,
-)
-from anima_fast.migrate.source import KERNELS, ONLY, Source, other_model
-from anima_fast.models.download import TEXT_ENCODER, VAE, default_models_dir, dit_file
+from anima_fast.migrate.paths import find_base, resolve
+from anima_fast.migrate.rows import Row, number, on, one_of, settle, when_on
+from anima_fast.migrate.source import ONLY, Source, other_model
+from anima_fast.models.download import TEXT_ENCODER, VAE, dit_file, models_folder
+from anima_fast.options.other_names import by_name
 
 DTYPES = {"BFLOAT_16": "bf16", "FLOAT_16": "fp16", "FLOAT_32": "no", "TFLOAT_32": "no"}
 FORMATS = {
@@ -56,6 +46,12 @@ FILTERS = {
 }
 # Parts that find several of these.
 WIDER_FILTERS = {"attn": ("attn1", "attn2"), "transformer_block": tuple(FILTERS)}
+LOSSES = {
+    "mse_strength": "l2", "mae_strength": "l1", "huber_strength": "huber",
+    "log_cosh_strength": "huber",
+}  # fmt: skip
+SAVING = {"EPOCH": "save_every_n_epochs", "STEP": "save_every_n_steps"}
+MINUTES = {"SECOND": 1 / 60, "MINUTE": 1.0, "HOUR": 60.0}
 # Of the 2B model, for fractions of it.
 BLOCKS = 28
 
@@ -67,8 +63,7 @@ def _file(value: Any) -> str | None:
 
 # What other keys look at.
 FIRST_ROWS = [
-    Row("transformer.model_name", "pretrained_model_name_or_path", _file),
-    Row("base_model_name", "pretrained_model_name_or_path", _file),
+    Row("transformer.model_name base_model_name", "pretrained_model_name_or_path", _file),
     Row("text_encoder.model_name", "qwen3", on),
     Row("vae.model_name", "vae", _file),
     Row("train_dtype", "mixed_precision", one_of(DTYPES, "bf16"), default="fp16"),
@@ -79,46 +74,42 @@ NETWORK_ROWS = [
     Row("lora_alpha", "network_alpha", number, default=1.0),
     Row("output_model_format", "lora_format", one_of(FORMATS)),
 ]
-FINETUNE_ROWS = [Row("transformer.weight_dtype", "full_bf16", one_of({"BFLOAT_16": True}))]
+# LoHa and LoKr have rank_dropout in network_args instead.
+KIND_ROWS = {
+    "LORA": [
+        Row("lora_rank", "network_dim", default=16),
+        Row("dropout_probability", "network_dropout", on),
+    ],
+    "LOHA": [Row("lora_rank", "network_dim", default=16)],
+    "LOKR": [Row("lokr_dim", "network_dim", default=16)],
+}
+FINETUNE_ROWS = [
+    Row("transformer.weight_dtype", "full_bf16", one_of({"BFLOAT_16": True})),
+    Row("compile", "compile", on),
+]
 ROWS = [
-    Row("epochs", "max_train_epochs", whole,
-        "a batch that is not full ends an epoch here, and is left out there", 100),
-    Row("gradient_accumulation_steps", "gradient_accumulation_steps", whole),
+    Row("epochs", "max_train_epochs", None, EPOCH, 100),
+    Row("gradient_accumulation_steps", "gradient_accumulation_steps"),
     Row("clip_grad_norm", "max_grad_norm", number),
     Row("output_dtype", "save_precision",
         one_of({**DTYPES, "FLOAT_32": "float", "TFLOAT_32": "float"})),
     Row("tensorboard", "log_with", when_on("tensorboard")),
     Row("attention_mechanism", "attn_mode", one_of(ATTENTION, "torch")),
     Row("normalize_masked_area_loss", "masked_loss_normalize", when_on(True)),
-    Row("text_encoder.dropout_probability", "caption_dropout_rate", rate),
-    Row("dataloader_threads", "max_data_loader_n_workers", whole),
-    Row("caching_threads", "max_data_loader_n_workers", whole),
+    Row("text_encoder.dropout_probability", "caption_dropout_rate", on),
+    Row("dataloader_threads caching_threads", "max_data_loader_n_workers"),
     Row("train_device", "device", lambda value: None if value == "cuda" else value),
 ]  # fmt: skip
 # Beginning of a key -> why it is dropped.
-DROPPED = reasons({
+DROPPED = by_name({
+    KERNELS: "compile",
+    WEIGHTS: "quantization transformer.weight_dtype weight_dtype",
     "passwords are never written": "secrets",
-    "training in a rented machine is out of scope": "cloud",
-    "embeddings are not supported for Anima": "embedding additional_embeddings",
-    "it is a part that Anima does not have": "unet. prior. effnet_encoder. decoder text_encoder_",
-    "the text encoder is not trained, as there for Anima": "text_encoder.",
-    "the VAE runs before training only; no_half_vae runs it in float32": "vae.",
-    "it is what the window remembers of other choices": "optimizer_defaults",
     "single files are read here, not folders in diffusers' form": "base_model_name vae.model_name",
-    "weights have the type of mixed_precision; 8-bit base weights are not supported: "
-    "blocks_to_swap saves memory": "quantization transformer.weight_dtype weight_dtype",
-    "it is about a kind of network that is not chosen": "lora_ lokr_ oft_ dropout_probability",
-    "layer_filter says it": "layer_filter_",
-    "the curve, the loss or the mean that it belongs to is another one here":
-        "learning_rate_cycles learning_rate_min_factor huber_delta ema",
-    "the unit is part of the option here": "save_every_unit save_after_unit backup_after_unit",
     "files are saved by epochs or steps, states by minutes": "save_every save_after backup_after",
-    "files, logs and states go to output_dir": "workspace_dir",
-    "caches lie beside the images here: --cache_dir changes that": "cache_dir",
     "validation holds out a part of the training images here: --validation_split": "valid",
     "--resume auto goes on from the newest state": "continue_last_backup",
     "outside a mask the loss is 0 here": "unmasked_weight",
-    "the first card is the default": "train_device",
 })  # fmt: skip
 
 
@@ -132,17 +123,15 @@ def convert(source: Source, ledger: Ledger) -> str:
     """
     command = _check(source.config)
     ledger.extend(source.config)
-    ledger.place("model_type", "Anima, the only model here")
-    ledger.place("training_method", f"anima-fast {command}")
-    ledger.place("transformer.train", "the DiT is what is trained")
+    ledger.place(f"anima-fast {command}", "model_type", "training_method", "transformer.train")
     names = ("base_model_name", "transformer.model_name", "vae.model_name", "concept_file_name")
-    ledger.paths = Paths.find([ledger.text(name) for name in names], source.folders)
+    ledger.base = find_base(map(ledger.text, names), source.folders)
     settle(FIRST_ROWS, ledger)
     _downloaded(ledger)
     _output(ledger)
     if ledger.get("train_dtype") == "TFLOAT_32":
-        ledger.add("cuda_allow_tf32", True, "train_dtype is TFLOAT_32")
-    _memory(ledger, command)
+        ledger.add("train_dtype is TFLOAT_32", cuda_allow_tf32=True)
+    _memory(ledger)
     if command == "train":
         _network(ledger)
         _ema(ledger)
@@ -183,9 +172,9 @@ def _downloaded(ledger: Ledger) -> None:
     files = {
         "pretrained_model_name_or_path": dit_file("base-v1.0"), "qwen3": TEXT_ENCODER, "vae": VAE,
     }  # fmt: skip
-    missing = {n: default_models_dir() / f for n, f in files.items() if n not in ledger.options}
+    missing = {n: models_folder() / f for n, f in files.items() if n not in ledger.options}
     for name, path in missing.items():
-        ledger.add(name, str(path), "where `anima-fast download` puts it")
+        ledger.add("where `anima-fast download` puts it", **{name: str(path)})
     if not all(path.exists() for path in missing.values()):
         ledger.todo.append(f"run `anima-fast download`: it fetches {', '.join(missing)}")
 
@@ -193,92 +182,69 @@ def _downloaded(ledger: Ledger) -> None:
 def _output(ledger: Ledger) -> None:
     """The folder, and the name of the file in it where there is one; and what is cached there."""
     key = "output_model_destination"
-    path, moved = ledger.paths.resolve(ledger.text(key, "models/model.safetensors"))
+    path, moved = resolve(ledger.text(key, "models/model.safetensors"), ledger.base)
     where = PureWindowsPath(path)
     folder, name = (where.parent, where.stem) if where.suffix else (where, "model")
     parent = str(folder) if "\\" in path else folder.as_posix()
     why = "; ".join(filter(None, ("the folder and the name are two options", moved)))
     ledger.take(key, "output_dir", parent, why, DEFAULT)
-    ledger.add("output_name", name, f"from {key}")
+    ledger.add(f"from {key}", output_name=name)
     shared = ledger.get("latent_caching", True)
-    for key, option in (
-        ("image_caching", "cache_latents_to_disk"),
-        ("text_caching", "cache_text_encoder_outputs_to_disk"),
-    ):
-        if ledger.get(key, shared):
-            ledger.take(key, option, True, default=DEFAULT)
+    if ledger.get("image_caching", shared):
+        ledger.take("image_caching", "cache_latents_to_disk", True, default=DEFAULT)
+    if ledger.get("text_caching", shared):
+        ledger.take("text_caching", "cache_text_encoder_outputs_to_disk", True, default=DEFAULT)
     if shared:
-        ledger.place("latent_caching", "cache_latents_to_disk and of the text too")
+        ledger.place("cache_latents_to_disk and of the text too", "latent_caching")
 
 
-def _memory(ledger: Ledger, command: str) -> None:
-    """Checkpointing, offloading and compilation; older files say it once for all parts."""
+def _memory(ledger: Ledger) -> None:
+    """Checkpointing and offloading; older files say it once for all parts."""
     old, new = "gradient_checkpointing", "transformer.gradient_checkpointing"
-    key = new if ledger.has(new) else old
-    checkpointing = ledger.on(key) or not ledger.has(key)
+    offloading, option = "transformer.activation_offloading", "gradient_checkpointing"
+    fractions = ("transformer.offload_fraction", "layer_offload_fraction")
     everywhere = ledger.text(old).upper() == "CPU_OFFLOADED"
-    offloads = ledger.on("transformer.activation_offloading")
-    offloads |= everywhere and bool(ledger.get("enable_activation_offloading", True))
-    fractions = {
-        "transformer.offload_fraction": ledger.number("transformer.offload_fraction"),
-        "layer_offload_fraction": ledger.number("layer_offload_fraction") * everywhere,
-    }
-    fraction = max(fractions.values())
+    fraction = max(ledger.number(fractions[0]), ledger.number(fractions[1]) * everywhere)
     if fraction > 0:
         blocks = min(BLOCKS - 2, round(fraction * BLOCKS))
-        ledger.options["blocks_to_swap"] = blocks
-        for key in filter(ledger.on, fractions):
-            ledger.explain(key, f"blocks_to_swap: {blocks} of {BLOCKS}, which are counted here")
-    option = "gradient_checkpointing"
-    if offloads and fraction <= 0:
+        why = f"of {BLOCKS} blocks, which are counted here"
+        ledger.take(tuple(filter(ledger.on, fractions)), "blocks_to_swap", blocks, why)
+    elif ledger.on(offloading) or (everywhere and ledger.get("enable_activation_offloading", True)):
         option = "unsloth_offload_checkpointing"
-    if checkpointing:
+    key = new if ledger.has(new) else old
+    if ledger.on(key) or not ledger.has(key):
         ledger.options[option] = True
-    for key in filter(ledger.on, (old, new, "transformer.activation_offloading")):
-        ledger.place(key, option)
-    if ledger.on("compile") and command == "train":
-        ledger.drop("compile", KERNELS)
-    elif ledger.on("compile"):
-        ledger.take("compile", "compile")
+    ledger.place(option, *filter(ledger.on, (old, new, offloading)))
 
 
 def _network(ledger: Ledger) -> None:
     """The adapter: its kind, rank, alpha, dropout, DoRA and what a LoKr has."""
     kind = ledger.text("peft_type", "LORA")
-    lokr = kind == "LOKR"
-    settle(NETWORK_ROWS, ledger)
-    rows = [Row("lokr_dim" if lokr else "lora_rank", "network_dim", whole, default=16)]
-    # LoHa and LoKr have rank_dropout in network_args instead.
-    rows += [Row("dropout_probability", "network_dropout", rate)] if kind == "LORA" else []
-    settle(rows, ledger)
-    dora, outputs = "lora_decompose", "lora_decompose_output_axis"
+    settle([*NETWORK_ROWS, *KIND_ROWS[kind]], ledger)
+    lokr, dora, outputs = kind == "LOKR", "lora_decompose", "lora_decompose_output_axis"
     if lokr:
         dora, outputs = "lokr_weight_decompose", "lokr_dora_on_output"
     words = []
     if ledger.on(dora):
         # On the rows of the weight in a LoKr unless it says otherwise, on its columns in a LoRA.
         words += ["dora_wd=True", f"wd_on_output={bool(ledger.get(outputs, lokr))}"]
-        ledger.place(dora, "network_args dora_wd")
-        ledger.place(outputs, "network_args wd_on_output")
+        ledger.place("network_args", dora, outputs)
     for key, word in LOKR_WORDS.items():
-        value = ledger.get(key)
-        if lokr and ledger.on(key) and value != -1:
-            words.append(f"{word}={value}")
-            ledger.place(key, f"network_args {word}")
+        if lokr and ledger.on(key) and ledger.get(key) != -1:
+            words.append(f"{word}={ledger.get(key)}")
+            ledger.place("network_args", key)
     if words:
-        ledger.put("network_args", words, "the settings above, as words")
+        ledger.put("the settings above, as words", network_args=words)
 
 
 def _ema(ledger: Ledger) -> None:
     """The running mean of the adapter."""
-    if not ledger.on("ema"):
-        return
-    decay = ledger.number("ema_decay", 0.999)
-    interval = max(1, ledger.whole("ema_update_step_interval", 5))
-    why = f"{decay:g} every {interval} steps; the mean is saved beside the LoRA as NAME-ema"
-    ledger.take("ema", "ema_decay", round(decay ** (1 / interval), 6), why)
-    for key in ("ema_decay", "ema_update_step_interval"):
-        ledger.place(key, "ema_decay")
+    if ledger.on("ema"):
+        decay = ledger.number("ema_decay", 0.999)
+        interval = max(1, ledger.whole("ema_update_step_interval", 5))
+        why = f"{decay:g} every {interval} steps; the mean is saved beside the LoRA as NAME-ema"
+        ledger.take("ema", "ema_decay", round(decay ** (1 / interval), 6), why)
+        ledger.place("ema_decay", "ema_decay", "ema_update_step_interval")
 
 
 def _layers(ledger: Ledger, command: str) -> None:
@@ -289,55 +255,57 @@ def _layers(ledger: Ledger, command: str) -> None:
     whole = not parts or "transformer_block" in text
     left_out = [layers for part, layers in FILTERS.items() if not whole and part not in parts]
     if command == "finetune":
-        ledger.add("llm_adapter_lr", 0.0, "OneTrainer does not train the LLM adapter")
+        ledger.add("OneTrainer does not train the LLM adapter", llm_adapter_lr=0.0)
     if not {*parts} <= {*FILTERS} or ledger.on("layer_filter_regex"):
-        ledger.drop(key, "it is about names of diffusers, which are others here")
+        ledger.drop("it is about names of diffusers, which are others here", key)
         how = "include_patterns and exclude_patterns in network_args"
         how = how if command == "train" else "rates such as mlp_lr = 0"
         ledger.todo.append(f"layer_filter {text!r}: all parts are trained: choose them with {how}")
     elif command == "finetune":
-        ledger.explain(key, "rates of 0 freeze parts; layers outside the blocks are trained here")
+        why = "rates of 0 freeze parts; layers outside the blocks are trained here"
+        ledger.place("rates of parts", key, why=why)
         for option in [rate for _, rate in left_out] + ([] if whole else ["mod_lr"]):
-            ledger.add(option, 0.0, "not in layer_filter")
+            ledger.add("not in layer_filter", **{option: 0.0})
     else:
-        what = "the same layers under their names here, but none outside the blocks"
-        ledger.explain(key, what)
+        why = "the same layers under their names here, but none outside the blocks"
+        ledger.place("network_args", key, why=why)
         words = [f"exclude_patterns={[pattern for pattern, _ in left_out]}"] if left_out else []
         if whole:
             # There AdaLN modulation belongs to the block.
             words = [r"include_patterns=blocks[.]\d+[.]adaln_modulation_.*"]
         if words:
-            ledger.put("network_args", [*ledger.options.get("network_args", []), *words], what)
+            ledger.put(why, network_args=[*ledger.options.get("network_args", []), *words])
 
 
 def _rate(ledger: Ledger) -> None:
     """The learning rate, times the root of the images that learning_rate_scaler counts."""
-    scaler, images = ledger.text("learning_rate_scaler", "NONE"), 1.0
+    scaler, images, why = ledger.text("learning_rate_scaler", "NONE"), 1.0, ""
     if scaler.endswith(("BATCH", "BOTH")):
         images *= ledger.number("batch_size", 1)
     if scaler.endswith(("ACCUMULATION", "BOTH")):
         images *= ledger.number("gradient_accumulation_steps", 1)
     factor = math.sqrt(max(1.0, images))
     if factor > 1:
-        ledger.drop("learning_rate_scaler", f"it is part of learning_rate here, times {factor:g}")
+        why = f"times {factor:g}, as learning_rate_scaler says"
+        ledger.drop("it is part of learning_rate here", "learning_rate_scaler")
     key = "learning_rate"
     if ledger.get("transformer.learning_rate") is not None:
         # The DiT is all that is trained.
         key = "transformer.learning_rate"
-        ledger.drop("learning_rate", f"{key} beats it")
+        ledger.drop(f"{key} beats it", "learning_rate")
     value = float(f"{ledger.number(key, 3e-6) * factor:.6g}")
-    why = f"times {factor:g}, as learning_rate_scaler says" if factor > 1 else ""
     ledger.take(key, "learning_rate", value, why, DEFAULT)
 
 
 def _schedule(ledger: Ledger) -> None:
     """The curve of the learning rate."""
-    kind = ledger.text("learning_rate_scheduler", "CONSTANT")
-    steps = ledger.number("learning_rate_warmup_steps", 200.0)
-    low = ledger.number("learning_rate_min_factor")
+    key = "learning_rate_scheduler"
+    kind = ledger.text(key, "CONSTANT")
     if kind == "CUSTOM":
         _custom_schedule(ledger)
         return
+    steps = ledger.number("learning_rate_warmup_steps", 200.0)
+    low = ledger.number("learning_rate_min_factor")
     ours, why = SCHEDULERS.get(kind, "constant"), ""
     if ours == "constant" and steps:
         ours, why = "constant_with_warmup", "constant has no warm-up here"
@@ -348,7 +316,7 @@ def _schedule(ledger: Ledger) -> None:
         why = "it ends at 0 here, and at half the rate in newer versions of OneTrainer"
     elif kind == "REX" or kind not in SCHEDULERS:
         why = f"{kind} does not exist here; REX falls a little later than a straight line"
-    ledger.take("learning_rate_scheduler", "lr_scheduler", ours, why, why or DEFAULT)
+    ledger.take(key, "lr_scheduler", ours, why, why or DEFAULT)
     if steps:
         warmup = steps if 0 < steps < 1 else int(steps)
         ledger.take("learning_rate_warmup_steps", "lr_warmup_steps", warmup, default=DEFAULT)
@@ -358,19 +326,16 @@ def _schedule(ledger: Ledger) -> None:
 
 
 def _custom_schedule(ledger: Ledger) -> None:
-    ledger.drop("learning_rate_scheduler", "custom_learning_rate_scheduler names the class")
     key = "custom_learning_rate_scheduler"
-    if not ledger.on(key):
-        return
-    ledger.take(key, "lr_scheduler_type")
-    words = []
-    for name in ledger.open_keys("scheduler_params["):
-        row, _, part = name.rpartition(".")
-        if part == "key":
-            words.append(f"{ledger.get(name)}={ledger.get(f'{row}.value')}")
-        ledger.place(name, "lr_scheduler_args")
-    if words:
-        ledger.put("lr_scheduler_args", words, "scheduler_params")
+    ledger.drop(f"{key} names the class", "learning_rate_scheduler")
+    if ledger.on(key):
+        ledger.take(key, "lr_scheduler_type")
+        names = ledger.open_keys("scheduler_params[")
+        rows = [name.removesuffix(".key") for name in names if name.endswith(".key")]
+        words = [f"{ledger.get(f'{row}.key')}={ledger.get(f'{row}.value')}" for row in rows]
+        ledger.place("lr_scheduler_args", *names)
+        if words:
+            ledger.put("scheduler_params", lr_scheduler_args=words)
 
 
 def _optimizer(ledger: Ledger, command: str) -> None:
@@ -403,8 +368,7 @@ def _betas(ledger: Ledger, known: Known, prefix: str) -> dict[str, Any]:
         values = [ledger.get(keys[0]), ledger.get(keys[1]) or 1e-3]
     if values and all(isinstance(value, (int, float)) for value in values):
         arguments[name] = values
-        for key in keys:
-            ledger.place(key, "optimizer_args")
+        ledger.place("optimizer_args", *keys)
     return arguments
 
 
@@ -412,33 +376,31 @@ def _fused(ledger: Ledger, prefix: str) -> None:
     """What OneTrainer has among the optimizer's arguments and full fine-tuning has as options."""
     fused, rounded = f"{prefix}fused_back_pass", f"{prefix}stochastic_rounding"
     if ledger.on(fused) and ledger.number("gradient_accumulation_steps", 1) <= 1:
-        ledger.put("fused_backward_pass", True, fused)
-        ledger.place(fused, "fused_backward_pass")
+        ledger.put(fused, fused_backward_pass=True)
+        ledger.place("fused_backward_pass", fused)
     if ledger.options.get("full_bf16"):
-        ledger.put("weight_update", "stochastic" if ledger.on(rounded) else "plain", rounded)
-        ledger.place(rounded, "weight_update")
+        ledger.put(rounded, weight_update="stochastic" if ledger.on(rounded) else "plain")
+        ledger.place("weight_update", rounded)
 
 
 def _noise(ledger: Ledger) -> None:
     """The distribution of noise levels, its shift and its limits."""
-    shift = ledger.number("timestep_shift", 1.0) or 1.0
-    options, why = distribution(
-        ledger.text("timestep_distribution", "UNIFORM"), ledger.number("noising_weight"),
-        ledger.number("noising_bias"), shift, ledger.on("dynamic_timestep_shifting"),
-    )  # fmt: skip
+    settings = ("noising_weight", "noising_bias", "timestep_shift", "dynamic_timestep_shifting")
+    weight, bias, shift = (ledger.number(name) for name in settings[:3])
+    kind, dynamic = ledger.text("timestep_distribution", "UNIFORM"), ledger.on(settings[3])
+    options, why = distribution(kind, weight, bias, shift or 1.0, dynamic)
     sampling = options["timestep_sampling"]
     ledger.take("timestep_distribution", "timestep_sampling", sampling, why, DEFAULT)
     ledger.options |= options
-    settings = ("noising_weight", "noising_bias", "timestep_shift", "dynamic_timestep_shifting")
-    for name in filter(ledger.on, settings):
-        ledger.place(name, ", ".join(options))
-    why = "in thousandths; here it limits what comes out of the shift" if shift != 1 else ""
+    ledger.place(", ".join(options), *filter(ledger.on, settings))
+    shifted = shift not in (0, 1)
+    why = "in thousandths; here it limits what comes out of the shift" if shifted else ""
     for key, option, off in (
         ("min_noising_strength", "min_timestep", 0.0),
         ("max_noising_strength", "max_timestep", 1.0),
     ):
         if (limit := ledger.number(key, off)) == off:
-            ledger.drop(key, "the whole range, as here by default")
+            ledger.drop("the whole range, as here by default", key)
         ledger.take(key, option, round(limit * 1000), why)
 
 
@@ -477,16 +439,13 @@ def distribution(
 
 def _loss(ledger: Ledger) -> None:
     """The loss: the strongest of OneTrainer's four, which can be mixed there."""
-    kinds = {"mse_strength": "l2", "mae_strength": "l1", "huber_strength": "huber",
-             "log_cosh_strength": "huber"}  # fmt: skip
-    strength = {key: ledger.number(key, float(key == "mse_strength")) for key in kinds}
+    strength = {key: ledger.number(key, float(key == "mse_strength")) for key in LOSSES}
     best = max(strength, key=lambda key: strength[key])
     mixed = sum(value > 0 for value in strength.values()) > 1 or best == "log_cosh_strength"
     why = "one loss is used here, the strongest of them"
-    ledger.take(best, "loss_type", kinds[best], why if mixed else "")
-    for key in filter(ledger.on, kinds):
-        ledger.drop(key, "one loss is used here")
-    if kinds[best] == "huber":
+    ledger.take(best, "loss_type", LOSSES[best], why if mixed else "")
+    ledger.drop(why, *filter(ledger.on, LOSSES))
+    if LOSSES[best] == "huber":
         ledger.options["huber_schedule"] = "constant"
     if ledger.options.get("loss_type") == "huber":
         ledger.take("huber_delta", "huber_c", ledger.number("huber_delta", 1.0))
@@ -495,12 +454,9 @@ def _loss(ledger: Ledger) -> None:
 def _saving(ledger: Ledger) -> None:
     """How often is saved: a number and its unit are one option each here."""
     for key in ("save_every", "save_after"):
-        option = {"EPOCH": "save_every_n_epochs", "STEP": "save_every_n_steps"}.get(
-            ledger.text(f"{key}_unit")
-        )
+        option = SAVING.get(ledger.text(f"{key}_unit"))
         if option and ledger.number(key) > 0:
             ledger.take(key, option, ledger.whole(key))
-    unit = ledger.text("backup_after_unit", "MINUTE")
-    minutes = {"SECOND": 1 / 60, "MINUTE": 1.0, "HOUR": 60.0}.get(unit)
+    minutes = MINUTES.get(ledger.text("backup_after_unit", "MINUTE"))
     if minutes:
         ledger.take("backup_after", "autosave_minutes", ledger.number("backup_after") * minutes)

@@ -24,59 +24,57 @@ class Known:
     name: str
     why: str = ""
     defaults: dict[str, Any] = field(default_factory=dict)
-    accepts: tuple[str, ...] = ()
+    accepts: str = ""
     betas: int = 2
-    base: tuple[str, ...] = ("eps", "weight_decay")
+    base: str = "eps weight_decay"
 
 
 _KAHAN = "its Kahan sums are for 16-bit weights, which are float32 or rounded at random here"
 _OPTIMI = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0}
-_D = ("d0", "d_coef", "growth_rate", "decouple", "use_bias_correction", "safeguard_warmup")
-_FACTOR = ("clip_threshold", "decay_rate", "scale_parameter", "relative_step", "warmup_init")
-_BITS = ("min_8bit_size", "percentile_clipping", "block_wise", "amsgrad")
+_D = "d0 d_coef growth_rate decouple use_bias_correction safeguard_warmup"
+_FACTOR = "clip_threshold decay_rate scale_parameter relative_step warmup_init"
+_BITS = "min_8bit_size percentile_clipping block_wise amsgrad"
 _NO_STEP = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
 
 # For one that does not exist here: betas and eps are made for its own formulas.
-OTHER = Known("AdamW", betas=0, base=("weight_decay",))
+OTHER = Known("AdamW", betas=0, base="weight_decay")
 
 # Type in [optimizer] of diffusion-pipe, in small letters.
 DIFFUSION_PIPE = {
-    "adamw": Known("AdamW", accepts=("amsgrad",)),
+    "adamw": Known("AdamW", accepts="amsgrad"),
     "adamw8bit": Known("AdamW8bit", accepts=_BITS),
     "adamw_optimi": Known("AdamW", _KAHAN, _OPTIMI),
     "stableadamw": Known("AdamW", "StableAdamW's clipping of updates does not exist here", _OPTIMI),
     "adamw8bitkahan": Known("AdamW8bit", _KAHAN, accepts=_BITS),
     "offload": Known("AdamW", "optimizer states stay on the card here, as a LoRA's are small"),
-    "sgd": Known("SGD", accepts=("momentum", "dampening", "nesterov"), betas=0),
+    "sgd": Known("SGD", accepts="momentum dampening nesterov", betas=0),
     "prodigy": Known("Prodigy", accepts=_D),
     "lion": Known("Lion"),
     "adafactor": Known("AdaFactor", accepts=_FACTOR, betas=0),
 }
 # `optimizer` in OneTrainer.
 ONETRAINER = {
-    "ADAMW": Known("AdamW", accepts=("amsgrad",)),
-    "ADAM": Known("Adam", accepts=("amsgrad",)),
+    "ADAMW": Known("AdamW", accepts="amsgrad"),
+    "ADAM": Known("Adam", accepts="amsgrad"),
     "ADAMW_8BIT": Known("AdamW8bit", accepts=_BITS),
     "ADAM_8BIT": Known("bitsandbytes.optim.Adam8bit", accepts=_BITS),
-    "ADEMAMIX": Known("bitsandbytes.optim.AdEMAMix", accepts=("alpha",), betas=3),
-    "ADEMAMIX_8BIT": Known("bitsandbytes.optim.AdEMAMix8bit", accepts=("alpha",), betas=3),
-    "SGD": Known("SGD", accepts=("momentum", "dampening", "nesterov"), betas=0),
-    "SGD_8BIT": Known("bitsandbytes.optim.SGD8bit", accepts=("momentum", "nesterov"), betas=0),
-    "ADAGRAD": Known("Adagrad", accepts=("lr_decay", "initial_accumulator_value"), betas=0),
-    "RMSPROP": Known("RMSprop", accepts=("alpha", "momentum", "centered"), betas=0),
+    "ADEMAMIX": Known("bitsandbytes.optim.AdEMAMix", accepts="alpha", betas=3),
+    "ADEMAMIX_8BIT": Known("bitsandbytes.optim.AdEMAMix8bit", accepts="alpha", betas=3),
+    "SGD": Known("SGD", accepts="momentum dampening nesterov", betas=0),
+    "SGD_8BIT": Known("bitsandbytes.optim.SGD8bit", accepts="momentum nesterov", betas=0),
+    "ADAGRAD": Known("Adagrad", accepts="lr_decay initial_accumulator_value", betas=0),
+    "RMSPROP": Known("RMSprop", accepts="alpha momentum centered", betas=0),
     "LION": Known("Lion", "", {"betas": (0.9, 0.99), "weight_decay": 0.0}),
-    "LION_8BIT": Known("Lion8bit", accepts=("min_8bit_size", "percentile_clipping")),
-    "PRODIGY": Known("Prodigy", "", {"weight_decay": 0.0, "decouple": True}, (*_D, "slice_p")),
-    "DADAPT_ADAM": Known("DAdaptAdam", accepts=("d0", "growth_rate", "decouple", "log_every")),
-    "DADAPT_ADAN": Known("DAdaptAdan", accepts=("d0", "growth_rate", "no_prox"), betas=3),
-    "DADAPT_ADA_GRAD": Known("DAdaptAdaGrad", accepts=("d0", "growth_rate", "momentum"), betas=0),
-    "DADAPT_SGD": Known("DAdaptSGD", accepts=("d0", "growth_rate", "momentum"), betas=0),
-    "DADAPT_LION": Known("DAdaptLion", accepts=("d0", "log_every")),
+    "LION_8BIT": Known("Lion8bit", accepts="min_8bit_size percentile_clipping"),
+    "PRODIGY": Known("Prodigy", "", {"weight_decay": 0.0, "decouple": True}, f"{_D} slice_p"),
+    "DADAPT_ADAM": Known("DAdaptAdam", accepts="d0 growth_rate decouple log_every"),
+    "DADAPT_ADAN": Known("DAdaptAdan", accepts="d0 growth_rate no_prox", betas=3),
+    "DADAPT_ADA_GRAD": Known("DAdaptAdaGrad", accepts="d0 growth_rate momentum", betas=0),
+    "DADAPT_SGD": Known("DAdaptSGD", accepts="d0 growth_rate momentum", betas=0),
+    "DADAPT_LION": Known("DAdaptLion", accepts="d0 log_every"),
     "ADAFACTOR": Known("AdaFactor", "", _NO_STEP, _FACTOR, betas=0),
-    "SCHEDULE_FREE_ADAMW": Known("AdamWScheduleFree", accepts=("r", "weight_lr_power")),
-    "SCHEDULE_FREE_SGD": Known(
-        "SGDScheduleFree", accepts=("r", "weight_lr_power", "momentum"), betas=0
-    ),
+    "SCHEDULE_FREE_ADAMW": Known("AdamWScheduleFree", accepts="r weight_lr_power"),
+    "SCHEDULE_FREE_SGD": Known("SGDScheduleFree", accepts="r weight_lr_power momentum", betas=0),
 }
 
 
@@ -87,21 +85,19 @@ def settle_arguments(arguments: dict[str, Any], known: Known, prefix: str, ledge
         arguments: what is known of them already.
         prefix: the beginning of the keys that hold the others.
     """
-    names = [*known.base, *known.accepts]
+    names = f"{known.base} {known.accepts}".split()
     if "*" in names:
         names += [key.removeprefix(prefix) for key in ledger.open_keys(prefix)]
     for name in names:
         key, value = f"{prefix}{name}", ledger.get(f"{prefix}{name}")
-        if not ledger.has(key) or value is None or value in (math.inf, -math.inf):
-            continue
-        arguments[name] = value
-        ledger.place(key, "optimizer_args")
+        if ledger.has(key) and value is not None and value not in (math.inf, -math.inf):
+            arguments[name] = value
+            ledger.place("optimizer_args", key)
     words = []
     for name, value in arguments.items():
         if isinstance(value, (list, tuple)):
             value = ",".join(f"{v:g}" for v in value)
         words.append(f"{name}={value}")
     if words:
-        ledger.put("optimizer_args", words, "its arguments there, its own defaults included")
-    for key in ledger.open_keys("optimizer."):
-        ledger.drop(key, f"{known.name} has no such argument, or it is not set")
+        why = "its arguments there, its own defaults included"
+        ledger.put(why, optimizer_args=words)

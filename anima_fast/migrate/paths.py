@@ -1,17 +1,14 @@
 """Relative paths of a source: which folder they start from, and what they are here.
 
 sd-scripts and diffusion-pipe read them from the folder that they are started in, which no
-configuration names. So it is looked for: the first of some candidates that has the most of the
-named files. Paths become absolute from there; where nothing is found they stay as they are.
+configuration names. So the folder is looked for: the one that has the most of the named files.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
 # Our options that are paths.
 PATHS = frozenset({
@@ -26,37 +23,23 @@ def is_relative(text: str) -> bool:
     """Whether a path depends on a folder, on any system: `C:\\x`, `/x`, `~/x` and `$X` do not."""
     windows = PureWindowsPath(text)
     elsewhere = windows.drive or windows.root or text.startswith(("~", "$", "%"))
-    return not (PurePosixPath(text).is_absolute() or elsewhere)
+    return bool(text) and not (PurePosixPath(text).is_absolute() or elsewhere)
 
 
-@dataclass(frozen=True)
-class Paths:
-    """The folder that relative paths start from; None leaves them as they are."""
+def find_base(texts: Iterable[str], candidates: Sequence[Path]) -> Path | None:
+    """The candidate that has the most of the relative paths; None where nothing is found."""
+    relative = [text for text in texts if is_relative(text)]
+    counts = [sum(os.path.exists(_join(base, t)) for t in relative) for base in candidates]
+    return candidates[counts.index(max(counts))] if any(counts) else None
 
-    base: Path | None = None
 
-    @classmethod
-    def find(cls, texts: Iterable[str], candidates: Sequence[Path]) -> Paths:
-        """The candidate that has the most of the relative paths."""
-        relative = [text for text in texts if text and is_relative(text)]
-        counts = [sum(os.path.exists(_join(base, t)) for t in relative) for base in candidates]
-        best = max(counts, default=0)
-        return cls(candidates[counts.index(best)] if best else None)
-
-    def resolve(self, text: str) -> tuple[str, str]:
-        """A path as it is written here, and why it was changed ("" when it was not)."""
-        if text.startswith("~"):
-            return os.path.expanduser(text), "~ is your home folder"
-        if self.base is None or not text or not is_relative(text):
-            return text, ""
-        return _join(self.base, text), f"relative paths are read from {self.base}"
-
-    def resolve_all(self, value: Any) -> tuple[Any, str]:
-        """The same for a path, or for a list of them."""
-        if not isinstance(value, (list, tuple)):
-            return self.resolve(str(value))
-        found = [self.resolve(str(text)) for text in value]
-        return [path for path, _ in found], next((why for _, why in found if why), "")
+def resolve(text: str, base: Path | None) -> tuple[str, str]:
+    """A path as it is written here, and why it was changed ("" when it was not)."""
+    if text.startswith("~"):
+        return os.path.expanduser(text), "~ is your home folder"
+    if base is None or not is_relative(text):
+        return text, ""
+    return _join(base, text), f"relative paths are read from {base}"
 
 
 def _join(base: Path, text: str) -> str:

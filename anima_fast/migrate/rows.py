@@ -2,27 +2,24 @@
 
     Row("caching_batch_size", "vae_batch_size")
     Row("model.dtype", "mixed_precision", one_of(DTYPES))
-    Row("epochs", "max_train_epochs", whole, "a batch that is not full ends an epoch here")
+    Row("epochs", "max_train_epochs", None, "a batch that is not full ends an epoch here")
 
 A converter turns the foreign value into ours; None says that the key has nothing to say.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from anima_fast.errors import UserError
-from anima_fast.migrate.ledger import Ledger, is_off, show
-from anima_fast.options.declare import Spec, specs
+from anima_fast.migrate.ledger import DEFAULT, Ledger, is_off
+from anima_fast.options.declare import Spec, check_value, specs
 from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 CLASSES = {"train": TrainOptions, "finetune": FinetuneOptions}
 # Options of any command.
 OPTIONS: Mapping[str, Spec] = {**specs(FinetuneOptions), **specs(TrainOptions)}
-DEFAULT = "the default there"
-
-Converter = Callable[[Any], Any]
 
 
 def on(value: Any) -> Any:
@@ -30,107 +27,70 @@ def on(value: Any) -> Any:
     return None if is_off(value) else value
 
 
-def number(value: Any) -> float | None:
-    """A number, unless it is left out."""
-    return None if value in (None, "") else float(value)
+def number(value: Any) -> Any:
+    """A whole number as one with a point, which TOML tells apart."""
+    return float(value) if isinstance(value, int) else value
 
 
-def rate(value: Any) -> float | None:
-    """A number, unless it is off."""
-    return None if is_off(value) else float(value)
-
-
-def whole(value: Any) -> int | None:
-    """A whole number, unless it is left out."""
-    return None if value in (None, "") else int(float(value))
-
-
-def one_of(names: Mapping[str, Any], other: Any = None) -> Converter:
+def one_of(names: Mapping[str, Any], other: Any = None) -> Callable[[Any], Any]:
     """A converter by a table of names; the rest becomes `other`."""
     return lambda value: names.get(str(value), other)
 
 
-def when_on(value: Any) -> Converter:
+def when_on(value: Any) -> Callable[[Any], Any]:
     """A converter to one value where the key is on."""
     return lambda given: None if is_off(given) else value
 
 
 class Row(NamedTuple):
-    """A foreign key, our option, how the value is converted, and what the user is told.
+    """Foreign keys of which the first counts, our option, the converter, what the user is told,
+    and our value where the source leaves the keys out."""
 
-    `default` is our value where the source leaves the key out.
-    """
-
-    key: str
+    keys: str
     option: str
-    convert: Converter | None = None
+    convert: Callable[[Any], Any] | None = None
     why: str = ""
     default: Any = None
-
-
-class Item(NamedTuple):
-    """An option of sd-scripts: `key` is its name in the ledger, `name` the option's."""
-
-    key: str
-    name: str
-    value: Any
 
 
 def settle(rows: Iterable[Row], ledger: Ledger) -> None:
     """Settle the keys of a table that are open; the first key that gives an option counts.
 
     Raises:
-        UserError: a value that the converter cannot read.
+        UserError: a value that the option cannot have.
     """
-    for key, option, convert, why, default in rows:
-        try:
-            value = convert(ledger.get(key)) if convert and ledger.has(key) else ledger.get(key)
-        except (TypeError, ValueError):
-            shown = show(ledger.get(key))
-            raise UserError(f"{key}: expected a number, got {shown!r}") from None
-        value = given(OPTIONS[option], value)
-        if value is None:
-            if default is not None:
-                ledger.add(option, default, DEFAULT)
-        elif option in ledger.options:
-            ledger.drop(key, f"{option} is given by another key")
-        else:
-            ledger.take(key, option, value, why)
-
-
-def reasons(table: Mapping[str, str]) -> dict[str, str]:
-    """Key -> reason, from a table of reasons with their keys in one text."""
-    return {key: why for why, keys in table.items() for key in keys.split()}
+    for keys, option, convert, why, default in rows:
+        for key in filter(ledger.has, keys.split()):
+            value = ledger.get(key)
+            value = given(OPTIONS[option], convert(value) if convert else value)
+            if value is not None and option in ledger.options:
+                ledger.drop(f"{option} is given by another key", key)
+            elif value is not None:
+                check_value(OPTIONS[option], value, key, text=True)
+                ledger.take(key, option, value, why)
+        if default is not None:
+            ledger.add(DEFAULT, **{option: default})
 
 
 def given(spec: Spec, value: Any) -> Any:
-    """A value in the type of its option; None when it says "not given" in files of others."""
-    value = plain(spec, value)
-    if value is None or value == "" or value == [] or value == ():
-        return None
-    if spec.is_list or spec.kind == "bool":
-        return value
-    if isinstance(value, str):
-        return None if spec.optional and value.lower() == "none" else value
-    return None if value == 0 and (spec.low or 0) > 0 else value
-
-
-def plain(spec: Spec, value: Any) -> Any:
-    """A value in the looser types of other files: numbers as text, 10.0 for 10, text for a list."""
+    """A value from the looser types of other files (numbers as text, 10.0 for 10, text for a list)
+    in the type of its option; None when it says "not given" there."""
     if isinstance(value, str) and spec.kind in ("int", "float", "steps"):
-        value = value.strip()
-        try:
-            value = float(value) if spec.kind != "int" or not value.isdigit() else int(value)
-        except ValueError:
-            return value
+        with contextlib.suppress(ValueError):
+            value = int(value) if value.strip().isdigit() else float(value)
     if spec.kind in ("int", "steps") and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if spec.kind == "str" and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if spec.kind == "bool" and isinstance(value, int):
-        return bool(value)
-    if spec.is_list and isinstance(value, str):
-        return value.split()
-    if spec.kind == "words" and isinstance(value, (list, tuple)):
-        return [str(v) for v in value if str(v)]
-    return value
+        value = int(value)
+    elif spec.kind == "str" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    elif spec.kind == "bool" and isinstance(value, int):
+        value = bool(value)
+    elif spec.is_list and isinstance(value, str):
+        value = value.split()
+    elif spec.kind == "words" and isinstance(value, (list, tuple)):
+        value = [str(v) for v in value if str(v)]
+    nothing = value in (None, "", [], ())
+    if isinstance(value, str) and spec.optional:
+        nothing |= value.lower() == "none"
+    if isinstance(value, (int, float)) and spec.kind != "bool":
+        nothing |= value == 0 and (spec.low or 0) > 0
+    return None if nothing else value

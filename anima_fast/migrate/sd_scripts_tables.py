@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anima_fast.migrate.rows import reasons
+from anima_fast.options.other_names import by_name
 
 # Keys that only configurations for another model have.
 OTHER_MODEL_KEYS = {
@@ -30,6 +30,11 @@ OTHER_NAMES = {
 OTHER_NETWORKS = {
     "networks.lokr_anima": "networks.lokr", "networks.loha_anima": "networks.loha",
     "lycoris": "lycoris.kohya", "lora_anima": "networks.lora_anima",
+}  # fmt: skip
+# Value of lora-scripts' anima_checkpoint_mode -> the option it stands for.
+CHECKPOINTS = {
+    "standard": "gradient_checkpointing", "cpu": "cpu_offload_checkpointing",
+    "unsloth": "unsloth_offload_checkpointing",
 }  # fmt: skip
 _PICKLE = "such files are pickles, which can run code when they are opened"
 # (name, value there) -> value here and the reason.
@@ -64,18 +69,10 @@ WHY_DEFAULT = {
 }
 
 # Names with a reason of their own; the rest come from the tables of the options.
-DROPPED = reasons({
+DROPPED = by_name({
     "read, and its keys are listed": "config_file",
-    "it is about sd-scripts' own configuration file": "output_config",
-    "--compile compiles the blocks here": "dynamo_backend",
-    "it had no effect on Anima there": "fp8_base fp8_base_unet",
     "a password: give it on the command line, or as WANDB_API_KEY": "wandb_api_key",
-    "a password, and uploads are out of scope": "huggingface_token",
     'a state of another trainer cannot be continued; network_weights = "LAST_LORA" starts from '
     "its last file, with a new optimizer": "resume",
-    "DeepSpeed is for several devices, and one is used here":
-        "deepspeed zero_stage offload_optimizer_device offload_optimizer_nvme_path "
-        "offload_param_device offload_param_nvme_path zero3_init_flag zero3_save_16bit_model "
-        "fp16_master_weights_and_gradients",
     "it chose the script, which is known": "model_train_type model_type anima_training_mode",
 })  # fmt: skip

@@ -28,7 +28,6 @@ _OTHER_FILES = {
     ".yml": "YAML files are ai-toolkit's or SimpleTuner's",
     ".safetensors": "a model file: `anima-fast inspect` reads it",
 }
-KERNELS = "the blocks run through kernels of their own, which --compile would turn off"
 ONLY = "anima_fast trains the Anima image model only"
 # Script of sd-scripts -> the command here.
 SCRIPTS = {"anima_train_network.py": "train", "anima_train.py": "finetune"}
@@ -69,10 +68,6 @@ class Source:
     file: Path | None = None
     folders: tuple[Path, ...] = ()
     unset: tuple[str, ...] = ()
-
-    def find(self, name: str) -> Path | None:
-        """The first file of this name below the folders, if there is one."""
-        return next((f / name for f in self.folders if (f / name).is_file()), None)
 
 
 def open_source(text: str | tuple[str, ...], folder: Path | None = None) -> Source:
@@ -156,7 +151,7 @@ def _launched(launch: Launch, file: Path | None, folders: tuple[Path, ...]) -> S
     if launch.name in SCRIPTS:
         return Source("sd-scripts", {}, launch, file, folders, unset)
     if (config := _config_of(launch)) is not None:
-        found = find_file(config, folders)
+        found = named_file(config, folders)
         inner = _config(found, _read(found), folders)
         if inner.trainer not in ("diffusion-pipe", "onetrainer"):
             raise UserError(
@@ -175,12 +170,16 @@ def _config_of(launch: Launch) -> str | None:
     return None
 
 
-def find_file(text: str, folders: tuple[Path, ...]) -> Path:
+def find_file(name: str, folders: tuple[Path, ...]) -> Path | None:
+    """The first file of this name below the folders, if there is one."""
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def named_file(name: str, folders: tuple[Path, ...]) -> Path:
     """A file that a command line names, or `UserError`."""
-    found = Source("", folders=folders).find(text)
-    if found is None:
+    if (found := find_file(name, folders)) is None:
         raise UserError(
-            f"{text} of the command line does not exist in {folders[0]}: give --cwd FOLDER, the "
+            f"{name} of the command line does not exist in {folders[0]}: give --cwd FOLDER, the "
             "folder that the command is run in"
         )
     return found

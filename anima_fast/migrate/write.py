@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tomli_w
 
-from anima_fast.migrate.ledger import Entry, Ledger
+from anima_fast.migrate.ledger import CHANGED, DROPPED, TAKEN, Entry, Ledger
 from anima_fast.options.declare import specs
 from anima_fast.options.files import section_name
 
-WIDTH = 96
+_WRAPPER = textwrap.TextWrapper(96, "  ", "    ", break_long_words=False, break_on_hyphens=False)
 
 
 def list_lines(ledger: Ledger) -> list[str]:
     """The lists as lines of at most about 96 characters: to do, taken, changed, dropped, added."""
-    changed = [
-        f"{e.key} = {e.shown}" + (f" -> {e.option} = {e.new}" if e.option else "") + f": {e.why}"
-        for e in ledger.changed
-    ]
-    added = [f"{e.option} = {e.new}: {e.why}" for e in ledger.added]
+    taken, changed, dropped = (ledger.listed(verdict) for verdict in (TAKEN, CHANGED, DROPPED))
+    added = [f"{option} = {value}: {why}" for option, (value, why) in ledger.added.items()]
     lists = {
         "To do before training": [f"- {text}" for text in ledger.todo],
-        f"Taken over ({len(ledger.taken)})": _taken(ledger.taken) or ["nothing"],
-        f"Changed ({len(changed)})": changed or ["nothing"],
-        f"Dropped ({len(ledger.dropped)})": _dropped(ledger.dropped) or ["nothing"],
+        f"Taken over ({len(taken)})": [*_taken(taken)] or ["nothing"],
+        f"Changed ({len(changed)})": [_changed(e) for e in changed] or ["nothing"],
+        f"Dropped ({len(dropped)})": [*_dropped(dropped)] or ["nothing"],
         f"Added, as the source does not say ({len(added)})": added,
     }
     lines: list[str] = []
     for title, texts in lists.items():
-        lines += ["", f"{title}:", *_wrapped(texts)] if texts else []
+        if texts:
+            lines += ["", f"{title}:", *(line for text in texts for line in _WRAPPER.wrap(text))]
     return lines[1:]
 
 
@@ -73,27 +71,32 @@ def _comments(lines: Iterable[str]) -> str:
     return "\n".join(f"# {line}".rstrip() for line in clean)
 
 
-def _taken(entries: list[Entry]) -> list[str]:
-    """Keys of the same name in one line; of the others a line each, or one for each place."""
-    same, renamed, placed = [], [], dict[str, list[str]]()
+def _taken(entries: list[Entry]) -> Iterator[str]:
+    """Keys of the same name in one line, then one for each option or place."""
+    same, renamed = [], dict[str, list[str]]()
     for entry in entries:
         if entry.option == entry.key.rsplit(".", 1)[-1].lstrip("-").replace("-", "_"):
             same.append(entry.option)
-        elif entry.new:
-            renamed.append(f"{entry.key} -> {entry.option} = {entry.new}")
         else:
-            placed.setdefault(str(entry.option), []).append(entry.key)
-    lines = [", ".join(same)] if same else []
-    return [*lines, *renamed, *(f"{', '.join(keys)} -> {where}" for where, keys in placed.items())]
+            where = f"{entry.option} = {entry.new}" if entry.new else entry.option
+            renamed.setdefault(where, []).append(entry.key)
+    if same:
+        yield ", ".join(same)
+    for where, keys in renamed.items():
+        yield f"{', '.join(keys)} -> {where}"
 
 
-def _dropped(entries: list[Entry]) -> list[str]:
+def _changed(entry: Entry) -> str:
+    new = f" = {entry.new}" if entry.new else ""
+    return f"{entry.key} = {entry.shown} -> {entry.option}{new}: {entry.why}"
+
+
+def _dropped(entries: list[Entry]) -> Iterator[str]:
     """A line for each reason; many keys of one table are written as `table.*`."""
     by_reason: dict[str, dict[str, list[Entry]]] = {}
     for entry in entries:
         table = entry.key.rpartition(".")[0] or entry.key
         by_reason.setdefault(entry.why, {}).setdefault(table, []).append(entry)
-    lines = []
     for why, tables in by_reason.items():
         few, shown = sum(map(len, tables.values())) <= 6, []
         for table, members in tables.items():
@@ -101,12 +104,4 @@ def _dropped(entries: list[Entry]) -> list[str]:
                 shown.append(f"{table}.* ({len(members)} keys)")
             else:
                 shown += [f"{e.key} = {e.shown}" if few else e.key for e in members]
-        lines.append(f"{', '.join(shown)}: {why}")
-    return lines
-
-
-def _wrapped(texts: Iterable[str]) -> list[str]:
-    wrapper = textwrap.TextWrapper(
-        WIDTH, "  ", "    ", break_long_words=False, break_on_hyphens=False
-    )
-    return [line for text in texts for line in wrapper.wrap(text)]
+        yield f"{', '.join(shown)}: {why}"

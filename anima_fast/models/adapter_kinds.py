@@ -26,8 +26,7 @@ class AdapterKind:
     """A row of the table.
 
     Attributes:
-        word: as `add_lora` takes it.
-        title: as users write it.
+        word, title: as `add_lora` takes it, as users write it.
         module: its `network_module` in sd-scripts, and `ss_network_module` in files.
         algorithms: names that `algo` of lycoris.kohya has for it.
         mark: how the last part of its keys in a file begins.

@@ -18,8 +18,8 @@ import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -29,14 +29,38 @@ from torch import Tensor
 from anima_fast.device import check_triton
 from anima_fast.errors import UserError
 
-ATTN_MODES = ("torch", "triton", "xformers", "flash", "sageattn")
-# Mode → (package to import, extra that installs it).
-PACKAGES = {
-    "xformers": ("xformers", "xformers"),
-    "flash": ("flash_attn", "flash"),
-    "sageattn": ("sageattention", "sage"),
-}
 HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Library:
+    """An attention of another package, and the extra that installs it."""
+
+    package: str
+    extra: str
+    function: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    needs_half: bool = True
+    has_backward: bool = True
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None) -> Tensor:
+        """Its result; the zero rows, as many for all samples, are written out."""
+        module, _, name = self.function.rpartition(".")
+        count = rows.counts[0] if rows else 0
+        run = getattr(importlib.import_module(module), name)
+        return run(q, _padded(k, count), _padded(v, count), **self.options)
+
+
+LIBRARIES = {
+    "xformers": Library(
+        "xformers", "xformers", "xformers.ops.memory_efficient_attention", needs_half=False
+    ),
+    "flash": Library("flash_attn", "flash", "flash_attn.flash_attn_func"),
+    "sageattn": Library(
+        "sageattention", "sage", "sageattention.sageattn", {"tensor_layout": "NHD"},
+        has_backward=False,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +102,7 @@ def attention(
     mode: str = "torch",
     split: bool = False,
 ) -> Tensor:
-    """Softmax attention over the keys and `zero_keys` further zero rows.
+    """Softmax attention over the keys and `zero_keys` further zero rows: [B, L, H, K] in q's dtype.
 
     Args:
         q: [B, L, H, K], any float dtype (16 bit for flash and sageattn).
@@ -88,11 +112,7 @@ def attention(
         mode: torch (also sdpa), triton, xformers, flash or sageattn; see `check_attn_mode`.
         split: one sample at a time, to save memory.
 
-    Returns:
-        [B, L, H, K] in q's dtype.
-
-    Raises:
-        ValueError: unknown mode, or counts that do not fit the batch.
+    Raises `ValueError` for an unknown mode, or counts that do not fit the batch.
     """
     if mode not in _BACKENDS:
         raise ValueError(f"attention mode {mode!r}, expected one of {', '.join(_BACKENDS)}")
@@ -128,7 +148,7 @@ def _one_sample(
 def prepare_zero_rows(
     zero_keys: ZeroKeys, batch: int, dtype: torch.dtype, device: torch.device | str
 ) -> ZeroRows | None:
-    """`zero_keys` in any of its forms as `ZeroRows`, or None when there are no zero rows.
+    """`zero_keys` in any of its forms; None when there are no zero rows.
 
     A tensor of counts on a card is read once here, not once per block. Raises `ValueError` for
     counts that do not fit the batch.
@@ -194,12 +214,6 @@ def _padded(x: Tensor, count: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 0, count)) if count else x
 
 
-def _written_out(k: Tensor, v: Tensor, rows: ZeroRows | None) -> tuple[Tensor, Tensor]:
-    """Keys and values with their zero rows; all samples have the same count."""
-    count = rows.counts[0] if rows else 0
-    return _padded(k, count), _padded(v, count)
-
-
 def _triton(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None) -> Tensor:
     # Imported here so that the other backends run without Triton.
     from anima_fast.kernels.attention import attention as triton_attention
@@ -207,28 +221,9 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None) -> Tensor:
     return triton_attention(q, k, v, None if rows is None else rows.on_device)
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None) -> Tensor:
-    ops = importlib.import_module("xformers.ops")
-    return ops.memory_efficient_attention(q, *_written_out(k, v, rows))
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None) -> Tensor:
-    return importlib.import_module("flash_attn").flash_attn_func(q, *_written_out(k, v, rows))
-
-
-def _sageattn(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None) -> Tensor:
-    sage = importlib.import_module("sageattention")
-    return sage.sageattn(q, *_written_out(k, v, rows), tensor_layout="NHD")
-
-
 _BACKENDS: dict[str, Backend] = {
-    "torch": _torch,
-    "sdpa": _torch,
-    "triton": _triton,
-    "xformers": _xformers,
-    "flash": _flash,
-    "sageattn": _sageattn,
-}
+    "torch": _torch, "sdpa": _torch, "triton": _triton, **LIBRARIES,
+}  # fmt: skip
 
 
 def check_attn_mode(
@@ -238,35 +233,27 @@ def check_attn_mode(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Refuse a backend that cannot be used, with the remedy.
-
-    Args:
-        mode: what `attention` will be called with.
-        training: gradients are needed, which sageattn cannot give.
-        device, dtype: where and in which dtype, when known.
-
-    Raises:
-        UserError: unknown mode, no backward pass, a package that is not installed (naming the
-            extra), a device other than a CUDA card, or a dtype other than 16 bit.
-    """
+    """Refuse a backend that cannot be used, with the remedy; device and dtype, when known."""
     if mode in ("torch", "sdpa"):
         return
     if mode == "triton":
         check_triton(f"--attn_mode {mode}", "--attn_mode torch", device)
         return
-    if mode not in PACKAGES:
-        raise UserError(f"--attn_mode {mode} is unknown: use one of {', '.join(ATTN_MODES)}")
-    if mode == "sageattn" and training:
-        raise UserError("--attn_mode sageattn has no backward pass: use torch or flash to train")
-    package, extra = PACKAGES[mode]
+    if mode not in LIBRARIES:
+        known = ", ".join(name for name in _BACKENDS if name != "sdpa")
+        raise UserError(f"--attn_mode {mode} is unknown: use one of {known}")
+    library = LIBRARIES[mode]
+    if training and not library.has_backward:
+        raise UserError(f"--attn_mode {mode} has no backward pass: use torch or flash to train")
+    package = library.package
     if package not in sys.modules and importlib.util.find_spec(package) is None:
         raise UserError(
-            f'--attn_mode {mode} needs the package {package}: pip install "anima-fast[{extra}]", '
-            "or use --attn_mode torch"
+            f"--attn_mode {mode} needs the package {package}: pip install "
+            f'"anima-fast[{library.extra}]", or use --attn_mode torch'
         )
     if device is not None and torch.device(device).type != "cuda":
         raise UserError(f"--attn_mode {mode} needs a CUDA card: use --attn_mode torch here")
-    if mode != "xformers" and dtype is not None and dtype not in HALF:
+    if library.needs_half and dtype is not None and dtype not in HALF:
         raise UserError(
             f"--attn_mode {mode} works in 16 bit only: use bf16 or fp16 (--mixed_precision, in "
             "`sample` --dtype), or --attn_mode torch"

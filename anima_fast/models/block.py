@@ -204,24 +204,21 @@ class Backward:
 
     def linear(self, group: str, dy: Tensor, x: Tensor | None, **options: Any) -> Tensor | None:
         """dx [B, L, K] of a linear group; the adapters' gradients go into `grads`."""
-        shape = dy.shape[:-1]
+        shape, names = dy.shape[:-1], NAMES[group]
+        # The gradients have the dtype of the adapters, from a layer that has one.
+        downs = [self.t[name] for name in names["down"]]
+        dtype = next((a.dtype for a in downs if a.shape[0]), downs[0].dtype)
         dx, d_downs, d_ups = lora_linear_backward(
             dy.reshape(-1, dy.shape[-1]),
             None if x is None else x.reshape(-1, x.shape[-1]),
             self.t.get(f"h.{group}"),
             **self.v.layers(group),
-            dtype=self.adapter_dtype(group),
+            dtype=dtype,
             **options,
         )
-        names = NAMES[group]
         self.grads.update(zip(names["down"], d_downs, strict=True))
         self.grads.update(zip(names["up"], d_ups, strict=True))
         return None if dx is None else dx.view(*shape, -1)
-
-    def adapter_dtype(self, group: str) -> torch.dtype:
-        """The dtype of the group's adapters, from a layer that has one."""
-        downs = [self.t[name] for name in NAMES[group]["down"]]
-        return next((a.dtype for a in downs if a.shape[0]), downs[0].dtype)
 
     def modulated(self, x: Tensor, sublayer: int, group: str) -> Tensor | None:
         """The input of a linear group, recomputed if its adapters need it."""

@@ -1,9 +1,9 @@
 """CUDA graphs of the fused blocks: one launch forward and one backward instead of thousands.
 
 On small images a fast card finishes a kernel before Python has launched the next. A graph is
-recorded for each shape of the inputs when the shape comes again, and replayed from then on: always
-when asked for, else where that pays. All graphs share one memory pool, as only one is between its
-forward and its backward.
+recorded (`torch.cuda.make_graphed_callables`) for each shape of the inputs when the shape comes
+again, and replayed from then on: always when asked for, else where that pays. All graphs share one
+memory pool, as only one is between its forward and its backward.
 
 A graph repeats launches with the pointers and host numbers of its recording. So whatever it
 depends on is an input that is copied in (tokens, modulation, text, angles, counts of zero keys), or
@@ -13,12 +13,10 @@ up to `ROWS` by zero rows, which take the place of zero keys: the same result, a
 Before a graph is used it must agree with the plain launches on values other than those of its
 recording.
 
-Whether a graph pays is measured: it saves the host's time, which is worth having where the card
-waits for the host. One plain forward shows that: the host's time for its launches against the
-card's time from the first to the last. Where the card is the limit, it lags behind, and its time is
-the longer one. A graph also keeps its memory, so there must be enough left.
-
-Recording and replaying are PyTorch's (`torch.cuda.make_graphed_callables`).
+Whether a graph pays is measured by one plain forward: the host's time for its launches against the
+card's from the first to the last. Where the card waits for the host, both are the same, and the
+host's time is worth saving; where the card is the limit, its time is the longer one. A graph also
+keeps its memory, so there must be enough left.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,17 +92,8 @@ class BlockStack(nn.Module):
         return self._dit[0].run_blocks(x, shared)
 
 
-@dataclass
 class TimedForward:
-    """Times one forward on the host and on the card, without waiting for the card.
-
-    A context manager around the launches. `pays` answers later, once the card has run them.
-    """
-
-    host: float = 0.0
-    kept: int = 0
-    _events: tuple[Any, ...] = field(default=(), repr=False)
-    _start: float = 0.0
+    """Times the launches in it on host and card; `pays` waits until the card has run them."""
 
     def __enter__(self) -> TimedForward:
         self._events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -120,11 +110,9 @@ class TimedForward:
         """Whether the card waited for the host, and there is memory for a graph."""
         start, end = self._events
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 <= WAITING * self.host and self._fits()
-
-    def _fits(self) -> bool:
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info()[0] + cached >= ROOM * self.kept
+        fits = torch.cuda.mem_get_info()[0] + cached >= ROOM * self.kept
+        return fits and start.elapsed_time(end) / 1e3 <= WAITING * self.host
 
 
 @dataclass
@@ -141,20 +129,13 @@ class GraphChoice:
         self.paid = self.paid or (launches is not None and launches.pays())
         return self.paid
 
-    def plain(
-        self,
-        timed: Callable[[], TimedForward],
-        run: Callable[[Tensor, Shared], Tensor],
-        x: Tensor,
-        shared: Shared,
-    ) -> Tensor:
-        """run(x, shared), timed where that decides."""
+    def timing(self, timed: Callable[[], TimedForward]) -> AbstractContextManager:
+        """What a plain forward runs in: it is timed where that decides."""
         self.seen += 1
         if not 1 < self.seen <= 1 + TRIES:
-            return run(x, shared)
+            return nullcontext()
         self.launches = timed()
-        with self.launches:
-            return run(x, shared)
+        return self.launches
 
 
 def make_pool() -> Any:
@@ -168,8 +149,7 @@ class BlockGraphs:
 
     Attributes:
         always: record any shape that comes again; else only where it pays.
-        capture: makes a graphed callable, as `torch.cuda.make_graphed_callables`.
-        timed: what times a forward.
+        capture, timed: make a graphed callable, time a forward.
         replayed: how many steps a graph has run.
         off: why there will be no more graphs; "" while there may be.
     """
@@ -197,7 +177,8 @@ class BlockGraphs:
             size = (*x.shape, -(-shared.context.shape[1] // ROWS))
             choice = self._sizes.setdefault(size, GraphChoice())
             if not choice.pays():
-                return choice.plain(self.timed, dit.run_blocks, x, shared)
+                with choice.timing(self.timed):
+                    return dit.run_blocks(x, shared)
         if reason := why_not(dit, shared):
             if self.always:
                 say_once(f"CUDA graphs are off: {reason}")

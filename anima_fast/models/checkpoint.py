@@ -46,6 +46,12 @@ KIND_NAMES = {
     "text_cache": "this is a text cache of this program, not a model",
     "unknown": "this is not a model that this program knows",
 }
+# A tensor that no other kind has; the DiT has several markers, and networks their own (`MARKS`).
+KIND_MARKS = {
+    "qwen3": re.compile(r".*layers\.\d+\.self_attn\.q_norm\.weight"),
+    "vae": re.compile(r".*(encoder\.conv(1|_in)\.weight|decoder\.middle\.0\.residual\.0\.gamma)"),
+    "llm_adapter": re.compile(r"(.*llm_adapter\.)?(out_proj|blocks\.0\.norm_cross_attn)\.weight"),
+}
 
 Config = TypeVar("Config")
 
@@ -62,17 +68,22 @@ class Checkpoint:
         path: Path | None = None,
     ) -> None:
         self.shapes = dict(shapes)
-        self._get = get
+        # One tensor by name, on the CPU unless a state dict has it elsewhere.
+        self.get = get
         self.metadata = dict(metadata or {})
         self.path = path
+        # In messages.
+        self.name = str(path) if path else "the state dict"
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> Checkpoint:
-        """Map a `.safetensors` file, or a pickle of plain tensors (weights_only).
+    def open(cls, source: str | os.PathLike | Mapping[str, Tensor]) -> Checkpoint:
+        """Map a `.safetensors` file, or a pickle of plain tensors (weights_only); or a state dict.
 
         Raises `UserError` when it is missing, a folder, cut off or not a model file.
         """
-        path = Path(path)
+        if isinstance(source, Mapping):
+            return cls.from_state_dict(source)
+        path = Path(source)
         if path.is_dir():
             raise UserError(f"{path} is a folder, expected one model file")
         if not path.exists():
@@ -110,52 +121,21 @@ class Checkpoint:
         tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
         if not tensors:
             raise UserError(f"{path} holds no tensors: it is not a model file")
-        return cls._of_tensors(tensors, path)
+        return cls.from_state_dict(tensors, path)
 
     @classmethod
-    def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> Checkpoint:
+    def from_state_dict(cls, tensors: Mapping[str, Tensor], path: Path | None = None) -> Checkpoint:
         """A checkpoint over tensors that are in memory."""
-        return cls._of_tensors(dict(tensors), None)
-
-    @classmethod
-    def _of_tensors(cls, tensors: dict[str, Tensor], path: Path | None) -> Checkpoint:
+        tensors = dict(tensors)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         return cls(shapes, tensors.__getitem__, path=path)
-
-    @property
-    def name(self) -> str:
-        """Its name in messages."""
-        return str(self.path) if self.path else "the state dict"
-
-    def keys(self) -> list[str]:
-        """Names of all tensors."""
-        return list(self.shapes)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of one tensor, without reading it."""
-        return self.shapes[key]
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Dtype of one tensor."""
-        return self.get(key).dtype
-
-    def get(self, key: str) -> Tensor:
-        """One tensor, on the CPU unless a state dict has it elsewhere."""
-        return self._get(key)
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
         """A view with other names, {new: old}; tensors not named are left out."""
         shapes = {new: self.shapes[old] for new, old in names.items()}
         return Checkpoint(
-            shapes, lambda new: self._get(names[new]), metadata=self.metadata, path=self.path
+            shapes, lambda new: self.get(names[new]), metadata=self.metadata, path=self.path
         )
-
-
-def open_checkpoint(source: str | os.PathLike | Mapping[str, Tensor]) -> Checkpoint:
-    """`source` as a checkpoint, whether it is a path or a state dict."""
-    if isinstance(source, Mapping):
-        return Checkpoint.from_state_dict(source)
-    return Checkpoint.open(source)
 
 
 def strip_prefix(
@@ -193,7 +173,7 @@ def count_blocks(shapes: Mapping[str, Sequence[int]]) -> int:
 
 def detect_kind(checkpoint: Checkpoint) -> str:
     """What a file holds: a key of `KIND_NAMES`, from tensor names and the file's metadata."""
-    keys = set(checkpoint.keys())
+    keys = checkpoint.shapes
     caches = {"anima_fast.latents": "latent_cache", "anima_fast.text": "text_cache"}
     if checkpoint.metadata.get("format") in caches:
         return caches[checkpoint.metadata["format"]]
@@ -201,15 +181,8 @@ def detect_kind(checkpoint: Checkpoint) -> str:
         return "lora"
     if strip_prefix(keys) is not None:
         return "dit"
-    if any(re.search(r"layers\.\d+\.self_attn\.q_norm\.weight$", key) for key in keys):
-        return "qwen3"
-    ends = ("encoder.conv1.weight", "encoder.conv_in.weight", "decoder.middle.0.residual.0.gamma")
-    if any(key.endswith(ends) for key in keys):
-        return "vae"
-    adapter = re.compile(r"(.*llm_adapter\.)?(out_proj|blocks\.0\.norm_cross_attn)\.weight")
-    if any(adapter.fullmatch(key) for key in keys):
-        return "llm_adapter"
-    return "unknown"
+    found = (kind for kind, mark in KIND_MARKS.items() if any(map(mark.fullmatch, keys)))
+    return next(found, "unknown")
 
 
 def wrong_kind(checkpoint: Checkpoint, expected: str) -> UserError:
@@ -227,16 +200,9 @@ def load_network(
     device: torch.device | str,
     dtype_of: Callable[[str], torch.dtype],
 ) -> Any:
-    """A network whose sizes are read from its file: built without values, then filled.
+    """A network whose sizes are read from its file: built without values, then `load_into`.
 
-    Args:
-        checkpoint, device, dtype_of: as `load_into`.
-        from_shapes: reads the sizes.
-        build: makes the network of these sizes.
-        what: the network's name in messages.
-
-    Raises:
-        UserError: sizes that cannot be read, or tensors that do not fit.
+    Raises `UserError` for sizes that cannot be read, or tensors that do not fit.
     """
     try:
         config = from_shapes(checkpoint.shapes)
@@ -258,20 +224,15 @@ def load_into(
     device: torch.device | str = "cpu",
     dtype_of: Callable[[str], torch.dtype],
 ) -> None:
-    """Fill a module built on the meta device, strictly and one tensor at a time; then freeze it.
-
-    The module is in eval mode afterwards.
+    """Fill a module on the meta device, strictly and tensor by tensor; it is frozen, in eval mode.
 
     Args:
-        module: parameters on `meta`.
         checkpoint: tensors under the module's own names; those that already have the right dtype
             and device are shared, not copied.
         what: the model's name in messages.
-        device: where the parameters go.
         dtype_of: the dtype of each parameter by name.
 
-    Raises:
-        UserError: missing or unexpected tensors, or some of a wrong shape or of integers.
+    Raises `UserError` for missing, unexpected or integer tensors, or some of a wrong shape.
     """
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     check_shapes(expected, checkpoint, what)

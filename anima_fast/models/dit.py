@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,6 @@ from anima_fast.models.checkpoint import (
     LEFTOVERS,
     Checkpoint,
     load_network,
-    open_checkpoint,
     strip_prefix,
     wrong_kind,
 )
@@ -61,10 +60,7 @@ PASSED_OVER = (re.compile(r"llm_adapter\..*"), LEFTOVERS, FOREIGN)
 
 
 class Block(nn.Module):
-    """Self attention, cross attention and MLP, each modulated and gated.
-
-    Attributes: `fused`, when set, runs in place of `eager`.
-    """
+    """Self attention, cross attention and MLP; `fused`, when set, runs in place of `eager`."""
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
@@ -103,34 +99,19 @@ def modulation(adaln: AdaLN, shared: Shared) -> Modulation:
 
 
 # (index, block, x, shared) → x
-BlockRunner = Callable[[int, Block, Tensor, Shared], Tensor]
+RunBlock = Callable[[int, Block, Tensor, Shared], Tensor]
 # (blocks, e, a) → the modulation of all blocks, [blocks, B, 9, D]
 Modulate = Callable[[Sequence[Block], Tensor, Tensor], Tensor]
-
-
-class StackRunner(Protocol):
-    """Runs all blocks in place of `AnimaDiT.run_blocks`."""
-
-    def __call__(self, dit: AnimaDiT, x: Tensor, shared: Shared) -> Tensor:
-        """[B, L, D] → [B, L, D]."""
-
-    def __bool__(self) -> bool:
-        """Whether it holds memory that `stop` would free."""
-
-    def stop(self, reason: str) -> None:
-        """Free that memory and run the blocks plainly from now on."""
 
 
 class AnimaDiT(nn.Module):
     """The transformer; see the module docstring for the formula.
 
-    How the blocks run can be replaced; each hook is None unless somebody sets it.
-
     Attributes:
         attn_mode, split_attn: which attention (models/attention.py).
-        block_runner: runs one block.
-        graphs: runs all blocks.
-        modulate: computes the modulation of all blocks at once, for blocks that read it.
+        block_runner: runs one block; None unless somebody sets it.
+        graphs: runs all blocks (models/block_graphs.py), or None.
+        modulate: computes the modulation of all blocks at once, for blocks that read it; or None.
     """
 
     def __init__(self, config: DitConfig, attn_mode: str = "torch") -> None:
@@ -138,8 +119,8 @@ class AnimaDiT(nn.Module):
         self.config = config
         self.attn_mode = attn_mode
         self.split_attn = False
-        self.block_runner: BlockRunner | None = None
-        self.graphs: StackRunner | None = None
+        self.block_runner: RunBlock | None = None
+        self.graphs: Any = None
         self.modulate: Modulate | None = None
         channels = config.model_channels
         self.x_embedder = PatchEmbed(config.in_channels, channels)
@@ -162,22 +143,18 @@ class AnimaDiT(nn.Module):
         zero_keys: ZeroKeys = None,
         padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Velocity at noise level σ.
+        """Velocity of the latents' shape, in the compute dtype (float32 for float16).
 
         Args:
             latents: [B, 16, H, W] or [B, 16, 1, H, W], H and W even.
-            sigma: [B] in [0, 1], the model's time; give it in float32.
+            sigma: [B] in [0, 1], the model's time and noise level; give it in float32.
             context: [B, S, C] text rows (the LLM adapter's output).
             zero_keys: count (one, or one per sample) of all-zero text rows that follow `context`
                 and are attended to; None means that `context` already holds all its rows. A
                 negative count leaves out zero rows that `context` ends with.
             padding_mask: [B, 1, h, w], all zeros when None; resized to the latents if it differs.
 
-        Returns:
-            Velocity of the latents' shape in the compute dtype (float32 for float16).
-
-        Raises:
-            ValueError: a shape that does not fit.
+        Raises `ValueError` for a shape that does not fit.
         """
         image = latents.squeeze(2) if latents.ndim == 5 else latents
         self._check(latents, image, sigma, context)
@@ -263,7 +240,7 @@ def load_dit(
     dtype: torch.dtype = torch.bfloat16,
     attn_mode: str = "torch",
 ) -> AnimaDiT:
-    """Load a DiT with frozen weights, in eval mode.
+    """A DiT with frozen weights, in eval mode.
 
     Args:
         path_or_state_dict: a .safetensors file or a state dict, with any of the published prefixes;
@@ -272,13 +249,9 @@ def load_dit(
         dtype: weights and activations; float16 keeps the residual stream and AdaLN in float32.
         attn_mode: torch, xformers, flash or sageattn.
 
-    Returns:
-        The module `(latents, sigma, context, *, zero_keys=None, padding_mask=None) -> velocity`.
-
-    Raises:
-        UserError: not a DiT, a damaged one, or one with missing or unexpected tensors.
+    Raises `UserError` for no DiT, a damaged one, or one with missing or unexpected tensors.
     """
-    checkpoint = dit_tensors(open_checkpoint(path_or_state_dict))
+    checkpoint = dit_tensors(Checkpoint.open(path_or_state_dict))
 
     def dtype_of(name: str) -> torch.dtype:
         half = dtype == torch.float16 and FP32_PARTS.fullmatch(name)
@@ -300,10 +273,9 @@ def dit_tensors(checkpoint: Checkpoint) -> Checkpoint:
     Where a prefix is found, tensors outside it belong to other models of an all-in-one file. Raises
     `UserError` when the file holds no DiT.
     """
-    prefix = strip_prefix(checkpoint.keys())
+    prefix = strip_prefix(checkpoint.shapes)
     if prefix is None:
         raise wrong_kind(checkpoint, "an Anima DiT")
-    keys = [key for key in checkpoint.keys() if key.startswith(prefix)]  # noqa: SIM118
-    names = {key.removeprefix(prefix): key for key in keys}
+    names = {key.removeprefix(prefix): key for key in checkpoint.shapes if key.startswith(prefix)}
     own = {n: k for n, k in names.items() if not any(p.fullmatch(n) for p in PASSED_OVER)}
     return checkpoint.renamed(own)

@@ -29,10 +29,7 @@ class DitConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> DitConfig:
-        """Read every size from the shapes of a state dict without prefix.
-
-        Raises `UserError` when a tensor that is needed is missing or has an impossible shape.
-        """
+        """Read every size from the shapes of a state dict without prefix; raises as `size_of`."""
         channels, patch_in = size_of(shapes, "x_embedder.proj.1.weight")
         head_dim = size_of(shapes, "blocks.0.self_attn.q_norm.weight")[0]
         if head_dim % 2 or head_dim < 12 or channels % head_dim or patch_in % 4 or patch_in < 8:

@@ -23,15 +23,12 @@ VAE = "split_files/vae/qwen_image_vae.safetensors"
 
 # Name on the command line -> file; any other name is taken as a file name of the repository.
 DIT_RELEASES = {
-    "base-v1.0": "anima-base-v1.0.safetensors",
-    "aesthetic-v1.1": "anima-aesthetic-v1.1.safetensors",
-    "aesthetic-v1.0": "anima-aesthetic-v1.0.safetensors",
-    "turbo-v1.1": "anima-turbo-v1.1.safetensors",
-    "turbo-v1.0": "anima-turbo-v1.0.safetensors",
-    "preview3-base": "anima-preview3-base.safetensors",
-    "preview2": "anima-preview2.safetensors",
-    "preview": "anima-preview.safetensors",
-}
+    name: f"anima-{name}.safetensors"
+    for name in (
+        "base-v1.0", "aesthetic-v1.1", "aesthetic-v1.0", "turbo-v1.1", "turbo-v1.0",
+        "preview3-base", "preview2", "preview",
+    )
+}  # fmt: skip
 
 # Folder in the models folder -> repository and files.
 TOKENIZERS = {
@@ -57,9 +54,9 @@ class Downloaded:
     vae: Path | None = None
 
 
-def default_models_dir() -> Path:
-    """The models folder when none is named: `models` in the program's cache folder."""
-    return cache_home() / "models"
+def models_folder(named: str | Path | None = None) -> Path:
+    """The models folder: the named one, else `models` in the program's cache folder."""
+    return Path(named) if named else cache_home() / "models"
 
 
 def dit_file(name: str) -> str:
@@ -83,15 +80,15 @@ def download_models(
     """Fetch what is missing; an interrupted download goes on where it stopped.
 
     Args:
-        models_dir: the folder to fill (default: `default_models_dir()`).
+        models_dir: the folder to fill (default: that of `models_folder`).
         dit: a key of `DIT_RELEASES`, or a file name of the repository.
         tokenizers_only: leave the networks out (about 5.6 GB).
         say: called with a line for each file.
-    Raises:
-        UserError: no connection, an unknown file, a repository that asks for a login, a full disk,
-            a file that arrives damaged.
+
+    Raises `UserError` for no connection, an unknown file, a repository that asks for a login, a
+    full disk, a file that arrives damaged.
     """
-    folder = Path(models_dir) if models_dir else default_models_dir()
+    folder = models_folder(models_dir)
     wanted = dit_file(dit)
     for name, (repository, files) in TOKENIZERS.items():
         for file in files:
@@ -169,7 +166,7 @@ def train_command(found: Downloaded) -> str:
         f"--qwen3={shlex.quote(str(found.qwen3))}",
         f"--vae={shlex.quote(str(found.vae))}",
     ]
-    if found.models_dir != default_models_dir():
+    if found.models_dir != models_folder():
         arguments.append(f"--models_dir={shlex.quote(str(found.models_dir))}")
     arguments += [
         "--dataset_config=data.toml",

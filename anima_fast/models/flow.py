@@ -28,17 +28,9 @@ def sample_sigma(
     *,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw one independent σ per sample.
+    """One independent σ per sample, [B] float32; only `flux_shift` depends on `latent_hw`.
 
-    Args:
-        settings: the sampler and its numbers.
-        batch_size: B.
-        latent_hw: latent height and width; only `flux_shift` depends on them.
-        generator: source of randomness, on `device`; the global one of `device` when None.
-        device: where to draw.
-
-    Returns:
-        σ [B], float32, on `device`.
+    The generator is one of `device`; the global one when None.
     """
     if settings.timestep_sampling == "sigma" and settings.weighting_scheme == "logit_normal":
         normal = torch.randn(batch_size, generator=generator, device=device)
@@ -51,16 +43,10 @@ def sample_sigma(
 
 
 def sigma_from_draw(settings: FlowSettings, draw: Tensor, latent_hw: tuple[int, int]) -> Tensor:
-    """Map the random numbers of `sample_sigma` to σ.
+    """The random numbers of `sample_sigma` as σ [B] float32, within `settings.sigma_range`.
 
-    Args:
-        settings: the sampler and its numbers.
-        draw: [B] float32. Standard normal for sigmoid, shift and flux_shift; uniform in [0, 1) for
-            uniform and sigma; N(logit_mean, logit_std) for sigma with weighting logit_normal.
-        latent_hw: latent height and width.
-
-    Returns:
-        σ [B], float32, within `settings.sigma_range`.
+    `draw` [B] is standard normal for sigmoid, shift and flux_shift; uniform in [0, 1) for uniform
+    and sigma; N(logit_mean, logit_std) for sigma with weighting logit_normal.
     """
     draw = draw.float()
     mode, shift = settings.timestep_sampling, settings.discrete_flow_shift
@@ -114,16 +100,11 @@ def noisy_latents(
     settings: FlowSettings | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """x = (1 − σ)·x0 + σ·noise, in float32.
+    """x = (1 − σ)·x0 + σ·noise, in float32; latents and noise [B, ...], σ [B].
 
-    With `settings.ip_noise_gamma` γ the noise gets γ·N(0, 1) added here and nowhere else; with
-    `ip_noise_gamma_random_strength` γ is scaled by one uniform number per call.
-
-    Args:
-        latents, noise: [B, ...] of one shape.
-        sigma: [B].
-        settings: None means no perturbation.
-        generator: source of the perturbation, on the device of `noise`.
+    With `settings.ip_noise_gamma` γ the noise gets γ·N(0, 1) added here and nowhere else, from a
+    generator on its device; with `ip_noise_gamma_random_strength` γ is scaled by one uniform
+    number per call.
     """
     latents, noise = latents.float(), noise.float()
     if settings is not None and settings.ip_noise_gamma:
@@ -155,9 +136,8 @@ def loss_weight(scheme: str, sigma: Tensor) -> Tensor:
 def huber_delta(settings: FlowSettings, sigma: Tensor) -> Tensor:
     """The threshold c [B] of huber and smooth_l1: c·scale, or c^σ·scale when exponential.
 
-    `snr`, the default of sd-scripts, is not defined for flow models and means constant.
-    sd-scripts feeds σ in 0..1 to an exponent made for 0..1000, which makes its exponential schedule
-    nearly constant; this is the curve that was meant.
+    `snr`, the default of sd-scripts, is not defined for flow models and means constant. sd-scripts
+    feeds σ in 0..1 to an exponent made for 0..1000; this is the curve that was meant.
     """
     sigma = sigma.float()
     if settings.huber_schedule == "exponential":
@@ -165,44 +145,22 @@ def huber_delta(settings: FlowSettings, sigma: Tensor) -> Tensor:
     return torch.full_like(sigma, settings.huber_c * settings.huber_scale)
 
 
-def mask_from_conditioning(image: Tensor) -> Tensor:
-    """The red channel of a conditioning image [B, 3, H, W] in [-1, 1] as a mask [B, 1, H, W]."""
-    return (image[:, :1].float() + 1) / 2
-
-
-def resize_mask(mask: Tensor, latent_hw: tuple[int, int]) -> Tensor:
-    """Average a pixel mask in [0, 1] over the area of each latent cell.
-
-    Args:
-        mask: [B, H, W] or [B, 1, H, W].
-        latent_hw: target height and width.
-
-    Returns:
-        [B, 1, h, w] float32.
-    """
+def mask_cells(mask: Tensor, latent_hw: tuple[int, int], *, normalize: bool = False) -> Tensor:
+    """A pixel mask [B, H, W] or [B, 1, H, W], averaged over each latent cell: [B, 1, h, w]."""
     if mask.ndim == 3:
         mask = mask[:, None]
-    return F.interpolate(mask.float(), size=tuple(latent_hw), mode="area")
-
-
-def mask_cells(mask: Tensor, latent_hw: tuple[int, int], *, normalize: bool = False) -> Tensor:
-    """The factor [B, 1, h, w] of a pixel mask; see `apply_mask`."""
-    cells = resize_mask(mask, latent_hw)
+    cells = F.interpolate(mask.float(), size=tuple(latent_hw), mode="area")
     if normalize:
         cells = cells / cells.mean((1, 2, 3), keepdim=True).clamp_min(1e-6)
     return cells
 
 
 def apply_mask(loss: Tensor, mask: Tensor, *, normalize: bool = False) -> Tensor:
-    """Multiply an unreduced loss by a pixel mask.
+    """Multiply an unreduced loss [B, C, h, w] (or 5-D) by a pixel mask [B, H, W] or [B, 1, H, W].
 
     The plain form is not divided by the mask's area, so a small mask gives a small gradient; with
     `normalize` each sample is divided by its mask's mean, so that its own mean is that over the
     mask alone (an empty mask stays 0).
-
-    Args:
-        loss: [B, C, h, w] or [B, C, 1, h, w].
-        mask: [B, H, W] or [B, 1, H, W] in [0, 1].
     """
     cells = mask_cells(mask.to(loss.device), loss.shape[-2:], normalize=normalize)
     return loss * (cells if loss.ndim == 4 else cells[:, :, None])
@@ -217,17 +175,13 @@ def flow_loss(
     masks: Tensor | None = None,
     loss_weights: Tensor | None = None,
 ) -> Tensor:
-    """The loss per sample: element loss · w(σ) → · mask → mean over (C, h, w) → · loss weight.
+    """The loss per sample [B]: element loss · w(σ) → · mask → mean over (C, h, w) → · loss weight.
 
     Args:
         prediction, target: [B, C, h, w] (or 5-D), any float dtype.
         sigma: [B].
-        settings: loss, weighting and mask form.
         masks: pixel masks [B, 1, H, W] in [0, 1], or None.
         loss_weights: [B], the dataset's weight per sample (regularisation images), or None.
-
-    Returns:
-        [B] float32; its mean over the batch is differentiated.
     """
     sigma = sigma.to(prediction.device)
     d = prediction.float() - target.float()
@@ -250,15 +204,7 @@ def fused_flow_loss(
     *,
     masks: Tensor | None = None,
 ) -> Tensor:
-    """`flow_loss` against `velocity_target`, loss and gradient in one pass (kernels/flow_loss.py).
-
-    Args:
-        prediction, latents, noise: [B, C, h, w] (or 5-D).
-        sigma, settings, masks: as `flow_loss`.
-
-    Returns:
-        [B] float32.
-    """
+    """`flow_loss` against `velocity_target`, loss and gradient in one pass: [B] float32."""
     # Imported here so that `flow_loss` runs without Triton.
     from anima_fast.kernels.flow_loss import flow_loss as one_pass
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from anima_fast.errors import UserError
+from anima_fast.kernels.losses import LOSS_TYPES
 
 TIMESTEP_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
 WEIGHTING_SCHEMES = ("uniform", "none", "sigma_sqrt", "cosmap", "logit_normal", "mode")
-LOSS_TYPES = ("l2", "l1", "huber", "smooth_l1")
 HUBER_SCHEDULES = ("snr", "constant", "exponential")
 
 

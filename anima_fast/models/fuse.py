@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,31 +43,19 @@ class FrozenLinear:
     factor: Tensor | None
 
 
-def submodule(block: nn.Module, name: str) -> nn.Module:
-    """The module at a dotted name."""
-    for part in name.split("."):
-        block = getattr(block, part)
-    return block
-
-
 class BlockModules:
     """The modules of a block, looked up once: on small images a step is short."""
 
     def __init__(self, block: Block) -> None:
         self.groups = {
-            group: [submodule(block, name) for name in names] for group, names in GROUPS.items()
+            group: [block.get_submodule(name) for name in names] for group, names in GROUPS.items()
         }
-        self.norms = [submodule(block, name) for name in NORMS]
+        self.norms = [block.get_submodule(name) for name in NORMS]
         self.linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
         self.parameters = dict(block.named_parameters())
 
     def check(self) -> None:
-        """Refuse what the fused block does not compute.
-
-        Raises:
-            NotFused: trained weights, several adapters on one layer, adapters other than plain
-                LoRA, dropout on AdaLN adapters, or a layer whose `forward` was replaced.
-        """
+        """Raise `NotFused`, with the reason, for what the fused block does not compute."""
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
                 raise NotFused(f"{name} is trained: full fine-tuning")
@@ -82,19 +70,6 @@ class BlockModules:
                 raise NotFused(f"{name}: an AdaLN adapter with dropout")
             if not adapters and "forward" in linear.__dict__:
                 raise NotFused(f"{name} has a replaced forward")
-
-    def layers(self, tokens: int, rows: int, batch: int) -> dict[str, list[FrozenLinear]]:
-        """Weights and adapters, with dropout drawn in the order of the eager block.
-
-        Args:
-            tokens, rows, batch: L, S and B.
-        """
-        return {
-            group: [
-                _layer(linear, batch, rows if group == "cross_kv" else tokens) for linear in linears
-            ]
-            for group, linears in self.groups.items()
-        }
 
     def packable(self) -> list[list[nn.Module]]:
         """Layers that read one input, and norms that one launch reads."""
@@ -117,43 +92,30 @@ def fuse_blocks(
     """Let every block of a DiT run fused; call it where the weights are on their device.
 
     Weights of layers that read one input, and of all AdaLN, move into packed buffers; their names
-    and values stay the same.
+    and values stay the same. Adapters may be attached before or later.
 
     Args:
-        dit: the model; adapters may be attached before or later.
-        recompute: none, mlp, block, a count of blocks at `block`, the rest at `none`, or the policy
-            of every block.
+        recompute: as `recompute.block_policies`, which raises `ValueError`.
         swapped: blocks whose weights are in host memory (memory/offload.py): they are not packed,
             and run with policy `none`, as their runner recomputes them.
-
-    Raises:
-        ValueError: another `recompute`.
     """
     for index, policy in enumerate(block_policies(recompute, len(dit.blocks))):
         policy = "none" if index in swapped else policy
         # Now, not on the first call: by then a swapped block holds its fetched weights.
         dit.blocks[index].fused = FusedBlock(index, policy, BlockModules(dit.blocks[index]))
+    groups: list[Sequence[nn.Module]] = [*adaln_layers(dit.blocks)]
     for index, block in enumerate(dit.blocks):
-        if index in swapped:
-            continue
-        for layers in block.fused.modules.packable():
-            if len(layers) > 1 and not any(layer.weight.requires_grad for layer in layers):
-                pack(layers)
-    for layers in adaln_layers(dit.blocks):
-        if not any(layer.weight.requires_grad for layer in layers):
+        if index not in swapped:
+            groups += block.fused.modules.packable()
+    for layers in groups:
+        if len(layers) > 1 and not any(layer.weight.requires_grad for layer in layers):
             pack(layers)
     dit.modulate = batched_modulation
 
 
 @dataclass
 class FusedBlock:
-    """How one block runs fused; `block.fused` of an eager block.
-
-    Attributes:
-        policy: none, mlp or block.
-        modules: the block's modules.
-        pack, unpack: with policy `block`, how x₀ is stored (memory/offload.py).
-    """
+    """How one block runs fused; `pack` and `unpack` store x₀ with policy `block`."""
 
     index: int
     policy: str
@@ -179,8 +141,6 @@ class FusedBlock:
     def fused(self, block: Block, x: Tensor, shared: Shared) -> Tensor:
         """The fused Function on the weights and adapters of this moment."""
         modules = self.modules
-        batch, tokens, _ = x.shape
-        groups = modules.layers(tokens, shared.context.shape[1], batch)
         norms = stacked([norm.weight[None] for norm in modules.norms])
         modulations = shared.modulations
         assert modulations is not None
@@ -195,7 +155,12 @@ class FusedBlock:
             "norm.self": norms[:2],
             "norm.cross": norms[2:],
         }
-        for group, layers in groups.items():
+        scales = {}
+        # In this order the eager block draws dropout.
+        for group, linears in modules.groups.items():
+            read = shared.context if group == "cross_kv" else x
+            layers = [_layer(linear, *read.shape[:2]) for linear in linears]
+            scales[group] = [layer.scale for layer in layers]
             for kind in KINDS:
                 values = (getattr(layer, kind) for layer in layers)
                 tensors.update(zip(NAMES[group][kind], values, strict=True))
@@ -204,7 +169,7 @@ class FusedBlock:
             attn_mode=shared.attn_mode,
             dtype=shared.dtype,
             head_dim=block.self_attn.head_dim,
-            scales={group: [layer.scale for layer in layers] for group, layers in groups.items()},
+            scales=scales,
             rows=shared.zero_rows,
             pack=self.pack,
             unpack=self.unpack,

@@ -30,12 +30,7 @@ aten = torch.ops.aten
 
 @dataclass
 class KeptAttention:
-    """What backward needs: tensors to save for backward, plus non-tensor state.
-
-    Attributes:
-        by: who computed it: cudnn, flash, own or graph.
-        graph: with `by` graph, the result and its leaves under autograd.
-    """
+    """What backward needs, and who computed it: cudnn, flash, own or graph (by autograd)."""
 
     out: Tensor
     lse: Tensor | None = None
@@ -69,14 +64,7 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rows: ZeroRows | None, mode: str) -> KeptAttention:
-    """Attention without autograd.
-
-    Args:
-        q: [B, L, H, K].
-        k, v: [B, S, H, K].
-        rows: the zero keys.
-        mode: as `models.attention.attention`.
-    """
+    """Attention of q [B, L, H, K] over k, v [B, S, H, K] and zero keys, without autograd."""
     by = backend(q, k, v, mode)
     if by != "graph" and rows is not None and rows.leaves_out:
         parts = []
@@ -105,15 +93,7 @@ def backward(
     into: tuple[Tensor, Tensor, Tensor],
     rows: ZeroRows | None = None,
 ) -> None:
-    """Write dq, dk and dv into three tensors of q's, k's and v's shapes.
-
-    Args:
-        do: [B, L, H, K].
-        q, k, v: as given to the forward.
-        kept: what the forward returned.
-        into: dense in K, parts of packed gradients.
-        rows: as given to the forward.
-    """
+    """Write dq, dk and dv into three tensors dense in K; the other arguments are the forward's."""
     if rows is not None and rows.leaves_out and kept.by != "graph":
         assert kept.lse is not None
         for i in range(len(q)):

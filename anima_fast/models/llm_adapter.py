@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anima_fast.errors import UserError
+from anima_fast.kernels.op import wide
 from anima_fast.models.checkpoint import (
     DIT_PREFIXES,
     LEFTOVERS,
@@ -26,7 +27,6 @@ from anima_fast.models.checkpoint import (
     count_blocks,
     detect_kind,
     load_network,
-    open_checkpoint,
     size_of,
     strip_prefix,
     wrong_kind,
@@ -53,10 +53,7 @@ class AdapterConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> AdapterConfig:
-        """Read every size from the shapes of a state dict without prefix.
-
-        Raises `UserError` when a tensor that is needed is missing or has an impossible shape.
-        """
+        """Read every size from the shapes of a state dict without prefix; raises as `size_of`."""
         vocabulary, width = size_of(shapes, "embed.weight")
         head_dim = size_of(shapes, "blocks.0.self_attn.q_norm.weight")[0]
         if head_dim % 2 or width % head_dim:
@@ -82,10 +79,7 @@ class AttentionKeys:
 
 
 class AdapterNorm(nn.Module):
-    """RMS norm that rounds to the weight's dtype before it multiplies the weight.
-
-    Attributes: `fused` runs it as one kernel (kernels/rmsnorm.py).
-    """
+    """RMS norm that rounds to the weight's dtype before the product; `fused`: as one kernel."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -99,7 +93,7 @@ class AdapterNorm(nn.Module):
             from anima_fast.kernels.rmsnorm import rmsnorm
 
             return rmsnorm(x, self.weight)
-        x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        x_wide = wide(x)
         rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + EPS)
         return (x_wide * rstd).to(self.weight.dtype) * self.weight
 
@@ -163,10 +157,7 @@ class AdapterBlock(nn.Module):
 
 
 class LLMAdapter(nn.Module):
-    """The adapter; see the module docstring for the formula.
-
-    Attributes: `fused` says whether every norm is one kernel.
-    """
+    """The adapter of the module docstring; `fused` says whether every norm is one kernel."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -188,18 +179,14 @@ class LLMAdapter(nn.Module):
     def forward(
         self, t5_ids: Tensor, t5_mask: Tensor, source_states: Tensor, source_mask: Tensor
     ) -> Tensor:
-        """The DiT's text rows.
+        """The DiT's text rows: [B, N, context width], rows of masked T5 tokens exactly 0.
 
         Args:
             t5_ids, t5_mask: [B, N] integers; 1 marks a real token.
             source_states: [B, S, C] Qwen3 states after its final norm.
             source_mask: [B, S]; 1 marks a real token; a row may be all 0.
 
-        Returns:
-            [B, N, context width] in the adapter's dtype, rows of masked T5 tokens exactly 0.
-
-        Raises:
-            ValueError: states of another width, or masks that do not fit.
+        Raises `ValueError` for states of another width, or masks that do not fit.
         """
         self._check(t5_ids, t5_mask, source_states, source_mask)
         x = self.embed(t5_ids)
@@ -230,7 +217,7 @@ class LLMAdapter(nn.Module):
 
 def adapter_tensors(checkpoint: Checkpoint) -> Checkpoint | None:
     """The adapter's tensors, without prefix, of a DiT file or a separate file, or None."""
-    keys = checkpoint.keys()
+    keys = checkpoint.shapes
     prefix = strip_prefix(keys, PREFIXES, MARKERS, at_least=1)
     if prefix is None:
         prefix = strip_prefix(keys, ("",), MARKERS, at_least=2)
@@ -242,7 +229,7 @@ def adapter_tensors(checkpoint: Checkpoint) -> Checkpoint | None:
 
 def has_llm_adapter(path_or_state_dict: str | os.PathLike | Mapping[str, Tensor]) -> bool:
     """Whether a file holds an LLM adapter. Raises `UserError` when it cannot be read."""
-    return adapter_tensors(open_checkpoint(path_or_state_dict)) is not None
+    return adapter_tensors(Checkpoint.open(path_or_state_dict)) is not None
 
 
 def load_llm_adapter(
@@ -251,19 +238,12 @@ def load_llm_adapter(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> LLMAdapter:
-    """Load the LLM adapter of a DiT file or of a separate file, frozen and in eval mode.
+    """The LLM adapter of a DiT file or of a separate file, frozen and in eval mode.
 
-    Args:
-        path_or_state_dict: keys with or without a DiT prefix and `llm_adapter.`.
-        device, dtype: where and in which dtype the weights are.
-
-    Returns:
-        The module `(t5_ids, t5_mask, source_states, source_mask) -> context`.
-
-    Raises:
-        UserError: no adapter in it, or one with missing or unexpected tensors.
+    Keys may have a DiT prefix and `llm_adapter.`. Raises `UserError` when there is no adapter, or
+    one with missing or unexpected tensors.
     """
-    source = open_checkpoint(path_or_state_dict)
+    source = Checkpoint.open(path_or_state_dict)
     checkpoint = adapter_tensors(source)
     if checkpoint is None and detect_kind(source) in ("dit", "llm_adapter"):
         raise UserError(

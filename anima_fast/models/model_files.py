@@ -26,16 +26,8 @@ def check_model_files(
 ) -> DitConfig:
     """Refuse missing, wrong or mismatched files of the DiT, Qwen3, the VAE and the LLM adapter.
 
-    Args:
-        dit, qwen3, vae: paths; None is refused.
-        llm_adapter: a separate file of the adapter; None: it is in the DiT's.
-        dit_option: the option that names the DiT, for messages.
-
-    Returns:
-        The sizes of the DiT.
-
-    Raises:
-        UserError: names the option.
+    The LLM adapter is in the DiT's file where it has none of its own. Returns the sizes of the DiT;
+    raises `UserError` that names the option (`dit_option` for the DiT).
     """
     dit, qwen3, vae = (
         _existing(path, name) for path, name in ((dit, dit_option), (qwen3, "qwen3"), (vae, "vae"))

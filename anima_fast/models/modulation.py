@@ -39,16 +39,7 @@ def adaln_layers(blocks: Sequence[Block]) -> tuple[list[nn.Linear], list[nn.Line
 def batched_modulation(
     blocks: Sequence[Block], embedding: Tensor, shared_modulation: Tensor
 ) -> Tensor:
-    """Shift, scale and gate of every block's three sublayers.
-
-    Args:
-        blocks: the blocks, with or without adapters on their AdaLN layers.
-        embedding: [B, 1, D], e.
-        shared_modulation: [B, 1, 3 D], a.
-
-    Returns:
-        [blocks, B, 9, D] in the AdaLN layers' dtype.
-    """
+    """Shift, scale, gate of all sublayers, [blocks, B, 9, D], of e [B, 1, D] and a [B, 1, 3 D]."""
     downs, ups = adaln_layers(blocks)
     rank, width = downs[0].weight.shape
     x = F.silu(embedding[:, 0])  # [B, D]

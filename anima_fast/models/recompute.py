@@ -38,10 +38,7 @@ def recomputed(
     pack: Callable[[Tensor], Any] | None = None,
     unpack: Callable[[Any], Tensor] | None = None,
 ) -> Tensor:
-    """run(x, shared) that keeps x and computes the rest again in backward, random numbers replayed.
-
-    With `pack` and `unpack`, x is stored in the form that `pack` gives it.
-    """
+    """run(x, shared), of which x is kept, as `pack` stores it; backward repeats the rest."""
     # Imported lazily: the options read POLICIES, and --help should not load torch.
     from torch.autograd.graph import saved_tensors_hooks
     from torch.utils.checkpoint import checkpoint

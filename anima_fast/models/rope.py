@@ -13,13 +13,10 @@ RATIOS = (1.0, 4.0, 4.0)
 def rope_angles(
     head_dim: int, frames: int, height: int, width: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """RoPE angles of all tokens in (t, h, w) order.
+    """RoPE angles of all tokens in (t, h, w) order: [frames·height·width, K] float32.
 
-    The axes share the head dimension as d_h = d_w = 2⌊K/6⌋ and d_t = K − 2 d_h; θ = 10000, times
-    4^(d/(d−2)) for h and w.
-
-    Returns:
-        [frames·height·width, K] float32, the K/2 angles twice.
+    The K/2 angles come twice. The axes share the head dimension as d_h = d_w = 2⌊K/6⌋ and
+    d_t = K − 2 d_h; θ = 10000, times 4^(d/(d−2)) for h and w.
     """
     d_h = 2 * (head_dim // 6)
     lengths, sizes = (frames, height, width), (head_dim - 2 * d_h, d_h, d_h)

@@ -1,7 +1,7 @@
 """Reads a sentencepiece model file (`spiece.model`) into a fast unigram tokenizer.
 
-The T5 tokenizer is published on the hub only in this form. The file is one protobuf message; the
-three fields that matter are read here, so neither sentencepiece nor protobuf is needed:
+The file is one protobuf message, of which three fields matter; reading them here needs neither
+sentencepiece nor protobuf:
 
     ModelProto: 1 = pieces (1 = text, 2 = score), 3 = normalizer (2 = precompiled character map)
 

@@ -1,9 +1,8 @@
 """The Qwen3 text encoder: transformers' `Qwen3Model`, built and filled without `from_pretrained`.
 
-The architecture is read from tensor shapes, so a single file needs no config and a directory's
-`config.json` is only asked for what shapes do not show (RoPE base, norm epsilon) and compared with
-the rest. The module is built on the meta device and takes the file's tensors as they are, so the
-weights are in memory once. Loading is strict: a wrong file is named and never accepted in part.
+The architecture is read from tensor shapes, so a single file needs no config; a directory's
+`config.json` gives what shapes do not show (RoPE base, norm epsilon) and is compared with the rest.
+Loading is strict: a wrong file is named and never accepted in part.
 
 Captions are padded on the right and the encoder is causal, so real tokens never see padding and no
 attention mask is needed; rows of padding are set to exact zeros afterwards.
@@ -53,11 +52,9 @@ class TextEncoder(nn.Module):
         return self.model.config.hidden_size
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """States after the final norm.
+        """States after the final norm, [B, N, C], exactly zero where mask is 0.
 
         ids, mask: [B, N] integers (mask also bool) on the encoder's device, padding on the right.
-        Returns [B, N, C] in the encoder's dtype, exactly zero where mask is 0. Gradients flow when
-        they are enabled and something in the encoder (a LoRA) asks for them.
         """
         if ids.shape != mask.shape or ids.ndim != 2:
             raise ValueError(
@@ -76,11 +73,10 @@ def load_text_encoder(
     a single file names may start with `model.`; a tied `lm_head.weight` is ignored in both.
     Raises `UserError` for another kind of model, and for missing or unexpected tensors.
     """
-    path = Path(path)
-    config, checkpoint, shape = _open_checked(path)
+    config, checkpoint, shape = _open_checked(Path(path))
     model = _empty_model(shape, config, device)
     load_into(model, checkpoint, what="Qwen3", device=device, dtype_of=lambda name: dtype)
-    return TextEncoder(model).requires_grad_(False).eval()
+    return TextEncoder(model).eval()
 
 
 def read_sizes(path: str | Path) -> Qwen3Shape:
@@ -94,7 +90,12 @@ def _open_checked(path: Path) -> tuple[dict, Checkpoint, Qwen3Shape]:
     config = _read_config(path) if path.is_dir() else {}
     checkpoint = _open(path)
     shape = _infer(checkpoint.shapes, path)
-    _check_config(config, shape, path)
+    for name, found in asdict(shape).items():
+        if config.get(name, found) != found:
+            raise UserError(
+                f"{path}: config.json says {name} = {config[name]}, the weights have {found}; the "
+                "files do not belong together or a shard is missing: download the directory again"
+            )
     return config, checkpoint, shape
 
 
@@ -146,7 +147,7 @@ def _open(path: Path) -> Checkpoint:
     for file in weight_files(path):
         checkpoint = Checkpoint.open(file)
         stored |= dict.fromkeys(checkpoint.shapes, checkpoint)
-    shapes = {key: checkpoint.shape(key) for key, checkpoint in stored.items()}
+    shapes = {key: checkpoint.shapes[key] for key, checkpoint in stored.items()}
     whole = Checkpoint(shapes, lambda key: stored[key].get(key), path=path)
     ends = [key for key in shapes if key.endswith("embed_tokens.weight")]
     if not ends:
@@ -212,12 +213,3 @@ def _infer(shapes: Mapping[str, tuple[int, ...]], path: Path) -> Qwen3Shape:
     return Qwen3Shape(
         vocab, hidden, gate, max(layers) + 1, max(1, q // head_dim), max(1, k // head_dim), head_dim
     )
-
-
-def _check_config(config: Mapping, shape: Qwen3Shape, path: Path) -> None:
-    for name, found in asdict(shape).items():
-        if config and config.get(name, found) != found:
-            raise UserError(
-                f"{path}: config.json says {name} = {config[name]}, the weights have {found}; the "
-                "files do not belong together or a shard is missing: download the directory again"
-            )

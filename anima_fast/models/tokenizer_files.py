@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from anima_fast.errors import UserError
-from anima_fast.files import cache_home
+from anima_fast.models.download import models_folder
 
 
 class TokenizerMissing(UserError):
@@ -31,6 +30,11 @@ class TokenizerSource:
     folder: str
     repositories: tuple[str, ...]
     layouts: tuple[tuple[str, ...], ...]
+
+    @property
+    def wanted(self) -> str:
+        """The files, for a message."""
+        return " or ".join(" + ".join(layout) for layout in self.layouts)
 
 
 QWEN3 = TokenizerSource(
@@ -68,14 +72,20 @@ def find_files(
         return files
     if named:
         return named
-    for place in _places(source, folder, models_dir):
+    ours = models_folder(models_dir) / source.folder
+    for place in (*_places(source, folder), ours):
         if files := _files_in(source, place):
             return files
     if files := _from_hub_cache(source):
         return files
-    if not fetch:
-        raise _missing(source, models_dir, "nothing is downloaded here")
-    return _download(source, models_dir)
+    found = _download(source) if fetch else "nothing is downloaded here"
+    if isinstance(found, list):
+        return found
+    raise TokenizerMissing(
+        f"no {source.title} found, and {' '.join(found.split())[:200]}: run `anima-fast download`, "
+        f"or put {source.wanted} of https://huggingface.co/{source.repositories[0]} into "
+        f"{ours}, or name a folder with {source.option}"
+    )
 
 
 def explicit_files(source: TokenizerSource, path: Path) -> list[Path]:
@@ -84,9 +94,8 @@ def explicit_files(source: TokenizerSource, path: Path) -> list[Path]:
     if files is None and path.is_file() and (path.name,) in source.layouts:
         files = [path]
     if files is None:
-        wanted = " or ".join(" + ".join(layout) for layout in source.layouts)
         found = "holds none of them" if path.is_dir() else "is not a folder"
-        raise UserError(f"{source.option} needs a folder with {wanted}, but {path} {found}")
+        raise UserError(f"{source.option} needs a folder with {source.wanted}, but {path} {found}")
     return files
 
 
@@ -97,19 +106,12 @@ def _files_in(source: TokenizerSource, folder: Path) -> list[Path] | None:
     return None
 
 
-def _places(
-    source: TokenizerSource, qwen3_path: Path | None, models_dir: str | Path | None
-) -> Iterator[Path]:
-    if qwen3_path is not None:
-        yield from (qwen3_path / source.folder, qwen3_path.parent / source.folder)
-        if source is T5:
-            yield from (qwen3_path / "t5", qwen3_path.parent / "t5")
-    yield models_folder(models_dir) / source.folder
-
-
-def models_folder(models_dir: str | Path | None) -> Path:
-    """The folder that `anima-fast download` fills when no other is named."""
-    return Path(models_dir) if models_dir is not None else cache_home() / "models"
+def _places(source: TokenizerSource, qwen3_path: Path | None) -> list[Path]:
+    """Folders in and next to the text encoder."""
+    if qwen3_path is None:
+        return []
+    folders = (source.folder, "t5") if source is T5 else (source.folder,)
+    return [place / folder for folder in folders for place in (qwen3_path, qwen3_path.parent)]
 
 
 def _from_hub_cache(source: TokenizerSource) -> list[Path] | None:
@@ -125,14 +127,15 @@ def _from_hub_cache(source: TokenizerSource) -> list[Path] | None:
     return None
 
 
-def _download(source: TokenizerSource, models_dir: str | Path | None) -> list[Path]:
+def _download(source: TokenizerSource) -> list[Path] | str:
+    """The files, fetched from the hub; or why not."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
-        raise _missing(source, models_dir, "the hub is switched off (HF_HUB_OFFLINE)")
+        return "the hub is switched off (HF_HUB_OFFLINE)"
     if not _reachable(constants.ENDPOINT):
-        raise _missing(source, models_dir, f"{constants.ENDPOINT} cannot be reached")
+        return f"{constants.ENDPOINT} cannot be reached"
     for layout in source.layouts:
         try:
             return [Path(hf_hub_download(source.repositories[0], name)) for name in layout]
@@ -141,8 +144,8 @@ def _download(source: TokenizerSource, models_dir: str | Path | None) -> list[Pa
             reason = error
         # The network library under the hub client raises its own types.
         except Exception as error:
-            raise _missing(source, models_dir, f"fetching it failed: {error}") from error
-    raise _missing(source, models_dir, f"fetching it failed: {reason}")
+            return f"fetching it failed: {error}"
+    return f"fetching it failed: {reason}"
 
 
 def _reachable(endpoint: str) -> bool:
@@ -154,16 +157,3 @@ def _reachable(endpoint: str) -> bool:
         return True
     except (OSError, ValueError):
         return False
-
-
-def _missing(
-    source: TokenizerSource, models_dir: str | Path | None, reason: str
-) -> TokenizerMissing:
-    wanted = " or ".join(" + ".join(layout) for layout in source.layouts)
-    place = models_folder(models_dir) / source.folder
-    brief = " ".join(str(reason).split())[:200]
-    return TokenizerMissing(
-        f"no {source.title} found, and {brief}: run `anima-fast download`, or put {wanted} of "
-        f"https://huggingface.co/{source.repositories[0]} into {place}, or name a folder with "
-        f"{source.option}"
-    )

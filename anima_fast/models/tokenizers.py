@@ -1,12 +1,10 @@
 """The two tokenizers of a caption: Qwen3 (byte-level BPE) for meaning, T5 (unigram) for queries.
 
-Both read the same raw caption; there is no template and no added space. Ids are padded on the right
-to the longest caption of the batch, as neither the encoder nor the adapter lets padding act.
-
     Qwen3: no special tokens, empty caption = no token, pad <|endoftext|>
     T5:    </s> appended and kept when truncating, empty caption = [</s>], pad <pad>
 
-Strings of special tokens inside a caption count as those tokens.
+Both read the same raw caption, and strings of special tokens inside it count as those tokens. Ids
+are padded on the right to the longest caption of the batch: padding does not act.
 """
 
 from __future__ import annotations
@@ -76,11 +74,7 @@ class Tokenizers:
         return TokenBatch(*_pad(qwen, self.qwen_pad), *_pad(t5, self.t5_pad))
 
     def encode_segments(self, segments: Sequence[str]) -> tuple[TokenBatch, list[int]]:
-        """One text whose segments are tokenised one by one, untruncated, with a `</s>` at the end.
-
-        Returns:
-            ids and masks [1, N], and the number of T5 tokens of each segment.
-        """
+        """Ids and masks [1, N] of untruncated segments and a final `</s>`; T5 tokens of each."""
         qwen = [token for ids in _ids(self.qwen, segments) for token in ids]
         parts = _ids(self.t5, segments)
         t5 = [*(token for ids in parts for token in ids), self.t5_end]
@@ -96,10 +90,7 @@ class Tokenizers:
         return [len(ids) + 1 for ids in _ids(self.t5, captions)]
 
     def kept_length(self, caption: str, limits: tuple[int, int]) -> int:
-        """Characters of a caption before the first token that truncation takes away.
-
-        limits: tokens of Qwen3 and of T5 that are kept.
-        """
+        """Characters of a caption before the first token beyond the limits of Qwen3 and T5."""
         length = len(caption)
         for tokenizer, limit in ((self.qwen, limits[0]), (self.t5, limits[1] - 1)):
             encoding = tokenizer.encode(caption, add_special_tokens=False)
@@ -132,48 +123,49 @@ def load_tokenizers(
 ) -> Tokenizers:
     """Both tokenizers, searched as `tokenizer_files` describes.
 
-    qwen3_path: the text encoder, a directory or a single file. models_dir: the models folder when
-    it is not the default one. fetch: ask the hub for what is not found. Raises `UserError` when
-    files are missing (`tokenizer_files.TokenizerMissing` when no path was given for them) or
-    damaged.
+    qwen3_path: the text encoder, a directory or a single file. fetch: ask the hub for what is not
+    found. Raises `UserError` when files are damaged or missing (`tokenizer_files.TokenizerMissing`
+    when no path was given for them).
     """
     qwen_files = find_files(QWEN3, qwen3_path, qwen3_tokenizer_path, models_dir, fetch=fetch)
     t5_files = find_files(T5, qwen3_path, t5_tokenizer_path, models_dir, fetch=fetch)
-    qwen = _from_json(qwen_files[0]) if len(qwen_files) == 1 else _from_vocabulary(*qwen_files)
-    last = t5_files[0]
-    t5 = read_spiece(last) if last.name == "spiece.model" else _from_json(last)
+    sentencepiece = t5_files[0].name == "spiece.model"
+    qwen = _read(qwen_files)
+    t5 = read_spiece(t5_files[0]) if sentencepiece else _read(t5_files)
     digest = hashlib.sha256()
     for file in (*qwen_files, *t5_files):
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return Tokenizers(qwen, t5, digest.hexdigest())
 
 
-def _from_json(path: Path) -> Tokenizer:
+def _read(files: Sequence[Path]) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, or of vocab.json, merges.txt and its config."""
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        if len(files) > 1:
+            return _of_vocabulary(*files)
+        return Tokenizer.from_str(files[0].read_text(encoding="utf-8"))
     # The tokenizers library raises plain Exception for a damaged file.
     except Exception as error:
-        raise _damaged(path, error) from error
+        path = files[0].parent if len(files) > 1 else files[0]
+        brief = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} is not a readable tokenizer ({brief}): download it again"
+        ) from error
 
 
-def _from_vocabulary(vocabulary: Path, merges: Path, config: Path) -> Tokenizer:
+def _of_vocabulary(vocabulary: Path, merges: Path, config: Path) -> Tokenizer:
     """Byte-level BPE of vocab.json and merges.txt with the added tokens of the config."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    try:
-        added = json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"]
-        ranks = models.BPE.read_file(str(vocabulary), str(merges))
-        tokenizer = Tokenizer(models.BPE(*ranks))
-        tokenizer.normalizer = normalizers.NFC()
-        split = pre_tokenizers.Split(Regex(QWEN3_SPLIT), "isolated")
-        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-        _add_tokens(tokenizer, added)
-    # The tokenizers library raises plain Exception for a damaged file.
-    except Exception as error:
-        raise _damaged(vocabulary.parent, error) from error
+    added = json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"]
+    tokenizer = Tokenizer(models.BPE(*models.BPE.read_file(str(vocabulary), str(merges))))
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN3_SPLIT), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    _add_tokens(tokenizer, added)
     return tokenizer
 
 
@@ -188,8 +180,3 @@ def _add_tokens(tokenizer: Tokenizer, added: dict[str, dict]) -> None:
         add([content])
         if tokenizer.token_to_id(token["content"]) != int(number):
             raise ValueError(f"added token {token['content']} does not get its id {number}")
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    brief = " ".join(str(error).split())[:200]
-    return UserError(f"{path} is not a readable tokenizer ({brief}): download it again")

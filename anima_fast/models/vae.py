@@ -2,15 +2,13 @@
 
 The published VAE is a causal video network. For one frame its 3x3x3 convolutions see zeros in all
 but the last temporal slot, its temporal resampling never runs and its frame cache stays empty, so
-keeping the last temporal slice of every weight gives the same result with a third of the
-arithmetic. `vae_checkpoint` slices the weights while loading; this file is the network.
+the last temporal slice of every weight (`vae_checkpoint`) gives the same result.
 
     encode: image [B, 3, H, W] in [-1, 1] -> (posterior mean − mu) / s  [B, 16, H/8, W/8]
     decode: latents -> image, clamped to [-1, 1]
 
 With `chunk_rows` the levels above 1/8 resolution run on strips of that many image rows (see
-`vae_layers.run_stages`): the result is the same, the memory no longer grows with full-resolution
-maps. Only maps at 1/8 resolution, where attention looks at everything, are held in full.
+`vae_layers.run_stages`): the same result, without full-resolution maps.
 """
 
 from __future__ import annotations
@@ -20,16 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anima_fast.models.vae_layers import (
-    Conv3x3,
-    Downsample,
-    Head,
-    Level,
-    Middle,
-    Stage,
-    Upsample,
-    run_stages,
-)
+from anima_fast.models.vae_layers import Conv3x3, Head, Level, Middle, Upsample, run_stages
 
 # Per-channel mean and standard deviation of the latents, as published with the model.
 LATENT_MEAN = (
@@ -62,7 +51,9 @@ class Encoder(nn.Module):
         widths = [config.width * m for m in MULTIPLIERS]
         self.conv_in = Conv3x3(3, widths[0])
         self.levels = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, 2, Downsample(width) if i < 3 else None)
+            Level(
+                widths[max(i - 1, 0)], width, 2, Conv3x3(width, width, stride=2) if i < 3 else None
+            )
             for i, width in enumerate(widths)
         )
         self.middle = Middle(widths[-1])
@@ -70,9 +61,9 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor, chunk_rows: int | None = None) -> Tensor:
         """[B, 3, H, W] to [B, 2Z, H/8, W/8]."""
-        stages = [Stage(self.conv_in, 1)]
+        stages: list[tuple[nn.Module, int]] = [(self.conv_in, 1)]
         for i, level in enumerate(self.levels[:3]):
-            stages += [Stage(layer, 2**i) for layer in level.stages()]
+            stages += [(layer, 2**i) for layer in level.stages()]
         x = run_stages(stages, image, chunk_rows)
         for block in self.levels[3].blocks:
             x = block(x)
@@ -99,8 +90,8 @@ class Decoder(nn.Module):
         """[B, Z, h, w] to [B, 3, 8h, 8w]."""
         stages = []
         for i, level in enumerate(self.levels):
-            stages += [Stage(layer, LATENT_SCALE // 2**i) for layer in level.stages()]
-        return run_stages([*stages, Stage(self.head, 1)], self.middle(self.conv_in(z)), chunk_rows)
+            stages += [(layer, LATENT_SCALE // 2**i) for layer in level.stages()]
+        return run_stages([*stages, (self.head, 1)], self.middle(self.conv_in(z)), chunk_rows)
 
 
 class VAE(nn.Module):
@@ -116,11 +107,10 @@ class VAE(nn.Module):
         self.decoder = Decoder(self.config)
 
     def encode(self, images: Tensor, chunk_rows: int | None = None) -> Tensor:
-        """Normalised posterior mean.
+        """Normalised posterior mean [B, 16, H/8, W/8], float32, on the VAE's device.
 
-        images: [B, 3, H, W] in [-1, 1], any float dtype and device, H and W multiples of 8.
-        chunk_rows: image rows per strip; None runs the image at once.
-        Returns [B, 16, H/8, W/8] float32 on the VAE's device. Raises ValueError on a wrong shape.
+        images: [B, 3, H, W] in [-1, 1], any float dtype and device, H and W multiples of 8, else
+        `ValueError`. chunk_rows: image rows per strip; None runs the image at once.
         """
         _check(images, 3, LATENT_SCALE, chunk_rows, "images")
         mean = self.moments(images, chunk_rows)[:, : self.config.latent].float()
@@ -133,10 +123,9 @@ class VAE(nn.Module):
         return self.to_moments(self.encoder(images.to(weight.device, weight.dtype), chunk_rows))
 
     def decode(self, latents: Tensor, chunk_rows: int | None = None) -> Tensor:
-        """Image of normalised latents.
+        """Image [B, 3, 8h, 8w] of normalised latents [B, 16, h, w], float32 in [-1, 1].
 
-        latents: [B, 16, h, w]. chunk_rows: image rows per strip; None runs the image at once.
-        Returns [B, 3, 8h, 8w] float32 in [-1, 1]. Raises ValueError on a wrong shape.
+        chunk_rows: image rows per strip; None runs the image at once.
         """
         _check(latents, self.config.latent, 1, chunk_rows, "latents")
         weight = self.from_latents.weight

@@ -2,18 +2,15 @@
 
 A 3x3 convolution needs one row above and one below each output row. Fed strip by strip from top to
 bottom it therefore keeps its last two input rows, answers one row late, and sees the zero padding
-of the true border only at the first and the last strip. `RowStream` holds those kept rows for all
-layers of one pass: nothing is computed twice, there is no seam, and a full-resolution map is never
-completely in memory. Without a stream the same layers run on full maps.
-
-With gradients off, norms and activations work in place on tensors that the block itself made.
+of the true border only at the first and the last strip. `RowStream` holds those rows for all layers
+of one pass: nothing is computed twice, and there is no seam. Without a stream the same layers run
+on full maps. With gradients off, norms and activations overwrite tensors that the block made.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -155,18 +152,6 @@ class Middle(nn.Module):
         return self.res_out(self.attention(self.res_in(x)))
 
 
-class Downsample(nn.Module):
-    """Half the height and width."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = Conv3x3(channels, channels, stride=2)
-
-    def forward(self, x: Tensor, stream: RowStream | None = None) -> Tensor:
-        """[B, C, H, W] to [B, C, H/2, W/2]."""
-        return self.conv(x, stream)
-
-
 class Upsample(nn.Module):
     """Twice the height and width by repetition, then a convolution that halves the channels."""
 
@@ -210,24 +195,19 @@ class Head(nn.Module):
         return self.conv(self.norm(x, silu=True, overwrite=True), stream)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A layer of a row pipeline and how many image rows one of its input rows covers."""
-
-    layer: nn.Module
-    image_rows: int
+# A layer of a row pipeline and how many image rows one of its input rows covers.
+Stage = tuple[nn.Module, int]
 
 
 def run_stages(stages: Sequence[Stage], x: Tensor, chunk_rows: int | None) -> Tensor:
-    """All stages one after another: on all of x, or strip by strip when rows are given.
+    """All stages one after another: on all of x, or strip by strip when image rows are given.
 
-    chunk_rows counts image rows. No stage sees more than its share of them (at least one row) plus
-    the two rows it kept and the zero row of the bottom border, also while the last strip flushes
-    what the stages before have held back.
+    No stage sees more than its share of these rows (at least one) plus the two that it kept and the
+    zero row of the bottom border, also while the last strip flushes what was held back before.
     """
     if chunk_rows is None:
-        for stage in stages:
-            x = stage.layer(x, None)
+        for layer, _ in stages:
+            x = layer(x, None)
         return x
     return torch.cat(list(_pull(stages, x, chunk_rows, RowStream(), True)), 2)
 
@@ -239,11 +219,11 @@ def _pull(
     if not stages:
         yield x
         return
-    first, rest = stages[0], stages[1:]
-    rows = max(1, chunk_rows // first.image_rows)
+    (layer, image_rows), *rest = stages
+    rows = max(1, chunk_rows // image_rows)
     # An empty strip still carries the news that it is the last one.
     for start in range(0, max(1, x.shape[2]), rows):
         stream.last = final = last and start + rows >= x.shape[2]
-        y = first.layer(x[:, :, start : start + rows], stream)
+        y = layer(x[:, :, start : start + rows], stream)
         if y.shape[2] or final:
             yield from _pull(rest, y, chunk_rows, stream, final)

@@ -23,7 +23,7 @@ def read_words(
     flags: Collection[str] = (),
     word: str | None = None,
 ) -> dict[str, Any]:
-    """Option texts by name, with underscores.
+    """Option name with underscores -> its text, the last one given; for lists all texts, in order.
 
     Args:
         words: the words after the command's name.
@@ -31,9 +31,6 @@ def read_words(
         others: more names that are accepted, with or without a value.
         flags: names among `others` that never take the next word as their value.
         word: the option whose value may also be given alone, without its name.
-    Returns:
-        name -> text, or a list of texts for list options, in the order given. The last value of an
-        option counts; lists add up.
     Raises:
         UserError: an unknown name (with the nearest one), a missing value, a stray word.
     """

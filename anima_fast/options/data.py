@@ -147,8 +147,8 @@ class BucketKeys:
     """Options that are keys of a dataset too: the sizes that images are brought to."""
 
     enable_bucket: bool = _image(False, "Sort images into buckets by their aspect ratio.")
-    min_bucket_reso: int = _image(256, "Shortest side of a bucket in pixels.", low=1, high=32768)
-    max_bucket_reso: int = _image(1024, "Longest side of a bucket in pixels.", low=1, high=32768)
+    min_bucket_reso: int = _image(256, "Shortest side of a bucket in pixels.", low=16, high=32768)
+    max_bucket_reso: int = _image(1024, "Longest side of a bucket in pixels.", low=16, high=32768)
     bucket_reso_steps: int = _image(
         64, "Steps of the sides in pixels, a multiple of 16.", low=16, high=4096, multiple=16
     )

@@ -37,10 +37,10 @@ def _key(default: Any, help: str, **limits: Any) -> Any:
     return dataclasses.field(default=default, hash=hashed, metadata={**made.metadata, "option": ""})
 
 
-def _as_option(group: type, option: str) -> Any:
-    """A key whose default, limits and help are those of an option with another name or type."""
+def _as_option(group: type, option: str, **limits: Any) -> Any:
+    """A key with the default, limits and help of an option whose name, type or limits differ."""
     found = next(field for field in dataclasses.fields(group) if field.name == option)
-    metadata = {**found.metadata, "kind": None, "option": option}
+    metadata = {**found.metadata, "kind": None, "option": option, **limits}
     return dataclasses.field(default=found.default, metadata=metadata)
 
 
@@ -49,6 +49,9 @@ class DatasetKeys(BucketKeys):
     """Keys of `[general]` and `[[datasets]]`: one resolution and batch size."""
 
     resolution: tuple[int, int] = _as_option(DatasetOptions, "resolution")
+    # Files of other trainers have smaller ones, which are rounded up.
+    min_bucket_reso: int = _as_option(BucketKeys, "min_bucket_reso", low=1)
+    max_bucket_reso: int = _as_option(BucketKeys, "max_bucket_reso", low=1)
     batch_size: int = _as_option(DatasetOptions, "train_batch_size")
     network_multiplier: float = _key(
         1.0, "Strength of the network while it trains on this dataset.", low=-1e6, high=1e6
@@ -110,15 +113,10 @@ OPTION_NAMES = {key.option: name for name, key in KEYS.items() if key.option} | 
 
 
 def check_config(config: object, source: str) -> dict[str, Any]:
-    """Check a whole dataset file and return it with normal types.
+    """A parsed dataset file, checked and with normal types (sizes as (w, h)).
 
-    Args:
-        config: the parsed TOML or JSON.
-        source: the file's name, for messages.
-    Returns:
-        {"general": {...}, "datasets": [{..., "subsets": [{...}, ...]}, ...]}; sizes as (w, h).
-    Raises:
-        UserError: an unknown key, a wrong type or a value out of range, with its path.
+    Returns {"general": {...}, "datasets": [{..., "subsets": [{...}, ...]}, ...]}. Raises
+    `UserError` with the path in `source` of an unknown key, a wrong type or a value out of range.
     """
     root = _table(config, source)
     for name in root:

@@ -21,44 +21,30 @@ from anima_fast.errors import UserError
 from anima_fast.options.kinds import KINDS, pair_text, shown
 
 Made = TypeVar("Made", bound="Checked")
+# What messages call a value of a wrong type, where its looks may not tell.
+TYPE_NAMES = {bool: "a boolean", str: "a text", dict: "a table"}
 
 
-def option(
-    group: str,
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-    multiple: int = 1,
-    kind: str | None = None,
-    secret: bool = False,
-) -> Any:
-    """A dataclass field that is an option.
-
-    Args:
-        group: the panel of the help page.
-        default: the value when it is not given; None means off or "decided by the program".
-        help: one sentence, with the unit where there is one.
-        choices: the only values allowed, if not empty.
-        low, high: the allowed range of a number, both ends included.
-        multiple: what a whole number must be a multiple of.
-        kind: a key of `KINDS` where the annotation does not say enough.
-        secret: never written into the files of a run.
-    """
-    metadata = {
-        "group": group, "help": help, "choices": choices, "low": low, "high": high,
-        "multiple": multiple, "kind": kind, "secret": secret,
-    }  # fmt: skip
-    return dataclasses.field(default=default, metadata=metadata)
+def option(group: str, default: Any, help: str, **more: Any) -> Any:
+    """A dataclass field that is an option; `more` are further attributes of its `Spec`."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, **more})
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The description of one option (see `option`).
+    """The description of one option.
 
-    `optional`: None is a value. `as_text`: a size or range that is checked and stays text.
+    Attributes:
+        kind: a key of `KINDS`; given where the annotation does not say enough.
+        default: the value when it is not given; None means off or "decided by the program".
+        help: one sentence, with the unit where there is one.
+        group: the panel of the help page.
+        choices: the only values allowed, if not empty.
+        low, high: the allowed range of a number, both ends included.
+        multiple: what a whole number must be a multiple of.
+        optional: None is a value.
+        secret: never written into the files of a run.
+        as_text: a size or range that is checked and stays text.
     """
 
     name: str
@@ -87,12 +73,12 @@ class Spec:
 
 def _specs(cls: type) -> Mapping[str, Spec]:
     hints = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(Spec)}
     found = {}
     for field in dataclasses.fields(cls):
         if "help" not in field.metadata:
             continue
-        meta = {key: value for key, value in field.metadata.items() if key in known}
+        # `option` is of a key of dataset files (dataset_keys.py).
+        meta = {key: value for key, value in field.metadata.items() if key != "option"}
         kind, optional = _kind(hints[field.name])
         meta["as_text"] = kind == "str" and meta.get("kind") in ("size", "range")
         meta["kind"] = meta.get("kind") or kind
@@ -129,13 +115,9 @@ def nearest(
 def convert(spec: Spec, value: Any, where: str, *, text: bool = False) -> Any:
     """One value in the type of its option; nothing (None or "") is None where that is a value.
 
-    Args:
-        spec: the option.
-        value: what was given: a value of the right type or, with `text`, words to be read.
-        where: what messages call the place, such as `--network_dim`.
-        text: whether numbers and booleans may be spelled as text (the command line).
-    Raises:
-        UserError: a wrong type, a value out of range or not among the choices.
+    `where` is what messages call the place, such as `--network_dim`; with `text` numbers and
+    booleans may be spelled as text (the command line). Raises `UserError` for a wrong type, a
+    value out of range or not among the choices.
     """
     if value is None or (value == "" and spec.optional):
         if spec.optional or value == spec.default:
@@ -160,8 +142,12 @@ def check_value(spec: Spec, value: Any, where: str, *, text: bool = False) -> An
     try:
         converted = KINDS[spec.kind].read(value, text)
     except (ValueError, TypeError, OverflowError):
+        found = shown(value)
+        # On the command line everything is a text.
+        if not text and type(value) in TYPE_NAMES:
+            found += f", {TYPE_NAMES[type(value)]}"
         expected = KINDS[spec.kind].expected
-        raise UserError(f"{where}: expected {expected}, got {shown(value)}") from None
+        raise UserError(f"{where}: expected {expected}, got {found}") from None
     for part in converted if isinstance(converted, tuple) else (converted,):
         _check_number(spec, part, where)
     if spec.choices and converted not in spec.choices:
@@ -177,10 +163,13 @@ def _check_number(spec: Spec, value: Any, where: str) -> None:
         wanted = f"of at least {spec.low:g}"
         if spec.high is not None:
             wanted = f"from {spec.low or 0:g} to {spec.high:g}"
-        raise UserError(f"{where}: {shown(value)} is out of range: use a number {wanted}")
+        # A float as people write it: -1, not -1.0.
+        number = f"{value:.15g}" if isinstance(value, float) else shown(value)
+        raise UserError(f"{where}: {number} is out of range: use a number {wanted}")
     if spec.multiple > 1 and value is not None and value % spec.multiple:
+        example = f", such as {spec.default}" if spec.default else ""
         raise UserError(
-            f"{where}: {value} does not suit this model: use a multiple of {spec.multiple}"
+            f"{where}: {value} does not suit this model: use a multiple of {spec.multiple}{example}"
         )
 
 

@@ -22,7 +22,7 @@ from anima_fast.options.run import RunOptions, TrainOptions
 
 # What the command line and the file may name besides the fields of `TrainOptions`.
 OTHER_NAMES = frozenset(itertools.chain(ALIASES, IGNORED, REFUSED))
-Run = TypeVar("Run", bound=RunOptions)
+OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
 def refused(cls: type) -> dict[str, str]:
@@ -38,9 +38,9 @@ def resolve_train_options(
     config_file: str | Path | None = None,
     *,
     complete: bool = True,
-    cls: type[Run] = TrainOptions,  # type: ignore[assignment]
-) -> tuple[Run, list[str]]:
-    """The options of a run from both sources.
+    cls: type[OptionsT] = TrainOptions,  # type: ignore[assignment]
+) -> tuple[OptionsT, list[str]]:
+    """The checked options of a run from both sources, and the notices to show.
 
     Args:
         cli_values: option name -> text, list of texts, or a value of the right type. The names in
@@ -48,8 +48,6 @@ def resolve_train_options(
         config_file: a TOML file; `.toml` is appended when missing.
         complete: whether everything that a run needs must be given.
         cls: the options of a LoRA, or of full fine-tuning.
-    Returns:
-        the checked options and the notices to show.
     Raises:
         UserError: unknown, refused or missing options, wrong values, impossible combinations.
     """
@@ -76,15 +74,10 @@ def config_path(path: str | Path) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The keys and values of a TOML file, sections flattened.
-
-    Raises:
-        UserError: a missing or unreadable file, invalid TOML, a key in two sections.
-    """
+    """The keys and values of a TOML file, sections flattened; a key in two of them is refused."""
     what = "--config_file"
-    parsed = parse_config(read_text(path, what), f"{what} {path}")
     flat: dict[str, Any] = {}
-    _flatten(parsed, flat, path.name)
+    _flatten(parse_config(read_text(path, what), f"{what} {path}"), flat, path.name)
     return flat
 
 
@@ -140,9 +133,7 @@ def _is_off(value: Any) -> bool:
 def to_toml(options: Any, *, only_changed: bool = False) -> str:
     """Options as TOML, in a section for each help group; secrets are left out.
 
-    Args:
-        options: `TrainOptions` (or any class of options).
-        only_changed: leave out what equals its default.
+    `only_changed` leaves out what equals its default.
     """
     import tomli_w
 
@@ -162,11 +153,7 @@ def section_name(spec: Spec) -> str:
 
 
 def write_config(options: RunOptions, config_file: str | Path | None) -> Path:
-    """Write the changed options to the `--config_file` path, for `--output_config`.
-
-    Raises:
-        UserError: without a path, or when the file exists.
-    """
+    """Write the changed options to a new file at the path of `--config_file`."""
     if config_file is None:
         raise UserError("--output_config needs --config_file FILE to know where to write")
     path = config_path(config_file)

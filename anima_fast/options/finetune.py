@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from anima_fast.options.declare import option, specs
 from anima_fast.options.training import (
@@ -15,6 +16,12 @@ from anima_fast.options.training import (
 
 _parts = partial(option, "Trained parts")
 _full = partial(option, "Full fine-tuning")
+
+
+def _rate(part: str, more: str = "") -> Any:
+    return _parts(None, f"Rate of {part} (default: learning_rate; 0 = frozen{more}).", low=0)
+
+
 WEIGHT_UPDATES = ("plain", "stochastic", "fp32")
 # Part of the model -> mark, option of its rate. A weight belongs to the first part whose mark is in
 # its name; all others have `learning_rate`.
@@ -36,22 +43,11 @@ def part_of(name: str) -> str:
 class FinetuneGroup:
     """Which weights are trained, and how they are updated and kept."""
 
-    self_attn_lr: float | None = _parts(
-        None, "Rate of self attention (default: learning_rate; 0 = frozen).", low=0
-    )
-    cross_attn_lr: float | None = _parts(
-        None, "Rate of cross attention (default: learning_rate; 0 = frozen).", low=0
-    )
-    mlp_lr: float | None = _parts(
-        None, "Rate of the MLPs (default: learning_rate; 0 = frozen).", low=0
-    )
-    mod_lr: float | None = _parts(
-        None, "Rate of the AdaLN modulation (default: learning_rate; 0 = frozen).", low=0
-    )
-    llm_adapter_lr: float | None = _parts(
-        None, "Rate of the LLM adapter (default: learning_rate; 0 = frozen, which is advised).",
-        low=0,
-    )  # fmt: skip
+    self_attn_lr: float | None = _rate("self attention")
+    cross_attn_lr: float | None = _rate("cross attention")
+    mlp_lr: float | None = _rate("the MLPs")
+    mod_lr: float | None = _rate("the AdaLN modulation")
+    llm_adapter_lr: float | None = _rate("the LLM adapter", ", which is advised")
     weight_update: str | None = _full(
         None, "How 16-bit weights take updates: plain (rounded), stochastic (rounded at random, "
         "right on average) or fp32 (a float32 copy is kept); default: stochastic with full_bf16, "

@@ -88,8 +88,16 @@ def _pair(value: Any, number: Callable[[Any, bool], Any]) -> tuple[Any, Any]:
     return parsed[0], parsed[-1]
 
 
+def _whole(value: Any, text: bool) -> int:
+    """A whole number, which may be written as 64.0."""
+    number = _float(value, text)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
 def _size(value: Any, text: bool) -> tuple[int, int]:
-    return _pair(value, _int)
+    return _pair(value, _whole)
 
 
 def _range(value: Any, text: bool) -> tuple[float, float]:

@@ -168,11 +168,9 @@ class NetworkArgs:
 
 
 def parse_network_args(words: Iterable[str], module: str = LORA.module) -> NetworkArgs:
-    """Parse and check `network_args` of a `network_module`.
+    """`network_args` of a `network_module`, checked.
 
-    Raises:
-        UserError: an unknown module or key (with the nearest known one), a key of another network,
-            or a value that cannot be read.
+    Raises `UserError` for an unknown module or key, a key of another network, or a wrong value.
     """
     given = split_words(words, "--network_args")
     kind = _kind(module, given)

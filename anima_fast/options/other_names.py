@@ -27,13 +27,13 @@ ALIASES = {
 }
 
 
-def _by_name(reasons: Mapping[str, str]) -> dict[str, str]:
+def by_name(reasons: Mapping[str, str]) -> dict[str, str]:
     """Reason -> names, turned into name -> reason."""
     return {name: reason for reason, names in reasons.items() for name in names.split()}
 
 
 # Accepted with one warning, so that existing command lines keep running.
-IGNORED = _by_name({
+IGNORED = by_name({
     "it has no effect on Anima": "v2 v_parameterization clip_skip metadata_is_negative_embedding "
     "no_token_padding",
     "it has no effect on a flow model": "noise_offset noise_offset_random_strength "
@@ -51,7 +51,7 @@ IGNORED = _by_name({
 })  # fmt: skip
 
 # Features outside this program, under the names that people use for them.
-OUTSIDE = _by_name({
+OUTSIDE = by_name({
     "ControlNet is not supported for Anima; remove it": "controlnet control_net "
     "controlnet_model_name_or_path control_net_models control_net_lllite_models cond_emb_dim",
     "textual inversion is not supported for Anima; remove it": "textual_inversion "
@@ -60,7 +60,7 @@ OUTSIDE = _by_name({
 })  # fmt: skip
 
 # Refused by name with a reason, never ignored: the run would not be what was asked for.
-REFUSED = _by_name({
+REFUSED = by_name({
     "8-bit base weights are not supported yet; use --blocks_to_swap to save memory":
     "fp8_base fp8_base_unet fp8_scaled",
     "use --compile, which compiles block by block": "torch_compile dynamo_backend",

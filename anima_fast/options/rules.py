@@ -8,7 +8,7 @@ for every run; rules_lora.py and rules_finetune.py have those of one kind of tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from anima_fast.errors import UserError
@@ -40,25 +40,6 @@ class Draft:
 Rule = Callable[[Draft], None]
 
 
-def settle(
-    values: Mapping[str, Any], rules: Iterable[Rule]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Apply rules in order.
-
-    Args:
-        values: all options of a training run by name, each of the right type and range.
-        rules: `SHARED_RULES` and those of the kind of training.
-    Returns:
-        the settled values and the notices for the user.
-    Raises:
-        UserError: for a combination that cannot work.
-    """
-    draft = Draft(values)
-    for rule in rules:
-        rule(draft)
-    return draft.values, tuple(draft.notices)
-
-
 def check_required(options: Any) -> None:
     """Raise `UserError` for the first option that a training run needs and does not have."""
     for name in REQUIRED:
@@ -73,13 +54,7 @@ def check_required(options: Any) -> None:
 
 
 def check_cacheable(keys: Mapping[str, Any], *, latents: bool, text: bool, place: str) -> None:
-    """Refuse what cannot be cached.
-
-    Args:
-        keys: options, or keys of a subset.
-        latents, text: what is cached.
-        place: what messages begin with.
-    """
+    """Refuse options, or keys of a subset, that what is cached would not obey."""
     for name in CHANGING_PIXELS:
         if latents and keys[name]:
             raise UserError(

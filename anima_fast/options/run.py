@@ -30,7 +30,7 @@ from anima_fast.options.output import (
     SaveOptions,
     ValidationOptions,
 )
-from anima_fast.options.rules import SHARED_RULES, Rule, settle
+from anima_fast.options.rules import SHARED_RULES, Draft, Rule
 from anima_fast.options.rules_finetune import FINETUNE_RULES
 from anima_fast.options.rules_lora import NETWORK_RULES
 from anima_fast.options.training import (
@@ -105,9 +105,10 @@ class RunOptions(Checked):
     notices: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
 
     def _settle(self) -> None:
-        given = {name: getattr(self, name) for name in specs(type(self))}
-        values, notices = settle(given, self.rules)
-        for name, value in {**values, "notices": notices}.items():
+        draft = Draft({name: getattr(self, name) for name in specs(type(self))})
+        for rule in self.rules:
+            rule(draft)
+        for name, value in {**draft.values, "notices": tuple(draft.notices)}.items():
             self._put(name, value)
 
 
@@ -186,3 +187,7 @@ class FinetuneOptions(RunOptions, _Learning, FinetuneGroup, _Data):
     def trains_text_encoder(self) -> bool:
         """Never: full fine-tuning leaves it frozen."""
         return False
+
+
+# Either kind of training run.
+AnyRun = TrainOptions | FinetuneOptions

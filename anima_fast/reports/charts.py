@@ -42,17 +42,15 @@ class Series:
         ]
 
 
-def chart(
-    title: str, series: Sequence[Series], x_label: str = "step", zero: bool = False
-) -> Markup:
-    """An SVG element with axes, a legend when there are several lines, and the lines.
+def chart(title: str, series: Sequence[Series], zero: bool = False) -> Markup:
+    """An SVG element with lines over steps, axes, and a legend when there are several lines.
 
     Series without a point are left out; a single point is drawn as a dot. The axis begins at 0 with
     `zero`, else near the lowest value.
     """
     drawn = [(one, points) for one in series if (points := one.known())]
     if not drawn:
-        return _empty(title)
+        return _draw(title)
     xs = [x for _, points in drawn for x, _ in points]
     ys = [y for _, points in drawn for _, y in points]
     first, last = min(xs), max(xs)
@@ -66,25 +64,19 @@ def chart(
     # There is no half step.
     marks = [x for x in ticks(first, last, 5) if first <= x <= last and x == int(x)] or [first]
     below = [plot.below(across(x), f"{x:.6g}") for x in marks]
-    below.append(((LEFT + WIDTH - RIGHT) / 2, plot.bottom + 29, "middle", x_label))
+    below.append(((LEFT + WIDTH - RIGHT) / 2, plot.bottom + 29, "middle", "step"))
     lines = [
-        (color(i), one.faint, [(across(x), plot.height_of(y)) for x, y in points])
+        (COLORS[i % len(COLORS)], one.faint, [(across(x), plot.height_of(y)) for x, y in points])
         for i, (one, points) in enumerate(drawn)
     ]
     return plot.draw(legend=legend, below=below, lines=lines)
 
 
 def bars(title: str, labels: Sequence[str], values: Sequence[float | None]) -> Markup:
-    """An SVG element with a bar for each value; None leaves its place empty.
-
-    Args:
-        title: above the bars.
-        labels: below them, one each.
-        values: heights, from 0.
-    """
+    """An SVG element with a bar from 0 for each value, and its label; None leaves a gap."""
     known = [v for v in values if v is not None and math.isfinite(v)]
     if not known:
-        return _empty(title)
+        return _draw(title)
     plot = _Plot(title, ticks(0.0, max(known) or 1.0, 5))
     step = (WIDTH - LEFT - RIGHT) / len(values)
     below, drawn = [], []
@@ -99,13 +91,7 @@ def bars(title: str, labels: Sequence[str], values: Sequence[float | None]) -> M
 
 
 class _Plot:
-    """A title, the vertical axis, and the place of each value.
-
-    Args:
-        title: above all.
-        marks: of the axis, from its lowest value to its highest.
-        legend_rows: lines of the legend; more than one make the chart higher.
-    """
+    """The vertical axis and the place of each value; rows of a legend make the chart higher."""
 
     def __init__(self, title: str, marks: Sequence[float], legend_rows: int = 1) -> None:
         self.title, self.marks = title, marks
@@ -137,17 +123,10 @@ def axis_number(value: float) -> str:
     return f"{float(mantissa):g}e{int(power)}"
 
 
-def color(place: int) -> str:
-    """The colour of a line by its place."""
-    return COLORS[place % len(COLORS)]
-
-
-def _empty(title: str) -> Markup:
-    return _draw(title, HEIGHT, below=[(WIDTH / 2, HEIGHT / 2, "middle", "not known")])
-
-
-def _draw(title: str, height: int, **parts: Any) -> Markup:
-    nothing: dict[str, Any] = dict.fromkeys(("grid", "legend", "below", "lines", "bars"), ())
+def _draw(title: str, height: int = HEIGHT, **parts: Any) -> Markup:
+    """The SVG element; without parts it says that nothing is known."""
+    parts = parts or {"below": [(WIDTH / 2, HEIGHT / 2, "middle", "not known")]}
+    nothing = dict.fromkeys(("grid", "legend", "below", "lines", "bars"), ())
     size = {"width": WIDTH, "height": height, "left": LEFT, "right": WIDTH - RIGHT}
     return render("chart.svg.j2", title=title, color=COLORS[0], **size, **{**nothing, **parts})
 
@@ -159,7 +138,7 @@ def _legend(series: Sequence[Series]) -> tuple[list[tuple[int, int, str, bool, s
         width = 24 + 6 * len(one.name)
         if x > 2 and x + width > WIDTH:
             x, row = 2, row + 1
-        entries.append((x, 29 + row * ROW_HEIGHT, color(i), one.faint, one.name))
+        entries.append((x, 29 + row * ROW_HEIGHT, COLORS[i % len(COLORS)], one.faint, one.name))
         x += width
     return entries, row + 1
 

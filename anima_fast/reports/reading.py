@@ -55,8 +55,7 @@ def read_whole(path: str | os.PathLike, most: int) -> bytes | None:
 class JsonFile:
     """A JSON object in a file that is replaced now and then.
 
-    The last object that could be read stays while the file is half written, and goes when the file
-    goes.
+    The last one that could be read stays while the file is half written, and goes with the file.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -101,38 +100,31 @@ class Tail:
         self.bytes_read = 0
         # Whether the last read took all it could, so that more may be waiting.
         self.behind = False
-        # Counts how often reading started over.
+        # Counts how often reading started over, and whether the last read did.
         self.generation = 0
+        self.restarted = False
         self._before = b""
         self._skipping = False
 
-    def start(self, position: int = 0) -> None:
-        """Read from `position` on; the line that it may cut is left out."""
-        self.generation += 1
-        self.position = position
-        self._before = b""
-        self._skipping = position > 0
-
     def read(self, most: int, start_at_end: bool = False) -> list[bytes]:
-        """The complete lines that follow, without their line ends.
+        """The complete lines that follow, without their line ends; none when the file is absent.
 
-        Args:
-            most: bytes to read at most; the rest comes with the next call.
-            start_at_end: begin a file, when reading starts over, only `most` bytes before its end.
-
-        Returns:
-            The lines; none when the file is absent. `generation` tells whether they follow those
-            of the previous call.
+        At most `most` bytes are read, the rest comes with the next call. `start_at_end` begins a
+        file, when reading starts over, only so many bytes before its end.
         """
+        self.restarted = False
         try:
             if not self.path.is_file():
-                return self._lost()
+                self.size, self.behind = 0, False
+                if self.position:
+                    self._restart()
+                return []
             with open_shared(self.path) as file:
                 self.size = file.seek(0, os.SEEK_END)
                 if not self._is_the_same(file):
-                    self.start()
+                    self._restart()
                 if start_at_end and self.position == 0 and self.size > most:
-                    self.start(self.size - most)
+                    self._restart(self.size - most)
                 file.seek(self.position)
                 content = file.read(most)
         except (OSError, ValueError):
@@ -141,11 +133,13 @@ class Tail:
         self.behind = len(content) == most
         return self._take(content, most)
 
-    def _lost(self) -> list[bytes]:
-        self.size, self.behind = 0, False
-        if self.position:
-            self.start()
-        return []
+    def _restart(self, position: int = 0) -> None:
+        """Read from `position` on; the line that it may cut is left out."""
+        self.generation += 1
+        self.restarted = True
+        self.position = position
+        self._before = b""
+        self._skipping = position > 0
 
     def _is_the_same(self, file: BinaryIO) -> bool:
         if self.size < self.position:
@@ -232,10 +226,7 @@ def number(value: Any) -> float | None:
 
 
 def moment(value: Any) -> float | None:
-    """A time written as seconds since 1970 or in ISO 8601, as seconds; None when it is neither.
-
-    A text without an offset is local time.
-    """
+    """Seconds since 1970 from such a number or from ISO 8601, local without an offset, or None."""
     if isinstance(value, str):
         try:
             # Before 3.11 `fromisoformat` does not know the letter Z.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +23,8 @@ SIDE = 320
 # Of a prompt above its row.
 MOST_LETTERS = 160
 LogRecord = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG or JPEG file and the text below it."""
-
-    caption: str
-    path: Path
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A picture inside the page, and the text below it or in its place."""
-
-    text: str
-    url: str
-
-
-@dataclass(frozen=True)
-class PreviewTable:
-    """Previews over time: for each prompt a picture at each step, or None where it is gone."""
-
-    steps: list[int]
-    rows: list[tuple[str, list[Embedded | None]]]
-    # Steps that have no column.
-    left_out: int
+# The name of a picture and the URL that holds it.
+Preview = tuple[str, str]
 
 
 def report_run(
@@ -68,17 +43,9 @@ def report_run(
 ) -> Path:
     """Write `report.html` for a run that has ended, into the folder of its log.
 
-    Args:
-        name: of the run.
-        kind: what was trained, "LoRA training" say.
-        facts: further rows of the table.
-        base_model, optimizer, precision: as the options name them.
-        output, log: the saved file and the run's `log.jsonl`.
-        steps, loss: how many were made, and the average loss of the last epoch, if there is one.
-        interrupted_by: the signal that stopped the run.
-
-    Raises:
-        UserError: the page cannot be written.
+    kind: what was trained, "LoRA training" say. facts: further rows of the table. output: the saved
+    file. loss: the average of the last epoch. interrupted_by: the signal that stopped the run.
+    Raises `UserError` when the page cannot be written.
     """
     state = f"stopped by signal {interrupted_by}" if interrupted_by else "finished"
     return write_report(
@@ -100,45 +67,35 @@ def report_run(
 
 
 def write_report(
-    path: str | Path,
+    path: Path,
     *,
     title: str,
     lead: str = "",
     facts: Mapping[str, str],
-    log: str | Path,
-    galleries: Mapping[str, Sequence[Picture]] | None = None,
+    log: Path,
+    galleries: Mapping[str, Mapping[str, Path]] | None = None,
 ) -> Path:
-    """Write the page, atomically.
+    """Write the page of a run to `path`, atomically.
 
-    Args:
-        path: the HTML file.
-        title, lead: heading and the sentence below it.
-        facts: name and value of each row of the table.
-        log: the run's `log.jsonl`; unreadable lines are left out.
-        galleries: pictures under a heading each.
-
-    Returns:
-        `path`.
-
-    Raises:
-        UserError: the page cannot be written.
+    facts: name and value of each row of the table. log: the run's `log.jsonl`; unreadable lines are
+    left out. galleries: PNG or JPEG files by the text below them, under a heading each. Raises
+    `UserError` when the page cannot be written.
     """
     records = read_log(log)
-    shown = {
-        heading: [_embedded(one) for one in pictures]
-        for heading, pictures in (galleries or {}).items()
-    }
     page = render(
         "run.html.j2",
         title=title,
         lead=lead,
         facts=facts,
         charts=run_charts(records),
-        previews=preview_table(records, Path(log).parent),
-        galleries=shown,
+        previews=preview_table(records, log.parent),
+        galleries={
+            heading: {text: _embedded(picture) for text, picture in pictures.items()}
+            for heading, pictures in (galleries or {}).items()
+        },
     )
-    write_text(Path(path), page)
-    return Path(path)
+    write_text(path, page)
+    return path
 
 
 def run_charts(records: Sequence[LogRecord]) -> list[Markup]:
@@ -146,7 +103,6 @@ def run_charts(records: Sequence[LogRecord]) -> list[Markup]:
     steps = _of_kind(records, "step")
     if not steps:
         return []
-    rates = sorted({name for record in steps for name in record.get("lr") or {}})
     loss = [
         Series("each step", _points(steps, "loss"), faint=True),
         Series("average over an epoch", _points(steps, "loss_avg")),
@@ -156,7 +112,7 @@ def run_charts(records: Sequence[LogRecord]) -> list[Markup]:
     seconds = [Series("seconds", _points(steps[1:] or steps, "step_s"))]
     return [
         chart("Loss", loss),
-        chart("Learning rate", _parts_of(steps, "lr", rates), zero=True),
+        chart("Learning rate", _parts_of(steps, "lr"), zero=True),
         chart("Seconds per step", seconds, zero=True),
         _memory(steps),
         *_by_noise(records),
@@ -181,25 +137,25 @@ def _by_noise(records: Sequence[LogRecord]) -> list[Markup]:
         found.append(bars("Training loss by sigma, last epoch", labels, means))
     validations = [r for r in _of_kind(records, "validation") if r.get("per_sigma")]
     if validations:
-        sigmas = sorted({name for r in validations for name in r["per_sigma"]})
-        lines = _parts_of(validations, "per_sigma", sigmas, label="sigma {}")
+        lines = _parts_of(validations, "per_sigma", label="sigma {}")
         found.append(chart("Validation loss by sigma", lines))
     return found
 
 
-def preview_table(records: Sequence[LogRecord], folder: Path) -> PreviewTable | None:
-    """The previews of a run over time, at most `MOST_COLUMNS` of them; None without any.
+def preview_table(records: Sequence[LogRecord], folder: Path) -> dict[str, Any] | None:
+    """The previews of a run over time, from its log and its output folder; None without any.
 
-    Args:
-        records: of the log.
-        folder: the output folder; names of files are relative to it.
+    `steps`: at most `MOST_COLUMNS` of them, evenly spread, the first and the last included.
+    `left_out`: how many have no column. `rows`: each prompt with a picture at each step, or None
+    where it is gone.
     """
     previews = [r for r in _of_kind(records, "preview") if r.get("files")]
     if not previews:
         return None
-    shown = _spread(previews, MOST_COLUMNS)
+    columns, last = min(len(previews), MOST_COLUMNS), len(previews) - 1
+    shown = [previews[round(i * last / max(columns - 1, 1))] for i in range(columns)]
     # The file of prompts may change during a run, so rows follow the text and not the place.
-    rows: dict[tuple[str, int], list[Embedded | None]] = {}
+    rows: dict[tuple[str, int], list[Preview | None]] = {}
     for column, record in enumerate(shown):
         seen: Counter[str] = Counter()
         for path in (folder / name for name in record["files"]):
@@ -208,15 +164,11 @@ def preview_table(records: Sequence[LogRecord], folder: Path) -> PreviewTable | 
                 row = rows.setdefault((prompt, seen[prompt]), [None] * len(shown))
                 row[column] = picture
                 seen[prompt] += 1
-    labelled = [(_label(prompt), pictures) for (prompt, _), pictures in rows.items()]
-    return PreviewTable([r["step"] for r in shown], labelled, len(previews) - len(shown))
-
-
-def _spread(items: Sequence[LogRecord], most: int) -> list[LogRecord]:
-    """At most so many of them, evenly spread, the first and the last included."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return {
+        "steps": [record["step"] for record in shown],
+        "left_out": len(previews) - len(shown),
+        "rows": [(_label(prompt), pictures) for (prompt, _), pictures in rows.items()],
+    }
 
 
 def _label(prompt: str) -> str:
@@ -224,8 +176,8 @@ def _label(prompt: str) -> str:
     return first if len(first) <= MOST_LETTERS else f"{first[:MOST_LETTERS]}…"
 
 
-def _preview(path: Path) -> tuple[str | None, Embedded | None]:
-    """The prompt in a picture and a small JPEG of it; None for what cannot be read."""
+def _preview(path: Path) -> tuple[str | None, Preview | None]:
+    """A picture's prompt, and its name with a small JPEG of it; None for what is unreadable."""
     prompt = None
     try:
         with Image.open(path) as image:
@@ -236,12 +188,12 @@ def _preview(path: Path) -> tuple[str | None, Embedded | None]:
     # Pillow raises many kinds for damaged files, SyntaxError among them.
     except Exception:
         return prompt, None
-    return prompt, Embedded(path.stem, data_url(buffer.getvalue()))
+    return prompt, (path.stem, data_url(buffer.getvalue()))
 
 
-def _embedded(picture: Picture) -> Embedded:
-    kind = "jpeg" if picture.path.suffix.lower() in (".jpg", ".jpeg") else "png"
-    return Embedded(picture.caption, data_url(picture.path.read_bytes(), kind))
+def _embedded(picture: Path) -> str:
+    kind = "jpeg" if picture.suffix.lower() in (".jpg", ".jpeg") else "png"
+    return data_url(picture.read_bytes(), kind)
 
 
 def _of_kind(records: Sequence[LogRecord], kind: str) -> list[LogRecord]:
@@ -252,10 +204,9 @@ def _points(records: Iterable[LogRecord], name: str) -> list[tuple[float, float 
     return [(record["step"], number(record.get(name))) for record in records]
 
 
-def _parts_of(
-    records: Sequence[LogRecord], name: str, parts: Sequence[str], label: str = "{}"
-) -> list[Series]:
+def _parts_of(records: Sequence[LogRecord], name: str, label: str = "{}") -> list[Series]:
     """A line for each entry of the table `name` in the records."""
+    parts = sorted({part for record in records for part in record.get(name) or {}})
     return [
         Series(label.format(part), [(r["step"], (r.get(name) or {}).get(part)) for r in records])
         for part in parts

@@ -15,7 +15,7 @@ from torch import Tensor
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.flow import inference_sigmas
 from anima_fast.models.vae import LATENT_CHANNELS, LATENT_SCALE
-from anima_fast.sampling.jobs import Job
+from anima_fast.sampling.prompts import Job
 from anima_fast.sampling.texts import zero_keys
 
 
@@ -50,11 +50,8 @@ def euler_sample(
             (1 − σ)·x₀ + σ·noise. ComfyUI calls it denoise. 1 starts from noise alone.
         on_step: called after each step.
 
-    Returns:
-        Normalised latents of the noise's shape, float32, on the device of the context.
-
-    Raises:
-        ValueError: guidance without a negative context, or strength without a start.
+    Returns normalised latents of the noise's shape, float32, on the device of the context. Raises
+    `ValueError` for guidance without a negative context, or strength without a start.
     """
     if guidance != 1 and negative is None:
         raise ValueError(f"guidance {guidance} needs a negative context")

@@ -12,18 +12,19 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from anima_fast.errors import UserError
-from anima_fast.sampling.jobs import Job
-from anima_fast.sampling.prompts import MULTIPLE
+from anima_fast.sampling.prompts import MULTIPLE, Job
 
-NUMBERS: dict[str, Callable[[str], float]] = {
-    "seed": int, "steps": int, "width": int, "height": int, "cfg": float, "shift": float,
-    "strength": float, "weight": float,
-}  # fmt: skip
-LIMITS = {
-    "seed": (0, 2**63 - 1), "steps": (1, 10_000), "width": (MULTIPLE, 16384),
-    "height": (MULTIPLE, 16384), "cfg": (0, 1e6), "shift": (1e-6, 1e6), "strength": (1e-3, 1),
-    "weight": (-1e6, 1e6),
-}  # fmt: skip
+# Type, smallest and largest value of settings that are numbers.
+NUMBERS: dict[str, tuple[Callable[[str], float], float, float]] = {
+    "seed": (int, 0, 2**63 - 1),
+    "steps": (int, 1, 10_000),
+    "width": (int, MULTIPLE, 16384),
+    "height": (int, MULTIPLE, 16384),
+    "cfg": (float, 0, 1e6),
+    "shift": (float, 1e-6, 1e6),
+    "strength": (float, 1e-3, 1),
+    "weight": (float, -1e6, 1e6),
+}
 GAP = 8
 # Smallest height of letters, and their height as a share of a cell's width: a sheet of large cells
 # is looked at from further away.
@@ -62,20 +63,17 @@ class Axis:
             return str(value)
         if self.name == "lora":
             return Path(str(value)).stem
-        number = "" if self.index is None else str(self.index + 1)
-        return f"{self.name}{number} {value:g}" if self.name != "seed" else f"seed {value}"
+        number = "" if self.index is None else self.index + 1
+        return f"seed {value}" if self.name == "seed" else f"{self.name}{number} {value:g}"
 
 
 def read_axes(words: Sequence[str], loras: int, texts: Sequence[str]) -> list[Axis]:
-    """The axes of `--grid`, columns first.
+    """The axes of `--grid`, columns first; `UserError` for what is wrong with them.
 
     Args:
         words: such as weight=0,0.5,1, seed=1,2,3, prompt=cat|dog, lora=a.safetensors,b.safetensors.
         loras: number of LoRA files given by --lora.
         texts: the prompts, in which the first alternative of a prompt axis must be.
-
-    Raises:
-        UserError: what is wrong with them.
     """
     if len(words) > 2:
         raise UserError(f"--grid has {len(words)} axes: a picture has two, columns and rows")
@@ -118,11 +116,11 @@ def _axis(word: str, loras: int, texts: Sequence[str]) -> Axis:
 
 
 def _number(name: str, text: str) -> float:
+    kind, low, high = NUMBERS[name]
     try:
-        value = NUMBERS[name](text)
+        value = kind(text)
     except ValueError:
         raise UserError(f"--grid {name}: {text[:40]!r} is not a number of this kind") from None
-    low, high = LIMITS[name]
     # Written so that a NaN is refused too.
     if not low <= value <= high:
         raise UserError(f"--grid {name}: {text} is out of range: use {low:g} to {high:g}")

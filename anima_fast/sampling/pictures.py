@@ -22,8 +22,7 @@ from anima_fast.errors import UserError
 from anima_fast.files import atomic_write, check_folder
 from anima_fast.memory.free import free_memory
 from anima_fast.models.vae_checkpoint import load_vae
-from anima_fast.sampling.jobs import Job
-from anima_fast.sampling.prompts import unescape
+from anima_fast.sampling.prompts import Job, unescape
 
 # The shift that ComfyUI gives the model by default.
 OWN_SHIFT = 3.0
@@ -32,13 +31,9 @@ OWN_SHIFT = 3.0
 class PicturePaths:
     """Names of the files of a command; several are numbered on from those that exist.
 
-    Args:
-        output: a .png file, or a folder (one that exists, or a name without an ending).
-        count: how many pictures there will be.
-        grid: whether they are cells of a grid.
-
-    Raises:
-        UserError: a name that is not a picture, or a folder that cannot be written.
+    `output` is a .png file, or a folder (one that exists, or a name without an ending); there will
+    be `count` pictures, perhaps cells of a grid. Raises `UserError` for a name that is not a
+    picture, or a folder that cannot be written.
     """
 
     def __init__(self, output: str, count: int, *, grid: bool = False) -> None:
@@ -177,12 +172,8 @@ def comfyui_prompt(
 
     The nodes are those of ComfyUI's template for Anima in the API form ({number: {class_type,
     inputs}}). Model files are named without folders: ComfyUI asks for those that it does not have.
-
-    Args:
-        job: the picture.
-        dit, qwen3, vae, init_image: paths of the files.
-        loras: those that `job.weights` belong to; weight 0 omits one.
-        weighted: whether parentheses were read as weights; ComfyUI always does.
+    `job.weights` belong to `loras`, where 0 omits one. `weighted`: parentheses were read as
+    weights, as ComfyUI always does.
     """
     nodes: dict[str, dict[str, Any]] = {}
 
@@ -206,13 +197,13 @@ def comfyui_prompt(
     if not weighted:
         texts = [re.sub(r"[()]", r"\\\g<0>", text) for text in texts]
     positive, negative = (add("CLIPTextEncode", text=text, clip=clip) for text in texts)
+    size = {"width": job.width, "height": job.height}
     if job.strength != 1 and init_image:
         image = add("LoadImage", image=Path(init_image).name)
-        size = {"width": job.width, "height": job.height}
         image = add("ImageScale", image=image, upscale_method="lanczos", crop="center", **size)
         latent = add("VAEEncode", pixels=image, vae=decoder)
     else:
-        latent = add("EmptyLatentImage", width=job.width, height=job.height, batch_size=1)
+        latent = add("EmptyLatentImage", **size, batch_size=1)
     samples = add(
         "KSampler", model=model, positive=positive, negative=negative, latent_image=latent,
         seed=job.seed, steps=job.steps, cfg=job.cfg, sampler_name="euler", scheduler="simple",

@@ -1,4 +1,4 @@
-"""Prompts with their settings, as sd-scripts writes them: for previews and for `sample --prompts`.
+"""Prompts with their settings, as sd-scripts writes them, and the pictures that are made of them.
 
 A text file has one prompt a line; `#` begins a comment; settings follow the text:
 
@@ -12,6 +12,7 @@ those of ComfyUI's template for Anima (30 steps, guidance 4, shift 3), not those
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,12 +21,20 @@ from typing import Any
 from anima_fast.errors import UserError
 from anima_fast.files import parse_config
 from anima_fast.options.output import PreviewOptions
+from anima_fast.options.sample import SampleOptions
 
 # Flag -> field, with its type.
 FLAGS = {
     "n": ("negative", str), "w": ("width", int), "h": ("height", int), "d": ("seed", int),
     "s": ("steps", int), "l": ("cfg", float), "fs": ("shift", float),
 }  # fmt: skip
+# Numbers that a setting may have; of sides, other ones are rounded.
+GOOD: dict[str, Callable[[float], bool]] = {
+    "steps": lambda value: 1 <= value <= 10000,
+    "cfg": lambda value: 0 <= value < float("inf"),
+    "shift": lambda value: 0 < value < float("inf"),
+    "seed": lambda value: 0 <= value < 2**63,
+}
 # Key of a table -> flag.
 KEYS = {
     "negative_prompt": "n", "width": "w", "height": "h", "seed": "d", "sample_steps": "s",
@@ -34,6 +43,7 @@ KEYS = {
 # Settings of other models, and the sampler, which is always Euler here.
 IGNORED = ("g", "ss", "cn", "ctr", "ctd", "l2", "cg", "f", "am", "ow", "of", "rsh")
 IGNORED_KEYS = ("sample_sampler", "guidance_scale", "controlnet_image", "enum", "prompt_dict")
+SIDE = 1024
 LEAST_SIDE = 64
 MULTIPLE = 16
 ESCAPES = re.compile(r"\\n|\\t|(?:\\u[0-9a-fA-F]{4})+")
@@ -76,14 +86,10 @@ class Prompt:
 
 
 def read_prompts(path: str | Path, defaults: Prompt | None = None) -> list[Prompt]:
-    """The prompts of a .txt, .toml or .json file.
+    """The prompts of a .txt, .toml or .json file; `defaults` are settings that they do not give.
 
-    Args:
-        path: the file, UTF-8.
-        defaults: settings that a prompt does not give.
-
-    Raises:
-        UserError: a file that cannot be read or holds none, or a wrong setting, with its line.
+    Raises `UserError` for a file that cannot be read or holds none, or a wrong setting, with its
+    line.
     """
     prompts = list(_read(Path(path), defaults or Prompt("")))
     if not prompts:
@@ -210,10 +216,74 @@ def _with(prompt: Prompt, flag: str, value: str, where: str) -> Prompt:
         raise UserError(f"{where}: --{flag} {value[:40]!r} is not a number") from None
     if name in ("width", "height"):
         parsed = max(LEAST_SIDE, parsed // MULTIPLE * MULTIPLE)
-    if name in ("width", "height") and parsed > 16384:
-        raise UserError(f"{where}: --{flag} {value} is out of range: use at most 16384")
-    good = {"steps": lambda v: 1 <= v <= 10000, "cfg": lambda v: 0 <= v < float("inf")}
-    good |= {"shift": lambda v: 0 < v < float("inf"), "seed": lambda v: 0 <= v < 2**63}
-    if name in good and not good[name](parsed):
+        if parsed > 16384:
+            raise UserError(f"{where}: --{flag} {value} is out of range: use at most 16384")
+    if name in GOOD and not GOOD[name](parsed):
         raise UserError(f"{where}: --{flag} {value} is out of range")
     return replace(prompt, **{name: parsed})
+
+
+@dataclass(frozen=True)
+class Job(Prompt):
+    """One picture: a prompt whose seed is drawn, and what only `sample` has.
+
+    Attributes:
+        strength: of image to image; 1 starts from noise.
+        weights: of the LoRA files, in their order; 0 omits one.
+        title: of the cell in a grid.
+    """
+
+    seed: int = 0
+    strength: float = 1.0
+    weights: tuple[float, ...] = ()
+    title: str = ""
+
+    @classmethod
+    def of(cls, prompt: Prompt, seed: int, strength: float = 1.0) -> Job:
+        """The picture of a prompt."""
+        return cls(**{**vars(prompt), "seed": seed, "strength": strength})
+
+
+def make_jobs(
+    options: SampleOptions,
+    image_size: tuple[int, int] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Job]:
+    """The pictures of all prompts of `sample`, `count` of each with consecutive seeds.
+
+    `image_size` is width and height of the picture to start from. Raises `UserError` for prompts
+    that cannot be read or are not supported.
+    """
+    if options.prompt and options.prompts:
+        raise UserError("--prompt and --prompts exclude each other: put the text into the file")
+    first = secrets.randbelow(2**32) if options.seed is None else options.seed
+    width, height = image_size or (SIDE, SIDE)
+    width, height = (max(MULTIPLE, side // MULTIPLE * MULTIPLE) for side in (width, height))
+    defaults = Prompt(
+        options.prompt,
+        options.negative_prompt,
+        options.width or width,
+        options.height or height,
+        steps=options.steps,
+        cfg=options.cfg,
+        shift=options.shift,
+    )
+    prompts = read_prompts(options.prompts, defaults) if options.prompts else [defaults]
+    say_ignored(prompts, say)
+    return [
+        Job.of(prompt, (first if prompt.seed is None else prompt.seed) + i, options.strength)
+        for prompt in prompts
+        for i in range(options.count)
+    ]
+
+
+def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
+    """Neighbours that differ in seed and title only, at most `size` in each batch."""
+    found: list[list[Job]] = []
+    for job in jobs:
+        last = found[-1] if found else []
+        if 0 < len(last) < size and replace(last[0], seed=job.seed, title=job.title) == job:
+            last.append(job)
+        else:
+            found.append([job])
+    return found

@@ -24,13 +24,12 @@ from anima_fast.models.attention import check_attn_mode
 from anima_fast.models.checkpoint import Checkpoint
 from anima_fast.models.dit import dit_tensors, load_dit
 from anima_fast.models.llm_adapter import load_llm_adapter
-from anima_fast.models.model_files import check_model_files
+from anima_fast.models.model_files import check_model_files, given
 from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.options.sample import SampleOptions
 from anima_fast.progress import Progress
 from anima_fast.sampling.euler import sample_jobs
 from anima_fast.sampling.grid import Axis, compose, expand, read_axes
-from anima_fast.sampling.jobs import Job, batches, make_jobs
 from anima_fast.sampling.loras import LoRAFile, attach_lora, check_fit
 from anima_fast.sampling.pictures import (
     PicturePaths,
@@ -41,31 +40,11 @@ from anima_fast.sampling.pictures import (
     save_png,
     to_image,
 )
-from anima_fast.sampling.prompts import unescape
+from anima_fast.sampling.prompts import Job, batches, make_jobs, unescape
 from anima_fast.sampling.texts import encode_prompts
 
 # A context belongs to a text and, where LoRA files change the text path, to their weights.
 Contexts = dict[tuple[str, tuple[float, ...]], Tensor]
-
-
-@dataclass(frozen=True)
-class ModelPaths:
-    """The model files of a command."""
-
-    dit: str
-    qwen3: str
-    vae: str
-    llm_adapter: str
-
-    @classmethod
-    def of(cls, options: SampleOptions) -> ModelPaths:
-        """Those of the options; raises `UserError` when one is missing or does not fit."""
-        check_model_files(
-            options.dit, options.qwen3, options.vae, options.llm_adapter_path, dit_option="dit"
-        )
-        assert options.dit and options.qwen3 and options.vae
-        adapter = options.llm_adapter_path or options.dit
-        return cls(options.dit, options.qwen3, options.vae, adapter)
 
 
 @dataclass
@@ -73,7 +52,9 @@ class Session:
     """What the phases of a command share."""
 
     options: SampleOptions
-    models: ModelPaths
+    dit: str
+    qwen3: str
+    vae: str
     device: torch.device
     dtype: torch.dtype
     loras: list[LoRAFile]
@@ -92,22 +73,21 @@ class Session:
 def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
     """Render pictures and write them as PNG; all of `anima-fast sample`.
 
-    Args:
-        options: model files, prompts, seed, size and so on.
-        quiet: no messages and no progress.
-
-    Returns:
-        The file: the grid where one is asked for, else the first picture. Text chunks say how it
-        was made.
+    Returns the file: the grid where one is asked for, else the first picture. Text chunks say how
+    it was made. `quiet`: no messages and no progress.
 
     Raises:
         UserError: missing or wrong files, a LoRA that does not fit, no memory, a folder that
             cannot be written, or numbers that are not finite.
         KeyboardInterrupt: passed on; the pictures that were sampled before it are written.
     """
-    models = ModelPaths.of(options)
+    check_model_files(
+        options.dit, options.qwen3, options.vae, options.llm_adapter_path, dit_option="dit"
+    )
+    dit, qwen3 = given(options.dit, "dit"), given(options.qwen3, "qwen3")
+    vae = given(options.vae, "vae")
     notices: list[str] = []
-    jobs, axes, loras = _plan(options, models, notices.append)
+    jobs, axes, loras = _plan(options, dit, notices.append)
     device, dtype = choose_device(options.device), DTYPES[options.dtype]
     check_attn_mode(options.attn_mode, training=False, device=device, dtype=dtype)
     set_backends()
@@ -120,35 +100,40 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
         for notice in (*notices, *_without_effect(options, jobs)):
             say(notice)
         shown = None if quiet else progress
-        session = Session(options, models, device, dtype, loras, jobs, say, shown)
+        session = Session(options, dit, qwen3, vae, device, dtype, loras, jobs, say, shown)
         images = _render(session, outputs)
         if session.interrupted:
             raise KeyboardInterrupt
-        _write_sheets(session, outputs, sheets, axes, images)
+        cells = iter(images)
+        for number, rows in enumerate(sheets):
+            sheet = compose([[next(cells) for _ in row] for row in rows], axes)
+            path = outputs.grid(number)
+            save_png(path, sheet, generation_parameters(rows[0][0], dit, session.lora_paths))
+            say(f"wrote {path}")
     return outputs.grid(0) if sheets else outputs.picture(0)
 
 
 def _plan(
-    options: SampleOptions, models: ModelPaths, say: Callable[[str], None]
+    options: SampleOptions, dit: str, say: Callable[[str], None]
 ) -> tuple[list[Job], list[Axis], list[LoRAFile]]:
     """The pictures before a grid multiplies them, its axes, and all LoRA files."""
     if options.init_image and Path(options.init_image).resolve() == Path(options.output).resolve():
         raise UserError(f"--output {options.output} is --init_image itself: give another name")
     size = picture_size(options.init_image) if options.init_image else None
-    jobs = make_jobs(options, [], size, say)
-    given = list(options.loras)
-    axes = read_axes(options.grid, len(given), [job.text for job in jobs])
+    jobs = make_jobs(options, size, say)
+    files = list(options.loras)
+    axes = read_axes(options.grid, len(files), [job.text for job in jobs])
     for axis in axes:
         if axis.name == "lora":
-            given += [(path, options.lora_weight) for path in axis.values]
+            files += [(path, options.lora_weight) for path in axis.values]
         if axis.name == "strength" and not options.init_image:
             raise UserError("--grid strength needs --init_image FILE")
-    for path, weight in given:
+    for path, weight in files:
         if not math.isfinite(weight):
             raise UserError(f"--lora {path}:{weight}: the weight must be a finite number")
-    loras = [LoRAFile.read(path, weight) for path, weight in given]
-    check_fit(loras, dit_tensors(Checkpoint.open(models.dit)).shapes)
-    weights = tuple(weight for _, weight in given)
+    loras = [LoRAFile.read(path, weight) for path, weight in files]
+    check_fit(loras, dit_tensors(Checkpoint.open(dit)).shapes)
+    weights = tuple(weight for _, weight in files)
     return [replace(job, weights=weights) for job in jobs], axes, loras
 
 
@@ -160,31 +145,14 @@ def _without_effect(options: SampleOptions, jobs: Sequence[Job]) -> Iterator[str
         yield "--init_image gives its size only with --strength 1: use a smaller one, such as 0.6"
 
 
-def _write_sheets(
-    session: Session,
-    outputs: PicturePaths,
-    sheets: Sequence[Sequence[Sequence[Job]]],
-    axes: Sequence[Axis],
-    images: Sequence[Image.Image],
-) -> None:
-    """Compose the cells of each grid into its sheet; `images` are those of all cells, in order."""
-    cells = iter(images)
-    for number, rows in enumerate(sheets):
-        sheet = compose([[next(cells) for _ in row] for row in rows], axes)
-        path = outputs.grid(number)
-        facts = generation_parameters(rows[0][0], session.models.dit, session.lora_paths)
-        save_png(path, sheet, facts)
-        session.say(f"wrote {path}")
-
-
 def _render(session: Session, outputs: PicturePaths) -> list[Image.Image]:
     """Render all pictures and write them one by one; returns them for grids."""
-    options, models = session.options, session.models
+    options, loras = session.options, session.lora_paths
     if options.init_image and any(job.strength != 1 for job in session.jobs):
         sizes = {(job.width, job.height) for job in session.jobs}
         session.say("encoding the picture to start from")
         session.start = load_start(
-            options.init_image, models.vae, sizes, device=session.device,
+            options.init_image, session.vae, sizes, device=session.device,
             chunk_rows=options.vae_chunk_size,
         )  # fmt: skip
     contexts = _encode(session)
@@ -193,18 +161,16 @@ def _render(session: Session, outputs: PicturePaths) -> list[Image.Image]:
     images = []
     with _enough_memory("use a smaller --vae_chunk_size, such as 64"):
         # In half precision flat areas of the decoded picture show banding.
-        vae = load_vae(models.vae, device=session.device, dtype=torch.float32)
+        vae = load_vae(session.vae, device=session.device, dtype=torch.float32)
         # Fewer latents than jobs after Ctrl-C.
         for number, (job, latent) in enumerate(zip(session.jobs, latents, strict=False)):
             pixels = vae.decode(latent[None].to(session.device), chunk_rows=options.vae_chunk_size)
-            image = to_image(pixels[0])
+            image, path = to_image(pixels[0]), outputs.picture(number)
             nodes = comfyui_prompt(
-                job, dit=models.dit, qwen3=models.qwen3, vae=models.vae, loras=session.lora_paths,
+                job, dit=session.dit, qwen3=session.qwen3, vae=session.vae, loras=loras,
                 init_image=options.init_image, weighted=not options.no_prompt_weights,
             )  # fmt: skip
-            path = outputs.picture(number)
-            facts = generation_parameters(job, models.dit, session.lora_paths)
-            save_png(path, image, facts, nodes)
+            save_png(path, image, generation_parameters(job, session.dit, loras), nodes)
             session.say(f"wrote {path}")
             if options.grid:
                 images.append(image)
@@ -216,35 +182,28 @@ def _encode(session: Session) -> Contexts:
     options, device, dtype = session.options, session.device, session.dtype
     session.say("encoding the prompt")
     tokenizers = load_run_tokenizers(options)
-    encoder = text_encoder.load_text_encoder(session.models.qwen3, device=device, dtype=dtype)
-    adapter = load_llm_adapter(session.models.llm_adapter, device=device, dtype=dtype)
+    encoder = text_encoder.load_text_encoder(session.qwen3, device=device, dtype=dtype)
+    adapter = load_llm_adapter(options.llm_adapter_path or session.dit, device=device, dtype=dtype)
     attached = [
         attach_lora(lora, text_encoder=encoder, llm_adapter=adapter) for lora in session.loras
     ]
-    contexts: Contexts = {}
+    # Where no file has modules for the text path, one context serves all weights.
+    encoded: Contexts = {}
+    found: Contexts = {}
     for job in session.jobs:
-        key = _text_weights(job, attached)
+        pairs = zip(job.weights, attached, strict=True)
+        key = tuple(weight for weight, network in pairs if network is not None)
         for text in job.texts:
-            if (text, key) not in contexts:
+            if (text, key) not in encoded:
                 _set_weights(attached, job.weights)
-                contexts[text, key] = encode_prompts(
+                (encoded[text, key],) = encode_prompts(
                     [unescape(text)], tokenizers, encoder, adapter, device=device,
                     weighted=not options.no_prompt_weights,
-                )[0]  # fmt: skip
-    # Where no file has modules for the text path, one context serves all weights.
-    found = {
-        (text, job.weights): contexts[text, _text_weights(job, attached)]
-        for job in session.jobs
-        for text in job.texts
-    }
+                )  # fmt: skip
+            found[text, job.weights] = encoded[text, key]
     del encoder, adapter, attached
     free_memory(device, keep_cached=False)
     return found
-
-
-def _text_weights(job: Job, attached: Sequence[LoRANetwork | None]) -> tuple[float, ...]:
-    pairs = zip(job.weights, attached, strict=True)
-    return tuple(weight for weight, network in pairs if network is not None)
 
 
 def _set_weights(networks: Sequence[LoRANetwork | None], weights: Sequence[float]) -> None:
@@ -257,19 +216,14 @@ def _sample(session: Session, contexts: Contexts) -> list[Tensor]:
     """Sampling phase: latents [16, h, w] float32 on the CPU, in the order of the jobs."""
     options, device = session.options, session.device
     session.say("loading the DiT")
-    dit = load_dit(
-        session.models.dit, device=device, dtype=session.dtype, attn_mode=options.attn_mode
-    )
+    dit = load_dit(session.dit, device=device, dtype=session.dtype, attn_mode=options.attn_mode)
     attached = [attach_lora(lora, dit=dit) for lora in session.loras]
     if uses_fused_blocks(options.kernels, device):
         install_block_runner(dit, fused=True)
     groups = batches(session.jobs, options.batch_size)
-    first = session.jobs[0]
-    session.say(
-        f"sampling, seed {first.seed}"
-        if len(session.jobs) == 1
-        else f"sampling {len(session.jobs)} pictures"
-    )
+    count = len(session.jobs)
+    what = f", seed {session.jobs[0].seed}" if count == 1 else f" {count} pictures"
+    session.say(f"sampling{what}")
     on_step = None
     if session.progress is not None:
         session.progress.start(0, sum(group[0].steps for group in groups))
@@ -277,9 +231,9 @@ def _sample(session: Session, contexts: Contexts) -> list[Tensor]:
     found: list[Tensor] = []
     try:
         for group in groups:
-            _set_weights(attached, group[0].weights)
+            job = group[0]
+            _set_weights(attached, job.weights)
             with _enough_memory("use a smaller --width, --height or --batch_size"):
-                job = group[0]
                 texts = [contexts[text, job.weights] for text in job.texts]
                 start = session.start.get((job.width, job.height))
                 latents = sample_jobs(dit, group, texts, start=start, on_step=on_step)
@@ -294,7 +248,7 @@ def _sample(session: Session, contexts: Contexts) -> list[Tensor]:
         if not found:
             raise
         session.interrupted = True
-        session.say(f"stopped: {len(found)} of {len(session.jobs)} pictures are sampled and kept")
+        session.say(f"stopped: {len(found)} of {count} pictures are sampled and kept")
     del dit, attached
     free_memory(device, keep_cached=False)
     return found

@@ -68,11 +68,6 @@ def adapt(tokens: PromptTokens, states: Tensor, adapter: LLMAdapter) -> Tensor:
     return context * tokens.weights.to(context)[None, :, None]
 
 
-def zero_keys(context: Tensor) -> int:
-    """Zero text rows beyond a context [B, S, C]."""
-    return max(0, TEXT_ROWS - context.shape[1])
-
-
 @torch.no_grad()
 def encode_prompts(
     prompts: Sequence[str],
@@ -86,10 +81,15 @@ def encode_prompts(
     """Context [1, S, C] of each prompt, on the device; S differs."""
     contexts = []
     for prompt in prompts:
-        # A single prompt has no padding, so every row is real.
+        # One prompt at a time has no padding, so every row is a real one.
         tokens = tokenize_prompt(tokenizers, prompt, weighted=weighted)
         contexts.append(adapt(tokens, encode_states(tokens, encoder, device), adapter))
     return contexts
+
+
+def zero_keys(context: Tensor) -> int:
+    """Zero text rows beyond a context [B, S, C]."""
+    return max(0, TEXT_ROWS - context.shape[1])
 
 
 def weighted_segments(prompt: str) -> list[tuple[str, float]]:
@@ -137,18 +137,14 @@ def _items(text: str) -> list[str]:
     items, current, depth = [], "", 0
     for character in text:
         if character == "(":
-            if depth == 0:
-                if current:
-                    items.append(current)
+            if depth == 0 and current:
+                items.append(current)
                 current = ""
-            current += character
             depth += 1
-        elif character == ")":
+        current += character
+        if character == ")":
             depth -= 1
-            current += character
             if depth == 0:
                 items.append(current)
                 current = ""
-        else:
-            current += character
     return [*items, current] if current else items

@@ -79,10 +79,7 @@ class ModelFile:
         return None
 
     def named(self, *models: str) -> Checkpoint:
-        """The tensors of some models by dotted name, such as `blocks.0.mlp.layer1.weight`.
-
-        Models that the file does not have are skipped.
-        """
+        """The tensors of those models that the file has, by dotted name (`blocks.0...weight`)."""
         found = {}
         for key in self.checkpoint.shapes:
             model = self.model_of_key(key)
@@ -110,10 +107,7 @@ def _prefixes(checkpoint: Checkpoint) -> dict[str, str]:
     dit = strip_prefix(keys)
     if dit is not None:
         found[""] = dit
-    for model, pattern in (
-        (names.ADAPTER, LAYER_OF_ADAPTER),
-        (names.TEXT_ENCODER, LAYER_OF_QWEN3),
-    ):
+    for model, pattern in ((names.ADAPTER, LAYER_OF_ADAPTER), (names.TEXT_ENCODER, LAYER_OF_QWEN3)):
         match = next((m for key in keys if (m := pattern.fullmatch(key))), None)
         if match:
             found[model] = match[1]
@@ -122,7 +116,7 @@ def _prefixes(checkpoint: Checkpoint) -> dict[str, str]:
 
 def check_floats(checkpoint: Checkpoint, key: str) -> None:
     """Refuse a weight of integers or 8-bit numbers, which cannot be computed with."""
-    dtype = checkpoint.dtype(key)
+    dtype = checkpoint.get(key).dtype
     if dtype not in FLOATS:
         kind = str(dtype).removeprefix("torch.")
         raise UserError(

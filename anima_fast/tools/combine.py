@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from anima_fast.adapters.deltas import Delta, LoRADelta
-from anima_fast.adapters.names import DIALECTS
 from anima_fast.errors import UserError
 from anima_fast.models.adapter_kinds import DORA, LORA
 from anima_fast.progress import ItemProgress
@@ -30,7 +29,7 @@ from anima_fast.tools.networks import (
     new_metadata,
     write_network,
 )
-from anima_fast.tools.ranks import ModuleLoss, RankRule
+from anima_fast.tools.ranks import ModuleLoss, RankRule, full_alpha, rounded
 
 
 def combine_networks(
@@ -52,12 +51,8 @@ def combine_networks(
         device: where the decompositions run, in float64.
         say: gets lines of progress.
 
-    Returns:
-        What each module lost, the rounding of the new matrices included.
-
-    Raises:
-        UserError: files that are none or fit none of the others, DoRA, LoHa or LoKr without a
-            rule, or a path that cannot be written.
+    Returns what each module lost. Raises `UserError` for files that do not fit each other, DoRA,
+    and LoHa or LoKr without a rule.
     """
     check_output(output, [path for path, _ in networks])
     dtype = dtype_of(precision)
@@ -78,8 +73,7 @@ def combine_networks(
             deltas[name], loss = _combined(name, own, rule, dtype, device)
             losses.append(loss)
             progress.advance(1)
-    dialect = read[0].dialect if read[0].dialect in DIALECTS else "kohya"
-    write_network(output, deltas, _metadata(read, Path(output).stem), dialect)
+    write_network(output, deltas, _metadata(read, Path(output).stem), read[0].writable)
     return losses
 
 
@@ -120,10 +114,8 @@ def _combined(
         rank = rule.choose(spectrum.values)
         keeps_all = exact is not None and rank >= exact
         up, down = _concatenated(loras) if keeps_all else spectrum.cut(rank)
-    up, down = (t.to("cpu", dtype).contiguous() for t in (up, down))
-    lost = matrix.distance(up.to(device), down.to(device))
-    combined = LoRADelta(down, up, alpha=torch.tensor(float(len(down))))
-    return combined, ModuleLoss(name, matrix.norm(), lost, len(down), exact)
+    combined = LoRADelta(down, up, alpha=full_alpha(len(down)))
+    return rounded(name, matrix, combined, dtype, exact)
 
 
 def _concatenated(terms: Sequence[tuple[float, LoRADelta]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ def convert_file(
     reverse: bool = False,
     fold_alpha: bool = False,
 ) -> str:
-    """Write a network file in another dialect.
+    """Write a network file in another dialect; returns which.
 
     Args:
         src, dst: files; `dst` is replaced atomically.
@@ -25,12 +25,7 @@ def convert_file(
         reverse: kohya, as the `--reverse` of sd-scripts' converter.
         fold_alpha: fold alpha / rank into the weights (always for diffusers).
 
-    Returns:
-        The dialect written.
-
-    Raises:
-        UserError: no LoRA of this model, the same file twice, a bad path, or a module without such
-            a name.
+    Raises `UserError` for no LoRA of this model, and for a module without such a name.
     """
     check_output(dst, [src])
     deltas, dialect, metadata = read_lora(src)

@@ -29,7 +29,7 @@ from anima_fast.progress import ItemProgress
 from anima_fast.tools.checkpoints import MODELS, ModelFile, check_floats
 from anima_fast.tools.low_rank import Dense
 from anima_fast.tools.networks import check_output, dtype_of, new_metadata, write_network
-from anima_fast.tools.ranks import ModuleLoss, RankRule
+from anima_fast.tools.ranks import ModuleLoss, RankRule, full_alpha, rounded
 
 
 @dataclass
@@ -68,16 +68,13 @@ def extract_lora(
         base, tuned: DiT files, each with any prefix and dtype.
         output: file, replaced atomically.
         rule: chooses each module's rank.
-        include, exclude: regular expressions over dotted names, as `include_patterns` and
-            `exclude_patterns` of training.
+        include, exclude: patterns over dotted names, as in training.
         llm_adapter: take the layers of the bundled LLM adapter too.
-        dialect: kohya, comfyui or diffusers.
-        precision: fp32, fp16 or bf16, of the matrices.
+        dialect, precision: of the LoRA; fp32, fp16 or bf16.
         device: where the decompositions run, in float64.
         say: gets lines of progress.
 
-    Raises:
-        UserError: files without a DiT, of different shapes or identical, or a bad path.
+    Raises `UserError` for files without a DiT, of different shapes or identical.
     """
     check_output(output, [base, tuned])
     dtype = dtype_of(precision)
@@ -183,9 +180,9 @@ def _closest(
     """The LoRA that is closest to a difference at the rank that a rule chooses."""
     matrix = Dense(difference)
     spectrum = matrix.spectrum()
-    up, down = (t.to(dtype).contiguous() for t in spectrum.cut(rule.choose(spectrum.values)))
-    loss = ModuleLoss(name, matrix.norm(), matrix.distance(up, down), len(down))
-    return LoRADelta(down.cpu(), up.cpu(), alpha=torch.tensor(float(len(down)))), loss
+    rank = rule.choose(spectrum.values)
+    up, down = spectrum.cut(rank)
+    return rounded(name, matrix, LoRADelta(down, up, alpha=full_alpha(rank)), dtype)
 
 
 def _outside(old: Checkpoint, new: Checkpoint, targets: Collection[str]) -> dict[str, float]:

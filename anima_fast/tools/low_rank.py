@@ -112,9 +112,6 @@ def weighted_sum(
 
     Factors are kept where all of them together have at most half as many columns as the matrix has
     on its shorter side; beyond, they would cost more than the matrix itself.
-
-    Raises:
-        ValueError: terms of different shapes.
     """
     shapes = {delta.shape for _, delta in terms}
     if len(shapes) != 1:

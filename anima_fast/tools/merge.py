@@ -14,7 +14,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,10 +21,11 @@ from torch import Tensor
 
 from anima_fast import __version__
 from anima_fast.adapters import names
-from anima_fast.adapters.deltas import Delta, adapted_weight, upcast
+from anima_fast.adapters.deltas import Delta, adapted_weight
 from anima_fast.adapters.metadata import IMPLEMENTATION
 from anima_fast.errors import UserError
 from anima_fast.files import LazyTensor, save_safetensors
+from anima_fast.kernels.op import wide
 from anima_fast.models.dit_config import DitConfig
 from anima_fast.progress import ItemProgress
 from anima_fast.tools.checkpoints import FLOATS, MODELS, ModelFile, check_floats, model_of_module
@@ -37,21 +37,6 @@ MERGED = "anima_fast.merged_networks"
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
-@dataclass
-class Merged:
-    """What a merge did.
-
-    Attributes:
-        weights: number of weights changed.
-        used: modules used of each network, in their order.
-        notes: what was not merged, and where it belongs.
-    """
-
-    weights: int = 0
-    used: list[int] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
 def merge_into_checkpoint(
     checkpoint: str | os.PathLike,
     networks: Sequence[tuple[str | os.PathLike, float]],
@@ -59,8 +44,8 @@ def merge_into_checkpoint(
     *,
     precision: str = "bf16",
     say: Callable[[str], None] = lambda text: None,
-) -> Merged:
-    """Write a checkpoint with networks built in.
+) -> list[str]:
+    """Write a checkpoint with networks built in; returns what was done, in lines.
 
     Args:
         checkpoint: a DiT (with or without bundled LLM adapter, or all-in-one), an LLM adapter or a
@@ -71,28 +56,26 @@ def merge_into_checkpoint(
             file keep their dtype.
         say: gets lines of progress.
 
-    Raises:
-        UserError: a file of another kind, a network that does not fit, a quantised checkpoint,
-            weights that would not be finite, or a path that cannot be written.
+    Raises `UserError` for files that do not fit, and weights that would not be finite.
     """
     if precision != KEEP and precision not in PRECISIONS:
         raise UserError(f"--precision {precision}: use {', '.join(PRECISIONS)} or {KEEP}")
     check_output(output, [checkpoint, *(path for path, _ in networks)])
     model = ModelFile.open(checkpoint)
     plan: dict[str, list[tuple[float, Delta]]] = {}
-    merged = Merged()
+    lines: list[str] = []
+    notes: list[str] = []
     read = [NetworkFile.read(path, strength) for path, strength in networks]
-    for network in read:
-        keys = _keys(model, network, merged.notes)
+    for (path, strength), network in zip(networks, read, strict=True):
+        keys = _keys(model, network, notes)
         for name, key in keys.items():
-            plan.setdefault(key, []).append((network.strength, network.deltas[name]))
-        merged.used.append(len(keys))
-    merged.weights = len(plan)
+            plan.setdefault(key, []).append((strength, network.deltas[name]))
+        lines.append(f"{path} at {strength:g}: {len(keys)} modules")
     with ItemProgress("merged", len(plan), "weights", say) as progress:
         tensors = _tensors(model, plan, precision, progress.advance)
         metadata = _metadata(model, read, Path(output).stem)
         save_safetensors(tensors, output, metadata, keep_order=True)
-    return merged
+    return [*lines, *notes, f"wrote {output}: {len(plan)} weights changed"]
 
 
 def _keys(model: ModelFile, network: NetworkFile, notes: list[str]) -> dict[str, str]:
@@ -115,8 +98,8 @@ def _keys(model: ModelFile, network: NetworkFile, notes: list[str]) -> dict[str,
             "the file that does as CHECKPOINT"
         )
     notes += [
-        f"{network.path.name}: {count} modules of {MODELS[owner]} are not merged, this checkpoint "
-        "does not hold it; merge them into its own file"
+        f"note: {network.path.name}: {count} modules of {MODELS[owner]} are not merged, this "
+        "checkpoint does not hold it; merge them into its own file"
         for owner, count in absent.items()
     ]
     return found
@@ -154,7 +137,7 @@ def _tensors(
     converted = {"", names.ADAPTER} if "" in model.prefixes else set(model.prefixes)
     tensors = {}
     for key, shape in checkpoint.shapes.items():
-        dtype = checkpoint.dtype(key)
+        dtype = checkpoint.get(key).dtype
         own = model.model_of_key(key) in converted and dtype in FLOATS
         target = PRECISIONS.get(precision, dtype) if own else dtype
 
@@ -175,7 +158,7 @@ def _converted(
     if not deltas and weight.dtype == dtype:
         return weight
     for strength, delta in deltas:
-        weight = adapted_weight(upcast(weight), delta, strength)
+        weight = adapted_weight(wide(weight), delta, strength)
     found = weight.to(dtype)
     if not torch.isfinite(found).all():
         kind = str(dtype).removeprefix("torch.")

@@ -32,7 +32,6 @@ class NetworkFile:
     Attributes:
         deltas: Δ by dotted module name, with its alpha (of a folded file too).
         dialect: that of its names.
-        folded: whether alpha / rank was multiplied into the weights.
         strength: at which a merge uses it.
     """
 
@@ -40,16 +39,11 @@ class NetworkFile:
     deltas: dict[str, Delta]
     dialect: str
     metadata: dict[str, str]
-    folded: bool
     strength: float = 1.0
 
     @classmethod
     def read(cls, path: str | os.PathLike, strength: float = 1.0) -> NetworkFile:
-        """Read a file of any dialect.
-
-        Raises `UserError` when it is not a network of this model, or holds numbers that are not
-        finite.
-        """
+        """Read a file of any dialect; `UserError` for other files and numbers not finite."""
         deltas, dialect, metadata = read_lora(path)
         for name, delta in deltas.items():
             if not all(torch.isfinite(tensor).all() for tensor in delta.fields().values()):
@@ -57,13 +51,17 @@ class NetworkFile:
                     f"{path}: {name} holds numbers that are not finite: its training failed, take "
                     "an earlier file"
                 )
-        folded = FOLDED in metadata
-        return cls(Path(path), unfold(deltas, metadata), dialect, metadata, folded, strength)
+        return cls(Path(path), unfold(deltas, metadata), dialect, metadata, strength)
 
     @property
     def titles(self) -> set[str]:
         """LoRA, LoHa, LoKr, DoRA: those that occur."""
         return {delta.title for delta in self.deltas.values()}
+
+    @property
+    def writable(self) -> str:
+        """The dialect, kohya for one that can only be read."""
+        return self.dialect if self.dialect in DIALECTS else "kohya"
 
     def write(
         self,
@@ -72,12 +70,9 @@ class NetworkFile:
         metadata: Mapping[str, str],
         precision: str | None = None,
     ) -> None:
-        """Write modules in this file's dialect and form; None keeps the dtype of each matrix.
-
-        A dialect that can only be read becomes kohya. Raises `UserError` when the disk refuses.
-        """
-        dialect = self.dialect if self.dialect in DIALECTS else "kohya"
-        write_network(path, deltas, metadata, dialect, precision, fold_alpha=self.folded)
+        """Write modules in this file's dialect and form; None keeps the dtype of each matrix."""
+        folded = FOLDED in self.metadata
+        write_network(path, deltas, metadata, self.writable, precision, fold_alpha=folded)
 
 
 def write_network(
@@ -89,18 +84,15 @@ def write_network(
     *,
     fold_alpha: bool = False,
 ) -> None:
-    """Write a network file with its ranks and alphas as `ss_network_` keys, and new hashes.
-
-    Raises `UserError` for an unknown precision, values that are not finite in it, or a full disk.
-    """
+    """Write a network file with its ranks and alphas as `ss_network_` keys, and new hashes."""
     if dtype := dtype_of(precision):
         deltas = {name: delta.map(lambda t: t.to(dtype)) for name, delta in deltas.items()}
     metadata = {**metadata, **network_keys(deltas)}
     write_lora(path, deltas, dialect, metadata=metadata, fold_alpha=fold_alpha)
 
 
-def check_output(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> Path:
-    """The output path; raises `UserError` when it cannot be written or is one of the inputs.
+def check_output(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:
+    """Raise `UserError` for an output that cannot be written or is one of the inputs.
 
     What a killed run left half-written there is deleted.
     """
@@ -115,7 +107,6 @@ def check_output(output: str | os.PathLike, inputs: Iterable[str | os.PathLike])
     # Checked first, as decompositions take minutes; made only when there is something to write.
     check_folder(next(folder for folder in output.absolute().parents if folder.exists()))
     remove_leftovers(output)
-    return output
 
 
 def dtype_of(precision: str | None) -> torch.dtype | None:

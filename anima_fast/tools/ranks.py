@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from anima_fast.adapters.deltas import LoRADelta
 from anima_fast.errors import UserError
+from anima_fast.tools.low_rank import Matrix
 
 # The names of sd-scripts' resize_lora and what each keeps at a parameter p.
 METHODS = {
@@ -32,10 +34,7 @@ class RankRule:
     def of(
         cls, rank: int | None = None, dynamic: str | None = None, energy: float | None = None
     ) -> RankRule:
-        """The rule of the options --rank, --dynamic METHOD:NUMBER and --energy.
-
-        Raises `UserError` for values out of range, two methods, or none of the options.
-        """
+        """The rule of the options --rank, --dynamic METHOD:NUMBER and --energy."""
         if rank is not None and rank < 1:
             raise UserError(f"--rank {rank}: the rank must be at least 1")
         if dynamic is not None and energy is not None:
@@ -102,6 +101,25 @@ class ModuleLoss:
     def error(self) -> float:
         """The share of the norm that was lost."""
         return self.lost / self.norm if self.norm else 0.0
+
+
+def rounded(
+    name: str,
+    matrix: Matrix,
+    delta: LoRADelta,
+    dtype: torch.dtype | None,
+    old_rank: int | None = None,
+) -> tuple[LoRADelta, ModuleLoss]:
+    """A module's LoRA in the dtype of its file, and what it then has lost of a matrix."""
+    up, down = (t.to("cpu", dtype).contiguous() for t in (delta.up, delta.down))
+    delta = replace(delta, up=up, down=down)
+    lost = matrix.distance(delta.scale * up.double(), down)
+    return delta, ModuleLoss(name, matrix.norm(), lost, delta.rank, old_rank)
+
+
+def full_alpha(rank: int) -> Tensor:
+    """The alpha of scale 1."""
+    return torch.tensor(float(rank))
 
 
 def total_error(losses: Iterable[ModuleLoss]) -> float:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -26,28 +27,6 @@ BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 REMAPPED = "anima_fast.remapped"
 
 
-@dataclass(frozen=True)
-class Remapped:
-    """What a remap did.
-
-    Attributes:
-        map: the map of all blocks.
-        used: {block of the target: block of the source} for blocks that got modules.
-        copied: the same for blocks that got a copy, at the strength `duplicate`.
-        dropped: blocks of the network that have no counterpart in the target.
-        modules: number of modules written.
-        others: modules outside the DiT's blocks, which stay as they are.
-    """
-
-    map: BlockMap
-    used: dict[int, int]
-    copied: dict[int, int]
-    duplicate: float
-    dropped: list[int]
-    modules: int
-    others: int
-
-
 def remap_file(
     src: str | os.PathLike,
     dst: str | os.PathLike,
@@ -57,8 +36,8 @@ def remap_file(
     source: int | None = None,
     mapping: str | None = None,
     duplicate: float = 0.0,
-) -> Remapped:
-    """Write a network for a DiT of another depth.
+) -> list[str]:
+    """Write a network for a DiT of another depth; returns what went where, in lines.
 
     Args:
         src, dst: files; `dst` is replaced atomically.
@@ -68,9 +47,8 @@ def remap_file(
         mapping: pairs or a file, see `given_map`; None is the published or an even map.
         duplicate: strength of Δ in blocks that were copied from another; 0 leaves them out.
 
-    Raises:
-        UserError: no network of this model, nothing to change, blocks that do not exist, layers of
-            another width, or a DoRA whose Δ would have to be scaled.
+    Raises `UserError` for nothing to change, blocks that do not exist, layers of another width,
+    and a DoRA whose Δ would have to be scaled.
     """
     check_output(dst, [src] if model is None else [src, model])
     for option, blocks in (("--to", to), ("--from", source)):
@@ -100,11 +78,12 @@ def remap_file(
     metadata = with_comment(network.metadata, f"remapped by anima_fast from {change} blocks")
     metadata[REMAPPED] = change
     network.write(dst, deltas, metadata)
-    used = {t: s for t, s in sorted(found.same.items()) if s in used_blocks}
-    copies = {t: s for t, s in sorted(found.copies.items()) if s in used_blocks and duplicate}
-    dropped = [block for block in found.dropped if block in used_blocks]
     others = sum(BLOCK.fullmatch(name) is None for name in deltas)
-    return Remapped(found, used, copies, duplicate, dropped, len(deltas), others)
+    return [
+        *_moves(found, used_blocks, duplicate),
+        *([f"  unchanged: {others} modules outside the blocks of the DiT"] if others else []),
+        f"wrote {dst}: {len(deltas)} modules",
+    ]
 
 
 def _depth(model: ModelFile, to: int | None) -> int:
@@ -177,51 +156,49 @@ def _check_fit(deltas: dict[str, Delta], network: NetworkFile, target: ModelFile
             )
 
 
-def remap_lines(done: Remapped) -> list[str]:
-    """What went where, as lines of text."""
-    found = done.map
+def _moves(found: BlockMap, blocks: set[int], duplicate: float) -> list[str]:
+    """What became of the blocks of a network."""
+    used = {t: s for t, s in sorted(found.same.items()) if s in blocks}
+    copied = {t: s for t, s in sorted(found.copies.items()) if s in blocks and duplicate}
     lines = [
         f"{found.source} to {found.target} blocks ({found.origin}):",
-        *(f"  {text}" for text in _runs(done.used)),
+        *(f"  {_become(run)}" for run in _runs(used.items())),
     ]
-    if done.copied:
-        told = ", ".join(f"{origin} to {block}" for block, origin in done.copied.items())
-        lines.append(f"  copied at strength {done.duplicate:g}: blocks {told}")
-    if empty := sorted(set(range(found.target)) - {*found.same, *done.copied}):
+    if copied:
+        told = ", ".join(f"{origin} to {block}" for block, origin in copied.items())
+        lines.append(f"  copied at strength {duplicate:g}: blocks {told}")
+    if empty := sorted(set(range(found.target)) - {*found.same, *copied}):
         lines.append(
             f"  nothing for blocks {_numbers(empty)}, which the network knows no block for"
         )
-    if done.dropped:
-        lines.append(f"  left out: blocks {_numbers(done.dropped)}, which the target does not have")
-    if done.others:
-        lines.append(f"  unchanged: {done.others} modules outside the blocks of the DiT")
+    if dropped := [block for block in found.dropped if block in blocks]:
+        lines.append(f"  left out: blocks {_numbers(dropped)}, which the target does not have")
     return lines
 
 
-def _runs(used: dict[int, int]) -> list[str]:
-    """Runs of blocks that move together: "blocks 2 to 4 become 3 to 5"."""
-    runs: list[list[int]] = []
-    for block, origin in used.items():
-        if runs and (block, origin) == (runs[-1][1] + 1, runs[-1][3] + 1):
-            runs[-1][1], runs[-1][3] = block, origin
+def _runs(pairs: Iterable[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Pairs of numbers, those that rise together in one list."""
+    runs: list[list[tuple[int, int]]] = []
+    for one, other in pairs:
+        if runs and runs[-1][-1] == (one - 1, other - 1):
+            runs[-1].append((one, other))
         else:
-            runs.append([block, block, origin, origin])
-    return [
-        f"block {c} becomes {a}" if a == b else f"blocks {c} to {d} become {a} to {b}"
-        for a, b, c, d in runs
-    ]
+            runs.append([(one, other)])
+    return runs
+
+
+def _become(run: list[tuple[int, int]]) -> str:
+    """Blocks that move together: "blocks 2 to 4 become 3 to 5"."""
+    (block, origin), (last, last_origin) = run[0], run[-1]
+    if len(run) == 1:
+        return f"block {origin} becomes {block}"
+    return f"blocks {origin} to {last_origin} become {block} to {last}"
 
 
 def _numbers(values: list[int]) -> str:
     """Rising numbers as text, runs of three and more as "4 to 9"."""
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    words = (
-        [f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(value) for value in run]
-        for run in runs
-    )
-    return ", ".join(word for run in words for word in run)
+    words = []
+    for run in _runs((value, value) for value in values):
+        few = [str(value) for value, _ in run]
+        words += few if len(few) < 3 else [f"{few[0]} to {few[-1]}"]
+    return ", ".join(words)

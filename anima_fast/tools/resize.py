@@ -17,14 +17,8 @@ from anima_fast.errors import UserError
 from anima_fast.models.adapter_kinds import LORA
 from anima_fast.progress import ItemProgress
 from anima_fast.tools.low_rank import weighted_sum
-from anima_fast.tools.networks import (
-    NetworkFile,
-    check_output,
-    dtype_of,
-    module_key,
-    with_comment,
-)
-from anima_fast.tools.ranks import ModuleLoss, RankRule
+from anima_fast.tools.networks import NetworkFile, check_output, dtype_of, module_key, with_comment
+from anima_fast.tools.ranks import ModuleLoss, RankRule, rounded
 
 
 def resize_file(
@@ -36,7 +30,7 @@ def resize_file(
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = lambda text: None,
 ) -> list[ModuleLoss]:
-    """Write a network of lower rank in the dialect of the old one.
+    """Write a network of lower rank in the dialect of the old one; returns what each module lost.
 
     Args:
         src, dst: files; `dst` is replaced atomically.
@@ -45,11 +39,7 @@ def resize_file(
         device: where the decompositions run, in float64.
         say: gets lines of progress.
 
-    Returns:
-        What each module lost, the rounding of the new matrices included.
-
-    Raises:
-        UserError: no network of this model, a rank that is not below its own, or a bad path.
+    Raises `UserError` for no network of this model, and for a rank that is not below its own.
     """
     check_output(dst, [src])
     dtype_of(precision)
@@ -77,10 +67,10 @@ def resize_delta(
 ) -> tuple[Delta, ModuleLoss]:
     """One module at the rank that a rule chooses, and what it lost."""
     matrix = weighted_sum([(delta.scale, delta)], device)
-    norm, spectrum = matrix.norm(), matrix.spectrum()
+    spectrum = matrix.spectrum()
     rank = rule.choose(spectrum.values)
     if isinstance(delta, LoRADelta) and rank >= delta.rank:
-        return delta, ModuleLoss(name, norm, 0.0, delta.rank, delta.rank)
+        return delta, ModuleLoss(name, matrix.norm(), 0.0, delta.rank, delta.rank)
     up, down = spectrum.cut(rank)
     alpha, scale = delta.alpha, 1.0
     if alpha is not None:
@@ -89,10 +79,8 @@ def resize_delta(
         scale = alpha.item() / rank or 1.0
     root = abs(scale) ** 0.5
     dtype = dtype_of(precision) or next(iter(delta.matrices().values())).dtype
-    up, down = (t.to("cpu", dtype).contiguous() for t in (up * root / scale, down / root))
-    lost = matrix.distance(scale * up.to(device).double(), down.to(device))
-    resized = LoRADelta(down, up, alpha=alpha, dora_scale=delta.dora_scale)
-    return resized, ModuleLoss(name, norm, lost, rank, delta.rank)
+    resized = LoRADelta(down / root, up * root / scale, alpha=alpha, dora_scale=delta.dora_scale)
+    return rounded(name, matrix, resized, dtype, delta.rank)
 
 
 def _check_rank(network: NetworkFile, rule: RankRule) -> None:

@@ -20,7 +20,7 @@ from anima_fast.errors import UserError
 from anima_fast.models.adapter_kinds import LORA
 from anima_fast.models.dit import AnimaDiT
 from anima_fast.models.model_files import check_lora_files
-from anima_fast.training.checks import given
+from anima_fast.training.kind import given
 
 if TYPE_CHECKING:
     from anima_fast.models.dit_config import DitConfig
@@ -119,9 +119,6 @@ def check_network(options: TrainOptions, sizes: DitConfig) -> None:
 
     The network is made on a DiT without values. Where the text path is trained too, its models
     would be needed, so only the choice of blocks is checked.
-
-    Raises `UserError` as `build_network` does, and for options that do not go with
-    the file of `dim_from_weights`.
     """
     if options.dim_from_weights:
         check_kinds(options)
@@ -151,12 +148,7 @@ def check_kinds(options: NetworkOptions) -> None:
 
 
 def unmatched_patterns(arguments: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
-    """A line for each pattern of `network_args` that matches no layer.
-
-    Args:
-        arguments: of the network.
-        names: of its layers.
-    """
+    """A line for each pattern of `network_args` that matches none of the layers."""
     keys = {"exclude_patterns": "exclude_patterns", "include_patterns": "include_patterns"}
     keys |= {"reg_dims": "network_reg_dims", "reg_lrs": "network_reg_lrs"}
     for key, shown in keys.items():

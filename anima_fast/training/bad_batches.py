@@ -24,9 +24,7 @@ SHOWN_IMAGES = 5
 class BadBatchTracker:
     """Decides per optimizer step whether its gradient may be used.
 
-    Args:
-        limit: bad batches that are skipped before the run stops.
-        precision, learning_rate: of the run, for the diagnosis.
+    `limit` bad batches are skipped before the run stops; precision and rate are for the diagnosis.
     """
 
     def __init__(self, limit: int, *, precision: str, learning_rate: float) -> None:
@@ -61,28 +59,23 @@ class BadBatchTracker:
         if math.isfinite(loss) and math.isfinite(norm):
             self.recent.append(None)
             return True
-        if scaler is not None and scaler.is_enabled() and math.isfinite(loss):
-            scale = scaler.get_scale()
-            if scale > 1:
-                if not self.told_overflow:
-                    say(f"fp16 gradients overflowed at loss scale {scale:g}: it is lowered")
-                self.told_overflow = True
-                self.recent.append(None)
-                return True
+        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        if math.isfinite(loss) and scale > 1:
+            if not self.told_overflow:
+                say(f"fp16 gradients overflowed at loss scale {scale:g}: it is lowered")
+            self.told_overflow = True
+            self.recent.append(None)
+            return True
         stage, images = find_fault(group)
         self.recent.append((stage, images))
-        if len(self._bad) > self.limit:
-            raise UserError(self.diagnosis())
+        bad = [entry for entry in self.recent if entry is not None]
+        if len(bad) > self.limit:
+            raise UserError(self._diagnosis(bad))
         say(f"skipped a batch: the {stage} is not finite ({_listed(images)})")
         return False
 
-    @property
-    def _bad(self) -> list[tuple[str, list[str]]]:
-        return [entry for entry in self.recent if entry is not None]
-
-    def diagnosis(self) -> str:
+    def _diagnosis(self, bad: Sequence[tuple[str, list[str]]]) -> str:
         """One line: what went wrong, where, and what to try."""
-        bad = self._bad
         stages = [stage for stage, _ in bad]
         stage = max(set(stages), key=stages.count)
         images = list(dict.fromkeys(name for _, names in bad for name in names))
@@ -103,45 +96,26 @@ class BadBatchTracker:
         hints = []
         if precision == "fp16":
             hints.append("fp16 overflows easily: use --mixed_precision bf16, or no")
-        hints.append(f"lower --learning_rate (now {self.learning_rate:g}) to a tenth")
-        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-        if version < (2, 5):
-            hints.append(f"PyTorch {torch.__version__} gives NaN here: install 2.5 or newer")
-        else:
-            hints.append(f"if it goes on, try --attn_mode torch (PyTorch {torch.__version__})")
-        return hints
+        return [
+            *hints,
+            f"lower --learning_rate (now {self.learning_rate:g}) to a tenth",
+            f"if it goes on, try --attn_mode torch (PyTorch {torch.__version__})",
+        ]
 
 
 def find_fault(group: Sequence[tuple[Batch, Tensor]]) -> tuple[str, list[str]]:
-    """The first stage that is not finite, and its images.
-
-    Returns:
-        "latents", "text context", "loss" or "gradient", and image paths as text.
-    """
-    stages = {
-        "latents": lambda batch, _: [batch.latents],
-        "text context": lambda batch, _: [
-            getattr(batch.text, name, None) for name in ("context", "source_states")
-        ],
-        "loss": lambda _, losses: [losses],
-    }
-    for stage, tensors in stages.items():
-        bad = [
-            name
-            for batch, losses in group
-            for tensor in tensors(batch, losses)
-            if tensor is not None
-            for name in _names(batch, _bad_rows(tensor))
-        ]
+    """The first stage that is not finite ("gradient" if no other is), and paths of its images."""
+    for stage in ("latents", "text context", "loss"):
+        bad = []
+        for batch, losses in group:
+            context = getattr(batch.text, "context", getattr(batch.text, "source_states", None))
+            tensor = {"latents": batch.latents, "text context": context, "loss": losses}[stage]
+            if tensor is not None:
+                rows = tensor.detach()[:, None].flatten(1)  # [B, ...]
+                bad += _names(batch, (~torch.isfinite(rows)).any(1).tolist())
         if bad:
             return stage, bad
     return "gradient", [name for batch, _ in group for name in _names(batch)]
-
-
-def _bad_rows(tensor: Tensor) -> list[bool]:
-    """Per sample, whether it holds a number that is not finite."""
-    rows = tensor.detach()[:, None].flatten(1)  # [B, ...]
-    return (~torch.isfinite(rows)).any(1).tolist()
 
 
 def _names(batch: Batch, chosen: list[bool] | None = None) -> list[str]:

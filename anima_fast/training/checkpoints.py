@@ -12,8 +12,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,113 +24,99 @@ from anima_fast.training.state_checks import class_name
 
 if TYPE_CHECKING:
     from anima_fast.options.output import SaveOptions
-    from anima_fast.training.position import Position
-    from anima_fast.training.run import Run
+    from anima_fast.training.run import Position, Run
 
 # Ends the name of the file that holds the running mean.
 EMA_MARK = "-ema"
 
 
-@dataclass
 class Checkpoints:
-    """Saves what is due and removes what is outdated."""
+    """Saves what is due at a position, which the loop moves, and removes what is outdated."""
 
-    run: Run
-    last_autosave: float = field(default_factory=time.monotonic)
-    started_at: float = field(default_factory=time.time)
-    session_id: int = field(default_factory=lambda: secrets.randbits(32))
+    def __init__(self, run: Run, position: Position) -> None:
+        self.run, self.position, self.folder = run, position, run.folder
+        self.options: SaveOptions = run.options
+        self.last_autosave = time.monotonic()
+        self.started_at = time.time()
+        self.session_id = secrets.randbits(32)
 
-    @property
-    def options(self) -> SaveOptions:
-        """What is saved, and when."""
-        return self.run.options
-
-    @property
-    def folder(self) -> Path:
-        """The output folder."""
-        return self.run.folder
-
-    def after_step(self, position: Position) -> None:
+    def after_step(self) -> None:
         """Step checkpoints, their clean-up, and the timed autosave."""
-        step, every = position.step, self.options.save_every_n_steps
+        options, step = self.options, self.position.step
+        every = options.save_every_n_steps
         if every and step % every == 0 and step < self.run.length.steps:
-            self._save(f"{self._name('at')}-step{step:08d}", position)
-            self._drop_old_steps(step, every)
-        minutes = self.options.autosave_minutes
+            self._save(self._at_step(step))
+            self._drop(
+                lambda kept: self._at_step((step - kept - 1) // every * every),
+                options.save_last_n_steps,
+                options.save_last_n_steps_state,
+            )
+        minutes = options.autosave_minutes
         if minutes and time.monotonic() - self.last_autosave >= 60 * minutes:
-            self.autosave(position)
+            self.autosave()
 
-    def after_epoch(self, position: Position, *, finished_epoch: int) -> None:
+    def after_epoch(self, epoch: int) -> None:
         """Epoch checkpoints; the last epoch is saved under the final name only."""
-        every = self._epoch_interval()
-        if every and finished_epoch % every == 0 and position.step < self.run.length.steps:
-            self._save(f"{self._name('epoch')}-{finished_epoch:06d}", position)
-            self._drop_old_epochs(finished_epoch, every)
+        options, every = self.options, self.options.save_every_n_epochs
+        if options.save_n_epoch_ratio:
+            every = max(1, self.run.length.epochs // options.save_n_epoch_ratio)
+        if every and epoch % every == 0 and self.position.step < self.run.length.steps:
+            self._save(self._after_epoch(epoch))
+            self._drop(
+                lambda kept: self._after_epoch(epoch - every * kept),
+                options.save_last_n_epochs,
+                options.save_last_n_epochs_state,
+            )
 
-    def final(self, position: Position) -> Path:
+    def final(self) -> Path:
         """Save the finished file, its state if asked for, and remove the autosave."""
-        stem = self._name("last")
-        path = self.save_weights(stem, position)
+        stem = self.options.output_stem
+        path = self._save_weights(stem)
         if self.options.save_state or self.options.save_state_on_train_end:
-            self.save_state(f"{stem}-state", position)
-        for name in (self.autosave_name, f"{self.autosave_name}.prev"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            save_state(self.folder / f"{stem}-state", self.run, self.position)
+        for end in ("", ".prev"):
+            shutil.rmtree(self.folder / f"{stem}-autosave-state{end}", ignore_errors=True)
         return path
 
-    def best(self, position: Position) -> Path:
+    def best(self) -> Path:
         """Save the weights of the lowest validation loss so far, NAME-best.safetensors."""
-        return self.save_weights(f"{self._name('last')}-best", position)
+        return self._save_weights(f"{self.options.output_stem}-best")
 
-    def interrupted(self, position: Position) -> Path:
+    def interrupted(self) -> Path:
         """After Ctrl-C or SIGTERM: save the weights and a state to go on from."""
-        path = self.save_weights(f"{self._name('at')}-step{position.step:08d}", position)
-        self.autosave(position)
+        path = self._save_weights(self._at_step(self.position.step))
+        self.autosave()
         return path
 
-    @property
-    def autosave_name(self) -> str:
-        """Folder name of the rolling state."""
-        return f"{self._name('last')}-autosave-state"
-
-    def autosave(self, position: Position) -> None:
+    def autosave(self) -> None:
         """Write the rolling state; the previous one stays until the new one is complete."""
+        folder = self.folder / f"{self.options.output_stem}-autosave-state"
         # A LoRA's stays even after that; a whole model's would take gigabytes.
         keep_previous = not self.run.training.saves_whole_model
-        self.save_state(self.autosave_name, position, keep_previous=keep_previous)
+        save_state(folder, self.run, self.position, keep_previous=keep_previous)
         self.last_autosave = time.monotonic()
 
-    def save_weights(self, stem: str, position: Position) -> Path:
+    def _save(self, stem: str) -> None:
+        self._save_weights(stem)
+        if self.options.save_state:
+            save_state(self.folder / f"{stem}-state", self.run, self.position)
+        if self.options.autosave_minutes and not self.run.training.saves_whole_model:
+            self.autosave()
+
+    def _save_weights(self, stem: str) -> Path:
         """Write the LoRA, or the whole model, in the format and precision asked for."""
-        with averaged_weights(self.run.optimizer):
-            path = self._write(stem, position)
-        if self.run.training.ema is not None:
-            # The mean over the steps themselves, not over a schedule-free optimizer's averages.
-            with self.run.training.ema.in_place():
-                self._write(f"{stem}{EMA_MARK}", position)
-        return path
-
-    def _write(self, stem: str, position: Position) -> Path:
+        training = self.run.training
         path = self.folder / f"{stem}.safetensors"
-        self.run.training.save(path, self.run.plan, self._facts(position))
+        with averaged_weights(self.run.optimizer):
+            training.save(path, self.run.plan, self._facts())
+        if training.ema is not None:
+            # The mean over the steps themselves, not over a schedule-free optimizer's averages.
+            with training.ema.in_place():
+                mean = self.folder / f"{stem}{EMA_MARK}.safetensors"
+                training.save(mean, self.run.plan, self._facts())
         return path
 
-    def save_state(self, name: str, position: Position, *, keep_previous: bool = False) -> None:
-        """Write a resume state folder."""
-        run = self.run
-        save_state(
-            self.folder / name,
-            network=run.network,
-            optimizer=run.optimizer,
-            scheduler=run.scheduler,
-            scaler=run.scaler,
-            position={**position.as_dict(), "sigma_bins": run.sigma_bins.copy().tolist()},
-            seed=run.seed,
-            fingerprint=run.fingerprint,
-            ema=run.training.ema,
-            keep_previous=keep_previous,
-        )
-
-    def _facts(self, position: Position) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
         """What the metadata of a file says about this moment."""
         length = self.run.length
         return {
@@ -139,55 +124,31 @@ class Checkpoints:
             "started_at": self.started_at,
             "finished_at": time.time(),
             "seed": self.run.seed,
-            "steps": position.step,
-            "epoch": position.last_epoch,
+            "steps": self.position.step,
+            "epoch": self.position.last_epoch,
             "num_epochs": length.epochs,
             "max_train_steps": length.steps,
             "num_batches_per_epoch": length.batches_per_epoch,
             "optimizer": describe_optimizer(self.run.optimizer, self.run.options.optimizer_kwargs),
         }
 
-    def _save(self, stem: str, position: Position) -> None:
-        self.save_weights(stem, position)
-        if self.options.save_state:
-            self.save_state(f"{stem}-state", position)
-        if self.options.autosave_minutes and not self.run.training.saves_whole_model:
-            self.autosave(position)
+    def _at_step(self, step: int) -> str:
+        return f"{self.options.output_name or 'at'}-step{step:08d}"
 
-    def _name(self, default: str) -> str:
-        return self.options.output_name or default
+    def _after_epoch(self, epoch: int) -> str:
+        return f"{self.options.output_name or 'epoch'}-{epoch:06d}"
 
-    def _epoch_interval(self) -> int | None:
-        if self.options.save_n_epoch_ratio:
-            return max(1, self.run.length.epochs // self.options.save_n_epoch_ratio)
-        return self.options.save_every_n_epochs
+    def _drop(self, outdated: Callable[[int], str], files: int | None, states: int | None) -> None:
+        """Remove the newest file and the newest state that are too old.
 
-    def _drop_old_epochs(self, epoch: int, every: int) -> None:
-        options = self.options
-        keep_state = options.save_last_n_epochs_state or options.save_last_n_epochs
-        if options.save_last_n_epochs:
-            self._drop_file(
-                f"{self._name('epoch')}-{epoch - every * options.save_last_n_epochs:06d}"
-            )
-        if keep_state:
-            self._drop_state(f"{self._name('epoch')}-{epoch - every * keep_state:06d}")
-
-    def _drop_old_steps(self, step: int, every: int) -> None:
-        options = self.options
-        keep_state = options.save_last_n_steps_state or options.save_last_n_steps
-        if options.save_last_n_steps:
-            old = (step - options.save_last_n_steps - 1) // every * every
-            self._drop_file(f"{self._name('at')}-step{old:08d}")
-        if keep_state:
-            old = (step - keep_state - 1) // every * every
-            self._drop_state(f"{self._name('at')}-step{old:08d}")
-
-    def _drop_file(self, stem: str) -> None:
-        for name in (stem, f"{stem}{EMA_MARK}"):
-            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
-
-    def _drop_state(self, stem: str) -> None:
-        shutil.rmtree(self.folder / f"{stem}-state", ignore_errors=True)
+        `outdated` gives the stem of the newest one by how many are kept. None keeps all files, and
+        as many states as files.
+        """
+        if files:
+            for name in (outdated(files), f"{outdated(files)}{EMA_MARK}"):
+                (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+        if kept := states or files:
+            shutil.rmtree(self.folder / f"{outdated(kept)}-state", ignore_errors=True)
 
 
 def remove_leftovers(options: SaveOptions) -> None:

@@ -11,10 +11,9 @@ from anima_fast.memory.free import peak_memory_mib
 from anima_fast.progress import Progress
 from anima_fast.training.checkpoints import Checkpoints
 from anima_fast.training.logs import RunLog
-from anima_fast.training.optimizers.build import effective_rates, learning_rates
-from anima_fast.training.position import Position
+from anima_fast.training.optimizers.build import learning_rates
 from anima_fast.training.previews import Previews
-from anima_fast.training.run import Run, TrainResult
+from anima_fast.training.run import Position, Run, TrainResult
 from anima_fast.training.step import Group
 from anima_fast.training.validation import validate_or_skip
 
@@ -51,14 +50,7 @@ class StopSignal:
 
 
 class Events:
-    """Says, logs and saves what is due at each point of the loop.
-
-    Args:
-        run: the run.
-        position: where it stands; the loop moves it.
-        log, progress: get what happens.
-        stop: set by Ctrl-C or SIGTERM.
-    """
+    """Says, logs and saves what is due at each point of the loop, which moves the position."""
 
     def __init__(
         self, run: Run, position: Position, *, log: RunLog, progress: Progress, stop: StopSignal
@@ -66,7 +58,7 @@ class Events:
         self.run, self.position = run, position
         self.log, self.progress, self.stop = log, progress, stop
         self.say = progress.say
-        self.checkpoints = Checkpoints(run)
+        self.checkpoints = Checkpoints(run, position)
         self.previews = Previews(run, run.prompts) if run.prompts else None
 
     def tell(self, text: str) -> None:
@@ -76,26 +68,23 @@ class Events:
 
     def start(self) -> None:
         """Before the first step."""
-        if self.previews and self.previews.due_at_first(self.position.step):
+        if self.run.options.sample_at_first and self.position.step == 0:
             self._make_previews("000000")
         self.progress.start(self.position.step, self.run.length.steps)
 
     def after_step(self, group: Group, facts: dict, seconds: float) -> None:
-        """Log a step, then validate, save and make previews where they are due.
+        """Log a step of so many seconds, then validate, save and make previews where they are due.
 
-        Args:
-            group: its micro-batches.
-            facts: from `optimizer_step`.
-            seconds: that it took.
+        `facts` are those of `optimizer_step`.
         """
-        step = self.position.step
+        options, step = self.run.options, self.position.step
         record = self._step_record(group, facts, seconds)
         self.log.step(record)
         self.progress.step(record)
-        if is_due(step, self.run.options.validate_every_n_steps):
+        if is_due(step, options.validate_every_n_steps):
             self._validate("step")
-        self.checkpoints.after_step(self.position)
-        if self.previews and self.previews.due_after_step(step):
+        self.checkpoints.after_step()
+        if is_due(step, options.sample_every_n_steps) and not options.sample_every_n_epochs:
             self._make_previews(f"{step:06d}")
 
     def after_epoch(self) -> None:
@@ -110,8 +99,8 @@ class Events:
         self.log.sigma_bins(position.step, epoch, self.run.sigma_bins.take())
         # A state saved here goes on with the next epoch.
         position.next_epoch()
-        self.checkpoints.after_epoch(position, finished_epoch=epoch)
-        if self.previews and self.previews.due_after_epoch(epoch):
+        self.checkpoints.after_epoch(epoch)
+        if is_due(epoch, options.sample_every_n_epochs):
             self._make_previews(f"e{epoch:06d}")
 
     def ends_early(self) -> bool:
@@ -132,7 +121,7 @@ class Events:
 
     def interrupted(self) -> TrainResult:
         """Save the weights and a state after a signal."""
-        path = self.checkpoints.interrupted(self.position)
+        path = self.checkpoints.interrupted()
         self.say(f"stopped by signal {self.stop.received}; saved {path.name} and a resume state")
         self.say("go on with the same command and --resume auto")
         return self._result(path, self.stop.received)
@@ -141,7 +130,7 @@ class Events:
         """Save the final file and name it."""
         position = self.position
         self.log.sigma_bins(position.step, position.last_epoch, self.run.sigma_bins.take())
-        path = self.checkpoints.final(position)
+        path = self.checkpoints.final()
         self.say(f"saved {path}")
         return self._result(path)
 
@@ -155,14 +144,15 @@ class Events:
         """What is logged and shown about one optimizer step."""
         run, position = self.run, self.position
         small = sum(batch.small for batch, _ in group)
+        rates, effective_rates = learning_rates(run.optimizer)
         return {
             "step": position.step,
             "epoch": position.epoch,
             **({"lowres": small / len(group)} if run.options.sigma_lowres else {}),
             **facts,
             "loss_avg": position.loss_average,
-            "lr": learning_rates(run.optimizer),
-            "d_lr": effective_rates(run.optimizer),
+            "lr": rates,
+            "d_lr": effective_rates,
             "step_s": seconds,
             "images_per_s": sum(len(batch.items) for batch, _ in group) / seconds,
             "memory_mib": peak_memory_mib(run.device),
@@ -174,18 +164,19 @@ class Events:
         found = validate_or_skip(self.run, self.say)
         if found is None:
             return
+        loss = sum(found.values()) / len(found)
         self.log.validation(
-            position.step, position.epoch, found.loss, position.loss_average, found.per_sigma,
-            per=per,
-        )  # fmt: skip
-        self.say(f"step {position.step}: validation loss {found.loss:.4f}")
-        best = position.record_validation(found.loss, options.early_stop_min_delta)
+            position.step, position.epoch, loss, position.loss_average, found, per=per
+        )
+        self.say(f"step {position.step}: validation loss {loss:.4f}")
+        best = position.record_validation(loss, options.early_stop_min_delta)
         if best and options.early_stop_patience:
-            self.checkpoints.best(position)
+            self.checkpoints.best()
 
     def _make_previews(self, stage: str) -> None:
-        """Render, log and name the previews of this moment."""
-        assert self.previews is not None
+        """Render, log and name the previews of this moment, if there are prompts."""
+        if self.previews is None:
+            return
         files = self.previews.make(
             stage, say=self.say, stopped=lambda: self.stop.received is not None
         )
@@ -197,4 +188,4 @@ class Events:
 
 def is_due(count: int, every: int | None) -> bool:
     """Whether something done every `every` steps or epochs is due after `count` of them."""
-    return every is not None and every > 0 and count % every == 0
+    return every is not None and every != 0 and count % every == 0

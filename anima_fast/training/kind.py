@@ -10,13 +10,15 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from anima_fast.training.optimizers.build import Trainable
+from anima_fast.device import DTYPES, uses_fused_blocks
+from anima_fast.options.run import FinetuneOptions, TrainOptions
 from anima_fast.training.state_checks import Remedies
 
 if TYPE_CHECKING:
@@ -25,14 +27,31 @@ if TYPE_CHECKING:
     from anima_fast.memory.swap import Sink
     from anima_fast.models.dit import AnimaDiT
     from anima_fast.models.dit_config import DitConfig
+    from anima_fast.options.output import SaveOptions
     from anima_fast.training.optimizers.ema import Ema
 
 Say = Callable[[str], None]
-# The dtype of saved files by `save_precision`; None keeps that of training.
-SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+AnyOptions = TrainOptions | FinetuneOptions
+T = TypeVar("T")
 
 
-class Network(Trainable, Protocol):
+def given(value: T | None) -> T:
+    """A value that earlier checks have found to be there."""
+    assert value is not None
+    return value
+
+
+def save_dtype(options: SaveOptions) -> torch.dtype | None:
+    """The dtype of saved files; None keeps that of training."""
+    return DTYPES[options.save_precision] if options.save_precision else None
+
+
+def vae_dtype(options: AnyOptions) -> torch.dtype:
+    """The precision of the VAE."""
+    return torch.float32 if options.no_half_vae else DTYPES[options.mixed_precision]
+
+
+class Network(Protocol):
     """The trained part of a run."""
 
     # Strength of adapters, set for every batch.
@@ -61,7 +80,7 @@ class Training(ABC):
     """One kind of training; what a kind does not override, it does not do.
 
     Attributes:
-        device, seed: of the run.
+        options, device, seed: of the run.
         network, optimizer: what is trained, and what trains it; after `build`.
         ema: the running mean of the weights, if one is kept.
         name: of this kind, and `facts` that only it has, for the report.
@@ -74,6 +93,7 @@ class Training(ABC):
     """
 
     name: str
+    options: AnyOptions
     network: Network
     optimizer: torch.optim.Optimizer
     remedies: Remedies
@@ -86,6 +106,12 @@ class Training(ABC):
 
     def __init__(self, facts: dict[str, str], device: torch.device, seed: int) -> None:
         self.facts, self.device, self.seed = facts, device, seed
+
+    @cached_property
+    def fused(self) -> bool:
+        """Whether blocks, loss and optimizer run through the project's kernels."""
+        options = self.options
+        return uses_fused_blocks(options.kernels, self.device, compiled=options.compile)
 
     def check(self, sizes: DitConfig) -> None:  # noqa: B027
         """Refuse what does not fit a DiT of these sizes, before anything is written."""
@@ -102,11 +128,8 @@ class Training(ABC):
             conditioning: the text path that stays on the device.
             say: gets what is trained.
 
-        Returns:
-            Notices of the optimizer for the user.
-
-        Raises:
-            UserError: nothing to train, or an optimizer that cannot train it.
+        Returns notices of the optimizer. Raises `UserError` when nothing would be trained, or the
+        optimizer cannot train it.
         """
 
     @abstractmethod
@@ -128,13 +151,8 @@ class Training(ABC):
     def save(self, path: Path, plan: DatasetPlan, facts: Mapping[str, Any]) -> None:
         """Write the file that users load.
 
-        Args:
-            path: the .safetensors file.
-            plan: of the run.
-            facts: of this moment, for the metadata (`adapters.metadata.training_metadata`).
-
-        Raises:
-            UserError: numbers that are not finite, or a disk that refuses.
+        `facts` are those of this moment, for the metadata (`adapters.metadata.training_metadata`).
+        Raises `UserError` for numbers that are not finite, or a disk that refuses.
         """
 
     def preview_weights(self) -> AbstractContextManager[None]:

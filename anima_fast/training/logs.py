@@ -1,4 +1,4 @@
-"""What a run writes about itself: `log.jsonl` always, TensorBoard and wandb when asked for.
+"""What a run writes about itself: `log.jsonl` and `run.json`; TensorBoard and wandb if asked for.
 
 Each line of `log.jsonl` is one JSON object with `kind` and `step`; a number that is not finite is
 null. Kinds: step; epoch; validation (`loss`, `divergence`, `per_sigma`); sigma_bins (`means` and
@@ -9,20 +9,26 @@ after the resumed step are dropped first.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from anima_fast.files import disk_error, write_text
+from anima_fast import __version__
+from anima_fast.console import describe_error
+from anima_fast.errors import UserError
+from anima_fast.files import disk_error, write_json, write_text
+from anima_fast.training.kind import given
 from anima_fast.training.trackers import open_trackers
 
 if TYPE_CHECKING:
     from anima_fast.options.output import LogOptions
-
-LOG_FILE = "log.jsonl"
+    from anima_fast.training.run import Run, TrainResult
 
 
 class RunLog:
@@ -31,7 +37,6 @@ class RunLog:
     Args:
         folder: the output folder.
         options: of trackers.
-        config: all options of the run, which trackers record with `log_config`.
         first_step: steps already made; 0 for a fresh run, which moves an older log aside to
             `log.previous.jsonl`.
 
@@ -39,15 +44,8 @@ class RunLog:
         UserError: a tracker's package is missing, or the folder cannot be written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        options: LogOptions,
-        *,
-        config: Mapping[str, Any],
-        first_step: int = 0,
-    ) -> None:
-        self.path = folder / LOG_FILE
+    def __init__(self, folder: Path, options: LogOptions, *, first_step: int = 0) -> None:
+        self.path = folder / "log.jsonl"
         self._written: set[tuple[str, int]] = set()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +57,7 @@ class RunLog:
         except OSError as error:
             raise disk_error(error, self.path) from error
         try:
-            self.trackers = open_trackers(folder, options, config)
+            self.trackers = open_trackers(folder, options)
         except BaseException:
             self._file.close()
             raise
@@ -68,7 +66,9 @@ class RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Log an optimizer step.
@@ -101,12 +101,7 @@ class RunLog:
     ) -> None:
         """Log a validation loss; its divergence is the distance from the training average.
 
-        Args:
-            step, epoch: of the run.
-            loss: of the validation images.
-            loss_average: of training, if there is one.
-            per_sigma: the loss at each noise level.
-            per: step or epoch, whichever validation is due by.
+        per_sigma: the loss at each noise level. per: step or epoch, whichever it is due by.
         """
         divergence = None if loss_average is None else loss - loss_average
         record: dict[str, Any] = {"epoch": epoch, "loss": loss, "divergence": divergence}
@@ -130,13 +125,6 @@ class RunLog:
         """Log something that changed the way the run continues."""
         self._write("event", step, {"text": text}, {})
 
-    def close(self) -> None:
-        """Close the file and the trackers."""
-        self._file.close()
-        for tracker in self.trackers:
-            tracker.close()
-        self.trackers = []
-
     def _write(
         self, kind: str, step: int, record: Mapping, scalars: Mapping[str, float | None]
     ) -> None:
@@ -153,7 +141,7 @@ class RunLog:
             raise disk_error(error, self.path) from error
         known = {name: value for name, value in scalars.items() if value is not None}
         for tracker in self.trackers:
-            tracker.scalars(known, step)
+            tracker.record(known, step)
 
     def _keep_until(self, last_step: int) -> None:
         """Drop the lines after `last_step`, and one that a kill cut off."""
@@ -170,6 +158,62 @@ class RunLog:
                 self._written.add((kind, step))
                 kept.append(line)
         write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+
+class RunFile:
+    """`OUT/run.json`: what runs, and how it ended; a context manager around the steps.
+
+    `anima-fast watch` reads it; training itself never does. If the disk refuses it, the run goes on
+    without it.
+
+    Keys: version, output_name, method, pid, started_at and updated_at (seconds since 1970), state
+    (running, finished, interrupted or failed), first_step, steps, epochs, batches_per_epoch,
+    images, device, base_model, final (the file, or null), error (a text, or null).
+    """
+
+    def __init__(self, run: Run, first_step: int) -> None:
+        options, length = run.options, run.length
+        self.path = run.folder / "run.json"
+        now = time.time()
+        self.facts: dict[str, Any] = {
+            "version": __version__,
+            "output_name": options.output_stem,
+            "method": run.training.name,
+            "pid": os.getpid(),
+            "started_at": now,
+            "updated_at": now,
+            "state": "running",
+            "first_step": first_step,
+            "steps": length.steps,
+            "epochs": length.epochs,
+            "batches_per_epoch": length.batches_per_epoch,
+            "images": len(run.plan.items),
+            "device": str(run.device),
+            "base_model": Path(given(options.pretrained_model_name_or_path)).name,
+            "final": None,
+            "error": None,
+        }
+
+    def __enter__(self) -> RunFile:
+        self._write()
+        return self
+
+    def finish(self, result: TrainResult) -> None:
+        """Record how the run ended, by itself or by a signal."""
+        state = "interrupted" if result.interrupted_by else "finished"
+        self.facts |= {"state": state, "final": result.output.name}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.facts |= {"state": "failed", "error": describe_error(error)}
+        self.facts["updated_at"] = time.time()
+        self._write()
+
+    def _write(self) -> None:
+        with contextlib.suppress(UserError):
+            write_json(self.path, self.facts)
 
 
 def _finite(value: Any) -> Any:

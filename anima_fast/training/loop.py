@@ -16,33 +16,29 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from anima_fast.console import ConsoleLog
 from anima_fast.data.batches import Batch
 from anima_fast.errors import UserError
+from anima_fast.files import write_text
+from anima_fast.options.files import to_toml
 from anima_fast.progress import Progress
 from anima_fast.reports.run_page import report_run
 from anima_fast.training.bad_batches import BadBatchTracker
 from anima_fast.training.checkpoints import remove_leftovers
-from anima_fast.training.checks import given
 from anima_fast.training.events import Events, StopSignal
-from anima_fast.training.logs import RunLog
+from anima_fast.training.kind import AnyOptions, given
+from anima_fast.training.logs import RunFile, RunLog
 from anima_fast.training.oom import MemoryPolicies, one_line_out_of_memory
 from anima_fast.training.optimizers.build import train_mode
-from anima_fast.training.position import Position
-from anima_fast.training.resume import resolve_resume, state_seed
-from anima_fast.training.run import Run, TrainResult
-from anima_fast.training.run_files import RunFile
-from anima_fast.training.setup import choose_seed, prepare, resume_run, show_dataset, write_run_file
+from anima_fast.training.run import Position, Run, TrainResult
+from anima_fast.training.setup import choose_seed, prepare, show_dataset
+from anima_fast.training.state import load_state
+from anima_fast.training.state_files import resolve_resume, state_seed
 from anima_fast.training.step import forward_backward, optimizer_step
-from anima_fast.training.trackers import public_options
-
-if TYPE_CHECKING:
-    from anima_fast.options.run import FinetuneOptions, TrainOptions
 
 
-def train(options: TrainOptions | FinetuneOptions) -> TrainResult | None:
+def train(options: AnyOptions) -> TrainResult | None:
     """Train a LoRA, or the whole model, and save it.
 
     Args:
@@ -75,13 +71,15 @@ def train(options: TrainOptions | FinetuneOptions) -> TrainResult | None:
         options = replace(options, seed=seed)
         # Ctrl-C while encoding ends the program at once: every finished cache file stays.
         run = prepare(options, seed=seed, say=progress.say)
-        position = resume_run(run, state, say=progress.say) if state else Position()
-        write_run_file(run)
+        position = Position()
+        if state:
+            position = load_state(state, run, say=progress.say)
+            progress.say(f"resumed from {state.name} at step {position.step}")
+        # `--config_file NAME.toml` repeats the run.
+        write_text(run.folder / f"{options.output_stem}.toml", to_toml(options))
         with (
             RunFile(run, position.step) as file,
-            RunLog(
-                run.folder, options, config=public_options(options), first_step=position.step
-            ) as log,
+            RunLog(run.folder, options, first_step=position.step) as log,
             StopSignal() as stop,
         ):
             events = Events(run, position, log=log, progress=progress, stop=stop)
@@ -109,11 +107,11 @@ def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
         for batches in step_batches(run, order, position):
             # Noise, σ, forward and backward of each micro-batch; gradients add up.
             try:
-                group = forward_backward(run, batches, run.flow, policies, step=position.step)
+                group = forward_backward(run, batches, policies, step=position.step)
             except UserError:
                 # This step has changed nothing: with a remedy the run can go on from here.
                 if not run.training.updates_in_backward:
-                    events.checkpoints.autosave(position)
+                    events.checkpoints.autosave()
                 raise
             # Clip, step, schedule, zero.
             facts = optimizer_step(run, group, bad_batches, say=events.say)
@@ -138,10 +136,7 @@ def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
 def step_batches(run: Run, order: list[list[int]], position: Position) -> Iterator[list[Batch]]:
     """The rest of an epoch: the micro-batches of each optimizer step.
 
-    Args:
-        run: the run.
-        order: all batches of the epoch, as indices of images.
-        position: how far the run has got.
+    `order` has all batches of the epoch, as indices of images.
     """
     loader = run.batches.iterate(
         order[position.batch :], epoch=position.epoch, first_step=position.batch

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,11 @@ from torch import Tensor
 from anima_fast.adapters.metadata import training_metadata
 from anima_fast.adapters.network import LoRANetwork
 from anima_fast.data.summary import summarise
-from anima_fast.device import uses_fused_blocks
-from anima_fast.memory.install import install_memory_savers
+from anima_fast.memory.offload import install_memory_savers
 from anima_fast.training.adapter_setup import base_files, build_network, check_files, check_network
-from anima_fast.training.kind import SAVE_DTYPES, Say, Training
+from anima_fast.training.kind import Say, Training, save_dtype
 from anima_fast.training.optimizers.build import build_optimizer, clip_flat_grad
-from anima_fast.training.optimizers.ema import Ema
+from anima_fast.training.optimizers.ema import Ema, exchanged
 from anima_fast.training.planning import check_memory
 from anima_fast.training.state_checks import LORA_REMEDIES
 
@@ -36,7 +35,10 @@ class LoRATraining(Training):
 
     name = "LoRA training"
     remedies = LORA_REMEDIES
+    options: TrainOptions
     network: LoRANetwork
+    # Clips the flat gradient; the project's own AdamW does so in its step.
+    _clip: Callable[[float], Tensor]
 
     def __init__(self, options: TrainOptions, device: torch.device, seed: int) -> None:
         rank = {"rank, alpha": f"{options.network_dim}, {options.network_alpha:g}"}
@@ -58,32 +60,32 @@ class LoRATraining(Training):
     def build(self, dit: AnimaDiT, conditioning: Conditioning, say: Say) -> list[str]:
         """Attach the adapters and make their optimizer."""
         options, device = self.options, self.device
-        fused = uses_fused_blocks(options.kernels, device, compiled=options.compile)
         network = build_network(options, dit, conditioning, seed=self.seed, say=say)
         self.network = network.to(device)
         install_memory_savers(options, dit, device, cuda_graphs=self.cuda_graphs)
-        if fused and conditioning.adapter is not None:
+        if self.fused and conditioning.adapter is not None:
             conditioning.adapter.fuse_norms()
-        notices = self._build_optimizer(fused)
         if options.ema_decay is not None:
             self.ema = Ema(self.network.flat, options.ema_decay)
-        return notices
+        return self._build_optimizer()
 
-    def _build_optimizer(self, fused: bool) -> list[str]:
+    def _build_optimizer(self) -> list[str]:
         options, network = self.options, self.network
-        self._clip: Callable[[float], Tensor] = partial(clip_flat_grad, network.flat_grad)
-        if fused:
+        if self.fused:
             # Not at the top: triton is not on every system.
             from anima_fast.training.optimizers.flat_adamw import build_flat_adamw
 
             if own := build_flat_adamw(options, network):
                 self.optimizer, self._clip = own, own.clip_gradients
                 return []
-        self.optimizer, notices = build_optimizer(options, network, options.lr_scheduler)
+        self._clip = partial(clip_flat_grad, network.flat_grad)
+        self.optimizer, notices = build_optimizer(
+            options, network.param_groups, options.lr_scheduler
+        )
         return notices
 
     def clip(self, max_norm: float) -> Tensor:
-        """Clip the flat gradient; the project's own AdamW does so in its step."""
+        """Clip the gradients of all groups together."""
         return self._clip(max_norm)
 
     def after_step(self) -> dict[str, Any]:
@@ -109,24 +111,12 @@ class LoRATraining(Training):
         self.network.save(
             path,
             dialect=self.options.lora_format,
-            dtype=SAVE_DTYPES[self.options.save_precision],
+            dtype=save_dtype(self.options),
             metadata=training_metadata(self.options, summarise(plan), facts),
             fold_alpha=self.options.fold_alpha,
         )
 
-    @contextmanager
-    def preview_weights(self) -> Iterator[None]:
+    def preview_weights(self) -> AbstractContextManager[None]:
         """Inside the block the LoRA is rounded as its file is."""
-        dtype = SAVE_DTYPES[self.options.save_precision]
-        if dtype is None:
-            yield
-            return
-        flat = self.network.flat
-        own = flat.detach().clone()
-        with torch.no_grad():
-            flat.copy_(own.to(dtype))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                flat.copy_(own)
+        flat, dtype = self.network.flat, save_dtype(self.options)
+        return nullcontext() if dtype is None else exchanged(flat, flat.detach().to(dtype))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from anima_fast.errors import UserError
 from anima_fast.memory.free import free_memory, is_out_of_memory
-from anima_fast.memory.offload import install_block_runner
+from anima_fast.memory.offload import SaverSettings, install_block_runner
 
 if TYPE_CHECKING:
     from anima_fast.options.training import MemoryOptions
@@ -37,12 +37,7 @@ class Policy:
 
 
 class MemoryPolicies:
-    """What a run can still give up when memory runs out.
-
-    Args:
-        run: the run.
-        tell: gets a line for each thing given up.
-    """
+    """What a run can still give up when memory runs out; `tell` gets a line for each thing."""
 
     def __init__(self, run: Run, tell: Callable[[str], None]) -> None:
         self._run, self._tell = run, tell
@@ -86,10 +81,9 @@ class MemoryPolicies:
         policy = self._left.pop(0)
         install_block_runner(
             run.dit,
+            SaverSettings(policy.recompute, blocks_to_swap=policy.blocks_to_swap),
             device=run.device,
             fused=run.fused,
-            recompute=policy.recompute,
-            blocks_to_swap=policy.blocks_to_swap,
             sink=run.training.sink,
         )
         return policy
@@ -98,19 +92,12 @@ class MemoryPolicies:
 def lower_policies(
     options: MemoryOptions, *, blocks: int, fused: bool, can_swap: bool
 ) -> list[Policy]:
-    """The policies below the one that a run starts with.
+    """The policies below the one that a run with so many blocks starts with.
 
     Where block inputs are already kept in host memory only swapping is left, which replaces that.
-
-    Args:
-        options: of the run.
-        blocks: how many the DiT has.
-        fused: whether they run through the fused kernels.
-        can_swap: whether more of them can be swapped.
     """
     swapped = options.blocks_to_swap or 0
-    offloads = options.cpu_offload_checkpointing or options.unsloth_offload_checkpointing
-    given = "block" if options.gradient_checkpointing or offloads else options.recompute or "none"
+    given = options.recompute or "none"
     names = ("none", "mlp", "block") if fused else ("none", "block")
     # A count of blocks is somewhere between none and block.
     below = names[names.index(given) + 1 :] if given in names else ("block",)

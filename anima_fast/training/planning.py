@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,7 @@ from anima_fast.errors import UserError
 from anima_fast.memory.finetune import FinetuneNeeds
 from anima_fast.memory.fit import describe_need, does_not_fit, memory_plan
 from anima_fast.memory.lora import LoRANeeds, Models
-from anima_fast.memory.plan import Asks, LargestBatch, Modes, Needs
+from anima_fast.memory.plan import LargestBatch, Modes, Needs
 from anima_fast.models.dit import load_dit
 from anima_fast.models.dit_config import TEXT_ROWS
 from anima_fast.models.llm_adapter import load_llm_adapter
@@ -33,8 +33,8 @@ from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.options.run import FinetuneOptions, TrainOptions
 from anima_fast.sampling.prompts import collect_prompts
 from anima_fast.training.adapter_setup import build_network, check_files
-from anima_fast.training.checks import given
 from anima_fast.training.finetune.start import base_tensors, looks_at_all
+from anima_fast.training.kind import given, vae_dtype
 from anima_fast.training.optimizers.probe import network_state_bytes, state_bytes
 from anima_fast.training.optimizers.recipes import find_optimizer
 from anima_fast.training.optimizers.weight_updates import CHUNK
@@ -48,13 +48,10 @@ META = torch.device("meta")
 def check_memory(
     options: Options, plan: DatasetPlan, device: torch.device, *, say: Callable[[str], None]
 ) -> None:
-    """Say what a run will take; refuse one that cannot fit.
+    """Say what a run will take; refuse one that cannot fit, naming the options that help.
 
     A LoRA is refused only where `--vram` says what there is: else it is warned of, as a run that
     is out of memory goes on at a lower policy. On the CPU nothing is said about a LoRA.
-
-    Raises:
-        UserError: with the predicted and the free memory, and the options that would make it fit.
     """
     lora = isinstance(options, TrainOptions)
     if lora and device.type == "cpu" and options.vram is None:
@@ -73,10 +70,7 @@ def show_memory(options: Options, *, say: Callable[[str], None]) -> None:
     """Say what a run would take, for `--plan_memory`, without loading any model."""
     device = choose_device(options.device)
     check_model_files(
-        options.pretrained_model_name_or_path,
-        options.qwen3,
-        options.vae,
-        options.llm_adapter_path,
+        options.pretrained_model_name_or_path, options.qwen3, options.vae, options.llm_adapter_path
     )
     if isinstance(options, TrainOptions):
         check_files(options)
@@ -85,7 +79,7 @@ def show_memory(options: Options, *, say: Callable[[str], None]) -> None:
         say(line)
 
 
-def memory_needs(options: Options, plan: DatasetPlan, device: torch.device) -> Needs:
+def memory_needs(options: Options, plan: DatasetPlan, device: torch.device) -> Needs[Any]:
     """The predictor of a run of either kind."""
     if isinstance(options, FinetuneOptions):
         return finetune_needs(options, largest_batch(plan), device)
@@ -98,12 +92,13 @@ def finetune_needs(
     options: FinetuneOptions, batch: LargestBatch, device: torch.device
 ) -> FinetuneNeeds:
     """The predictor of full fine-tuning."""
-    base, _ = base_tensors(given(options.pretrained_model_name_or_path), options.llm_adapter_path)
+    base, _ = base_tensors(options)
     return FinetuneNeeds(
         batch,
         device,
+        modes,
+        lambda run: state_bytes(run, device),
         base.shapes,
-        Asks(modes, lambda run: state_bytes(cast(FinetuneOptions, run), device)),
         looks_at_all=lambda run: looks_at_all(find_optimizer(run.optimizer_type)[0]),
         chunk=CHUNK,
     )
@@ -113,15 +108,12 @@ def lora_needs(options: TrainOptions, batch: LargestBatch, device: torch.device)
     """The predictor of a LoRA."""
     models = meta_models(options)
     prompts = collect_prompts(options)
-
-    def state(run: Options) -> float:
-        return network_state_bytes(cast(TrainOptions, run), models.network, device)
-
     return LoRANeeds(
         batch,
         device,
+        modes,
+        lambda run: network_state_bytes(run, models.network, device),
         models,
-        Asks(modes, state),
         fused=plans_fused_blocks(options, device),
         text_batch=options.text_encoder_batch_size or batch.images,
         preview=max((prompt.width * prompt.height for prompt in prompts), default=0),
@@ -130,7 +122,7 @@ def lora_needs(options: TrainOptions, batch: LargestBatch, device: torch.device)
 
 def modes(options: Options) -> Modes:
     """How images and texts come to a step."""
-    return Modes(choose_image_mode(options), choose_text_mode(cast(TrainOptions, options)))
+    return Modes(choose_image_mode(options), choose_text_mode(options))
 
 
 def plans_fused_blocks(options: TrainOptions, device: torch.device) -> bool:
@@ -153,8 +145,7 @@ def meta_models(options: TrainOptions) -> Models:
             given(options.qwen3), device=META, dtype=dtype
         )
     network = build_network(options, dit, conditioning, seed=0, say=lambda text: None)
-    vae_dtype = torch.float32 if options.no_half_vae else dtype
-    vae = load_vae(given(options.vae), device=META, dtype=vae_dtype)
+    vae = load_vae(given(options.vae), device=META, dtype=vae_dtype(options))
     return Models(dit, network, vae, conditioning.adapter, conditioning.text_encoder)
 
 

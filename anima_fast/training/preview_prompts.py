@@ -14,27 +14,14 @@ import torch
 from torch import Tensor
 
 from anima_fast.data.conditioning import Conditioning
-from anima_fast.data.encode_models import TextModels, load_run_tokenizers
+from anima_fast.data.encode_models import EncodingModels, load_run_tokenizers
 from anima_fast.errors import UserError
 from anima_fast.sampling.prompts import Prompt, collect_prompts, say_ignored, unescape
 from anima_fast.sampling.texts import PromptTokens, adapt, encode_states, tokenize_prompt
-from anima_fast.training.checks import given
-from anima_fast.training.kind import Say
+from anima_fast.training.kind import AnyOptions, Say, given
 
 if TYPE_CHECKING:
-    from anima_fast.models.tokenizers import Tokenizers
     from anima_fast.options.output import PreviewOptions
-    from anima_fast.options.run import FinetuneOptions, TrainOptions
-
-
-@dataclass(frozen=True)
-class PreviewText:
-    """An encoded text on the CPU: its context [1, S, C], or where the adapter is trained its states
-    [1, N, C]."""
-
-    tokens: PromptTokens
-    states: Tensor | None = None
-    context: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,13 +30,14 @@ class PreviewPrompts:
 
     Attributes:
         prompts: as read at the start.
-        texts: the encoded texts by text; empty if `live`.
-        live: the whole text path runs at each preview.
+        text_mode: context, states (the adapter runs at each preview) or live (so does Qwen3).
+        texts: tokens of each text, and on the CPU its context [1, S, C] or its states [1, N, C];
+            empty when live.
     """
 
     prompts: list[Prompt]
-    texts: Mapping[str, PreviewText] = field(default_factory=dict)
-    live: bool = False
+    text_mode: str
+    texts: Mapping[str, tuple[PromptTokens, Tensor]] = field(default_factory=dict)
 
     def current(self, options: PreviewOptions, say: Say) -> list[Prompt]:
         """The prompts as their file has them now; says which cannot be used."""
@@ -58,7 +46,7 @@ class PreviewPrompts:
         except UserError as error:
             say(f"the prompts of the start are used: {error}")
             prompts = self.prompts
-        if self.live:
+        if self.text_mode == "live":
             return prompts
         known = [p for p in prompts if all(unescape(text) in self.texts for text in p.texts)]
         if len(known) < len(prompts):
@@ -69,67 +57,40 @@ class PreviewPrompts:
     def context(self, parts: Conditioning, text: str) -> Tensor:
         """What the DiT reads for a text: [1, S, C] on the device."""
         text = unescape(text)
-        if self.live:
+        if self.text_mode == "live":
             tokens = tokenize_prompt(given(parts.tokenizers), text)
-            states = encode_states(tokens, given(parts.text_encoder), parts.device)
-            return adapt(tokens, states.to(parts.dtype), given(parts.adapter))
-        found = self.texts[text]
-        if found.context is not None:
-            return found.context.to(parts.device, parts.dtype)
-        states = given(found.states).to(parts.device, parts.dtype)
-        return adapt(found.tokens, states, given(parts.adapter))
+            values = encode_states(tokens, given(parts.text_encoder), parts.device)
+        else:
+            tokens, values = self.texts[text]
+        values = values.to(parts.device, parts.dtype)
+        if self.text_mode == "context":
+            return values
+        return adapt(tokens, values, given(parts.adapter))
 
 
+@torch.no_grad()
 def prepare_prompts(
-    options: TrainOptions | FinetuneOptions,
-    text_mode: str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    say: Say,
+    options: AnyOptions, text_mode: str, *, device: torch.device, dtype: torch.dtype, say: Say
 ) -> PreviewPrompts | None:
     """Read the prompts and encode their texts; None when no previews are asked for.
 
-    Args:
-        options: of the run.
-        text_mode: of `load_conditioning`: context, states or live.
-        device, dtype: of the text models.
-        say: gets notices.
-
-    Raises:
-        UserError: prompts that cannot be read.
+    `text_mode` is that of `load_conditioning`; device and dtype are for the text models. Raises
+    `UserError` for prompts that cannot be read.
     """
     prompts = collect_prompts(options)
     if not prompts:
         return None
     say_ignored(prompts, say)
     if text_mode == "live":
-        return PreviewPrompts(prompts, live=True)
+        return PreviewPrompts(prompts, text_mode)
     say("encoding the prompts of previews")
-    texts = [unescape(text) for prompt in prompts for text in prompt.texts]
-    models = TextModels(options, device, dtype, keep_cached=options.highvram)
-    encoded = encode_texts(
-        list(dict.fromkeys(texts)), models, load_run_tokenizers(options), text_mode, device
-    )
-    return PreviewPrompts(prompts, encoded)
-
-
-@torch.no_grad()
-def encode_texts(
-    texts: list[str],
-    models: TextModels,
-    tokenizers: Tokenizers,
-    text_mode: str,
-    device: torch.device,
-) -> dict[str, PreviewText]:
-    """Run the frozen part of the text path over each text."""
+    models = EncodingModels(options, device, dtype)
+    tokenizers = load_run_tokenizers(options)
     found = {}
-    for text in texts:
+    for text in dict.fromkeys(unescape(text) for prompt in prompts for text in prompt.texts):
         tokens = tokenize_prompt(tokenizers, text)
-        states = encode_states(tokens, models.encoder(), device)
-        if text_mode == "states":
-            found[text] = PreviewText(tokens, states=states.cpu())
-        else:
-            found[text] = PreviewText(tokens, context=adapt(tokens, states, models.adapter()).cpu())
+        states = encode_states(tokens, models.encoder, device)
+        values = states if text_mode == "states" else adapt(tokens, states, models.adapter)
+        found[text] = tokens, values.cpu()
     models.free()
-    return found
+    return PreviewPrompts(prompts, text_mode, found)

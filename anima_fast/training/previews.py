@@ -22,11 +22,9 @@ from anima_fast.errors import UserError, reason
 from anima_fast.memory.free import free_memory, is_out_of_memory
 from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.sampling.euler import sample_jobs
-from anima_fast.sampling.jobs import Job
 from anima_fast.sampling.pictures import generation_parameters, save_png, to_image
-from anima_fast.sampling.prompts import Prompt
-from anima_fast.training.checks import given
-from anima_fast.training.kind import Say
+from anima_fast.sampling.prompts import Job, Prompt
+from anima_fast.training.kind import Say, given
 from anima_fast.training.optimizers.build import averaged_weights
 from anima_fast.training.preview_prompts import PreviewPrompts
 
@@ -38,43 +36,21 @@ FOLDER = "sample"
 
 
 class Previews:
-    """Makes the pictures of a run.
-
-    Args:
-        run: pictures are made with its network as it is at the time.
-        prompts: with their encoded texts.
-    """
+    """Makes the pictures of a run, with its network as it is at the time."""
 
     def __init__(self, run: Run, prompts: PreviewPrompts) -> None:
         self.run, self.prompts = run, prompts
         self.options: PreviewOptions = run.options
 
-    def due_at_first(self, step: int) -> bool:
-        """Whether pictures are wanted before the first step."""
-        return self.options.sample_at_first and step == 0
-
-    def due_after_step(self, step: int) -> bool:
-        """Whether pictures are wanted now; epochs win where both are given."""
-        every = self.options.sample_every_n_steps
-        return bool(every) and not self.options.sample_every_n_epochs and step % every == 0
-
-    def due_after_epoch(self, epoch: int) -> bool:
-        """Whether pictures are wanted after an epoch, counted from 1."""
-        every = self.options.sample_every_n_epochs
-        return bool(every) and epoch % every == 0
-
     def make(
         self, stage: str, *, say: Say, stopped: Callable[[], bool] = lambda: False
     ) -> list[str]:
-        """Render every prompt.
+        """Render every prompt; returns the files made, relative to the output folder.
 
         Args:
             stage: e000004 after epoch 4, 000500 after step 500.
             say: gets one line for each picture that went wrong.
             stopped: asked between pictures.
-
-        Returns:
-            The files made, relative to the output folder.
         """
         made: list[str] = []
         run = self.run

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 import secrets
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,50 +18,46 @@ from anima_fast.data.batches import Batches
 from anima_fast.data.conditioning import load_conditioning
 from anima_fast.data.encode import EncodedDataset, encode_dataset
 from anima_fast.data.health import write_health
-from anima_fast.data.items import DatasetPlan
-from anima_fast.data.length import Length, run_length
+from anima_fast.data.items import DatasetPlan, Length, run_length
 from anima_fast.data.lowres import LowRes
 from anima_fast.data.plan import build_plan
 from anima_fast.data.summary import list_epoch
-from anima_fast.device import DTYPES, choose_device, uses_fused_blocks
-from anima_fast.files import write_text
+from anima_fast.device import DTYPES, check_torch_version, choose_device, set_backends
+from anima_fast.errors import UserError
+from anima_fast.files import check_folder
+from anima_fast.memory.offload import SaverSettings
+from anima_fast.models.attention import check_attn_mode
 from anima_fast.models.dit import AnimaDiT, load_dit
+from anima_fast.models.model_files import check_model_files
 from anima_fast.models.vae_checkpoint import load_vae
-from anima_fast.options.files import to_toml
-from anima_fast.options.run import FinetuneOptions, TrainOptions
-from anima_fast.training.checks import check_start, check_validation, given
+from anima_fast.options.output import LengthOptions, ValidationOptions
+from anima_fast.options.run import FinetuneOptions
+from anima_fast.sampling.prompts import collect_prompts
 from anima_fast.training.finetune.finetuning import Finetuning
-from anima_fast.training.kind import Say, Training
+from anima_fast.training.kind import AnyOptions, Say, Training, given, vae_dtype
 from anima_fast.training.lora import LoRATraining
+from anima_fast.training.optimizers.recipes import find_optimizer
 from anima_fast.training.optimizers.schedules import build_scheduler
-from anima_fast.training.position import Position
 from anima_fast.training.preview_prompts import prepare_prompts
 from anima_fast.training.run import LossScaler, Run
-from anima_fast.training.state import load_state
-
-if TYPE_CHECKING:
-    from anima_fast.models.vae import VAE
 
 
-def training_of(
-    options: TrainOptions | FinetuneOptions, device: torch.device, seed: int
-) -> Training:
-    """The kind of training that these options ask for."""
-    if isinstance(options, FinetuneOptions):
-        return Finetuning(options, device, seed)
-    return LoRATraining(options, device, seed)
-
-
-def prepare(options: TrainOptions | FinetuneOptions, *, seed: int, say: Say) -> Run:
+def prepare(options: AnyOptions, *, seed: int, say: Say) -> Run:
     """Check, plan, encode, load: everything before the first step, in the order that users see.
 
     Raises `UserError` for anything wrong with the options, the dataset or the model files, as early
     as it can be known.
     """
     device = choose_device(options.device)
-    training = training_of(options, device, seed)
+    training: Training
+    if isinstance(options, FinetuneOptions):
+        training = Finetuning(options, device, seed)
+    else:
+        training = LoRATraining(options, device, seed)
     folder = check_start(options, training, device)
-    seed_everything(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     plan, length = read_dataset(options, say)
     training.check_room(plan, say)
     # The VAE and the text encoder come and go here, before the DiT takes its memory.
@@ -73,24 +69,66 @@ def prepare(options: TrainOptions | FinetuneOptions, *, seed: int, say: Say) -> 
     say("loading the DiT")
     dit = load_run_dit(options, device)
     conditioning = load_conditioning(options, encoded.text_mode, device=device, dtype=dit.dtype)
-    vae = load_live_vae(options, device) if encoded.image_mode == "live" else None
+    vae = None
+    if encoded.image_mode == "live":
+        vae = load_vae(given(options.vae), device=device, dtype=vae_dtype(options))
     notices = training.build(dit, conditioning, say)
     scheduler = build_scheduler(
         options, training.optimizer, length.steps, learning_rate=options.learning_rate
     )
     for notice in notices:
         say(notice)
+    scaler = LossScaler(device.type, enabled=options.mixed_precision == "fp16")
     return Run(
         options, folder, training, device, seed, plan, batches, length, dit, conditioning,
-        scheduler,
-        scaler=LossScaler(device.type, enabled=options.mixed_precision == "fp16"),
-        vae=vae,
-        prompts=prompts,
-        fused=uses_fused_blocks(options.kernels, device, compiled=options.compile),
+        scheduler, scaler, vae, prompts,
     )  # fmt: skip
 
 
-def read_dataset(options: TrainOptions | FinetuneOptions, say: Say) -> tuple[DatasetPlan, Length]:
+def check_start(options: AnyOptions, training: Training, device: torch.device) -> Path:
+    """Refuse what can be refused before anything is encoded, and set the backend switches.
+
+    Returns the output folder.
+    """
+    check_torch_version()
+    dtype = DTYPES[options.mixed_precision]
+    check_attn_mode(options.attn_mode, training=True, device=device, dtype=dtype)
+    fused = training.fused
+    dit = check_model_files(
+        options.pretrained_model_name_or_path, options.qwen3, options.vae, options.llm_adapter_path
+    )
+    training.check(dit)
+    find_optimizer(options.optimizer_type)
+    collect_prompts(options)
+    SaverSettings.of(options, training.cuda_graphs).policies(dit.num_blocks, fused=fused)
+    if options.mixed_precision == "bf16" and device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise UserError(
+                "this card has no bfloat16 units: use --mixed_precision fp16 (the residual stream "
+                "stays in fp32) or no"
+            )
+    # Proved now, not after an hour.
+    if not options.output_dir:
+        raise UserError("--output_dir is required: the folder for files, log and states")
+    check_folder(options.output_dir)
+    set_backends(tf32=options.cuda_allow_tf32, benchmark=options.cuda_cudnn_benchmark)
+    return Path(options.output_dir)
+
+
+def check_validation(options: ValidationOptions, say: Say) -> None:
+    """What options of validation mean where no image is held out."""
+    if options.early_stop_patience:
+        raise UserError(
+            "--early_stop_patience needs a validation loss, and no image is held out: set "
+            "validation_split in the dataset file, or drop it"
+        )
+    for name in ("validate_every_n_steps", "validate_every_n_epochs"):
+        if getattr(options, name):
+            say(f"{name} has no effect: no image is held out (validation_split)")
+
+
+def read_dataset(options: AnyOptions, say: Say) -> tuple[DatasetPlan, Length]:
     """Read the dataset's folders and say how many batches and steps they make."""
     say("reading the dataset")
     plan = build_plan(options)
@@ -98,17 +136,36 @@ def read_dataset(options: TrainOptions | FinetuneOptions, say: Say) -> tuple[Dat
         say(notice)
     if not plan.validation_items:
         check_validation(options, say)
+    return plan, describe_plan(plan, options, say)
+
+
+def show_dataset(options: AnyOptions, seed: int, *, say: Say) -> None:
+    """Say what the first epoch would hold; no model is loaded."""
+    plan = build_plan(options)
+    for notice in plan.notices:
+        say(notice)
+    describe_plan(plan, options, say)
+    for line in list_epoch(plan, seed):
+        say(line)
+
+
+def describe_plan(plan: DatasetPlan, options: LengthOptions, say: Say) -> Length:
+    """Say how many images each bucket has and how long the run is."""
     length = run_length(options, plan.batches_per_epoch)
-    describe_plan(plan, length, say)
-    return plan, length
+    buckets: Counter[tuple[int, int]] = Counter()
+    for item in plan.items:
+        buckets[item.bucket] += item.repeats
+    for (width, height), count in sorted(buckets.items()):
+        say(f"  bucket {width}x{height}: {count} images (with repeats)")
+    say(
+        f"{len(plan.items)} images, {length.batches_per_epoch} batches per epoch, "
+        f"{length.epochs} epochs, {length.steps} steps"
+    )
+    return length
 
 
 def encode(
-    options: TrainOptions | FinetuneOptions,
-    plan: DatasetPlan,
-    folder: Path,
-    device: torch.device,
-    say: Say,
+    options: AnyOptions, plan: DatasetPlan, folder: Path, device: torch.device, say: Say
 ) -> tuple[LowRes | None, EncodedDataset]:
     """Fill the caches, and write the dataset's health to the output folder."""
     # Written twice, as encoding may take long and the lengths of captions are known only after it.
@@ -129,7 +186,7 @@ def encode(
     return lowres, encoded
 
 
-def load_run_dit(options: TrainOptions | FinetuneOptions, device: torch.device) -> AnimaDiT:
+def load_run_dit(options: AnyOptions, device: torch.device) -> AnimaDiT:
     """The DiT, frozen."""
     dit = load_dit(
         given(options.pretrained_model_name_or_path),
@@ -142,71 +199,6 @@ def load_run_dit(options: TrainOptions | FinetuneOptions, device: torch.device) 
     return dit
 
 
-def vae_dtype(options: TrainOptions | FinetuneOptions) -> torch.dtype:
-    """The precision of the VAE."""
-    return torch.float32 if options.no_half_vae else DTYPES[options.mixed_precision]
-
-
-def load_live_vae(options: TrainOptions | FinetuneOptions, device: torch.device) -> VAE:
-    """The VAE, which stays in memory because latents are not cached."""
-    return load_vae(given(options.vae), device=device, dtype=vae_dtype(options))
-
-
 def choose_seed(seed: int | None) -> int:
     """The given seed, else a random one, which the log and the resume state record."""
     return seed if seed is not None else secrets.randbelow(2**31)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (every device)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def describe_plan(plan: DatasetPlan, length: Length, say: Say) -> None:
-    """Print images per bucket and the length of the run."""
-    buckets: dict[tuple[int, int], int] = {}
-    for item in plan.items:
-        buckets[item.bucket] = buckets.get(item.bucket, 0) + item.repeats
-    for (width, height), count in sorted(buckets.items()):
-        say(f"  bucket {width}x{height}: {count} images (with repeats)")
-    say(
-        f"{len(plan.items)} images, {length.batches_per_epoch} batches per epoch, "
-        f"{length.epochs} epochs, {length.steps} steps"
-    )
-
-
-def show_dataset(options: TrainOptions | FinetuneOptions, seed: int, *, say: Say) -> None:
-    """Say what the first epoch would hold; no model is loaded."""
-    plan = build_plan(options)
-    for notice in plan.notices:
-        say(notice)
-    describe_plan(plan, run_length(options, plan.batches_per_epoch), say)
-    for line in list_epoch(plan, seed):
-        say(line)
-
-
-def resume_run(run: Run, folder: Path, *, say: Say) -> Position:
-    """Restore a freshly prepared run from a resume state."""
-    position = load_state(
-        folder,
-        network=run.network,
-        optimizer=run.optimizer,
-        scheduler=run.scheduler,
-        scaler=run.scaler,
-        fingerprint=run.fingerprint,
-        ema=run.training.ema,
-        remedies=run.training.remedies,
-        say=say,
-    )
-    if bins := position.pop("sigma_bins", None):
-        run.sigma_bins.restore(torch.tensor(bins))
-    restored = Position(**position)
-    say(f"resumed from {folder.name} at step {restored.step}")
-    return restored
-
-
-def write_run_file(run: Run) -> None:
-    """Write the resolved options as TOML: `--config_file NAME.toml` repeats the run."""
-    write_text(run.folder / f"{run.options.output_stem}.toml", to_toml(run.options))

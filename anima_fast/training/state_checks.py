@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anima_fast.errors import UserError
 from anima_fast.files import dtype_code, read_safetensors_header
-from anima_fast.training.state_files import NETWORK_FILE, tensors_of
+from anima_fast.training.state_files import NETWORK_FILE, read_json, tensors_of
 
 # States written before own classes had a `saved_name` hold the module where the class was.
 FORMER_NAMES = {
@@ -72,12 +72,10 @@ def dataset_fingerprint(plan: DatasetPlan, accumulation: int = 1) -> dict:
     }
 
 
-def check_fingerprint(folder: Path, saved: dict, now: Mapping | None, remedies: Remedies) -> None:
-    """The same dataset and batches (None skips the comparison)."""
-    if now is None:
-        return
+def check_fingerprint(folder: Path, saved: dict, now: dict, remedies: Remedies) -> None:
+    """The same dataset and batches."""
     # Through JSON like the saved one, where tuples are lists.
-    now = json.loads(json.dumps(dict(now)))
+    now = json.loads(json.dumps(now))
     changed = [
         f"{name} was {saved.get(name)}, is {now.get(name)}"
         for name in {**saved, **now}
@@ -91,13 +89,7 @@ def check_fingerprint(folder: Path, saved: dict, now: Mapping | None, remedies: 
 
 
 def check_network(folder: Path, now: Mapping[str, Tensor], remedies: Remedies) -> None:
-    """Same tensors, shapes and alphas (of full fine-tuning: and dtypes), or an explanation.
-
-    Args:
-        folder: the state.
-        now: the tensors of the network of this run.
-        remedies: what to advise.
-    """
+    """Same tensors, shapes and alphas (of full fine-tuning: and dtypes), or an explanation."""
     path = folder / NETWORK_FILE
     saved = read_safetensors_header(path)
     saved.pop("__metadata__", None)
@@ -129,10 +121,7 @@ def check_network(folder: Path, now: Mapping[str, Tensor], remedies: Remedies) -
 
 
 def check_optimizer(
-    folder: Path,
-    record: dict,
-    optimizer: torch.optim.Optimizer,
-    remedies: Remedies,
+    folder: Path, record: dict, optimizer: torch.optim.Optimizer, remedies: Remedies
 ) -> None:
     """The same class with as many groups and parameters."""
     name = class_name(optimizer)
@@ -141,9 +130,8 @@ def check_optimizer(
             f"{folder} was made with the optimizer {record['optimizer']}, this run has {name}: "
             f"give the same --optimizer_type, or {remedies.start_over_from(folder)}"
         )
-    groups = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))["dict"]
-    saved = [dict(group["dict"]) for group in dict(groups)["param_groups"]["list"]]
-    counts = [len(group["params"]["list"]) for group in saved]
+    saved = dict(read_json(folder / "optimizer.json")["dict"])["param_groups"]["list"]
+    counts = [len(dict(group["dict"])["params"]["list"]) for group in saved]
     if counts != [len(group["params"]) for group in optimizer.param_groups]:
         raise UserError(
             f"{folder} has {len(counts)} groups of learning rates, this run has "
@@ -164,31 +152,27 @@ def check_scheduler(
         )
 
 
-def tell_changed_rates(
-    optimizer: torch.optim.Optimizer, new_rates: list[float | None], say: Callable[[str], None]
-) -> None:
-    """Say which groups now have another learning rate."""
-    for group, new in zip(optimizer.param_groups, new_rates, strict=True):
-        was = group.get("initial_lr")
+def changed_rates(optimizer: torch.optim.Optimizer, fresh: list[dict]) -> Iterator[str]:
+    """Which groups now have another learning rate; `fresh` are those before the state's came."""
+    for group, before in zip(optimizer.param_groups, fresh, strict=True):
+        was, new = group.get("initial_lr"), before.get("initial_lr")
         if None not in (was, new) and was != new:
             name = group.get("name", "the network")
-            say(f"the learning rate of {name} changes from {was:g} to {new:g}, as asked for")
+            yield f"the learning rate of {name} changes from {was:g} to {new:g}, as asked for"
 
 
-def tell_kept_arguments(
-    optimizer: torch.optim.Optimizer, fresh: Mapping, say: Callable[[str], None]
-) -> None:
-    """Say which arguments keep their saved value although another one was given.
+def kept_arguments(optimizer: torch.optim.Optimizer, fresh: Mapping) -> Iterator[str]:
+    """Which arguments keep their saved value although another one was given.
 
-    Args:
-        optimizer: with the saved state.
-        fresh: its first group before that. What the class does not take as an argument is state.
+    `fresh` is the first group before the state's came. What the class does not take as an argument
+    is state.
     """
     kept, cls = optimizer.param_groups[0], getattr(optimizer, "stands_for", type(optimizer))
     for name in inspect.signature(cls).parameters:
         own = name not in ("params", "lr", "fused", "foreach") and name in fresh
-        if own and kept.get(name) != fresh[name]:
-            say(f"optimizer_args: {name} stays {kept.get(name)} as in the state, not {fresh[name]}")
+        was = kept.get(name)
+        if own and was != fresh[name]:
+            yield f"optimizer_args: {name} stays {was} as in the state, not {fresh[name]}"
 
 
 def class_name(thing: object) -> str:

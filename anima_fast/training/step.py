@@ -37,23 +37,12 @@ Group = list[tuple[Batch, Tensor]]
 
 
 def forward_backward(
-    run: Run,
-    batches: Sequence[Batch],
-    settings: FlowSettings,
-    policies: MemoryPolicies,
-    *,
-    step: int,
+    run: Run, batches: Sequence[Batch], policies: MemoryPolicies, *, step: int
 ) -> Group:
     """Forward and backward of the micro-batches of one optimizer step; gradients add up.
 
-    When memory runs out all of them are done again at the next lower memory policy.
-
-    Args:
-        run: the run.
-        batches: the micro-batches.
-        settings: of noise and loss.
-        policies: what can still be given up.
-        step: optimizer steps made before.
+    When memory runs out all of them are done again at the next lower memory policy. `step` counts
+    the optimizer steps made before.
 
     Raises:
         UserError: memory ran out and nothing is left to give up.
@@ -62,7 +51,7 @@ def forward_backward(
     while True:
         try:
             return [
-                (batch, backward(run, micro_step(run, batch, settings, step=step, micro=micro)))
+                (batch, backward(run, micro_step(run, batch, step=step, micro=micro)))
                 for micro, batch in enumerate(batches)
             ]
         except RuntimeError as error:
@@ -74,7 +63,7 @@ def forward_backward(
         policies.lower()
 
 
-def micro_step(run: Run, batch: Batch, settings: FlowSettings, *, step: int, micro: int) -> Tensor:
+def micro_step(run: Run, batch: Batch, *, step: int, micro: int) -> Tensor:
     """Per-sample losses [B] (fp32, with the dataset's loss weights) of one batch.
 
     The global generators are seeded from (seed, step, micro) first: noise, σ and every dropout of
@@ -86,8 +75,8 @@ def micro_step(run: Run, batch: Batch, settings: FlowSettings, *, step: int, mic
     if batch.sigma is not None:
         sigma = batch.sigma.to(latents.device, non_blocking=True)
     else:
-        sigma = sample_sigma(settings, len(latents), latents.shape[-2:], device=latents.device)
-    losses = batch_loss(run, batch, latents, noise, sigma, settings)
+        sigma = sample_sigma(run.flow, len(latents), latents.shape[-2:], device=latents.device)
+    losses = batch_loss(run, batch, latents, noise, sigma, run.flow)
     run.sigma_bins.add(sigma, losses.detach())
     return losses * batch.loss_weights.to(losses)
 
@@ -132,14 +121,7 @@ def optimizer_step(
 ) -> dict:
     """Clip, step unless something is not finite, schedule, zero.
 
-    Args:
-        run: the run.
-        group: the micro-batches whose gradients have been added up.
-        bad_batches: decides whether the gradients may be used.
-        say: gets a line about a batch that is skipped.
-
-    Returns:
-        `loss` (mean), `grad_norm` (before clipping), and `max_norm` with `scale_weight_norms`.
+    Returns `loss` (mean), `grad_norm` (before clipping), and `max_norm` with `scale_weight_norms`.
     """
     run.scaler.unscale_(run.optimizer)
     norm = run.training.clip(run.options.max_grad_norm)

@@ -7,8 +7,7 @@ because the weights do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,20 +18,13 @@ from anima_fast.training.optimizers.build import averaged_weights
 from anima_fast.training.step import batch_latents, batch_loss
 
 if TYPE_CHECKING:
+    from anima_fast.training.kind import Say
     from anima_fast.training.run import Run
 
 SIGMAS = (0.2, 0.4, 0.6, 0.8)
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Mean loss over the validation batches: of all four σ, and of each."""
-
-    loss: float
-    per_sigma: dict[str, float]
-
-
-def validate_or_skip(run: Run, say: Callable[[str], None]) -> Validation | None:
+def validate_or_skip(run: Run, say: Say) -> dict[str, float] | None:
     """`validate`, or None with a message if memory runs out, which must not end a run that fits."""
     for _ in range(2):
         try:
@@ -47,8 +39,11 @@ def validate_or_skip(run: Run, say: Callable[[str], None]) -> Validation | None:
 
 
 @torch.no_grad()
-def validate(run: Run) -> Validation | None:
-    """The validation loss of the current weights; None if nothing is held out."""
+def validate(run: Run) -> dict[str, float] | None:
+    """The loss of the current weights over the validation batches at each σ.
+
+    None if nothing is held out.
+    """
     indices = run.plan.validation_batches()[: run.options.max_validation_steps]
     if not indices:
         return None
@@ -71,4 +66,4 @@ def validate(run: Run) -> Validation | None:
     finally:
         run.network.train()
     means = torch.stack(losses).view(-1, len(SIGMAS)).mean(0).tolist()
-    return Validation(sum(means) / len(means), dict(zip(map(str, SIGMAS), means, strict=True)))
+    return dict(zip(map(str, SIGMAS), means, strict=True))

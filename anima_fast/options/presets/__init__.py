@@ -88,11 +88,7 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> Preset:
-    """Read a preset of the package, or a TOML file of the user by its path.
-
-    Raises:
-        UserError: an unknown name, a file that cannot be read, an option that does not exist.
-    """
+    """Read a preset of the package, or a TOML file of the user by its path."""
     path = FOLDER / f"{name.lower()}.toml"
     if not re.fullmatch(r"\w+", name) or not path.is_file():
         path = Path(name)
@@ -162,14 +158,12 @@ def split_names(words: Iterable[str]) -> list[str]:
 def apply_presets(
     words: Iterable[str], by_hand: Mapping[str, Any], cls: type[RunOptions]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The options that presets set, and a line for the user about each.
+    """The options that presets set, to go below those given by hand, and a line about each.
 
     Args:
         words: the values of `--preset`.
         by_hand: the options of the command line and the configuration file, converted.
         cls: `TrainOptions` or `FinetuneOptions`.
-    Returns:
-        values to put below those given by hand, and lines that begin with `preset NAME: `.
     """
     chosen: dict[str, tuple[Any, str]] = {}
     lines = []

@@ -33,13 +33,10 @@ _NO_PAIRS = np.zeros((0, 2), np.int32)
 def find_duplicates(
     looks: Mapping[Path, Look], sizes: Mapping[Path, tuple[int, int]]
 ) -> tuple[list[list[Path]], list[list[Path]]]:
-    """Groups of two or more: with the same pixels, and that look nearly the same.
+    """Groups of two or more images: with the same pixels, and that look nearly the same.
 
-    Args:
-        looks: decoded images; damaged ones are left out.
-        sizes: (width, height) of each file.
-    Returns:
-        (exact, near). Of images with the same pixels only the first appears in `near`.
+    looks: damaged images are left out. sizes: (width, height) of each file. Of images with the same
+    pixels only the first appears in the second list.
     """
     known = {
         path: (look.signature, look.tint)

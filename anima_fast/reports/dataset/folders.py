@@ -25,14 +25,11 @@ _ASPECT = 0.02
 
 def folder_problems(datasets: Iterable[Dataset]) -> list[Problem]:
     """Other formats, images in subfolders, dead links and captions without an image."""
-    found: dict[tuple[str, str], Problem] = {}
-    for dataset in datasets:
-        for subset in dataset.subsets:
-            if subset.image_dir is None or not os.path.isdir(subset.image_dir):
-                continue
-            for problem in _of_folder(Path(subset.image_dir), subset):
-                found.setdefault((problem.kind, problem.file), problem)
-    return list(found.values())
+    found = []
+    for subset in (subset for dataset in datasets for subset in dataset.subsets):
+        if subset.image_dir is not None and os.path.isdir(subset.image_dir):
+            found += _of_folder(Path(subset.image_dir), subset)
+    return found
 
 
 def mask_problems(items: Iterable[ImageItem]) -> list[Problem]:

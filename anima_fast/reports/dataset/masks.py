@@ -7,7 +7,6 @@ runs between cells that count more than half and those that count less.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,9 @@ from anima_fast.data.cache import LATENT_SCALE
 from anima_fast.data.problems import Problem
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write
-from anima_fast.models.flow import resize_mask
-from anima_fast.reports.dataset.survey import DrawnMask, OnProgress, Survey
+from anima_fast.models.flow import mask_cells
+from anima_fast.reports.dataset.pixels import OnProgress
+from anima_fast.reports.dataset.survey import Survey
 
 if TYPE_CHECKING:
     from anima_fast.data.items import ImageItem
@@ -37,42 +37,42 @@ _FAINT = 0.3
 
 
 def draw_masks(survey: Survey, folder: Path, *, on_progress: OnProgress) -> str:
-    """Write a picture of each mask into `folder`, and add what is wrong with masks to the survey.
+    """Write a picture of each mask into `folder`, and say how many were written.
 
-    Returns:
-        a line that says how many were written.
-    Raises:
-        UserError: no subset has masks, or the folder cannot be written.
+    Masks, and what is wrong with them, are added to the survey. Raises `UserError` when no subset
+    has masks, or when the folder cannot be written.
     """
-    items = [item for item in survey.items if item.subset.alpha_mask or item.mask_path]
-    if not any(_has_masks(item) for item in survey.items):
+    subsets = [item.subset for item in survey.items]
+    if not any(subset.alpha_mask or subset.conditioning_data_dir for subset in subsets):
         raise UserError(
             "--masks: no subset has masks: set alpha_mask = true or conditioning_data_dir in one"
         )
+    items = [item for item in survey.items if item.subset.alpha_mask or item.mask_path]
     damaged = {Path(p.file) for p in survey.problems if p.kind.startswith("unreadable")}
     items = [item for item in items if item.path not in damaged and item.mask_path not in damaged]
     several = len({item.subset.where for item in items}) > 1
     with ThreadPoolExecutor(_THREADS, "masks") as pool:
         drawn = pool.map(partial(_draw, folder=folder, several=several), items)
-        for done, found in enumerate(drawn, 1):
+        for done, (item, found) in enumerate(zip(items, drawn, strict=True), 1):
             on_progress("drawing masks", done, len(items))
-            if isinstance(found, DrawnMask):
-                survey.masks.append(found)
-                survey.problems += _of_mask(found)
-            elif found not in survey.problems:
-                survey.problems.append(found)
-    survey.masks.sort(key=lambda mask: mask.area)
+            if isinstance(found, Problem):
+                survey.problems += [] if found in survey.problems else [found]
+                continue
+            mask = "alpha" if item.mask_path is None else item.mask_path.name
+            survey.masks.append({"file": str(item.path), "mask": mask, "trained": found})
+            if found == 0:
+                survey.problems.append(Problem("empty mask", str(item.path), f"mask {mask}"))
+            # An image without transparency is another finding.
+            elif found == 1 and item.mask_path is not None:
+                survey.problems.append(Problem("full mask", str(item.path), f"mask {mask}"))
+    survey.masks.sort(key=lambda mask: mask["trained"])
     return f"wrote {len(survey.masks)} pictures of masks into {folder}"
 
 
 def overlay(pixels: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """The picture of a mask.
+    """The picture of a mask, [h, w, 3] uint8, as are the `pixels` below it.
 
-    Args:
-        pixels: [h, w, 3] uint8.
-        cells: [h / 8, w / 8] float32 in [0, 1], the loss factor of each latent cell.
-    Returns:
-        [h, w, 3] uint8.
+    cells: [h / 8, w / 8] float32 in [0, 1], the loss factor of each latent cell.
     """
     factor = _enlarged(cells)[..., None]
     hidden = _FAINT * pixels + (1 - _FAINT) * _RED
@@ -85,11 +85,8 @@ def overlay(pixels: np.ndarray, cells: np.ndarray) -> np.ndarray:
     return shown
 
 
-def _has_masks(item: ImageItem) -> bool:
-    return item.subset.alpha_mask or item.subset.conditioning_data_dir is not None
-
-
-def _draw(item: ImageItem, *, folder: Path, several: bool) -> DrawnMask | Problem:
+def _draw(item: ImageItem, *, folder: Path, several: bool) -> float | Problem:
+    """Write the picture of one mask; the mean of its cells."""
     try:
         pixels, alpha = images.load_item(item)
         mask = images.load_mask(item) if item.mask_path is not None else alpha
@@ -104,25 +101,15 @@ def _draw(item: ImageItem, *, folder: Path, several: bool) -> DrawnMask | Proble
         folder = folder / f"{subset.dataset_index}.{subset.index} {subset.name}"
     with atomic_write(folder / f"{item.path.name}.jpg") as file:
         Image.fromarray(overlay(rgb, cells)).save(file, "JPEG", quality=92)
-    source = "alpha" if item.mask_path is None else item.mask_path.name
-    return DrawnMask(item.path, source, float(cells.mean()))
+    return float(cells.mean())
 
 
 def loss_cells(mask: np.ndarray) -> np.ndarray:
     """The loss factors [h / 8, w / 8] of a pixel mask [h, w] with values 0..1."""
     height, width = mask.shape
     pixels = torch.from_numpy(np.ascontiguousarray(mask, np.float32))[None]
-    return resize_mask(pixels, (height // LATENT_SCALE, width // LATENT_SCALE))[0, 0].numpy()
+    return mask_cells(pixels, (height // LATENT_SCALE, width // LATENT_SCALE))[0, 0].numpy()
 
 
 def _enlarged(cells: np.ndarray) -> np.ndarray:
     return cells.repeat(LATENT_SCALE, 0).repeat(LATENT_SCALE, 1)
-
-
-def _of_mask(mask: DrawnMask) -> Iterable[Problem]:
-    text = f"mask {mask.source}"
-    if mask.area == 0:
-        yield Problem("empty mask", str(mask.image), text)
-    # An image without transparency is another finding.
-    elif mask.area == 1 and mask.source != "alpha":
-        yield Problem("full mask", str(mask.image), text)

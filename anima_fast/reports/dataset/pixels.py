@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,14 @@ import numpy as np
 from PIL import Image
 
 from anima_fast.data import images
+from anima_fast.data.problems import Problem
 
 # Longest side of the image that hashes are computed from, and of a thumbnail.
 _SMALL, THUMBNAIL = 256, 176
 # dHash: this many comparisons along each axis, in both directions.
 _SIDE = 8
+# Called with what is being done, the number done and the number of all.
+OnProgress = Callable[[str, int, int], None]
 # Alpha above this is opaque to the eye.
 _OPAQUE = 250
 _DEEP_MODES = ("I", "F")
@@ -30,78 +33,59 @@ _OTHER_COLOURS = {"CMYK": "CMYK", "LAB": "L*a*b*", "HSV": "HSV"}
 
 @dataclass(frozen=True)
 class Look:
-    """One decoded image.
+    """One decoded image; a damaged one has problems only.
 
-    damage: why it cannot be decoded, None when it can. colours: the name of a mode that is
-    visibly changed by the conversion to 8-bit RGB, else None. transparent: the share of pixels that
-    are not opaque. has_alpha: whether the file stores alpha at all. signature: bits of the
-    difference hash [128] bool. tint: mean colours [4, 4, 3] float32. thumbnail: a JPEG file.
+    signature: bits of the difference hash [128] bool. tint: mean colours [4, 4, 3] float32.
+    thumbnail: a JPEG file.
     """
 
-    damage: str | None = None
-    colours: str | None = None
-    animated: bool = False
-    has_alpha: bool = False
-    transparent: float = 0.0
+    problems: Sequence[Problem] = ()
     signature: np.ndarray | None = None
     tint: np.ndarray | None = None
     thumbnail: bytes | None = None
 
 
 def look_at(
-    paths: Sequence[Path],
+    paths: Collection[Path],
     *,
-    thumbnails: bool = False,
-    turned: Set[Path] = frozenset(),
-    threads: int | None = None,
-    on_done: Callable[[], None] = lambda: None,
+    thumbnails: bool,
+    turned: Set[Path],
+    masked: Set[Path],
+    on_progress: OnProgress,
 ) -> dict[Path, Look]:
-    """Decode images in threads.
+    """Decode images in threads, each once; `thumbnails` makes small pictures of them too.
 
-    Args:
-        paths: each is read once.
-        thumbnails: make them too.
-        turned: images that training turns as their EXIF data says.
-        threads: by default twice the processors, at most 16.
-        on_done: called after each image, in the calling thread.
+    turned: images that training turns as their EXIF data says. masked: images whose transparency is
+    a loss mask. on_progress: called after each image, in the calling thread.
     """
-    count = threads or min(16, 2 * (os.cpu_count() or 1))
-    with ThreadPoolExecutor(count, "look") as pool:
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), "look") as pool:
         waiting = {
-            pool.submit(look, path, thumbnail=thumbnails, turned=path in turned): path
+            path: pool.submit(
+                look, path, thumbnail=thumbnails, turned=path in turned, masked=path in masked
+            )
             for path in paths
         }
-        found = {}
-        for future in as_completed(waiting):
-            found[waiting[future]] = future.result()
-            on_done()
-    return found
+        for done, _ in enumerate(as_completed(waiting.values()), 1):
+            on_progress("reading images", done, len(waiting))
+    return {path: future.result() for path, future in waiting.items()}
 
 
-def look(path: Path, *, thumbnail: bool = False, turned: bool = False) -> Look:
+def look(
+    path: Path, *, thumbnail: bool = False, turned: bool = False, masked: bool = False
+) -> Look:
     """Decode one image; damage is returned, never raised."""
     try:
         with images.opened(path) as image:
-            colours = _colours(image)
-            # Phones store a second picture in a JPEG file; that is no animation.
-            animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
             image.draft(image.mode, (_SMALL, _SMALL))
             image.load()
-            has_alpha, transparent = _alpha(image)
-            small = _to_rgb(images.upright(image) if turned else image)
+            problems = list(_problems(image, str(path), masked))
+            # As training sees it: alpha dropped, not composited.
+            small = images.to_8bit(images.upright(image) if turned else image).convert("RGB")
             small.thumbnail((_SMALL, _SMALL), Image.Resampling.BOX, reducing_gap=2.0)
     except images.ImageError as error:
-        return Look(damage=error.reason)
+        return Look([Problem("unreadable", str(path), error.reason)])
     tint = np.asarray(small.resize((4, 4), Image.Resampling.BOX), np.float32)
-    return Look(
-        colours=colours,
-        animated=animated,
-        has_alpha=has_alpha,
-        transparent=transparent,
-        signature=difference_hash(small),
-        tint=tint,
-        thumbnail=_jpeg(small) if thumbnail else None,
-    )
+    return Look(problems, difference_hash(small), tint, _jpeg(small) if thumbnail else None)
 
 
 def difference_hash(image: Image.Image) -> np.ndarray:
@@ -113,23 +97,23 @@ def difference_hash(image: Image.Image) -> np.ndarray:
     return np.concatenate([part.ravel() for part in parts])
 
 
-def _colours(image: Image.Image) -> str | None:
-    if image.mode.startswith(_DEEP_MODES):
-        return "more than 8 bit" if image.mode != "F" else "floating point"
-    return _OTHER_COLOURS.get(image.mode)
-
-
-def _alpha(image: Image.Image) -> tuple[bool, float]:
-    """Whether the file stores alpha, and the share of pixels that are not opaque."""
-    if not images.has_alpha(image):
-        return False, 0.0
-    alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-    return True, float((alpha < _OPAQUE).mean())
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """As training sees it: alpha dropped, not composited."""
-    return images.to_8bit(image).convert("RGB")
+def _problems(image: Image.Image, file: str, masked: bool) -> Iterator[Problem]:
+    has_alpha = images.has_alpha(image)
+    if masked and not has_alpha:
+        yield Problem("no alpha", file)
+    if has_alpha and not masked:
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+        if transparent := float((alpha < _OPAQUE).mean()):
+            yield Problem("transparent", file, f"{transparent:.0%} of it")
+    if image.mode == "F":
+        yield Problem("colours", file, "floating point")
+    elif image.mode.startswith(_DEEP_MODES):
+        yield Problem("colours", file, "more than 8 bit")
+    elif image.mode in _OTHER_COLOURS:
+        yield Problem("colours", file, _OTHER_COLOURS[image.mode])
+    # Phones store a second picture in a JPEG file; that is no animation.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        yield Problem("animated", file)
 
 
 def _jpeg(small: Image.Image) -> bytes:

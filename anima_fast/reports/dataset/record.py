@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,8 @@ Record = dict[str, Any]
 def make_record(survey: Survey) -> Record:
     """Everything that is known about a dataset, uncapped; it serialises to JSON.
 
-    Returns:
-        plan: numbers of the run. subsets, buckets: as in `dataset.json`. images: one entry for each
-        use of a file by a dataset. decoded: whether the pixels were read. The others are named as
-        what they hold.
+    `plan` has the numbers of the run, `subsets` and `buckets` are as in `dataset.json`, `images`
+    has an entry for each use of a file by a dataset.
     """
     plan, length = survey.plan, survey.length
     record = {
@@ -46,13 +44,10 @@ def make_record(survey: Survey) -> Record:
         "images": _images(survey),
         "tokens": _tokens(survey),
         "duplicates": {
-            "exact": [[str(path) for path in group] for group in survey.exact],
-            "near": [[str(path) for path in group] for group in survey.near],
+            kind: [[str(path) for path in group] for group in groups]
+            for kind, groups in survey.duplicates.items()
         },
-        "masks": [
-            {"file": str(mask.image), "mask": mask.source, "trained": round(mask.area, 4)}
-            for mask in survey.masks
-        ],
+        "masks": [{**mask, "trained": round(mask["trained"], 4)} for mask in survey.masks],
         "tags": [list(entry) for entry in survey.tags.most_common()],
         "tag_spellings": [[list(entry) for entry in group] for group in survey.spellings],
         "problems": [
@@ -188,24 +183,19 @@ def largest_crops(record: Record) -> list[Record]:
     return sorted(cropped, key=lambda image: image["cut_off"], reverse=True)
 
 
-@dataclass(frozen=True)
-class ProblemGroup:
-    """All problems of one kind, and what to do about them."""
-
-    kind: str
-    title: str
-    remedy: str
-    stops: bool
-    problems: list[Record]
+def size_text(size: Sequence[int]) -> str:
+    """Width and height of an image or a bucket: "96x64"."""
+    return f"{size[0]}x{size[1]}"
 
 
-def problem_groups(record: Record) -> list[ProblemGroup]:
-    """The problems by kind, those that stop training first."""
+def problem_groups(record: Record) -> list[Record]:
+    """Problems by kind, with title and remedy of each; those that stop training come first."""
     found = []
     for kind, about in sorted(KINDS.items(), key=lambda entry: not entry[1].stops):
         if problems := [one for one in record["problems"] if one["kind"] == kind]:
             title = about.title[0].upper() + about.title[1:]
-            found.append(ProblemGroup(kind, title, about.remedy, about.stops, problems))
+            group = {"kind": kind, "title": title, "remedy": about.remedy, "stops": about.stops}
+            found.append({**group, "problems": problems})
     return found
 
 

@@ -32,18 +32,10 @@ def report_dataset(
     masks: str | None = None,
     headers_only: bool = False,
 ) -> bool:
-    """Report on the data of a run; True when no problem was found.
+    """Report on the data of a run, as the options of the command say; True when it has no problem.
 
-    Args:
-        options: those of a training run.
-        html: file of the page.
-        html_images: thumbnails on it, at most.
-        json: print JSON instead of tables.
-        masks: folder of pictures of the loss masks.
-        headers_only: decode no image.
-
-    Raises:
-        UserError: a broken configuration, a missing folder, or a place that cannot be written.
+    Raises `UserError` for a broken configuration, a missing folder, or a place that cannot be
+    written.
     """
     _check_targets(html, masks)
     with Bars() as bars:

@@ -6,39 +6,26 @@ The plan is that of `data/plan.py`, which training uses too. No model is loaded.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from anima_fast.data.cache_folders import printable
 from anima_fast.data.caption_tokens import CaptionTokens, count_tokens, renderings
 from anima_fast.data.findings import plan_problems
-from anima_fast.data.items import DatasetPlan, ImageItem
-from anima_fast.data.length import Length, run_length
+from anima_fast.data.health import count_tags, spelling_variants
+from anima_fast.data.items import DatasetPlan, ImageItem, Length, run_length
 from anima_fast.data.plan import build_plan
 from anima_fast.data.problems import Problem
-from anima_fast.data.tags import count_tags, spelling_variants
 from anima_fast.models.tokenizer_files import QWEN3, T5, TokenizerMissing, explicit_files
 from anima_fast.models.tokenizers import Tokenizers, load_tokenizers
 from anima_fast.reports.dataset.duplicates import find_duplicates
 from anima_fast.reports.dataset.folders import folder_problems, mask_problems
-from anima_fast.reports.dataset.pixels import Look, look_at
+from anima_fast.reports.dataset.pixels import Look, OnProgress, look_at
 
 if TYPE_CHECKING:
+    from anima_fast.options.data import ModelFiles
     from anima_fast.options.run import TrainOptions
-
-# Called with what is being done, the number done and the number of all.
-OnProgress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class DrawnMask:
-    """One mask: its image, where it comes from, and the mean of its cells."""
-
-    image: Path
-    source: str
-    area: float
 
 
 @dataclass
@@ -47,25 +34,28 @@ class Survey:
 
     items: training images, then those held out, then unused regularisation images. texts: the
     rendering of each item's caption that has the most tokens, in the order of `items`. looks: what
-    the pixels say, by file; empty when only headers were read. token_note: why there are no counts.
-    lost_text: what is cut off a long caption, by file. masks: filled by `masks.draw_masks`.
+    the pixels say, by file; empty when only headers were read. duplicates: groups of files with the
+    same pixels (`exact`), or that look nearly the same (`near`). token_note: why there are no
+    counts. lost_text: what is cut off a long caption, by file. masks: one entry for each that was
+    drawn.
     """
 
     title: str
     plan: DatasetPlan
     length: Length
     items: list[ImageItem]
-    texts: list[str]
+    texts: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     looks: dict[Path, Look] = field(default_factory=dict)
-    exact: list[list[Path]] = field(default_factory=list)
-    near: list[list[Path]] = field(default_factory=list)
+    duplicates: dict[str, list[list[Path]]] = field(
+        default_factory=lambda: {"exact": [], "near": []}
+    )
     tags: Counter[str] = field(default_factory=Counter)
     spellings: list[list[tuple[str, int]]] = field(default_factory=list)
     tokens: CaptionTokens | None = None
     token_note: str = ""
     lost_text: dict[str, str] = field(default_factory=dict)
-    masks: list[DrawnMask] = field(default_factory=list)
+    masks: list[dict[str, Any]] = field(default_factory=list)
 
     def thumbnails(self) -> dict[str, bytes]:
         """The thumbnail of each image that could be read, by its name in the record."""
@@ -74,24 +64,14 @@ class Survey:
 
 
 def survey_dataset(
-    options: TrainOptions,
-    *,
-    decode: bool = True,
-    thumbnails: bool = False,
-    masked: bool = False,
-    on_progress: OnProgress = lambda what, done, total: None,
+    options: TrainOptions, *, decode: bool, thumbnails: bool, masked: bool, on_progress: OnProgress
 ) -> Survey:
-    """Look at everything that the options would train.
+    """Look at everything that the options would train; no model file is opened but the tokenizers.
 
-    Args:
-        options: those of a training run; no model file is opened but the tokenizers.
-        decode: look at the pixels too: damage, duplicates, transparency.
-        thumbnails: keep a small picture of each image.
-        masked: read mask folders even if `masked_loss` is off.
-        on_progress: see `OnProgress`.
-    Raises:
-        UserError: a broken configuration, or a folder that is missing or holds no image. Single
-            files that are wrong become problems instead.
+    decode: look at the pixels too: damage, duplicates, transparency. thumbnails: keep a small
+    picture of each image. masked: read mask folders even if `masked_loss` is off. Raises
+    `UserError` for a broken configuration, and for a folder that is missing or holds no image;
+    single files that are wrong become problems instead.
     """
     problems: list[Problem] = []
     unmasked = masked and not options.masked_loss
@@ -99,18 +79,14 @@ def survey_dataset(
     if unmasked and any(s.conditioning_data_dir for d in plan.datasets for s in d.subsets):
         plan.notices.append("masks of conditioning_data_dir count only with --masked_loss")
     items = [*plan.items, *plan.validation_items, *plan.unused]
-    survey = Survey(
-        title=_title(options),
-        plan=plan,
-        length=run_length(options, max(plan.batches_per_epoch, 1)),
-        items=items,
-        texts=[],
-    )
+    data = options.dataset_config or options.train_data_dir or options.in_json or ""
+    length = run_length(options, max(plan.batches_per_epoch, 1))
+    survey = Survey(Path(data).name, plan, length, items)
     _count_tokens(survey, options)
     problems += plan_problems(items, survey.tokens)
     problems += folder_problems(plan.datasets) + mask_problems(items)
     if decode:
-        _look_at_pixels(survey, problems, thumbnails, on_progress)
+        problems += _look_at_pixels(survey, thumbnails, on_progress)
     survey.tags = count_tags(item for item in items if not item.is_reg)
     survey.spellings = spelling_variants(survey.tags)
     for group in survey.spellings:
@@ -118,10 +94,6 @@ def survey_dataset(
         problems.append(Problem("tag spelling", "", text))
     survey.problems = list(dict.fromkeys(problems))
     return survey
-
-
-def _title(options: TrainOptions) -> str:
-    return Path(options.dataset_config or options.train_data_dir or options.in_json or "").name
 
 
 def _count_tokens(survey: Survey, options: TrainOptions) -> None:
@@ -139,22 +111,22 @@ def _count_tokens(survey: Survey, options: TrainOptions) -> None:
             survey.lost_text[file] = text[tokenizers.kept_length(text, tokens.limits) :].strip()
 
 
-def _tokenizers(options: TrainOptions) -> tuple[Tokenizers | None, str]:
+def _tokenizers(files: ModelFiles) -> tuple[Tokenizers | None, str]:
     """The tokenizers if they are available, else a sentence that says how to get counts."""
     # A wrong path is an error even when the other tokenizer is missing.
-    named = ((QWEN3, options.qwen3_tokenizer_path), (T5, options.t5_tokenizer_path))
+    named = ((QWEN3, files.qwen3_tokenizer_path), (T5, files.t5_tokenizer_path))
     for source, path in named:
         if path:
             explicit_files(source, Path(path))
-    if options.qwen3 and not Path(options.qwen3).exists():
+    if files.qwen3 and not Path(files.qwen3).exists():
         # The data can be checked before the model files are there.
-        return None, f"not counted: --qwen3 {options.qwen3} does not exist"
+        return None, f"not counted: --qwen3 {files.qwen3} does not exist"
     try:
         return load_tokenizers(
-            options.qwen3,
-            qwen3_tokenizer_path=options.qwen3_tokenizer_path,
-            t5_tokenizer_path=options.t5_tokenizer_path,
-            models_dir=options.models_dir,
+            files.qwen3,
+            qwen3_tokenizer_path=files.qwen3_tokenizer_path,
+            t5_tokenizer_path=files.t5_tokenizer_path,
+            models_dir=files.models_dir,
             fetch=False,
         ), ""
     except TokenizerMissing as error:
@@ -165,42 +137,23 @@ def _tokenizers(options: TrainOptions) -> tuple[Tokenizers | None, str]:
         )
 
 
-def _look_at_pixels(
-    survey: Survey, problems: list[Problem], thumbnails: bool, on_progress: OnProgress
-) -> None:
+def _look_at_pixels(survey: Survey, thumbnails: bool, on_progress: OnProgress) -> list[Problem]:
     sizes = {item.path: item.size for item in survey.items}
     captions = {item.path: item.caption for item in survey.items}
-    masked = {item.path for item in survey.items if item.subset.alpha_mask}
-    done = 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        on_progress("reading images", done, len(sizes))
-
-    turned = {item.path for item in survey.items if item.is_turned}
-    survey.looks = look_at(list(sizes), thumbnails=thumbnails, turned=turned, on_done=count)
-    for path in sizes:
-        problems += _of_look(path, survey.looks[path], path in masked)
-    survey.exact, survey.near = find_duplicates(survey.looks, sizes)
-    for kind, groups in (("duplicate", survey.exact), ("near duplicate", survey.near)):
+    survey.looks = look_at(
+        sizes.keys(),
+        thumbnails=thumbnails,
+        turned={item.path for item in survey.items if item.is_turned},
+        masked={item.path for item in survey.items if item.subset.alpha_mask},
+        on_progress=on_progress,
+    )
+    found = [problem for look in survey.looks.values() for problem in look.problems]
+    exact, near = find_duplicates(survey.looks, sizes)
+    survey.duplicates = {"exact": exact, "near": near}
+    for kind, groups in (("duplicate", exact), ("near duplicate", near)):
         for first, *others in groups:
             for path in others:
                 same = captions[path] == captions[first]
                 text = f"like {first.name}" + ("" if same else ", with another caption")
-                problems.append(Problem(kind, str(path), text))
-
-
-def _of_look(path: Path, look: Look, is_masked: bool) -> list[Problem]:
-    file, found = str(path), []
-    if look.damage is not None:
-        return [Problem("unreadable", file, look.damage)]
-    if look.transparent > 0 and not is_masked:
-        found.append(Problem("transparent", file, f"{look.transparent:.0%} of it"))
-    if is_masked and not look.has_alpha:
-        found.append(Problem("no alpha", file))
-    if look.colours is not None:
-        found.append(Problem("colours", file, look.colours))
-    if look.animated:
-        found.append(Problem("animated", file))
+                found.append(Problem(kind, str(path), text))
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich import box
@@ -17,6 +17,7 @@ from anima_fast.reports.dataset.record import (
     facts,
     largest_crops,
     problem_groups,
+    size_text,
     token_histogram,
 )
 
@@ -40,15 +41,25 @@ def show_record(record: Record, console: Console) -> None:
 
 
 def _tables(record: Record, bar_width: int) -> Iterator[Table]:
+    """The tables that have something to show."""
+    rows: list[tuple[object, ...]]
     yield _facts(record)
-    yield _subsets(record)
+    yield _subsets(record["subsets"])
     yield _buckets(record, bar_width)
     if crops := largest_crops(record)[:_CROPS]:
-        yield _crops(crops)
-    if record["masks"]:
-        yield _masks(record)
-    if rows := token_histogram(record):
-        yield _tokens(rows, bar_width)
+        rows = [
+            (_name(one), size_text(one["size"]), size_text(one["bucket"]), f"{one['cut_off']:.0%}")
+            for one in crops
+        ]
+        yield _table("Largest crops", ("image", "size", "bucket", "cut off"), rows)
+    if masks := record["masks"]:
+        more = f", the {_MASKS} smallest" if len(masks) > _MASKS else ""
+        rows = [(_name(one), one["mask"], f"{one['trained']:.0%}") for one in masks[:_MASKS]]
+        yield _table(f"Masks{more}", ("image", "mask", "trained"), rows)
+    if counts := token_histogram(record):
+        most = max(max(qwen, t5) for _, qwen, t5 in counts)
+        rows = [(name, qwen, t5, _bar(t5, most, bar_width)) for name, qwen, t5 in counts]
+        yield _table("Captions by tokens", ("tokens", "Qwen3", "T5", ""), rows)
     if record["tags"]:
         yield _tags(record)
 
@@ -62,7 +73,52 @@ def _facts(record: Record) -> Table:
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def _subsets(entries: Sequence[Record]) -> Table:
+    # What no subset has takes no column.
+    more = {"held out": "validation", "unused": "unused"}
+    more = {name: key for name, key in more.items() if any(entry[key] for entry in entries)}
+    rows = [
+        (
+            entry["folder"],
+            "regularisation" if entry["is_reg"] else "training",
+            *(entry[key] for key in ("images", "repeats", "uses", *more.values())),
+        )
+        for entry in entries
+    ]
+    return _table("Subsets", ("folder", "use", "images", "repeats", "uses", *more), rows)
+
+
+def _buckets(record: Record, bar_width: int) -> Table:
+    entries = record["buckets"]
+    most = max((entry["repeats"] for entry in entries), default=1)
+    several = len({subset["dataset"] for subset in record["subsets"]}) > 1
+    rows = [
+        (
+            *([entry["dataset"]] if several else []),
+            f"{entry['width']}x{entry['height']}",
+            entry["images"],
+            entry["repeats"],
+            _bar(entry["repeats"], most, bar_width),
+        )
+        for entry in entries
+    ]
+    first = ["dataset"] if several else []
+    return _table("Buckets", [*first, "bucket", "images", "uses", "share"], rows)
+
+
+def _tags(record: Record) -> Table:
+    used = ("training", "validation")
+    total = len({image["file"] for image in record["images"] if image["use"] in used})
+    rows = []
+    for tag, count in record["tags"][:_TAGS]:
+        tag = one_line(tag)
+        shown = tag if len(tag) <= _LETTERS else f"{tag[: _LETTERS - 3]}..."
+        rows.append((shown, count, f"{count / total:.0%}"))
+    title = f"Most frequent of {len(record['tags'])} tags"
+    return _table(title, ("tag", "captions", "of all"), rows)
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for name in columns:
         table.add_column(
@@ -71,76 +127,17 @@ def _table(title: str, *columns: str) -> Table:
             overflow="fold",
             no_wrap=name not in _NAMES,
         )
+    for row in rows:
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     return table
 
 
-def _subsets(record: Record) -> Table:
-    entries = record["subsets"]
-    # What no subset has takes no column.
-    more = {"held out": "validation", "unused": "unused"}
-    more = {name: key for name, key in more.items() if any(entry[key] for entry in entries)}
-    table = _table("Subsets", "folder", "use", "images", "repeats", "uses", *more)
-    for entry in entries:
-        use = "regularisation" if entry["is_reg"] else "training"
-        counts = [entry[key] for key in ("images", "repeats", "uses", *more.values())]
-        table.add_row(Text(one_line(entry["folder"])), use, *map(str, counts))
-    return table
+def _name(image: Record) -> str:
+    return Path(image["file"]).name
 
 
-def _buckets(record: Record, bar_width: int) -> Table:
-    entries = record["buckets"]
-    several = len({subset["dataset"] for subset in record["subsets"]}) > 1
-    first = ["dataset"] if several else []
-    table = _table("Buckets", *first, "bucket", "images", "uses", "share")
-    most = max((entry["repeats"] for entry in entries), default=1)
-    for entry in entries:
-        first = [str(entry["dataset"])] if several else []
-        bar = "█" * max(1, round(bar_width * entry["repeats"] / most))
-        size = f"{entry['width']}x{entry['height']}"
-        table.add_row(*first, size, str(entry["images"]), str(entry["repeats"]), bar)
-    return table
-
-
-def _crops(images: list[Record]) -> Table:
-    table = _table("Largest crops", "image", "size", "bucket", "cut off")
-    for image in images:
-        size, bucket = (f"{w}x{h}" for w, h in (image["size"], image["bucket"]))
-        table.add_row(_file_name(image["file"]), size, bucket, f"{image['cut_off']:.0%}")
-    return table
-
-
-def _masks(record: Record) -> Table:
-    shown = record["masks"][:_MASKS]
-    more = f", the {_MASKS} smallest" if len(record["masks"]) > _MASKS else ""
-    table = _table(f"Masks{more}", "image", "mask", "trained")
-    for mask in shown:
-        table.add_row(_file_name(mask["file"]), Text(mask["mask"]), f"{mask['trained']:.0%}")
-    return table
-
-
-def _tokens(rows: list[tuple[str, int, int]], bar_width: int) -> Table:
-    table = _table("Captions by tokens", "tokens", "Qwen3", "T5", "")
-    most = max(max(qwen, t5) for _, qwen, t5 in rows)
-    for name, qwen, t5 in rows:
-        bar = "█" * (round(bar_width * t5 / most) or (1 if t5 else 0))
-        table.add_row(name, str(qwen), str(t5), bar)
-    return table
-
-
-def _tags(record: Record) -> Table:
-    used = ("training", "validation")
-    total = len({image["file"] for image in record["images"] if image["use"] in used})
-    title = f"Most frequent of {len(record['tags'])} tags"
-    table = _table(title, "tag", "captions", "of all")
-    for tag, count in record["tags"][:_TAGS]:
-        tag = one_line(tag)
-        shown = tag if len(tag) <= _LETTERS else f"{tag[: _LETTERS - 3]}..."
-        table.add_row(Text(shown), str(count), f"{count / total:.0%}")
-    return table
-
-
-def _file_name(file: str) -> Text:
-    return Text(one_line(Path(file).name))
+def _bar(count: int, most: int, width: int) -> str:
+    return "█" * max(bool(count), round(width * count / most))
 
 
 def _show_problems(record: Record, console: Console) -> None:
@@ -150,15 +147,15 @@ def _show_problems(record: Record, console: Console) -> None:
     if not record["decoded"]:
         console.print("Only headers were read: damage and duplicates are not looked for.")
     for group in problem_groups(record):
-        style = "bold red" if group.stops else "bold yellow"
-        stops = " (training refuses to start)" if group.stops else ""
+        style = "bold red" if group["stops"] else "bold yellow"
+        stops = " (training refuses to start)" if group["stops"] else ""
         console.print()
-        console.print(Text(f"{group.title}: {len(group.problems)}{stops}", style))
-        for problem in group.problems[:_FILES]:
+        console.print(Text(f"{group['title']}: {len(group['problems'])}{stops}", style))
+        for problem in group["problems"][:_FILES]:
             console.print(Text(f"  {one_line(described(problem))}"), soft_wrap=True)
-        if len(group.problems) > _FILES:
-            console.print(Text(f"  and {len(group.problems) - _FILES} more"), soft_wrap=True)
-        console.print(Text(f"  → {group.remedy}", "green"), soft_wrap=True)
+        if len(group["problems"]) > _FILES:
+            console.print(Text(f"  and {len(group['problems']) - _FILES} more"), soft_wrap=True)
+        console.print(Text(f"  → {group['remedy']}", "green"), soft_wrap=True)
     stops = sum(problem["stops"] for problem in record["problems"])
     end = f"{len(record['problems'])} findings"
     console.print()

@@ -8,8 +8,8 @@ of two thousand. A row keeps the mean, the lowest and the highest value of each 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 # A longer log fills between half of them and all of them.
 MOST_ROWS = 2000
@@ -17,56 +17,17 @@ MOST_ROWS = 2000
 MOST_COLUMNS = 64
 
 
-class _Column:
-    """Sum, count, lowest and highest value of each row."""
+class _Cell(NamedTuple):
+    """The values of one column in one row."""
 
-    def __init__(self, rows: int) -> None:
-        self.total = [0.0] * rows
-        self.count = [0] * rows
-        self.low = [math.inf] * rows
-        self.high = [-math.inf] * rows
-
-    def append_empty(self) -> None:
-        self.total.append(0.0)
-        self.count.append(0)
-        self.low.append(math.inf)
-        self.high.append(-math.inf)
-
-    def put(self, value: float) -> None:
-        """Add a value to the last row."""
-        self.total[-1] += value
-        self.count[-1] += 1
-        self.low[-1] = min(self.low[-1], value)
-        self.high[-1] = max(self.high[-1], value)
-
-    def halve(self) -> None:
-        """Join neighbouring rows; the number of rows is even."""
-        self.total = [a + b for a, b in _pairs(self.total)]
-        self.count = [a + b for a, b in _pairs(self.count)]
-        self.low = [min(pair) for pair in _pairs(self.low)]
-        self.high = [max(pair) for pair in _pairs(self.high)]
-
-    def answer(self, first: int) -> dict[str, list[float | None]]:
-        """`mean` of the rows from `first` on, and `low` and `high` where they differ from it."""
-        rows = range(first, len(self.count))
-        known = [self.count[i] > 0 for i in rows]
-        mean = [
-            _short(self.total[i] / self.count[i]) if k else None
-            for i, k in zip(rows, known, strict=True)
-        ]
-        if max((self.count[i] for i in rows), default=0) <= 1:
-            return {"mean": mean}
-        low = [_short(self.low[i]) if k else None for i, k in zip(rows, known, strict=True)]
-        high = [_short(self.high[i]) if k else None for i, k in zip(rows, known, strict=True)]
-        return {"mean": mean, "low": low, "high": high}
+    total: float
+    size: int
+    low: float
+    high: float
 
 
 class CurveTable:
-    """Values over steps, thinned as they grow.
-
-    Args:
-        most_rows: an even number.
-    """
+    """Values over steps, thinned as they grow; `most_rows` is an even number."""
 
     def __init__(self, most_rows: int = MOST_ROWS) -> None:
         self.most_rows = most_rows
@@ -74,34 +35,30 @@ class CurveTable:
         # The last step of each row, and its epoch.
         self.steps: list[float] = []
         self.epochs: list[float | None] = []
-        self.columns: dict[str, _Column] = {}
+        # A cell for each row, None where nothing is known.
+        self.columns: dict[str, list[_Cell | None]] = {}
         self.records = 0
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def add(self, step: float, values: Mapping[str, float | None], epoch: float | None) -> bool:
-        """Add a record; one whose step is not after the last one is left out.
+        """Add a record, and say whether its step comes after the last one; else it is left out.
 
-        Args:
-            step: the x value.
-            values: a finite number, or None where nothing is known, for each column.
-            epoch: shown with the step.
-
-        Returns:
-            Whether it was added.
+        `values` are finite numbers, or None where nothing is known.
         """
         if self.steps and step <= self.steps[-1]:
             return False
         if self.records % self.stride == 0:
             self._new_row(step, epoch)
-        self.steps[-1] = step
-        self.epochs[-1] = epoch
+        self.steps[-1], self.epochs[-1] = step, epoch
         self.records += 1
         for name, value in values.items():
-            column = self._column(name)
-            if column is not None and value is not None:
-                column.put(value)
+            if name not in self.columns and len(self.columns) < MOST_COLUMNS:
+                self.columns[name] = [None] * len(self.steps)
+            if name in self.columns and value is not None:
+                cells = self.columns[name]
+                cells[-1] = _joined(cells[-1], _Cell(value, 1, value, value))
         return True
 
     def answer(self, first: int = 0) -> dict[str, Any]:
@@ -112,29 +69,37 @@ class CurveTable:
             "first": first,
             "steps": self.steps[first:],
             "epochs": self.epochs[first:],
-            "columns": {name: column.answer(first) for name, column in self.columns.items()},
+            "columns": {name: _answer(cells[first:]) for name, cells in self.columns.items()},
         }
 
     def _new_row(self, step: float, epoch: float | None) -> None:
         if len(self.steps) == self.most_rows:
             self.steps = self.steps[1::2]
             self.epochs = self.epochs[1::2]
-            for column in self.columns.values():
-                column.halve()
+            self.columns = {
+                name: [_joined(a, b) for a, b in zip(cells[::2], cells[1::2], strict=True)]
+                for name, cells in self.columns.items()
+            }
             self.stride *= 2
         self.steps.append(step)
         self.epochs.append(epoch)
-        for column in self.columns.values():
-            column.append_empty()
-
-    def _column(self, name: str) -> _Column | None:
-        if name not in self.columns and len(self.columns) < MOST_COLUMNS:
-            self.columns[name] = _Column(len(self.steps))
-        return self.columns.get(name)
+        for cells in self.columns.values():
+            cells.append(None)
 
 
-def _pairs(values: list) -> zip:
-    return zip(values[::2], values[1::2], strict=True)
+def _joined(a: _Cell | None, b: _Cell | None) -> _Cell | None:
+    if a is None or b is None:
+        return a or b
+    return _Cell(a.total + b.total, a.size + b.size, min(a.low, b.low), max(a.high, b.high))
+
+
+def _answer(cells: Sequence[_Cell | None]) -> dict[str, list[float | None]]:
+    """`mean` of each cell, and `low` and `high` unless they are the same everywhere."""
+    columns = {"mean": [cell and _short(cell.total / cell.size) for cell in cells]}
+    if any(cell and cell.size > 1 for cell in cells):
+        columns["low"] = [cell and _short(cell.low) for cell in cells]
+        columns["high"] = [cell and _short(cell.high) for cell in cells]
+    return columns
 
 
 def _short(value: float) -> float | None:

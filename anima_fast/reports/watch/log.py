@@ -5,18 +5,11 @@ from __future__ import annotations
 import os
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from anima_fast.reports.reading import (
-    Tail,
-    changed_at,
-    log_record,
-    moment,
-    number,
-    open_shared,
-)
+from anima_fast.reports.reading import Tail, changed_at, log_record, moment, number, open_shared
 from anima_fast.reports.watch.curves import CurveTable
 
 # Of one call: parsing this much takes well under a second.
@@ -55,20 +48,20 @@ class LogView:
         # Counts the records that are not steps.
         self.marks = 0
         self._seconds: deque[float] = deque(maxlen=_RECENT)
-        self._generation = self.tail.generation
 
     def refresh(self) -> None:
         """Read what was added, at most `BYTES_AT_ONCE`; `tail.behind` says if there is more."""
         lines = self.tail.read(BYTES_AT_ONCE)
-        if self.tail.generation != self._generation:
+        if self.tail.restarted:
             self.clear()
         for line in lines:
-            self._take(line)
+            if (record := log_record(line)) is not None:
+                self._take(record)
 
     @property
     def key(self) -> str:
         """Changes when the rows sent before are no longer at the same places."""
-        return f"{self._generation}.{self.steps.stride}"
+        return f"{self.tail.generation}.{self.steps.stride}"
 
     @property
     def step_s(self) -> float | None:
@@ -88,34 +81,32 @@ class LogView:
             "sigma_bins": self.sigma_bins,
         }
 
-    def _take(self, line: bytes) -> None:
-        record = log_record(line)
-        if record is None:
-            return
-        step = float(record["step"])
-        step = int(step) if step.is_integer() else step
-        kind = record.get("kind")
+    def _take(self, record: Mapping) -> None:
+        step, epoch, kind = record["step"], number(record.get("epoch")), record.get("kind")
+        self.marks += kind != "step"
         if kind == "step":
-            self._take_step(step, record)
-            return
-        take = {
-            "epoch": self._take_epoch,
-            "validation": self._take_validation,
-            "preview": self._take_preview,
-            "event": self._take_event,
-            "sigma_bins": self._take_bins,
-        }.get(str(kind))
-        if take:
-            self.marks += 1
-            take(step, record)
+            self._take_step(step, epoch, record)
+        elif kind == "epoch" and epoch is not None:
+            self.epochs.append((step, epoch))
+        elif kind == "validation":
+            values = {name: number(record.get(name)) for name in ("loss", "divergence")}
+            self.validation.add(step, values | _table(record, "per_sigma", "sigma"), epoch)
+        elif kind == "preview":
+            files = record.get("files")
+            for file in files if isinstance(files, list) else ():
+                if isinstance(file, str) and len(self.previews) < MOST_PREVIEW_FILES:
+                    name = file.replace("\\", "/").rsplit("/", 1)[-1]
+                    self.previews[name] = (step, epoch)
+        elif kind == "event":
+            self.events.append({"step": step, "text": str(record.get("text", ""))[:2000]})
+        elif kind == "sigma_bins":
+            bins = {"step": step, "epoch": epoch, **_lists(record, ("means", "counts"))}
+            self.sigma_bins = [*self.sigma_bins[:1], bins]
 
-    def _take_step(self, step: float, record: Mapping) -> None:
-        values = {name: number(record.get(name)) for name in _SCALARS if name in record}
+    def _take_step(self, step: float, epoch: float | None, record: Mapping) -> None:
+        values = {name: number(record[name]) for name in _SCALARS if name in record}
         for group in _GROUPS:
-            rates = record.get(group)
-            if isinstance(rates, dict):
-                values |= {f"{group}/{name}": number(rate) for name, rate in rates.items()}
-        epoch = number(record.get("epoch"))
+            values |= _table(record, group, group)
         if not self.steps.add(step, values, epoch):
             return
         self.not_finite += "loss" in values and values["loss"] is None
@@ -125,37 +116,18 @@ class LogView:
             self._seconds.append(seconds)
         self.last = {"step": step, "epoch": epoch, "values": values}
 
-    def _take_epoch(self, step: float, record: Mapping) -> None:
-        epoch = number(record.get("epoch"))
-        if epoch is not None:
-            self.epochs.append((step, epoch))
 
-    def _take_validation(self, step: float, record: Mapping) -> None:
-        values = {name: number(record.get(name)) for name in ("loss", "divergence")}
-        per_sigma = record.get("per_sigma")
-        if isinstance(per_sigma, dict):
-            values |= {f"sigma/{sigma}": number(loss) for sigma, loss in per_sigma.items()}
-        self.validation.add(step, values, number(record.get("epoch")))
+def _table(record: Mapping, name: str, label: str) -> dict[str, float | None]:
+    """The entries of a table in a record as `LABEL/KEY`."""
+    entries = record.get(name)
+    if not isinstance(entries, dict):
+        return {}
+    return {f"{label}/{key}": number(value) for key, value in entries.items()}
 
-    def _take_preview(self, step: float, record: Mapping) -> None:
-        files = record.get("files")
-        for file in files if isinstance(files, list) else ():
-            if isinstance(file, str) and len(self.previews) < MOST_PREVIEW_FILES:
-                name = file.replace("\\", "/").rsplit("/", 1)[-1]
-                self.previews[name] = (step, number(record.get("epoch")))
 
-    def _take_event(self, step: float, record: Mapping) -> None:
-        self.events.append({"step": step, "text": str(record.get("text", ""))[:2000]})
-
-    def _take_bins(self, step: float, record: Mapping) -> None:
-        lists = {name: record.get(name) for name in ("means", "counts")}
-        bins = {
-            name: [number(value) for value in values[:MOST_BINS]]
-            for name, values in lists.items()
-            if isinstance(values, list)
-        }
-        at = {"step": step, "epoch": number(record.get("epoch"))}
-        self.sigma_bins = [*self.sigma_bins[:1], {**at, **bins}]
+def _lists(record: Mapping, names: Iterable[str]) -> dict[str, list[float | None]]:
+    lists = {name: record[name] for name in names if isinstance(record.get(name), list)}
+    return {name: [number(v) for v in values[:MOST_BINS]] for name, values in lists.items()}
 
 
 class ConsoleView:
@@ -168,18 +140,16 @@ class ConsoleView:
         self.count = 0
         # The times on the first and the last line, in some time zone.
         self._times: tuple[float, float] | None = None
-        self._generation = 0
 
     @property
     def key(self) -> str:
         """Changes when the file starts over."""
-        return str(self._generation)
+        return str(self.tail.generation)
 
     def refresh(self) -> None:
         """Read what was added; of a long file only the end."""
         lines = self.tail.read(CONSOLE_BYTES, start_at_end=True)
-        if self.tail.generation != self._generation:
-            self._generation = self.tail.generation
+        if self.tail.restarted:
             self.lines.clear()
             self.count, self._times = 0, None
         self.lines.extend(line.decode("utf-8", "replace") for line in lines)

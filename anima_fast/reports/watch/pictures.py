@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from anima_fast.reports.reading import open_shared, picture_prompt, read_whole
 
@@ -55,29 +57,21 @@ class Pictures:
         """Changes when a picture is added, removed or rewritten."""
         return f"{len(self.found)}.{hash(tuple(self.found)) & 0xFFFFFFFF:x}"
 
-    def answer(self, place: Callable[[PictureFile, dict], dict]) -> dict[str, Any]:
-        """All pictures that can be read, as JSON holds them.
-
-        Args:
-            place: makes `step`, `epoch` and whatever else the run knows from the facts in the name.
-        """
+    def answer(self) -> dict[str, Any]:
+        """All pictures that can be read, as JSON holds them, with what their names tell."""
         shown = []
         for one in self.found:
             if one not in self._headers:
                 self._headers[one] = read_header(self.folder / one.name)
-            header = self._headers[one]
-            if header is not None:
-                facts = name_facts(one.name)
-                version = f"{one.stamp[0]:x}"
-                base = {"name": one.name, "time": one.time, "version": version}
-                shown.append({**base, **header, **facts, **place(one, facts)})
+            if (header := self._headers[one]) is not None:
+                base = {"name": one.name, "time": one.time, "version": f"{one.stamp[0]:x}"}
+                shown.append({**base, **header, **name_facts(one.name)})
         return {"total": self.total, "pictures": shown}
 
     def read(self, name: str) -> tuple[bytes, str] | None:
-        """The bytes and the type of the picture of that name.
+        """The bytes and the type of a picture, None when the folder holds none of that name.
 
-        None when the folder holds no such picture: the name must be one of its entries, a regular
-        file inside the output folder, links followed.
+        It must be one of the entries, and a regular file inside the output folder, links followed.
         """
         try:
             if not is_picture(name) or name not in os.listdir(self.folder):
@@ -95,23 +89,21 @@ class Pictures:
 
     def _list(self) -> list[PictureFile]:
         found = []
-        try:
+        # A folder or an entry may vanish while it is read.
+        with contextlib.suppress(OSError):
             if self._inside("") is None:
                 return []
-            entries = [entry for entry in os.scandir(self.folder) if is_picture(entry.name)]
-        except OSError:
-            return []
-        for entry in entries:
-            try:
-                if entry.is_file() and not (
-                    entry.is_symlink() and self._inside(entry.name) is None
-                ):
-                    stat = entry.stat()
-                    stamp = (stat.st_mtime_ns, stat.st_size)
-                    found.append(PictureFile(entry.name, stat.st_mtime, stamp))
-            except OSError:
-                continue
+            for entry in os.scandir(self.folder):
+                with contextlib.suppress(OSError):
+                    if is_picture(entry.name) and self._is_own_file(entry):
+                        stat = entry.stat()
+                        stamp = (stat.st_mtime_ns, stat.st_size)
+                        found.append(PictureFile(entry.name, stat.st_mtime, stamp))
         return found
+
+    def _is_own_file(self, entry: os.DirEntry) -> bool:
+        is_own = not entry.is_symlink() or self._inside(entry.name) is not None
+        return entry.is_file() and is_own
 
 
 def is_picture(name: str) -> bool:
@@ -126,10 +118,7 @@ def is_picture(name: str) -> bool:
 
 
 def name_facts(name: str) -> dict[str, Any]:
-    """`label`, `index`, `seed`, and `epoch` or `step`, from the name of a preview.
-
-    A picture with another name has none of them.
-    """
+    """`label`, `index`, `seed`, and `epoch` or `step`, from a preview's name; {} from another."""
     found = _NAME.fullmatch(name)
     if not found:
         return {}
@@ -144,8 +133,6 @@ def name_facts(name: str) -> dict[str, Any]:
 
 def read_header(path: Path) -> dict[str, Any] | None:
     """Width, height and the prompt written into a picture; None when it cannot be read."""
-    from PIL import Image
-
     try:
         with open_shared(path) as file, Image.open(file) as image:
             width, height = image.size

@@ -6,14 +6,14 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from anima_fast import __version__
 from anima_fast.reports.reading import JsonFile, changed_at, moment, number
 from anima_fast.reports.watch.log import ConsoleView, LogView
-from anima_fast.reports.watch.pictures import PictureFile, Pictures
+from anima_fast.reports.watch.pictures import Pictures
 
 # File systems and the console log round their times.
 _CLOCK_S = 2.0
@@ -33,14 +33,9 @@ _ERROR, _STOPPED = "error: ", "interrupted"
 
 
 class WatchedRun:
-    """The files of an output folder, which need not exist yet.
+    """The files of an output folder, which need not exist yet; `clock` gives seconds since 1970."""
 
-    Args:
-        out: the folder.
-        clock: seconds since 1970.
-    """
-
-    def __init__(self, out: str | os.PathLike, clock: Any = time.time) -> None:
+    def __init__(self, out: str | os.PathLike, clock: Callable[[], float] = time.time) -> None:
         self.out = Path(out).absolute()
         self.clock = clock
         # Differs after a restart of the server, which starts its tokens over.
@@ -53,13 +48,13 @@ class WatchedRun:
         self._lock = threading.Lock()
 
     def answer(self, known: Mapping[str, str]) -> dict[str, Any]:
-        """Everything that changed, as JSON holds it.
-
-        Args:
-            known: `tokens` of the previous answer; without them the answer is complete.
-        """
+        """Everything that changed since the answer with the tokens `known`, as JSON holds it."""
         with self._lock:
-            self._refresh()
+            self.run_file.refresh()
+            self.dataset_file.refresh()
+            self.log.refresh()
+            self.pictures.refresh()
+            self.console.refresh()
             run = self.run_file.value or {}
             log, started = self.log, moment(run.get("started_at"))
             is_new = self.next_run_prepares()
@@ -113,13 +108,6 @@ class WatchedRun:
         wrote, said = changed_at(self.run_file.path), changed_at(self.console.tail.path)
         return wrote is not None and said is not None and said > wrote + _AFTERWORD_S
 
-    def _refresh(self) -> None:
-        self.run_file.refresh()
-        self.dataset_file.refresh()
-        self.log.refresh()
-        self.pictures.refresh()
-        self.console.refresh()
-
     def _parts(
         self,
         run: Mapping[str, Any],
@@ -151,9 +139,9 @@ class WatchedRun:
             parts["marks"] = log.marks_answer()
         if known.get("pictures") != tokens["pictures"]:
             since = None if number(run.get("first_step")) else started
-            parts["pictures"] = self.pictures.answer(
-                lambda one, facts: _place(one, facts, log, since)
-            )
+            parts["pictures"] = answer = self.pictures.answer()
+            for picture in answer["pictures"]:
+                picture |= _place(picture, log, since)
         if known.get("dataset") != tokens["dataset"]:
             parts["dataset"] = self.dataset_file.value
         return parts
@@ -169,17 +157,16 @@ class WatchedRun:
         return max((t for t in times if t is not None), default=None)
 
 
-def _place(
-    one: PictureFile, facts: Mapping[str, Any], log: LogView, since: float | None
-) -> dict[str, Any]:
+def _place(picture: Mapping[str, Any], log: LogView, since: float | None) -> dict[str, Any]:
     """When a picture was made: from the log, else from its name and time.
 
     `earlier` pictures are older than the run, which began at `since`.
     """
-    step, epoch = log.previews.get(one.name, (facts.get("step"), facts.get("epoch")))
+    named = picture.get("step"), picture.get("epoch")
+    step, epoch = log.previews.get(picture["name"], named)
     if step is None and epoch is not None:
         step = log.epoch_end(epoch)
-    earlier = since is not None and one.time < since - _CLOCK_S
+    earlier = since is not None and picture["time"] < since - _CLOCK_S
     return {"step": step, "epoch": epoch, "earlier": earlier}
 
 
@@ -199,13 +186,9 @@ def describe_state(
 ) -> dict[str, str]:
     """`name` (for the badge) and `text` (a sentence) of a run.
 
-    Args:
-        run: `run.json`, empty when there is none.
-        step: the last step in the log.
-        step_s: seconds per step.
-        quiet_s: seconds since the run last wrote anything.
-        says: the last line of the console log; None when there is none.
-        goes_on: whether an ended run writes again.
+    run: `run.json`, empty when there is none. step, step_s: the last one in the log, and seconds
+    per step. quiet_s: seconds since the run last wrote anything. says: the last line of the console
+    log. goes_on: whether an ended run writes again.
     """
     said = str(run.get("state"))
     if said in ENDED and goes_on:
@@ -222,7 +205,12 @@ def describe_state(
         return {"name": "waiting", "text": "No run has written here yet."}
     limit = QUIET_S if step is not None else QUIET_BEFORE_STEPS_S
     if quiet_s is not None and quiet_s > max(limit, _QUIET_STEPS * (step_s or 0.0)):
-        return _stalled(quiet_s, has_run_file=bool(run))
+        minutes = int(quiet_s // 60)
+        silent = f"No update for {f'{minutes} min' if minutes < 120 else f'{minutes // 60} h'}"
+        if not run:
+            return {"name": "ended", "text": f"{silent}, and no run.json that says why."}
+        text = f"{silent}: it hangs, or was killed. Its console may say more."
+        return {"name": "stalled", "text": text}
     if step is None:
         return {"name": "preparing", "text": "Reading data and models; no step was made yet."}
     return {"name": "running", "text": "Training."}
@@ -231,12 +219,3 @@ def describe_state(
 def _failed(error: object) -> dict[str, str]:
     reason = f": {error}" if error else "."
     return {"name": "failed", "text": f"{ENDED['failed']}{reason}"}
-
-
-def _stalled(quiet_s: float, has_run_file: bool) -> dict[str, str]:
-    minutes = int(quiet_s // 60)
-    since = f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"
-    if has_run_file:
-        text = f"No update for {since}: it hangs, or was killed. Its console may say more."
-        return {"name": "stalled", "text": text}
-    return {"name": "ended", "text": f"No update for {since}, and no run.json that says why."}

@@ -55,11 +55,11 @@ _IDLE_S = 60
 
 def page_files() -> dict[str, tuple[bytes, str]]:
     """The files of the page by path, as bytes with their type."""
-    found = {}
-    for file in (files(__package__) / "page").iterdir():
-        kind = _TYPES.get(Path(file.name).suffix)
-        if kind:
-            found[f"/{file.name}"] = (file.read_bytes(), kind)
+    found = {
+        f"/{file.name}": (file.read_bytes(), _TYPES[Path(file.name).suffix])
+        for file in (files(__package__) / "page").iterdir()
+        if Path(file.name).suffix in _TYPES
+    }
     return {**found, "/": found["/index.html"]}
 
 
@@ -82,24 +82,19 @@ class Handler(BaseHTTPRequestHandler):
             path = unquote(path, errors="strict")
         except UnicodeDecodeError:
             path = ""
-        if path in self.server.page:
-            self._send(*self.server.page[path])
-        elif path == "/api/run":
+        found = self.server.page.get(path)
+        if path == "/api/run":
             answer = self.server.run.answer(dict(parse_qsl(query)))
             text = json.dumps(answer, allow_nan=False, separators=(",", ":"))
-            self._send(text.encode("utf-8"), "application/json")
-        else:
-            self._send_picture(path)
-
-    do_HEAD = do_GET
-
-    def _send_picture(self, path: str) -> None:
-        name = path.removeprefix("/sample/")
-        found = self.server.run.pictures.read(name) if name != path else None
+            found = text.encode("utf-8"), "application/json"
+        elif path.startswith("/sample/"):
+            found = self.server.run.pictures.read(path.removeprefix("/sample/"))
         if found is None:
             self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
         else:
             self._send(*found)
+
+    do_HEAD = do_GET
 
     def _names_this_machine(self) -> bool:
         """Whether the request was made to this machine by one of its own names, on any port.
@@ -136,15 +131,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class WatchServer(ThreadingHTTPServer):
-    """Serves a run on 127.0.0.1.
-
-    Args:
-        run: what is shown.
-        port: 0 takes any free one.
-
-    Raises:
-        OSError: the port cannot be had.
-    """
+    """Serves a run on 127.0.0.1; port 0 takes any free one, one that is taken raises `OSError`."""
 
     daemon_threads = True
     # A page with many pictures asks for them at once.
@@ -207,16 +194,10 @@ def open_server(run: WatchedRun, port: int | None = None) -> WatchServer:
 def watch(
     out: Path, *, port: int | None, open_browser: bool, say: Callable[[str], None] = print
 ) -> None:
-    """Serve the page of a run until Ctrl-C.
+    """Serve the page of a run until Ctrl-C; its output folder `out` may be created later.
 
-    Args:
-        out: the run's output folder; it may be created later.
-        port: None for the default one or the next that is free, 0 for any.
-        open_browser: show the page in the system's browser.
-        say: takes each line for the console.
-
-    Raises:
-        UserError: `out` is a file, or the port cannot be had.
+    `port` is as `open_server` takes it, 0 means any. Raises `UserError` when `out` is a file, or
+    when the port cannot be had.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give the output folder of the run ({out.parent})")

@@ -5,6 +5,7 @@ The data, the loop, checkpoints and resuming are those of LoRA training.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,23 +14,10 @@ import torch
 from torch import Tensor
 
 from anima_fast.adapters.metadata import modelspec
-from anima_fast.memory.install import install_memory_savers
-from anima_fast.memory.offload import BlockRunner
-from anima_fast.training.checks import given
-from anima_fast.training.finetune.disk_check import check_disk
-from anima_fast.training.finetune.full_network import (
-    FullNetwork,
-    keep_masters,
-    train_everything,
-    trained_counts,
-)
-from anima_fast.training.finetune.start import (
-    base_tensors,
-    build_updates,
-    check_optimizer,
-    training_dtype,
-)
-from anima_fast.training.kind import SAVE_DTYPES, Say, Training
+from anima_fast.memory.offload import BlockRunner, install_memory_savers
+from anima_fast.training.finetune import start
+from anima_fast.training.finetune.full_network import FullNetwork, train_everything
+from anima_fast.training.kind import Say, Training, save_dtype
 from anima_fast.training.planning import check_memory
 from anima_fast.training.state_checks import Remedies
 
@@ -51,12 +39,13 @@ class Finetuning(Training):
         compares_dtypes=True,
     )
     saves_whole_model = True
+    options: FinetuneOptions
     network: FullNetwork
     optimizer: WeightUpdates
 
     def __init__(self, options: FinetuneOptions, device: torch.device, seed: int) -> None:
         rates = [f"{part} {rate:g}" for part, rate in options.part_rates.items()]
-        weights = str(training_dtype(options)).removeprefix("torch.")
+        weights = str(start.training_dtype(options)).removeprefix("torch.")
         facts = {
             "learning rates": ", ".join(rates),
             "weights, updates": f"{weights}, {options.weight_update}",
@@ -67,9 +56,9 @@ class Finetuning(Training):
 
     def check_room(self, plan: DatasetPlan, say: Say) -> None:
         """Refuse an optimizer that cannot work this way, and too little memory or disk space."""
-        check_optimizer(self.options)
+        start.check_optimizer(self.options)
         check_memory(self.options, plan, self.device, say=say)
-        check_disk(self.options, self.device, say=say)
+        start.check_disk(self.options, self.device, say=say)
         if any(item.dataset.network_multiplier != 1 for item in plan.items):
             say("network_multiplier has no effect: full fine-tuning has no network to scale")
 
@@ -77,16 +66,14 @@ class Finetuning(Training):
         """Make the model trainable, and its optimizer."""
         options = self.options
         adapter = conditioning.adapter if options.trains_llm_adapter else None
-        base, bundled = base_tensors(
-            given(options.pretrained_model_name_or_path), options.llm_adapter_path
-        )
+        base, bundled = start.base_tensors(options)
         self.network = train_everything(
             dit,
             adapter,
             options.part_rates,
             base,
             saves_adapter=bundled or adapter is not None,
-            dtype=training_dtype(options),
+            dtype=start.training_dtype(options),
         )
         self.sink = self.network.swapped_gradients
         install_memory_savers(options, dit, self.device, sink=self.sink)
@@ -96,10 +83,19 @@ class Finetuning(Training):
             for weight in self.network.weights:
                 weight.swapped = id(weight.param) in swapped
         if options.weight_update == "fp32":
-            keep_masters(self.network, base.get)
-        self.optimizer, notices = build_updates(options, self.network, self.device, seed=self.seed)
-        self.network.attach(self.optimizer)
-        say(trained_counts(self.network))
+            for weight in self.network.weights:
+                # The file may be more exact than the weight.
+                if weight.param.dtype != torch.float32:
+                    weight.keep_master(base.get(weight.name))
+        self.optimizer, notices = start.build_updates(
+            options, self.network, self.device, seed=self.seed
+        )
+        self.network.updates = self.optimizer
+        counts: Counter[str] = Counter()
+        for weight in self.network.weights:
+            counts[weight.part] += weight.param.numel()
+        parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+        say(f"{sum(counts.values()):,} parameters are trained: {parts}")
         return notices
 
     def clip(self, max_norm: float) -> Tensor:
@@ -108,16 +104,10 @@ class Finetuning(Training):
 
     def save(self, path: Path, plan: DatasetPlan, facts: Mapping[str, Any]) -> None:
         """Write the whole model."""
-        dtype = SAVE_DTYPES[self.options.save_precision]
-        self.network.save(path, dtype=dtype, metadata=self._metadata())
-
-    def _metadata(self) -> dict[str, str]:
-        """Of the file's header; with `no_metadata` only what loaders look for."""
+        # With `no_metadata` only what loaders look for.
         options, metadata = self.options, {"format": "pt"}
-        if options.no_metadata:
-            return metadata
-        metadata |= modelspec(options)
-        metadata["modelspec.architecture"] = "anima-preview"
-        if options.training_comment:
-            metadata["modelspec.comment"] = options.training_comment
-        return metadata
+        if not options.no_metadata:
+            metadata |= modelspec(options) | {"modelspec.architecture": "anima-preview"}
+            if options.training_comment:
+                metadata["modelspec.comment"] = options.training_comment
+        self.network.save(path, dtype=save_dtype(options), metadata=metadata)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from anima_fast.errors import UserError
 from anima_fast.files import LazyTensor, save_safetensors
-from anima_fast.models.checkpoint import Checkpoint, open_checkpoint
+from anima_fast.models.checkpoint import Checkpoint
 from anima_fast.models.dit import AnimaDiT, dit_tensors
 from anima_fast.models.llm_adapter import LLMAdapter, adapter_tensors
 from anima_fast.options.finetune import PARTS, part_of
@@ -36,7 +36,8 @@ class FullNetwork:
         dtype: of saved files, unless another is asked for.
     """
 
-    _updates: WeightUpdates
+    # Holds the gradients.
+    updates: WeightUpdates
 
     def __init__(
         self,
@@ -55,10 +56,6 @@ class FullNetwork:
             if weight.name.startswith("blocks.")
         }
 
-    def attach(self, updates: WeightUpdates) -> None:
-        """Set the optimizer, which holds the gradients."""
-        self._updates = updates
-
     def train(self) -> FullNetwork:
         """Do nothing: no layer of the model acts differently in training."""
         return self
@@ -72,24 +69,21 @@ class FullNetwork:
 
     def param_groups(self, flat: bool = False) -> list[dict]:
         """Groups for an optimizer: {"params", "lr", "name"}; always the tensors themselves."""
-        parts = dict.fromkeys(weight.part for weight in self.weights)
-        return [
-            {
-                "params": [w.param for w in self.weights if w.part == part],
-                "lr": self.rates[part],
-                "name": part,
-            }
-            for part in parts
-        ]
+        groups: dict[str, dict] = {}
+        for weight in self.weights:
+            part = weight.part
+            group = groups.setdefault(part, {"params": [], "lr": self.rates[part], "name": part})
+            group["params"].append(weight.param)
+        return list(groups.values())
 
     def zero_grad_flat(self) -> None:
         """Forget all gradients."""
-        self._updates.clear_gradients()
+        self.updates.clear_gradients()
 
     def swapped_gradients(self, index: int, grads: Mapping[str, Tensor]) -> None:
         """The sink of block swap: gradients of a block by name (memory/swap.py)."""
         for name, grad in grads.items():
-            self._updates.gradients.take(self._by_place[str(index), name], grad)
+            self.updates.gradients.take(self._by_place[str(index), name], grad)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The trained weights by published name with `net.`; not copied."""
@@ -103,12 +97,7 @@ class FullNetwork:
         dtype: torch.dtype | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write the whole model atomically, one tensor at a time.
-
-        Args:
-            path: the .safetensors file.
-            dtype: of all tensors; None keeps that of the trained weights.
-            metadata: strings for the header.
+        """Write the whole model atomically, one tensor at a time, all as `dtype` or `self.dtype`.
 
         Raises:
             UserError: numbers that are not finite, or a disk that refuses; nothing is written.
@@ -127,13 +116,10 @@ class FullNetwork:
     def load(self, path: str | os.PathLike) -> list[str]:
         """Load the trained weights from a file, with or without prefix.
 
-        Returns:
-            Names in the file that are not trained here.
-
-        Raises:
-            UserError: a trained weight is missing or has another shape.
+        Returns names in the file that are not trained here. Raises `UserError` when a trained
+        weight is missing or has another shape.
         """
-        found = published_tensors(open_checkpoint(path))
+        found = published_tensors(Checkpoint.open(path))
         for weight in self.weights:
             if found.shapes.get(weight.name) != tuple(weight.param.shape):
                 raise UserError(
@@ -166,7 +152,7 @@ def _finite(
 
 def published_tensors(checkpoint: Checkpoint) -> Checkpoint:
     """DiT and adapter tensors of a file under their published names without `net.`."""
-    keys = checkpoint.keys()
+    keys = checkpoint.shapes
     # A resume state may hold too few tensors for the kind of model to be recognised.
     if all(key.startswith(PREFIX) for key in keys):
         return checkpoint.renamed({key.removeprefix(PREFIX): key for key in keys})
@@ -195,7 +181,7 @@ def train_everything(
     saves_adapter: bool,
     dtype: torch.dtype = torch.float32,
 ) -> FullNetwork:
-    """Make the weights of every part with a learning rate trainable.
+    """Make the weights of every part with a learning rate trainable; `UserError` if none has one.
 
     Args:
         dit: from `load_dit`.
@@ -204,9 +190,6 @@ def train_everything(
         base: the published tensors that `dit` was loaded from; frozen ones are saved from it.
         saves_adapter: whether the saved file holds the adapter (the base had it, or it is trained).
         dtype: of saved files, unless another is asked for.
-
-    Raises:
-        UserError: every part is frozen.
     """
     named: dict[str, nn.Parameter] = dict(dit.named_parameters())
     order = list(named)
@@ -235,24 +218,3 @@ def train_everything(
 
 def _wide(base: Checkpoint, name: str) -> Tensor:
     return base.get(name).to(torch.float32)
-
-
-def keep_masters(network: FullNetwork, source_of: Callable[[str], Tensor]) -> None:
-    """Keep a float32 master of every 16-bit weight.
-
-    Args:
-        network: its swapped weights are already in host memory.
-        source_of: returns the tensor of the model file, which may be more exact than the weight.
-    """
-    for weight in network.weights:
-        if weight.param.dtype != torch.float32:
-            weight.keep_master(source_of(weight.name))
-
-
-def trained_counts(network: FullNetwork) -> str:
-    """How many parameters are trained, by part."""
-    counts: dict[str, int] = {}
-    for weight in network.weights:
-        counts[weight.part] = counts.get(weight.part, 0) + weight.param.numel()
-    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-    return f"{sum(counts.values()):,} parameters are trained: {parts}"

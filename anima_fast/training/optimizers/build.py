@@ -8,37 +8,30 @@ shape matters (AdaFactor, CAME, Muon, any unknown class) get the matrices, views
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import Optimizer
 
 from anima_fast.errors import UserError, reason
-from anima_fast.training.optimizers.recipes import (
-    Recipe,
-    find_optimizer,
-    import_class,
-)
+from anima_fast.training.optimizers.recipes import Recipe, find_optimizer, import_class
 
 if TYPE_CHECKING:
     from anima_fast.options.training import OptimizerOptions
 
-
-class Trainable(Protocol):
-    """A network as an optimizer sees it."""
-
-    def param_groups(self, flat: bool = True) -> list[dict]:
-        """Groups for an optimizer: {"params", "lr", "name"}; `flat` allows one tensor a group."""
+# Makes groups for an optimizer, {"params", "lr", "name"}; the argument allows one tensor a group.
+ParamGroups = Callable[[bool], list[dict]]
 
 
 def build_optimizer(
-    options: OptimizerOptions, network: Trainable, lr_scheduler: str = "constant"
-) -> tuple[torch.optim.Optimizer, list[str]]:
-    """The optimizer of a run over the network's parameter groups.
+    options: OptimizerOptions, param_groups: ParamGroups, lr_scheduler: str = "constant"
+) -> tuple[Optimizer, list[str]]:
+    """The optimizer of a run.
 
     Args:
         options: its type, arguments, rate and clipping.
-        network: what is trained.
+        param_groups: of what is trained.
         lr_scheduler: the schedule of the run; some optimizers do not go with every one.
 
     Returns:
@@ -50,7 +43,7 @@ def build_optimizer(
     """
     kind = options.optimizer_type or "AdamW"
     recipe, cls = find_optimizer(kind)
-    groups = network.param_groups(flat=recipe.flat)
+    groups = param_groups(recipe.flat)
     device = groups[0]["params"][0].device
     notices = _adaptive_notices(recipe, kind, groups) if recipe.adaptive else []
     arguments = optimizer_arguments(options, recipe)
@@ -60,7 +53,8 @@ def build_optimizer(
         cls, more = _bitsandbytes_off_cuda(cls, kind, device)
         notices += more
     if cls in (torch.optim.AdamW, torch.optim.Adam) and not {"fused", "foreach"} & set(arguments):
-        arguments["fused"] = _supports_fused(cls, groups)
+        # The first parameter of each group tells its dtype and device.
+        arguments["fused"] = _supports_fused(cls, [group["params"][0] for group in groups])
     try:
         optimizer = cls(groups, **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
@@ -68,10 +62,9 @@ def build_optimizer(
             f"--optimizer_type {kind} refused its arguments {arguments}: {reason(error)}; "
             "correct --optimizer_args"
         ) from error
-    if is_schedule_free(optimizer):
-        train_mode(optimizer)
-        if lr_scheduler not in ("", "constant"):
-            notices.append(f"{kind} schedules itself: --lr_scheduler is not used")
+    train_mode(optimizer)
+    if is_schedule_free(optimizer) and lr_scheduler not in ("", "constant"):
+        notices.append(f"{kind} schedules itself: --lr_scheduler is not used")
     return optimizer, notices
 
 
@@ -120,8 +113,8 @@ def _prepare_adafactor(
 
 
 def _bitsandbytes_off_cuda(
-    cls: type[torch.optim.Optimizer], kind: str, device: torch.device
-) -> tuple[type[torch.optim.Optimizer], list[str]]:
+    cls: type[Optimizer], kind: str, device: torch.device
+) -> tuple[type[Optimizer], list[str]]:
     """The class without paging, which needs CUDA, after a trial step on this device.
 
     Not every version of bitsandbytes has CPU kernels, and it fails only at the first step, which
@@ -146,54 +139,36 @@ def _bitsandbytes_off_cuda(
     return cls, notices
 
 
-def _supports_fused(cls: type[torch.optim.Optimizer], groups: list[dict]) -> bool:
+def _supports_fused(cls: type[Optimizer], params: list[torch.Tensor]) -> bool:
     """Whether this torch has a fused kernel for these parameters."""
-    params = [param.detach()[:0].requires_grad_() for g in groups for param in g["params"][:1]]
     try:
-        cls(params, fused=True)
+        cls([param.detach()[:0].requires_grad_() for param in params], fused=True)
     except RuntimeError:
         return False
     return True
 
 
-def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The current rate of each parameter group by its name, else its number."""
-    return {
-        group.get("name", str(index)): float(group["lr"])
-        for index, group in enumerate(optimizer.param_groups)
-    }
+def learning_rates(optimizer: Optimizer) -> tuple[dict[str, float], dict[str, float]]:
+    """The rate of each parameter group by its name, else its number; and the effective rate d·lr,
+    which only D-Adaptation and Prodigy have."""
+    groups = {g.get("name", str(index)): g for index, g in enumerate(optimizer.param_groups)}
+    rates = {name: float(group["lr"]) for name, group in groups.items()}
+    return rates, {n: float(g["d"]) * rates[n] for n, g in groups.items() if "d" in g}
 
 
-def effective_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """d·lr of each group of D-Adaptation and Prodigy by name; empty for other optimizers."""
-    return {
-        group.get("name", str(index)): float(group["d"]) * float(group["lr"])
-        for index, group in enumerate(optimizer.param_groups)
-        if "d" in group
-    }
+def is_schedule_free(optimizer: Optimizer | type[Optimizer]) -> bool:
+    """Whether the optimizer (a class too) keeps an average for everything but training."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
-def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer keeps an average for everything but training."""
-    return callable(getattr(optimizer, "train", None)) and callable(
-        getattr(optimizer, "eval", None)
-    )
-
-
-def train_mode(optimizer: torch.optim.Optimizer) -> None:
+def train_mode(optimizer: Optimizer) -> None:
     """Put the training point of a schedule-free optimizer into the parameters."""
     if is_schedule_free(optimizer):
         optimizer.train()
 
 
-def eval_mode(optimizer: torch.optim.Optimizer) -> None:
-    """Put the average of a schedule-free optimizer into the parameters."""
-    if is_schedule_free(optimizer):
-        optimizer.eval()
-
-
 @contextlib.contextmanager
-def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def averaged_weights(optimizer: Optimizer) -> Iterator[None]:
     """Inside the block the parameters hold what is to be saved, sampled or validated.
 
     Switching a schedule-free optimizer to its average and back rounds, so the training point is
@@ -204,7 +179,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         return
     params = [param for group in optimizer.param_groups for param in group["params"]]
     copies = [param.detach().clone() for param in params]
-    eval_mode(optimizer)
+    optimizer.eval()
     try:
         yield
     finally:
@@ -218,9 +193,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 def clip_flat_grad(flat_grad: torch.Tensor, max_norm: float) -> torch.Tensor:
     """Scale the gradients [P] in place so that their norm is at most `max_norm` (0 = off).
 
-    Returns:
-        The norm before clipping, a float32 scalar on the device; reading it is up to the caller, so
-        nothing waits for the device here.
+    Returns their norm before, a float32 scalar on the device, without waiting for it.
     """
     norm = torch.linalg.vector_norm(flat_grad, dtype=torch.float32)
     if max_norm:

@@ -8,7 +8,7 @@ ExponentialMovingAverage does with `num_updates`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -18,15 +18,9 @@ from anima_fast.models.checkpoint import Checkpoint
 
 
 class Ema:
-    """The mean of a flat buffer of weights.
+    """The mean [P], float32, of a flat buffer of weights [P] of any float dtype, where it starts.
 
-    Args:
-        weights: [P], any float dtype; the mean starts at its values.
-        decay: d, from 0 (no memory) to below 1.
-
-    Attributes:
-        mean: [P] float32 on the device of the weights.
-        updates: t, the updates so far.
+    `decay` is d, from 0 (no memory) to below 1, `updates` is t.
     """
 
     def __init__(self, weights: Tensor, decay: float) -> None:
@@ -53,25 +47,26 @@ class Ema:
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
-        """Restore what `state_tensors` returned.
-
-        Raises:
-            UserError: a mean of another network.
-        """
+        """Restore what `state_tensors` returned; `UserError` for the mean of another network."""
         mean = checkpoint.get("mean")
         if mean.shape != self.mean.shape:
             raise UserError(f"{checkpoint.name} is the running mean of another network")
         self.mean.copy_(mean)
         self.updates = int(checkpoint.get("updates"))
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """Inside the block the network computes with the mean, and saves it."""
+        return exchanged(self.weights, self.mean)
+
+
+@contextmanager
+def exchanged(weights: Tensor, values: Tensor) -> Iterator[None]:
+    """Inside the block the weights have other values, of any dtype."""
+    with torch.no_grad():
+        own = weights.detach().clone()
+        weights.copy_(values)
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            own = self.weights.detach().clone()
-            self.weights.copy_(self.mean)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                self.weights.copy_(own)
+            weights.copy_(own)

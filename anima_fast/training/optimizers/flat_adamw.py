@@ -110,17 +110,14 @@ def build_flat_adamw(options: OptimizerOptions, network: LoRANetwork) -> FlatAda
     recipe, cls = find_optimizer(options.optimizer_type or "AdamW")
     arguments, groups = optimizer_arguments(options, recipe), network.param_groups()
     flat = network.flat[: network.buffer.trained]
-    if not fits(cls, arguments, groups, flat):
+    is_plain = set(arguments) <= {"lr", "betas", "eps", "weight_decay"}
+    if cls is not torch.optim.AdamW or not is_plain or flat.dtype != torch.float32:
+        return None
+    # The parameters must be adjacent slices of `flat`, without settings of their own.
+    params = [p for group in groups for p in group["params"]]
+    ends = [p.storage_offset() + p.numel() for p in params]
+    if [p.storage_offset() for p in params] != [0, *ends[:-1]]:
+        return None
+    if not all(set(group) <= {"params", "lr", "name"} for group in groups):
         return None
     return FlatAdamW(groups, flat, network.flat_grad, **arguments)
-
-
-def fits(cls: type, arguments: dict[str, Any], groups: list[dict], flat: Tensor) -> bool:
-    """Whether `FlatAdamW` can replace it: plain AdamW over adjacent float32 slices of `flat`."""
-    plain = set(arguments) <= {"lr", "betas", "eps", "weight_decay"}
-    if cls is not torch.optim.AdamW or not plain or flat.dtype != torch.float32:
-        return False
-    params = [p for group in groups for p in group["params"]]
-    same = all(set(group) <= {"params", "lr", "name"} for group in groups)
-    ends = [p.storage_offset() + p.numel() for p in params]
-    return same and [p.storage_offset() for p in params] == [0, *ends[:-1]]

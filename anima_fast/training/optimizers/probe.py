@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -34,67 +33,45 @@ def state_bytes(options: FinetuneOptions, device: torch.device) -> float:
         dtype = torch.bfloat16
     elif options.weight_update == "plain" and options.full_fp16:
         dtype = torch.float16
-    return _measure((SIDE, SIDE), _settings(options), dtype, device) / SIDE**2
+    return _state((SIDE, SIDE), options, dtype, device) / SIDE**2
 
 
 def network_state_bytes(
     options: OptimizerOptions, network: LoRANetwork, device: torch.device
 ) -> float:
-    """Bytes that the optimizer of a LoRA keeps.
-
-    Args:
-        options: name the optimizer.
-        network: on any device, the meta device too.
-        device: where the optimizer steps.
+    """Bytes that the optimizer of a LoRA, which may be on the meta device, keeps on a device.
 
     Raises `UserError` as `build_optimizer` does.
     """
     recipe, _ = find_optimizer(options.optimizer_type)
     groups = network.param_groups(flat=recipe.flat)
     shapes = [tuple(param.shape) for group in groups for param in group["params"]]
-    dtype = network.flat.dtype
-    return sum(_state(shape, _settings(options), dtype, device) for shape in shapes)
-
-
-Settings = tuple[str, tuple[str, ...], float]
-
-
-def _settings(options: OptimizerOptions) -> Settings:
-    return options.optimizer_type, options.optimizer_args, options.learning_rate or 1e-4
+    return sum(_state(shape, options, network.flat.dtype, device) for shape in shapes)
 
 
 def _state(
-    shape: tuple[int, ...], settings: Settings, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, ...], options: OptimizerOptions, dtype: torch.dtype, device: torch.device
 ) -> float:
     """Bytes kept for one tensor; of a large one by the slope over its first dimension."""
+    # What the measurement depends on, and no more, as a key of its cache.
+    rate = options.learning_rate or 1e-4
+    plain = OptimizerOptions(options.optimizer_type, rate, options.optimizer_args)
     if math.prod(shape) <= LARGEST:
-        return _measure(shape, settings, dtype, device)
+        return _measure(shape, plain, dtype, device)
     rest = shape[1:]
     few = max(LARGEST // 4 // math.prod(rest), 1)
-    one, two = (_measure((n * few, *rest), settings, dtype, device) for n in (1, 2))
+    one, two = (_measure((n * few, *rest), plain, dtype, device) for n in (1, 2))
     return one + (two - one) * (shape[0] - few) / few
 
 
 @cache
 def _measure(
-    shape: tuple[int, ...], settings: Settings, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, ...], options: OptimizerOptions, dtype: torch.dtype, device: torch.device
 ) -> int:
-    kind, arguments, rate = settings
     param = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
     param.grad = torch.ones_like(param)
-    options = OptimizerOptions(kind, rate, arguments)
-    optimizer, _ = build_optimizer(options, _OneTensor(param, rate))
+    group = {"params": [param], "lr": options.learning_rate, "name": "probe"}
+    optimizer, _ = build_optimizer(options, lambda flat: [group])
     optimizer.step()
     values = [value for state in optimizer.state.values() for value in state.values()]
     return sum(value.nbytes for value in values if isinstance(value, Tensor))
-
-
-@dataclass
-class _OneTensor:
-    """A network of one tensor, as `build_optimizer` asks for it."""
-
-    param: nn.Parameter
-    rate: float
-
-    def param_groups(self, flat: bool = True) -> list[dict]:
-        return [{"params": [self.param], "lr": self.rate, "name": "probe"}]

@@ -25,68 +25,67 @@ class Recipe:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _table() -> dict[str, Recipe]:
-    bnb, lion, adapt = "bitsandbytes.optim", "lion_pytorch", "dadaptation"
-    nesterov = {"momentum": 0.9, "nesterov": True}
-    table = {
-        "AdamW": Recipe("torch.optim", "AdamW"),
-        "Lion": Recipe(lion, "Lion"),
-        "Prodigy": Recipe("prodigyopt", "Prodigy", adaptive=True),
-        "AdaFactor": Recipe("transformers.optimization", "Adafactor", flat=False),
-        "SGDNesterov": Recipe("torch.optim", "SGD", defaults=nesterov),
-        "SGDNesterov8bit": Recipe(bnb, "SGD8bit", defaults=nesterov),
-        "DAdaptation": Recipe(f"{adapt}.experimental", "DAdaptAdamPreprint", adaptive=True),
-    }
-    for name in ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8bit"):
-        table[name] = Recipe(bnb, name)
-    table["PagedLion8bit"] = Recipe(bnb, "PagedLion8bit")
-    for name in ("DAdaptAdam", "DAdaptAdaGrad", "DAdaptAdan", "DAdaptLion", "DAdaptSGD"):
-        table[name] = Recipe(adapt, name, adaptive=True)
-    for name in ("DAdaptAdamPreprint", "DAdaptAdanIP"):
-        table[name] = Recipe(f"{adapt}.experimental", name, adaptive=True)
-    for name in ("RAdamScheduleFree", "AdamWScheduleFree", "SGDScheduleFree"):
-        table[name] = Recipe("schedulefree", name)
-    return table
+def _recipes(module: str, names: str, *, adaptive: bool = False) -> dict[str, Recipe]:
+    """Optimizers that are known by the names of their classes."""
+    return {name: Recipe(module, name, adaptive=adaptive) for name in names.split()}
 
 
-RECIPES = _table()
+BITSANDBYTES, DADAPTATION = "bitsandbytes.optim", "dadaptation"
+NESTEROV = {"momentum": 0.9, "nesterov": True}
+RECIPES = {
+    "AdamW": Recipe("torch.optim", "AdamW"),
+    "Lion": Recipe("lion_pytorch", "Lion"),
+    "Prodigy": Recipe("prodigyopt", "Prodigy", adaptive=True),
+    "AdaFactor": Recipe("transformers.optimization", "Adafactor", flat=False),
+    "SGDNesterov": Recipe("torch.optim", "SGD", defaults=NESTEROV),
+    "SGDNesterov8bit": Recipe(BITSANDBYTES, "SGD8bit", defaults=NESTEROV),
+    "DAdaptation": Recipe(f"{DADAPTATION}.experimental", "DAdaptAdamPreprint", adaptive=True),
+    **_recipes(
+        BITSANDBYTES, "AdamW8bit PagedAdamW PagedAdamW8bit PagedAdamW32bit Lion8bit PagedLion8bit"
+    ),
+    **_recipes(
+        DADAPTATION, "DAdaptAdam DAdaptAdaGrad DAdaptAdan DAdaptLion DAdaptSGD", adaptive=True
+    ),
+    **_recipes(f"{DADAPTATION}.experimental", "DAdaptAdamPreprint DAdaptAdanIP", adaptive=True),
+    **_recipes("schedulefree", "RAdamScheduleFree AdamWScheduleFree SGDScheduleFree"),
+}
 BY_LOWER_NAME = {name.lower(): recipe for name, recipe in RECIPES.items()}
 # Classes of these modules whose update of one number depends on that number's history alone.
-_TORCH_ELEMENTWISE = (
-    "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop",
-    "SGD",
-)  # fmt: skip
 ELEMENTWISE = {
-    "torch.optim": frozenset(_TORCH_ELEMENTWISE),
-    "bitsandbytes.optim": frozenset(
+    "torch.optim": {
+        "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop",
+        "Rprop", "SGD",
+    },
+    BITSANDBYTES: {
         f"{paged}{name}{bits}"
         for paged in ("", "Paged")
         for name in ("Adam", "AdamW", "Lion", "SGD", "AdEMAMix", "RMSprop", "Adagrad")
         for bits in ("", "8bit", "32bit")
-    ),
-}
+    },
+}  # fmt: skip
 UNUSABLE = {
     "LBFGS": "it evaluates the model several times a step",
     "SparseAdam": "it needs sparse gradients",
 }
 # Installed by `pip install anima-fast[optimizers]`; the other packages are required ones.
-IN_EXTRA = ("lion_pytorch", "prodigyopt", "schedulefree", "dadaptation")
+IN_EXTRA = ("lion_pytorch", "prodigyopt", "schedulefree", DADAPTATION)
 
 
 def find_optimizer(kind: str) -> tuple[Recipe, type[torch.optim.Optimizer]]:
     """Recipe and class of an optimizer name; `UserError` as in `build_optimizer`."""
     recipe = BY_LOWER_NAME.get(kind.lower())
-    if recipe is None and "." not in kind:
+    if recipe is None:
+        module, _, name = kind.rpartition(".")
         names = {name.lower(): name for name in torch_optimizer_names()}
-        if kind.lower() not in names:
+        if not module and kind.lower() not in names:
             known = [*RECIPES, *names.values()]
             by_lower = {name.lower(): name for name in known}
             near = difflib.get_close_matches(kind.lower(), by_lower, n=1, cutoff=0.5)
             hint = f"did you mean {by_lower[near[0]]}?" if near else f"known: {', '.join(known)}"
             raise UserError(f"--optimizer_type {kind} is unknown: {hint}")
-        recipe = _plain_recipe("torch.optim", names[kind.lower()])
-    elif recipe is None:
-        recipe = _plain_recipe(*kind.rsplit(".", 1))
+        if not module:
+            module, name = "torch.optim", names[kind.lower()]
+        recipe = Recipe(module, name, flat=name in ELEMENTWISE.get(module, ()))
     if recipe.module == "torch.optim" and recipe.name in UNUSABLE:
         raise UserError(
             f"--optimizer_type {kind} cannot train a LoRA: {UNUSABLE[recipe.name]}; use AdamW"
@@ -105,10 +104,6 @@ def torch_optimizer_names() -> list[str]:
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
         if value is not torch.optim.Optimizer
     ]
-
-
-def _plain_recipe(module: str, name: str) -> Recipe:
-    return Recipe(module, name, flat=name in ELEMENTWISE.get(module, ()))
 
 
 def import_class(module: str, name: str, option: str) -> type:

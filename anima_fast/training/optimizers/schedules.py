@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,14 +51,11 @@ class Schedule(LambdaLR):
         """Go to the saved step of this schedule and set the rates that belong there."""
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = state_dict["step_count"]
-        rates = [
-            base * curve(self.last_epoch)
-            for base, curve in zip(self.base_lrs, self.lr_lambdas, strict=True)
-        ]
-        groups = self.optimizer.param_groups
-        for group, rate, base in zip(groups, rates, self.base_lrs, strict=True):
+        factors = [curve(self.last_epoch) for curve in self.lr_lambdas]
+        self._last_lr = [base * f for base, f in zip(self.base_lrs, factors, strict=True)]
+        groups = zip(self.optimizer.param_groups, self._last_lr, self.base_lrs, strict=True)
+        for group, rate, base in groups:
             group["lr"], group["initial_lr"] = rate, base
-        self._last_lr = rates
 
 
 class AdafactorSchedule(LRScheduler):
@@ -75,13 +71,12 @@ class AdafactorSchedule(LRScheduler):
 
     def get_lr(self) -> list[float]:
         """Rates of the last step; the initial rate before the first one."""
-        rates = []
-        for group in self.optimizer.param_groups:
-            state = self.optimizer.state.get(group["params"][0])
-            rates.append(self._rate(group, state) if state else self.initial_rate)
-        return rates
+        firsts = [(group, group["params"][0]) for group in self.optimizer.param_groups]
+        return [self._rate(group, self.optimizer.state.get(first)) for group, first in firsts]
 
-    def _rate(self, group: dict, state: dict) -> float:
+    def _rate(self, group: dict, state: dict | None) -> float:
+        if not state:
+            return self.initial_rate
         # AdaFactor's own rule, from the step count and the size of the parameter it has stored.
         slowest = 1e-6 * state["step"] if group["warmup_init"] else 1e-2
         rate = min(slowest, 1 / math.sqrt(state["step"]))
@@ -97,12 +92,12 @@ def build_scheduler(
     *,
     learning_rate: float,
 ) -> LRScheduler:
-    """The schedule of a run.
+    """The schedule of a run of T = `total_steps` optimizer steps.
 
     Args:
         options: the `lr_*` options.
         optimizer: a schedule-free one keeps its rate constant, whatever `lr_scheduler` says.
-        total_steps: T, in optimizer steps.
+        total_steps: T.
         learning_rate: what AdaFactor's own schedule reports before its first step.
 
     Raises:
@@ -151,46 +146,39 @@ def named_curve(
     """The function of the optimizer step that multiplies a group's `rate`."""
     if name == "piecewise_constant":
         return _piecewise(options)
-    if name in ("constant", "constant_with_warmup"):
-        return partial(_warm, warmup=warmup, after=lambda step: 1.0)
-    if name == "inverse_sqrt":
-        timescale = options.lr_scheduler_timescale or warmup or 10_000
-        return partial(
-            _warm,
-            warmup=warmup,
-            after=lambda step: 1 / math.sqrt((step + timescale - warmup) / timescale),
-        )
-    if name == "warmup_stable_decay":
-        return _stable_decay(options, total_steps, warmup)
+    cycles, low = options.lr_scheduler_num_cycles, options.lr_scheduler_min_lr_ratio or 0.0
+    timescale = options.lr_scheduler_timescale or warmup or 10_000
+    span = max(1, total_steps - warmup)
+    # From 1 at p = 0 to the end of the run at p = 1.
     shapes: dict[str, Callable[[float], float]] = {
         "linear": lambda p: 1 - p,
         "cosine": _half_cosine,
-        "cosine_with_restarts": partial(_restarts, cycles=options.lr_scheduler_num_cycles),
-        "polynomial": partial(_polynomial, power=options.lr_scheduler_power, rate=rate),
-        "cosine_with_min_lr": partial(
-            _half_cosine,
-            cycles=options.lr_scheduler_num_cycles,
-            low=options.lr_scheduler_min_lr_ratio or 0.0,
-        ),
+        "cosine_with_restarts": lambda p: 0.0 if p >= 1 else _half_cosine(cycles * p % 1),
+        "polynomial": lambda p: _polynomial(p, options.lr_scheduler_power, rate),
+        "cosine_with_min_lr": lambda p: _half_cosine(p, cycles, low),
     }
-    span = max(1, total_steps - warmup)
-    shape = shapes[name]
-    return partial(
-        _warm, warmup=warmup, after=lambda step: max(0.0, shape(min(1.0, (step - warmup) / span)))
-    )
+    after: dict[str, Curve] = {
+        "constant": lambda step: 1.0,
+        "constant_with_warmup": lambda step: 1.0,
+        "inverse_sqrt": lambda step: 1 / math.sqrt((step + timescale - warmup) / timescale),
+    }
+    first = 0.0
+    if name == "warmup_stable_decay":
+        after[name] = _stable_decay(options, total_steps, warmup, low)
+        first = low
 
+    def curve(step: int) -> float:
+        if step < warmup:
+            return first + (1 - first) * step / warmup
+        if name in after:
+            return after[name](step)
+        return max(0.0, shapes[name](min(1.0, (step - warmup) / span)))
 
-def _warm(step: int, *, warmup: int, after: Curve, low: float = 0.0) -> float:
-    """Linear from `low` to 1 over `warmup` steps, then the curve."""
-    return low + (1 - low) * step / warmup if step < warmup else after(step)
+    return curve
 
 
 def _half_cosine(p: float, cycles: int = 1, low: float = 0.0) -> float:
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * cycles * p))
-
-
-def _restarts(p: float, cycles: int) -> float:
-    return 0.0 if p >= 1 else _half_cosine(cycles * p % 1)
 
 
 def _polynomial(p: float, power: float, rate: float) -> float:
@@ -200,23 +188,22 @@ def _polynomial(p: float, power: float, rate: float) -> float:
     return ((rate - POLYNOMIAL_END_RATE) * (1 - p) ** power + POLYNOMIAL_END_RATE) / rate
 
 
-def _stable_decay(options: SchedulerOptions, total_steps: int, warmup: int) -> Curve:
-    """Warm-up, then full rate, then a cosine over the last `lr_decay_steps`."""
+def _stable_decay(options: SchedulerOptions, total_steps: int, warmup: int, low: float) -> Curve:
+    """The full rate, then a cosine over the last `lr_decay_steps`."""
     decay = step_count(options.lr_decay_steps, total_steps, "--lr_decay_steps")
     if warmup + decay > total_steps:
         raise UserError(
             f"--lr_warmup_steps ({warmup}) and --lr_decay_steps ({decay}) are more than the "
             f"{total_steps} steps of the run: shorten one of them"
         )
-    low, cycles = options.lr_scheduler_min_lr_ratio or 0.0, options.lr_scheduler_num_cycles
-    start = total_steps - decay
+    cycles, start = options.lr_scheduler_num_cycles, total_steps - decay
 
     def after(step: int) -> float:
         if step < start:
             return 1.0
         return _half_cosine((step - start) / decay, cycles, low) if step < total_steps else low
 
-    return partial(_warm, warmup=warmup, after=after, low=low)
+    return after
 
 
 def _piecewise(options: SchedulerOptions) -> Curve:
@@ -254,14 +241,9 @@ def _custom_schedule(
 
 
 def restore_scheduler(scheduler: LRScheduler, saved: dict) -> list[str]:
-    """Bring a scheduler of the present options to the step of a saved one.
+    """Bring a scheduler of the present options to the step of a saved one's `state_dict()`.
 
-    Args:
-        scheduler: as `build_scheduler` made it for the resumed run.
-        saved: an earlier `scheduler.state_dict()`.
-
-    Returns:
-        Notices where the curve is not the one of the saved run.
+    Returns notices where the curve is not the one of the saved run.
     """
     ours = isinstance(scheduler, Schedule)
     if ours != ("schedule" in saved):
@@ -270,12 +252,9 @@ def restore_scheduler(scheduler: LRScheduler, saved: dict) -> list[str]:
             "--lr_scheduler_type, --lr_scheduler and --optimizer_type"
         )
     notices: list[str] = []
-    if not ours:
-        scheduler.load_state_dict(saved)
-        return notices
-    if saved["schedule"] != scheduler.name:
+    if ours and saved["schedule"] != scheduler.name:
         notices.append(f"lr_scheduler changed from {saved['schedule']} to {scheduler.name}")
-    if saved["total_steps"] != scheduler.total_steps:
+    if ours and saved["total_steps"] != scheduler.total_steps:
         notices.append(
             f"the run now has {scheduler.total_steps} steps instead of {saved['total_steps']}: the "
             f"rest follows the {scheduler.name} schedule of the new length"

@@ -23,12 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anima_fast.data.seeding import seeded
 from anima_fast.memory.swap import host_copy
-from anima_fast.training.optimizers.rounding import rounding_generator, stochastic_round
 from anima_fast.training.optimizers.weights import SMALLEST_MOVED, Gradients, Weight
 
 # Elements whose float32 copies are in memory together.
 CHUNK = 2**25
+# Of a float32, which bfloat16 does not have.
+LOWER_BITS = 16
 
 
 class WeightUpdates(torch.optim.Optimizer):
@@ -79,24 +81,9 @@ class WeightUpdates(torch.optim.Optimizer):
         """The class that resume states name."""
         return getattr(self.inner, "stands_for", type(self.inner))
 
-    @property
-    def param_groups(self) -> list[dict]:
-        """Those of `inner`."""
-        return self.inner.param_groups
-
-    @property
-    def state(self) -> dict:
-        """That of `inner`."""
-        return self.inner.state
-
-    @property
-    def defaults(self) -> dict:
-        """Those of `inner`."""
-        return self.inner.defaults
-
     def __getattr__(self, name: str) -> Any:
-        # A schedule-free optimizer is recognised by these two.
-        if name in ("train", "eval"):
+        # A schedule-free optimizer is recognised by `train` and `eval`.
+        if name in ("param_groups", "state", "defaults", "train", "eval"):
             return getattr(self.inner, name)
         raise AttributeError(name)
 
@@ -104,8 +91,7 @@ class WeightUpdates(torch.optim.Optimizer):
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradients of the next step down to `max_norm` (0 = off).
 
-        Returns:
-            Their norm before, a float32 scalar on the device; nothing waits for it here.
+        Returns their norm before, a float32 scalar on the device, without waiting for it.
         """
         norm = self.gradients.norm()
         factor = self._loss_scale
@@ -135,7 +121,7 @@ class WeightUpdates(torch.optim.Optimizer):
         assert closure is None
         if not self.fused:
             kept = self.gradients.kept
-            if self.together or self.in_place:
+            if self.together or self._in_place():
                 with self._opened([w for w in self.weights.values() if w in kept]):
                     self.inner.step()
             else:
@@ -144,8 +130,7 @@ class WeightUpdates(torch.optim.Optimizer):
             self._wait_for_host()
         self.rounds += 1
 
-    @property
-    def in_place(self) -> bool:
+    def _in_place(self) -> bool:
         """Whether every weight is updated where it is."""
         return all(
             not weight.swapped
@@ -159,9 +144,8 @@ class WeightUpdates(torch.optim.Optimizer):
         for group in list(self.param_groups):
             some: list[Weight] = []
             size = 0
-            for weight in (self.weights[param] for param in group["params"]):
-                if weight not in self.gradients.kept:
-                    continue
+            weights = [self.weights[param] for param in group["params"]]
+            for weight in [w for w in weights if w in self.gradients.kept]:
                 if some and size + weight.param.numel() > CHUNK:
                     yield group, some
                     some, size = [], 0
@@ -301,3 +285,30 @@ def _moves(value: Any) -> bool:
         return False
     # bitsandbytes' paged optimizers move their state themselves.
     return not getattr(value, "is_paged", False)
+
+
+def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
+    """x (float32) as bfloat16, rounded at random; bfloat16 numbers, infinities and NaN stay.
+
+    A bfloat16 weight w has steps of about |w| / 256. An update below half a step vanishes when it
+    is rounded to nearest, every time. Here x = a + r·(b − a) between two neighbours a and b becomes
+    b with probability r, so E[round(x)] = x and small updates add up (Gupta et al. 2015,
+    arXiv 1502.02551).
+    """
+    if x.dtype != torch.float32:
+        raise ValueError(f"x is {x.dtype}, expected float32")
+    # bfloat16 is the upper half of a float32: adding a random number below 2¹⁶ to the bits and
+    # cutting the lower half off rounds either sign, as the bits after it are the magnitude's.
+    bits = torch.randint(
+        0, 1 << LOWER_BITS, x.shape, dtype=torch.int32, device=x.device, generator=generator
+    )
+    bits += x.view(torch.int32)
+    bits &= -(1 << LOWER_BITS)
+    rounded = bits.view(torch.float32)
+    # A NaN whose bits are all ones would become a number.
+    return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)
+
+
+def rounding_generator(device: torch.device, *key: object) -> torch.Generator:
+    """The generator of one rounding, which follows from its key (seed, step, name) alone."""
+    return torch.Generator(device).manual_seed(seeded("rounding", *key).getrandbits(63))

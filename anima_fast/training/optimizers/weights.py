@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,8 @@ class Weight:
     def keep_master(self, value: Tensor) -> None:
         """Keep `value` as the float32 master."""
         wide = value.detach().to(torch.float32)
-        pinned = torch.cuda.is_available()
         if self.swapped:
-            self.master = host_copy(wide, pinned=pinned)
+            self.master = host_copy(wide, pinned=torch.cuda.is_available())
         else:
             self.master = wide.to(self.param.device, copy=True)
 
@@ -85,18 +85,13 @@ class Gradients:
         self.kept: dict[Weight, Tensor] = {}
         self.norms: dict[Weight, Tensor] = {}
         self._host: dict[Weight, Tensor] = {}
-        self._hooks = [
-            weight.param.register_post_accumulate_grad_hook(self._hook(weight))
-            for weight in self.weights
-            if not weight.swapped
-        ]
+        for weight in self.weights:
+            if not weight.swapped:
+                weight.param.register_post_accumulate_grad_hook(partial(self._take_from, weight))
 
-    def _hook(self, weight: Weight) -> Callable[[Tensor], None]:
-        def hook(param: Tensor) -> None:
-            grad, param.grad = param.grad, None
-            self.take(weight, grad)
-
-        return hook
+    def _take_from(self, weight: Weight, param: Tensor) -> None:
+        grad, param.grad = param.grad, None
+        self.take(weight, grad)
 
     @torch.no_grad()
     def take(self, weight: Weight, grad: Tensor) -> None:
@@ -115,22 +110,15 @@ class Gradients:
             return
         # Here, while it is on the device: host memory is slow to read.
         self.norms[weight] = norm_of(grad)
-        self.kept[weight] = self._to_host(weight, grad)
-
-    def _to_host(self, weight: Weight, grad: Tensor) -> Tensor:
         if weight not in self._host:
             pinned = self.device.type == "cuda"
-            host = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=pinned)
-            self._host[weight] = host
-        return self._host[weight].copy_(grad, non_blocking=True)
+            self._host[weight] = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=pinned)
+        self.kept[weight] = self._host[weight].copy_(grad, non_blocking=True)
 
     def norm(self) -> Tensor:
         """The norm of all gradients of this step, a float32 scalar on the device."""
-        found = [
-            self.norms[weight] if weight in self.norms else norm_of(self.kept[weight])
-            for weight in self.weights
-            if weight in self.norms or weight in self.kept
-        ]
+        norms = self.norms | {w: norm_of(g) for w, g in self.kept.items() if w not in self.norms}
+        found = [norms[weight] for weight in self.weights if weight in norms]
         if not found:
             return torch.zeros((), device=self.device)
         return torch.linalg.vector_norm(torch.stack(found))
