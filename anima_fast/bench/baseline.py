@@ -32,19 +32,12 @@ def baseline_path(device: str) -> Path | None:
 
 
 def part_of(stored: Run, found: Sequence[Measurement]) -> Run:
-    """The stored rows of what was measured: its ops, dtypes and cases.
-
-    A tensor that is gone from an op is left in, a case that was not run is not.
-    """
-    measured = {(row.op, row.dtype) for row in found}
-    cases: dict[tuple[str, str], set[str]] = {}
-    for row in found:
-        cases.setdefault((row.op, row.dtype), set()).update(row.parts)
+    """The stored rows of what was measured, with the cases that were run."""
+    cases = {row.key: row.parts for row in found}
     kept = []
     for row in stored.rows:
-        if (row.op, row.dtype) in measured:
-            known = cases[row.op, row.dtype]
-            parts = {name: value for name, value in row.parts.items() if name in known}
+        parts = {name: x for name, x in row.parts.items() if name in cases.get(row.key, ())}
+        if parts:
             kept.append(dataclasses.replace(row, parts=parts))
     return dataclasses.replace(stored, rows=tuple(kept))
 
@@ -57,11 +50,13 @@ def judged(
     Args:
         stored: the baseline.
         found: the rows of this run.
-        whole: whether every case of these ops and dtypes was run; else stored ones may be missing.
+        whole: whether every case of these ops and dtypes was run; else the common ones count.
     """
     own = [row for row in found if row.provider == "own"]
-    here = Run(environment(), tuple(own), "this run")
-    before = stored if whole else part_of(stored, own)
+    here, before = Run(environment(), tuple(own), "this run"), stored
+    if not whole:
+        before = part_of(stored, own)
+        here = part_of(here, before.rows)
     measured = {(row.op, row.dtype) for row in own}
     rows = [r for r in before.rows if r.provider == "own" and (r.op, r.dtype) in measured]
     limits = compare.limits_of(())

@@ -192,8 +192,11 @@ def _curve(device: Device, fused: bool, target: Tensor, inputs: dict[str, Any]) 
     return losses
 
 
-def loss_rows(device: Device = "cpu") -> list[Measurement]:
-    """The curves of the fused and the eager DiT, and that of a run of the trainer."""
+def loss_rows(device: Device = "cpu", quick: bool = False) -> list[Measurement]:
+    """The losses of a run of the trainer, and unless `quick` those of the fused and eager DiT."""
+    run = _losses("run", run_losses(), "host")
+    if quick:
+        return [run]
     inputs = _inputs(torch.float32, device)
     inputs |= {"latents": inputs["latents"][:1, :, :4, :4], "sigma": inputs["sigma"][:1]}
     inputs |= {"context": inputs["context"][:1, :3], "zero_keys": 507}
@@ -208,7 +211,7 @@ def loss_rows(device: Device = "cpu") -> list[Measurement]:
         _losses("fused", own, _source(device), note=note),
         _losses("fused", eager, _source(device), provider="eager"),
     ]
-    return [*found, _losses("run", run_losses(), "host")]
+    return [*found, run]
 
 
 def _losses(
@@ -307,4 +310,4 @@ def rows_of(choice: Choice) -> Iterator[list[Measurement]]:
         if choice.wants("error") and choice.wants_op("block"):
             yield block_rows(device, choice.quick, choice.dtypes)
         if choice.wants("loss") and choice.wants_op("loss"):
-            yield loss_rows(device)
+            yield loss_rows(device, choice.quick)

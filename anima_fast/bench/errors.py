@@ -53,11 +53,7 @@ def known_ops(names: Sequence[str], further: Sequence[str] = ()) -> None:
 
 
 def check_cases(
-    op: Op,
-    *,
-    device: torch.device | str = "cpu",
-    quick: bool = False,
-    dtypes: Sequence[str] = (),
+    op: Op, *, device: torch.device | str = "cpu", quick: bool = False, dtypes: Sequence[str] = ()
 ) -> Iterator[Check]:
     """Check an op at every case of the table, or at those of some dtypes."""
     for sizes, dtype, layout in cases(op, quick):

@@ -62,8 +62,6 @@ PREVIEWS = tuple(
 )
 
 
-
-
 @one_thread()
 def run_demo(
     out: str | Path, *, seed: int = 0, vae_steps: int = 300, repeats: int = 120, steps: int = 12

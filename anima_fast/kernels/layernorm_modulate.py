@@ -279,10 +279,7 @@ def row_op(
             {"B": 2, "L": 38, "D": 64},
             {"B": 1, "L": 2, "D": 5120},
         ),
-        model_shapes=(
-            {"B": 1, "L": 9, "D": 2048},
-            {"B": 1, "L": 9, "D": 2048, "small": 1},
-        ),
+        model_shapes=({"B": 1, "L": 9, "D": 2048}, {"B": 1, "L": 9, "D": 2048, "small": 1}),
         # Statistics sum a row, the gradients of the vectors all tokens.
         summed=lambda sizes: max(sizes["D"], sizes["L"]),
         real_shapes=lambda tokens: {"": {"B": 1, "L": tokens, "D": 2048}},

@@ -212,10 +212,7 @@ OP = Op(
         {"B": 1, "L": 75, "D": 600},
         {"B": 1, "L": 2, "D": 5120},
     ),
-    model_shapes=(
-        {"B": 1, "L": 9, "D": 2048},
-        {"B": 1, "L": 9, "D": 1024, "small": 1},
-    ),
+    model_shapes=({"B": 1, "L": 9, "D": 2048}, {"B": 1, "L": 9, "D": 1024, "small": 1}),
     summed=lambda sizes: max(sizes["D"], sizes["L"]),
     real_shapes=lambda tokens: {
         "text": {"B": 1, "L": 512, "D": 1024},
