@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 endif
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench gpu docs clean
+.PHONY: demo test test-slow lint bench gpu plant docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/anima-fast demo --out $(OUT)
@@ -30,6 +30,10 @@ lint: $(VENV)/.test
 # What this machine can measure of the kernels, into one run file.
 bench: $(VENV)/.test
 	$(BIN)/anima-fast bench run --out $(BENCH_OUT)/run.jsonl
+
+# Errors of one line, each of which a check must see: half an hour.
+plant: $(VENV)/.test
+	$(BIN)/python -m benchmarks.plant
 
 docs: $(VENV)/.test
 	$(BIN)/python -m mkdocs build --strict --site-dir site

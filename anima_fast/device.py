@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -21,6 +23,21 @@ DTYPES = {
 # Held while a graph is recorded (models/block_graphs.py) and while any thread but the main one
 # takes page-locked memory: CUDA aborts a recording when another thread allocates meanwhile.
 NOT_WHILE_RECORDING = threading.Lock()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside the block PyTorch computes on one thread.
+
+    Small matrices gain nothing from more: on a busy machine, threads that waited for each other
+    made a step five times slower. And sums have the same digits whatever the number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -220,3 +220,15 @@ def test_old_torch():
     for version in ("2.4.1", "2.4.1+cu121", "1.13.1"):
         with pytest.raises(UserError, match="NaN"):
             check_torch_version(version)
+
+
+def test_one_program_sums_all_queries(monkeypatch):
+    """As on a card with many heads: dk and dv are float32 sums over tile after tile of queries."""
+    from anima_fast.bench.parity import check_op
+    from anima_fast.kernels import attention as module
+
+    monkeypatch.setattr(module, "PROGRAMS", 1)
+    sizes = {"B": 1, "L": 650, "S": 20, "H": 1, "K": 32}
+    checks = {c.tensor: c for c in check_op(module.OP, sizes, torch.bfloat16)}
+    for tensor in ("dk", "dv"):
+        assert checks[tensor].error < 1.1 * checks[tensor].reference_error

@@ -10,7 +10,7 @@ import torch
 from tiny_dit import TINY, dit_weights
 
 from anima_fast.adapters.lora import add_lora
-from anima_fast.bench.parity import FLOORS, relative_error
+from anima_fast.bench.parity import floor, relative_error
 from anima_fast.kernels import dispatch
 from anima_fast.memory.lora import SAVED_UNITS
 from anima_fast.models import fuse
@@ -87,7 +87,9 @@ def assert_agrees(dtype, **options):
     typical = sum(errors.values()) / len(errors)
     for name in exact:
         own, allowed = relative_error(fused[name], exact[name]), 2 * max(errors[name], typical)
-        assert own <= allowed + FLOORS[dtype], f"{name}: error {own:.2e}, allowed {allowed:.2e}"
+        assert own <= allowed + floor(dtype, TWO.mlp_hidden), (
+            f"{name}: error {own:.2e}, allowed {allowed:.2e}"
+        )
 
 
 HALF = torch.bfloat16

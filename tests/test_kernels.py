@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from anima_fast.bench.errors import cases
 from anima_fast.bench.interpreter import interpreting, start
-from anima_fast.bench.parity import LAYOUTS, check_op, leaves, map_tensors
+from anima_fast.bench.parity import check_op, leaves, map_tensors
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.registry import OPS
 
@@ -12,23 +13,27 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if interpreting():
     start()
 
-CASES = [
-    pytest.param(op, sizes, dtype, layout, id=f"{op.name}-{i}-{str(dtype)[6:]}-{layout}")
-    for op in OPS.values()
-    for i, sizes in enumerate(op.shapes)
-    for dtype in op.dtypes
-    for layout in LAYOUTS
-]
+
+def parity_cases(op):
+    """Small shapes in every dtype and layout; of float64 and the model's shapes the quick ones."""
+    quick = [case for case in cases(op, quick=True)
+             if case[1] == torch.float64 or case[0] in op.model_shapes]  # fmt: skip
+    small = [case for case in cases(op) if case[1] != torch.float64 and case[0] in op.shapes]
+    for sizes, dtype, layout in (*small, *quick):
+        text = " ".join(f"{k}{v}" for k, v in sizes.items())
+        yield pytest.param(
+            op, sizes, dtype, layout, id=f"{op.name}-{text}-{str(dtype)[6:]}-{layout}"
+        )
+
+
+CASES = [case for op in OPS.values() for case in parity_cases(op)]
 
 
 @pytest.mark.parametrize("op, sizes, dtype, layout", CASES)
 def test_parity(op, sizes, dtype, layout):
-    wrong = [
-        f"{c.tensor}: error {c.error:.2e}, allowed {c.allowed:.2e} {c.remark}"
-        for c in check_op(op, sizes, dtype, layout=layout, device=DEVICE)
-        if not c.passed
-    ]
-    assert not wrong, f"{op.name} {sizes}: " + "; ".join(wrong)
+    checks = check_op(op, sizes, dtype, layout=layout, device=DEVICE)
+    wrong = [str(check) for check in checks if not check.passed]
+    assert not wrong, "; ".join(wrong)
 
 
 DIFFERENTIABLE = [op for op in OPS.values() if op.grads]

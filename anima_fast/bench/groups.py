@@ -58,8 +58,8 @@ class Group:
 
 
 GROUPS = (
-    Group("errors", ("error",), "parity:error_rows", interpreted=True),
-    Group("block", ("error", "loss"), "curve:rows", ("block", "loss"), interpreted=True),
+    Group("errors", ("error",), "errors:rows_of", interpreted=True),
+    Group("block", ("error", "loss"), "curve:rows_of", ("block", "loss"), interpreted=True),
     Group("launches", ("launches", "units", "kept", "peak"), "launches:rows", ("block",)),
     Group("resources", ("registers", "spills", "shared", "occupancy"), "resources:rows"),
     Group("program", ("modules", "startup"), "startup:rows", ("program",)),

@@ -16,15 +16,38 @@ def _parity(
     op: Annotated[
         list[str] | None, typer.Option("--op", help="Only this op; may be repeated.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print every check as JSON.")] = False,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="Only float32, ...; may be repeated.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A part of the table, in less than a minute.")
+    ] = False,
+    baseline: Annotated[
+        Path | None,
+        typer.Option("--baseline", help="Run file to compare with, instead of the checkout's."),
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Store these numbers as the baseline.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a run file.")] = False,
 ) -> None:
-    """Check every kernel against its definition, on the card or, without one, interpreted.
+    """Check every kernel, the fused block and a loss curve, on the card or interpreted.
 
-    Ends with status 1 when a check fails.
+    Two rules: an error is at most twice that of plain PyTorch in the same type, and not worse than
+    the stored baseline. Ends with status 1 when one is broken.
     """
     from anima_fast.bench.parity_report import run_parity
 
-    raise typer.Exit(0 if run_parity(op or [], as_json=as_json, say=typer.echo) else 1)
+    good = run_parity(
+        op or [],
+        dtypes=dtype or [],
+        quick=quick,
+        baseline=baseline,
+        update=update,
+        as_json=as_json,
+        say=typer.echo,
+    )
+    raise typer.Exit(0 if good else 1)
 
 
 @app.command("download", rich_help_panel=MACHINE)

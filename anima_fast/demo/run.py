@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from PIL import Image
 
 from anima_fast.demo.tiny_stack import Stack, build_stack, save_vae
 from anima_fast.demo.vae import fit_vae
+from anima_fast.device import one_thread
 from anima_fast.errors import UserError
 from anima_fast.files import atomic_write, write_text
 from anima_fast.models.adapter_kinds import LORA
@@ -61,20 +60,6 @@ PREVIEWS = tuple(
     f"{caption} --w {width} --h {height} --s {{steps}} --l 1 --fs 1 --d {{seed}}"
     for caption, (width, height) in list(PHOTOGRAPHS.values())[:2]
 )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for the matrices of a toy, which gain nothing from more.
-
-    On a busy machine, threads that waited for each other made a step five times slower.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @one_thread()

@@ -160,7 +160,13 @@ def _train_tokenizers(stack: Stack, corpus: list[str]) -> int:
     t5.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
-    write_json(stack.t5_tokenizer / "tokenizer.json", json.loads(t5.to_str()))
+    values = json.loads(t5.to_str())
+    special, learnt = values["model"]["vocab"][:3], values["model"]["vocab"][3:]
+    # The trainer sums in another order each time: scores differ in their last digits, and equal
+    # ones come in any order.
+    scores = sorted((-round(score, 6), piece) for piece, score in learnt)
+    values["model"]["vocab"] = [*special, *([piece, -score] for score, piece in scores)]
+    write_json(stack.t5_tokenizer / "tokenizer.json", values)
     return qwen.get_vocab_size()
 
 

@@ -258,6 +258,9 @@ OP = Op(
         {"N": 4101, "ranges": 5, "step": 2, "clip": 1},
         {"N": 6144, "ranges": 2, "step": 1000, "clip": 0},
     ),
+    model_shapes=({"N": 65536, "ranges": 2, "step": 300, "clip": 1},),
+    # Element by element: the norm is given.
+    summed=lambda _sizes: 1,
     real_shapes=lambda _tokens: {"rank 16": {"N": _LORA, "ranges": 1, "step": 10, "clip": 1}},
     cost=_cost,
     cost_note="read p, g, m and v, write p, m and v, without a benchmark's copies",

@@ -458,6 +458,13 @@ OP = Op(
         {"B": 2, "L": 150, "S": 77, "H": 1, "K": 64, "zero": 400},
         {"B": 1, "L": 70, "S": 140, "H": 1, "K": 128},
     ),
+    model_shapes=(
+        {"B": 1, "L": 16, "S": 1024, "H": 1, "K": 128},
+        {"B": 1, "L": 2, "S": 4096, "H": 1, "K": 128},
+        {"B": 1, "L": 40, "S": 96, "H": 2, "K": 128, "zero": 416},
+    ),
+    # A logit sums K products, an output S values, dk and dv all queries.
+    summed=lambda sizes: max(sizes["K"], sizes["S"], sizes["L"]),
     real_shapes=_real_shapes,
     cost=_cost,
     cost_note="read q, k, v, write out; backward reads out and its gradient too and writes three",

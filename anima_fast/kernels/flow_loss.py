@@ -309,6 +309,12 @@ OP = Op(
         {"B": 2, "C": 4, "h": 16, "w": 33, "type": 1, "masked": 0},
         {"B": 2, "C": 5, "h": 22, "w": 20, "type": 3, "masked": 1},
     ),
+    model_shapes=(
+        {"B": 1, "C": 16, "h": 128, "w": 128, "type": 2, "masked": 1},
+        # So many samples that the error of their losses is no chance.
+        {"B": 128, "C": 2, "h": 2, "w": 3, "type": 2, "masked": 0},
+    ),
+    summed=lambda sizes: sizes["C"] * sizes["h"] * sizes["w"],
     real_shapes=_real_shapes,
     cost=_cost,
     cost_note="read prediction, latents and noise, write the float32 gradient; scale that",

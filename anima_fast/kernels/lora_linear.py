@@ -436,6 +436,15 @@ OP = Op(
         {"M": 33, "N": 24, "K": 40, "R": 8, "parts": 3, "cublas": 1},
         {"M": 35, "N": 26, "K": 44, "R": 5, "parts": 3, "cublas": 1, "equal": 1},
     ),
+    model_shapes=(
+        {"M": 16, "N": 32, "K": 2048, "R": 32, "parts": 1},
+        {"M": 16, "N": 32, "K": 8192, "R": 32, "parts": 1},
+        {"M": 16, "N": 2048, "K": 40, "R": 32, "parts": 1},
+        {"M": 4096, "N": 16, "K": 24, "R": 8, "parts": 1},
+        {"M": 16, "N": 32, "K": 2048, "R": 32, "parts": 3, "cublas": 1, "equal": 1},
+    ),
+    # y sums K, dx N·parts, dA and dB the tokens.
+    summed=lambda sizes: max(sizes["K"], sizes["N"] * sizes["parts"], sizes["M"]),
     real_shapes=_real_shapes,
     cost=_cost,
     cost_note="read x, W, A, B, write y; backward reads x and dy, writes dx",

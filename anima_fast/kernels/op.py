@@ -49,9 +49,13 @@ class Op:
         make_inputs: (sizes, dtype, device) → keyword arguments, drawn from the global generator.
         grads: the arguments that get a gradient.
         shapes: sizes for parity: ones, odd, larger than a tile.
+        model_shapes: a few rows of the model's own widths and lengths, for parity too: what only
+            long sums, rows of full width or a small variance show.
+        summed: sizes → the terms of the longest sum in a result or a gradient: float32 rounds
+            each of them.
         real_shapes: label → sizes at a number of image tokens in the 2B model, for benchmarks.
         cost: (sizes, bytes per element) → `Cost`.
-        dtypes: those of the parity table.
+        dtypes: those that a card runs; parity adds float64.
         cost_note: what the cost counts, for the reader of a table.
     """
 
@@ -63,6 +67,8 @@ class Op:
     shapes: tuple[Sizes, ...]
     real_shapes: Callable[[int], Mapping[str, Sizes]]
     cost: Callable[[Sizes, int], Cost]
+    model_shapes: tuple[Sizes, ...] = ()
+    summed: Callable[[Sizes], int] = lambda _sizes: 1
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     cost_note: str = ""
 

@@ -297,8 +297,9 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inp
     b, l, p, n, h, k = (sizes[name] for name in ("B", "L", "P", "N", "H", "K"))
     angles = randn(l, k // 2, dtype=torch.float64) * 3
     rope = sizes.get("rope", 1)
+    packed = randn(b, l, p, h, k, dtype=dtype, device=device)
     return {
-        "packed": randn(b, l, p, h, k, dtype=dtype, device=device),
+        "packed": packed * 0.01 if sizes.get("small") else packed,
         "weights": 1 + 0.3 * randn(n, k, dtype=dtype, device=device),
         "cos": angles.cos().to(dtype).to(device) if rope else None,
         "sin": angles.sin().to(dtype).to(device) if rope else None,
@@ -331,6 +332,12 @@ OP = Op(
         {"B": 2, "L": 37, "P": 3, "N": 2, "H": 2, "K": 128},
         {"B": 1, "L": 70, "P": 2, "N": 1, "H": 2, "K": 64, "rope": 0},
     ),
+    model_shapes=(
+        {"B": 1, "L": 6, "P": 3, "N": 2, "H": 16, "K": 128},
+        {"B": 1, "L": 6, "P": 2, "N": 1, "H": 16, "K": 128, "rope": 0, "small": 1},
+    ),
+    # dw: all heads of all tokens.
+    summed=lambda sizes: max(sizes["K"], sizes["B"] * sizes["L"] * sizes["H"]),
     real_shapes=_real_shapes,
     cost=_cost,
     cost_note="read and write the normed parts; read their gradient and them, write the gradient",

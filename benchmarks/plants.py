@@ -1,0 +1,166 @@
+"""Errors of one line that the suite must see: `python -m benchmarks.plant` plants each of them.
+
+A row is a file, a piece of it that occurs once, its wrong form, and the command that must turn red.
+A kernel, a rule or a test that cannot see an error of this kind any more shows here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KERNELS, BLOCK = "anima_fast/kernels/", "anima_fast/models/block.py"
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One planted error.
+
+    Attributes:
+        name: what it is called.
+        file: where it goes, from the root of the checkout.
+        right, wrong: a piece of the file that occurs once, and what takes its place.
+        check: words of `anima-fast parity`, or "pytest ...", or "bench ...": what must turn red.
+        quick: whether it belongs to the part that CI runs.
+    """
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    check: str
+    quick: bool = False
+
+
+def _op(module: str, name: str, right: str, wrong: str, check: str, quick: bool = False) -> Plant:
+    """An error in a kernel file; `check` is a dtype of the op of its name, or as in `Plant`."""
+    words = check if check.startswith(("--op", "pytest")) else f"--op {module} --dtype {check}"
+    return Plant(f"{module}: {name}", f"{KERNELS}{module}.py", right, wrong, words, quick)
+
+
+PLANTS = (
+    # Norms.
+    _op("layernorm_modulate", "eps x 10 in forward",
+        "x_hat, _ = normalized(x, m_d, D, EPS)", "x_hat, _ = normalized(x, m_d, D, 10 * EPS)",
+        "bfloat16"),
+    _op("layernorm_modulate", "eps x 3 in forward",
+        "x_hat, _ = normalized(x, m_d, D, EPS)", "x_hat, _ = normalized(x, m_d, D, 3 * EPS)",
+        "float64 --quick", quick=True),
+    _op("layernorm_modulate", "eps x 3 in both directions",
+        "/ D + EPS)", "/ D + 3 * EPS)", "float64 --quick"),
+    _op("layernorm_modulate", "x_hat rounded before the modulation",
+        "x_hat * (1.0 + scale) + shift", "x_hat.to(tl.bfloat16).to(ACC) * (1.0 + scale) + shift",
+        "bfloat16 --quick", quick=True),
+    _op("layernorm_modulate", "scale and shift swapped",
+        "x_hat * (1.0 + scale) + shift", "x_hat * (1.0 + shift) + scale", "float32"),
+    _op("layernorm_modulate", "sums of dscale in 16 bit",
+        "tl.store(DSCALE + o_part, dscale,", "tl.store(DSCALE + o_part, dscale.to(tl.float16),",
+        "float16"),
+    _op("layernorm_modulate", "mean of the gradient over the padded row",
+        "g - tl.sum(g, 0) / D", "g - tl.sum(g, 0) / (D + 1)", "bfloat16 --quick"),
+    _op("rmsnorm", "mean over the padded row",
+        "mean = tl.sum(g * x_hat, 1) / D", "mean = tl.sum(g * x_hat, 1) / BLOCK_D", "float16"),
+    _op("rmsnorm", "dw of x and not of x_hat",
+        "dw += dy * x_hat.to(W.dtype.element_ty).to(ACC)", "dw += dy * x", "bfloat16 --quick"),
+    _op("rmsnorm", "dw of an x_hat that is not rounded as forward rounds it",
+        "dw += dy * x_hat.to(W.dtype.element_ty).to(ACC)", "dw += dy * x_hat",
+        "pytest tests/test_kernel_details.py -k rmsnorm"),
+    _op("qk_norm_rope", "the rotation is not undone",
+        "g1 * c + g2 * s, g2 * c - g1 * s", "g1 * c - g2 * s, g2 * c + g1 * s", "bfloat16 --quick"),
+    _op("qk_norm_rope", "one half rounded once more",
+        "y1 = x1 * rstd[:, None] * w1[None, :]",
+        "y1 = (x1 * rstd[:, None]).to(tl.bfloat16).to(ACC) * w1[None, :]", "bfloat16 --quick"),
+    _op("qk_norm_rope", "the angles of the token before",
+        "token, h = o_r // H, o_r % H", "token, h = o_r // (H + 1), o_r % H", "float32"),
+    # Residuals.
+    _op("gate_residual", "the product rounded before the sum",
+        "x + gate * y, mask=m_d)", "x + (gate * y).to(OUT.dtype.element_ty).to(ACC), mask=m_d)",
+        "bfloat16 --quick", quick=True),
+    _op("gate_residual", "dgate leaves out the last row of each chunk",
+        "tl.minimum(part * chunk + chunk, L)):\n        dout",
+        "tl.minimum(part * chunk + chunk, L) - 1):\n        dout", "float32"),
+    _op("gate_residual_layernorm_modulate", "dy of a rounded dr",
+        "tl.store(DY + o_row, gate * dr, mask=m_d)",
+        "tl.store(DY + o_row, gate * dr.to(DX.dtype.element_ty).to(ACC), mask=m_d)",
+        "bfloat16 --quick"),
+    _op("gate_residual_layernorm_modulate", "dgate without the norm's part",
+        "dgate += dr * tl.load", "dgate += dh * tl.load", "float16"),
+    # Attention.
+    _op("attention", "the zero keys left out", "l_i += n\n", "l_i += 0 * n\n", "bfloat16 --quick"),
+    _op("attention", "no mask in the last tile of keys",
+        's = tl.where((start + tl.arange(0, BLOCK_N) < S)[None, :], s, float("-inf"))', "pass",
+        "bfloat16 --quick"),
+    _op("attention", "the accumulator rounded at every tile of keys",
+        "        m_i = m_new\n", "        m_i = m_new\n        acc = acc.to(v.dtype).to(ACC)\n",
+        "bfloat16 --quick"),
+    _op("attention", "partial sums of dk and dv in 16 bit",
+        "like=k, dtype=wide_type)", "like=k, dtype=k.dtype)", "bfloat16 --quick"),
+    _op("attention", "dk rounded at every tile of queries",
+        "dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)",
+        "dk = tl.dot(ds.to(q.dtype), q, dk.to(q.dtype).to(ACC), input_precision=PRECISION)",
+        "pytest tests/test_attention.py -k one_program"),
+    _op("attention", "delta left out of dq",
+        "ds = p * (dp - delta[:, None])", "ds = p * dp", "float32"),
+    # Products.
+    _op("gemm", "the accumulator rounded at every step along K",
+        "        p_x += BLOCK_K * x_k\n",
+        "        p_x += BLOCK_K * x_k\n        acc = acc.to(x.dtype).to(ACC)\n",
+        "--op lora_linear --dtype bfloat16 --quick", quick=True),
+    _op("gemm", "partial sums along K in 16 bit",
+        "target = dispatch.empty(split, m, n, like=x, dtype=dispatch.wide_dtype(x))",
+        "target = dispatch.empty(split, m, n, like=x)",
+        "--op lora_linear --dtype bfloat16 --quick"),
+    _op("gemm", "the strength of an adapter left out",
+        "        acc *= scale\n    first", "    first", "--op lora_linear --dtype float32"),
+    _op("gemm", "a part along K reads on into the next",
+        "tl.arange(0, BLOCK_K) < last", "tl.arange(0, BLOCK_K) < K",
+        "--op lora_linear --dtype float16"),
+    _op("gemm", "a float32 gradient rounded to 16 bit",
+        "like=x, dtype=dtype or x.dtype)", "like=x)",
+        "pytest tests/test_block.py -k keep_their_precision"),
+    _op("lora_linear", "the strength left out of batched adapters",
+        "by_part(h, parts), b, alpha=scales[0])", "by_part(h, parts), b)", "bfloat16 --quick"),
+    _op("lora_linear", "g without the strength",
+        "product(part, ups[i], scales[i], dy.dtype", "product(part, ups[i], 1.0, dy.dtype",
+        "float32"),
+    _op("gelu", "nine digits of a constant",
+        "return 0.5 * a * (1.0 + tl.math.erf(a * 0.7071067811865476))",
+        "return 0.5 * a * (1.0 + tl.math.erf(a * 0.707106781))", "float64 --quick", quick=True),
+    _op("gelu", "the slope of the density",
+        "tl.math.exp(-0.5 * a * a)", "tl.math.exp(-0.5 * a * a + 1e-4)", "bfloat16 --quick"),
+    # Loss and optimizer.
+    _op("flow_loss", "a form of huber that cancels",
+        "loss = 2.0 * d * d / (root + c)", "loss = 2.0 * (root - c)", "float32"),
+    _op("flow_loss", "the mask of another sample",
+        "CELLS + b * CELL_COUNT + o % CELL_COUNT", "CELLS + o % CELL_COUNT", "bfloat16 --quick"),
+    _op("adamw", "eps below the root",
+        "(tl.sqrt(v_new) / root_bias2 + eps)", "(tl.sqrt(v_new + eps * eps) / root_bias2)",
+        "float32"),
+    _op("adamw", "clipping without its epsilon",
+        "(tl.load(NORM).to(ACC) + NORM_EPS)", "tl.load(NORM).to(ACC)", "float64 --quick"),
+    _op("adamw", "the second moment in 16 bit",
+        "tl.where(live, v_new, v)", "tl.where(live, v_new.to(tl.bfloat16).to(ACC), v)", "float32"),
+    # The block, adapters and the run.
+    Plant("block: gates of the sublayer before", BLOCK,
+          "m, after = self.modulations[sublayer : sublayer + 2]\n        return",
+          "m, after = self.modulations[0], self.modulations[sublayer + 1]\n        return",
+          "--op block --dtype float64 --quick"),
+    Plant("block: the residual's gradient left out", BLOCK,
+          "residual=dx, needs_modulation=needs", "residual=None, needs_modulation=needs",
+          "--op block --dtype float64 --quick"),
+    Plant("block: dgate of another sublayer", BLOCK,
+          'gates.get(f"y{sublayer}")', 'gates.get(f"y{sublayer}") if sublayer else gates.get("y1")',
+          "--op block --dtype float64 --quick"),
+    Plant("block: adapters' gradients in 16 bit", BLOCK,
+          "dtype=dtype,\n            **options,", "dtype=dy.dtype,\n            **options,",
+          "pytest tests/test_block.py -k keep_their_precision"),
+    Plant("adapters: gradients of a recomputed MLP", BLOCK,
+          'dropped = ("a", "h.up")', 'dropped = ("a", "h.down")',
+          "pytest tests/test_block.py -k test_agrees_with_eager"),
+    Plant("run: every random draw is another", "anima_fast/data/seeding.py",
+          'b":" + text for text in texts)', 'b";" + text for text in texts)', "--op loss"),
+    Plant("run: the noise of a step depends on the step alone", "anima_fast/training/step.py",
+          'seeded("step", run.seed, step, micro)', 'seeded("step", run.seed, step)', "--op loss"),
+    Plant("run: sigma of another distribution", "anima_fast/models/flow.py",
+          "return (1 - sigma) * latents + sigma * noise",
+          "return (1 - sigma**1.01) * latents + sigma * noise", "--op loss"),
+)  # fmt: skip
