@@ -11,10 +11,7 @@ layer's own weight left out. On a CUDA card when there is one. Needs lycoris-lor
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +26,9 @@ from anima_fast.adapters.lora import LAYERS
 from anima_fast.adapters.lycoris import initial_magnitudes
 from anima_fast.adapters.targets import Target
 from anima_fast.bench.environment import environment, version
-from anima_fast.bench.run_file import Measurement, sampled, write_run
+from anima_fast.bench.run_file import Measurement, ratio, sampled, write_run
 from anima_fast.bench.tables import table
+from anima_fast.measure.timer import Timer
 from anima_fast.models.adapter_kinds import LOHA, LOKR, LORA
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,8 +83,8 @@ def step(module: nn.Module, x: Tensor, dy: Tensor) -> Tensor:
     return y.detach()
 
 
-def kept_mib(module: nn.Module, x: Tensor, weight: Tensor) -> float:
-    """MiB of the tensors that autograd keeps, without the layer's weight and the input."""
+def kept_bytes(module: nn.Module, x: Tensor, weight: Tensor) -> int:
+    """Bytes of the tensors that autograd keeps, without the layer's weight and the input."""
     sizes: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -100,16 +98,7 @@ def kept_mib(module: nn.Module, x: Tensor, weight: Tensor) -> float:
     for tensor in (x, weight, *module.parameters()):
         sizes.pop(tensor.untyped_storage().data_ptr(), None)
     del y
-    return sum(sizes.values()) / 2**20
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Seconds of a call, the device's work included."""
-    start = time.perf_counter()
-    run()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return sum(sizes.values())
 
 
 def measure(name: str, arguments: argparse.Namespace) -> list[Measurement]:
@@ -124,24 +113,23 @@ def measure(name: str, arguments: argparse.Namespace) -> list[Measurement]:
     twin.weight.copy_(linear.weight)
     modules = {"lycoris": theirs(delta, twin), "own": ours(delta, linear)}
     results = {provider: step(module, x, dy) for provider, module in modules.items()}
-    error = (results["own"] - results["lycoris"]).abs().max() / results["lycoris"].abs().max()
+    largest = results["lycoris"].abs().max()
+    error = ((results["own"] - results["lycoris"]).abs().max() / largest).item()
     if error > 1e-4:
         raise SystemExit(f"{name}: ours differs from lycoris by {error:.1e}, nothing is timed")
-    seconds: dict[str, list[float]] = {provider: [] for provider in modules}
+    timer = Timer({provider: lambda m=m: step(m, x, dy) for provider, m in modules.items()})
     for _ in range(arguments.repeats):
-        for provider, module in modules.items():
-            seconds[provider].append(timed(lambda m=module: step(m, x, dy)))
-    size = f"{inputs}->{outputs} M={arguments.tokens} R={arguments.rank}"
-    plain = Measurement(name, "time", None, "s", f"{size} threads={arguments.threads}", "float32",
-                        mode="both")  # fmt: skip
+        timer.round()
+    case = f"M={arguments.tokens} K={inputs} N={outputs} R={arguments.rank}"
+    plain = Measurement(name, "time", None, "s", f"{case} threads={arguments.threads}", "float32",
+                        mode="both", source="card" if DEVICE == "cuda" else "host")  # fmt: skip
     rows = []
-    for provider, module in modules.items():
+    for provider, weight in (("own", linear.weight), ("lycoris", twin.weight)):
         row = replace(plain, provider=provider)
-        weight = linear.weight if provider == "own" else twin.weight
-        kept = kept_mib(module, x, weight) * 2**20
-        rows += [sampled(row, seconds[provider]),
+        kept = kept_bytes(modules[provider], x, weight)
+        rows += [sampled(row, timer.seconds[provider]),
                  replace(row, metric="kept", unit="bytes", value=kept)]  # fmt: skip
-    return [*rows, replace(plain, metric="error", unit="largest", value=error.item())]
+    return [*rows, replace(plain, metric="error", unit="largest", value=error)]
 
 
 def main() -> None:
@@ -155,18 +143,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures to this run file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = [row for name in KINDS for row in measure(name, arguments)]
-    print(f"{arguments.size[0]} -> {arguments.size[1]}, {arguments.tokens} rows, float32, {DEVICE}")
-    found = {(row.op, row.provider, row.metric): row for row in rows}
-    lines = []
+    rows, lines = [], []
     for name in KINDS:
-        own, theirs = (found[name, provider, "time"] for provider in ("own", "lycoris"))
-        speed = statistics.median(b / a for a, b in zip(own.samples, theirs.samples, strict=True))
-        kept = [found[name, p, "kept"].value / 2**20 for p in ("own", "lycoris")]
-        lines.append((name, f"{1e3 * own.value:.1f}", f"{1e3 * theirs.value:.1f}", f"{speed:.2f}x",
-                      *(f"{mib:.2f}" for mib in kept)))  # fmt: skip
-    header = ("", "own ms", "lycoris", "speed-up", "kept MiB", "lycoris")
-    print(table(header, lines))
+        found = measure(name, arguments)
+        own, own_kept, theirs, theirs_kept, _ = found
+        kept = (f"{row.value / 2**20:.2f}" for row in (own_kept, theirs_kept))
+        times = (f"{1e3 * row.value:.1f}" for row in (own, theirs))
+        lines.append((name, *times, f"{ratio(own, theirs):.2f}x", *kept))
+        rows += found
+    print(f"{arguments.size[0]} -> {arguments.size[1]}, {arguments.tokens} rows, float32, {DEVICE}")
+    print(table(("", "own ms", "lycoris", "speed-up", "kept MiB", "lycoris"), lines))
     if arguments.out:
         write_run(arguments.out, environment() | {"lycoris": version("lycoris-lora")}, rows)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 import sys
 import time
 from collections import Counter
@@ -33,7 +32,7 @@ from anima_fast.bench import step_models
 from anima_fast.bench.environment import environment
 from anima_fast.bench.pretend import replaced
 from anima_fast.bench.recorder import has_kernel
-from anima_fast.bench.run_file import Measurement, sampled, write_run
+from anima_fast.bench.run_file import Measurement, ratio, sampled, write_run
 from anima_fast.bench.tables import table
 from anima_fast.kernels import dispatch, lora_linear
 from anima_fast.models import block_graphs
@@ -142,10 +141,9 @@ def main() -> None:
     lines = []
     for provider in PROVIDERS:
         counted, taken = (found[metric, provider] for metric in ("launches", "time"))
-        eager = zip(taken.samples, found["time", "eager"].samples, strict=True)
-        ratio = statistics.median(a / b for a, b in eager)
+        share = ratio(found["time", "eager"], taken)
         parts = (str(counted.parts.get(kind, 0)) for kind in ("operators", "triton"))
-        lines.append((provider, f"{1e3 * taken.value:.1f}", f"{ratio:.2f}", *parts))
+        lines.append((provider, f"{1e3 * taken.value:.1f}", f"{share:.2f}", *parts))
     print(table(("", "host ms", "of eager", "operators", "Triton launches"), lines))
     if arguments.out:
         write_run(arguments.out, environment(), rows)

@@ -12,12 +12,11 @@ posterior mean in float32 on the CPU. Needs diffusers.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from anima_fast.bench.environment import environment, version
-from anima_fast.bench.run_file import Measurement, sampled, write_run
+from anima_fast.bench.run_file import Measurement, ratio, sampled, write_run
 from anima_fast.bench.tables import table
 
 REFERENCE = "diffusers"
@@ -70,57 +69,57 @@ def make_image(size: int) -> Tensor:
 
 
 @torch.inference_mode()
-def measure_times(weights: Path, width: int, size: int, repeats: int) -> dict[str, dict]:
-    """Seconds of each encode and the largest difference from the reference, per provider."""
-    encoders = {provider: load(provider, weights, width) for provider in PROVIDERS}
-    image = make_image(size)
+def time_rows(plain: Measurement, weights: Path, arguments: Namespace) -> list[Measurement]:
+    """Seconds of each encode, and the largest difference from the reference's latents."""
+    encoders = {provider: load(provider, weights, arguments.width) for provider in PROVIDERS}
+    image = make_image(arguments.size)
     results = {provider: encode(image) for provider, encode in encoders.items()}
-    seconds = {provider: [] for provider in PROVIDERS}
-    for _ in range(repeats):
+    seconds: dict[str, list[float]] = {provider: [] for provider in PROVIDERS}
+    for _ in range(arguments.repeats):
         for provider, encode in encoders.items():
             start = time.perf_counter()
             encode(image)
             seconds[provider].append(time.perf_counter() - start)
-    return {
-        provider: {
-            "samples": times,
-            "difference": (results[provider] - results[REFERENCE]).abs().max().item(),
-        }
-        for provider, times in seconds.items()
-    }
+    rows = [sampled(replace(plain, provider=p), found) for p, found in seconds.items()]
+    return rows + [
+        replace(plain, metric="error", unit="largest", provider=provider,
+                value=(results[provider] - results[REFERENCE]).abs().max().item())
+        for provider in PROVIDERS[1:]
+    ]  # fmt: skip
 
 
 @torch.inference_mode()
 def worker(provider: str, weights: Path, width: int, size: int) -> None:
-    """Print the mebibytes that one encode adds to this process (its own, fresh process)."""
+    """Print the bytes that one encode adds to this process (its own, fresh process)."""
     encode = load(provider, weights, width)
     image = make_image(size)
     encode(make_image(SMALL))
-    base = memory_mib("VmRSS")
+    base = process_bytes("VmRSS")
     # Writing 5 sets the high-water mark back to the present size.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     encode(image)
-    print(json.dumps({"base_mib": base, "peak_mib": memory_mib("VmHWM") - base}))
+    print(process_bytes("VmHWM") - base)
 
 
-def memory_mib(field: str) -> float:
-    """A size from /proc/self/status in MiB."""
+def process_bytes(field: str) -> int:
+    """A size from /proc/self/status."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
-def measure_memory(weights: Path, arguments: argparse.Namespace) -> dict[str, dict]:
-    """Peak memory per provider, each in a process of its own; empty off Linux."""
+def memory_rows(plain: Measurement, weights: Path, arguments: Namespace) -> list[Measurement]:
+    """Peak memory per provider, each in a process of its own; none off Linux."""
     if not Path("/proc/self/clear_refs").exists():
-        return {}
-    found = {}
+        return []
+    rows = []
     for provider in PROVIDERS:
         command = [sys.executable, __file__, "--worker", provider, "--weights", str(weights)]
         for name in ("size", "width", "threads"):
             command += [f"--{name}", str(getattr(arguments, name))]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found[provider] = json.loads(output.strip().splitlines()[-1])
-    return found
+        rows.append(replace(plain, metric="resident", unit="bytes", provider=provider,
+                            value=int(output.split()[-1])))  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -137,43 +136,31 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.worker:
         return worker(arguments.worker, arguments.weights, arguments.width, arguments.size)
+    case = f"size={arguments.size} width={arguments.width} threads={arguments.threads}"
+    plain = Measurement("vae_encode", "time", None, "s", case, "float32", mode="fwd")
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "vae.safetensors"
         make_weights(weights, arguments.width)
-        memory = measure_memory(weights, arguments)
-        times = measure_times(weights, arguments.width, arguments.size, arguments.repeats)
-    report(arguments, times, memory)
-
-
-def report(arguments: argparse.Namespace, times: dict[str, dict], memory: dict[str, dict]) -> None:
-    """Print one row per provider and write the run file if one is asked for."""
-    size = f"{arguments.size}x{arguments.size} width={arguments.width} threads={arguments.threads}"
-    print(f"{size}, float32, CPU")
-    rows = []
-    for provider, found in times.items():
-        plain = Measurement("vae_encode", "time", None, "s", size, "float32", provider, "fwd")
-        rows.append(sampled(plain, found["samples"]))
-        rows.append(replace(plain, metric="error", unit="largest", value=found["difference"]))
-        if provider in memory:
-            peak = memory[provider]["peak_mib"] * 2**20
-            rows.append(replace(plain, metric="peak", unit="bytes", value=peak))
-    values = {(row.provider, row.metric): row for row in rows}
-    lines = []
-    for provider in times:
-        time, peak = (values.get((provider, metric)) for metric in ("time", "peak"))
-        reference = values[REFERENCE, "time"]
-        speed = statistics.median(
-            r / t for r, t in zip(reference.samples, time.samples, strict=True)
-        )
-        share = peak.value / values[REFERENCE, "peak"].value if peak else None
-        lines.append((
-            provider, f"{time.value:.2f}", f"{speed:.2f}x",
-            f"{peak.value / 2**20:.0f}" if peak else "-", f"{share:.2f}" if peak else "-",
-            f"{values[provider, 'error'].value:.1e}",
-        ))  # fmt: skip
-    print(table(("provider", "seconds", "speed-up", "peak MiB", "of ref.", "diff"), lines))
+        rows = memory_rows(plain, weights, arguments) + time_rows(plain, weights, arguments)
+    print(f"{case}, float32, CPU")
+    print(text_of(rows))
     if arguments.out:
         write_run(arguments.out, environment() | {"diffusers": version("diffusers")}, rows)
+
+
+def text_of(rows: list[Measurement]) -> str:
+    """One line per provider."""
+    found = {(row.provider, row.metric): row for row in rows}
+    lines = []
+    for provider in PROVIDERS:
+        taken = found[provider, "time"]
+        resident, error = (found.get((provider, metric)) for metric in ("resident", "error"))
+        lines.append((
+            provider, f"{taken.value:.2f}", f"{ratio(taken, found[REFERENCE, 'time']):.2f}x",
+            f"{resident.value / 2**20:.0f}" if resident else "-",
+            f"{error.value:.1e}" if error else "-",
+        ))  # fmt: skip
+    return table(("provider", "seconds", "speed-up", "peak MiB", "diff"), lines)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import pytest
 import typer
 import yaml
 
+from anima_fast.bench.compare import SAME, compare, limits_of
+from anima_fast.bench.run_file import read_run
 from anima_fast.cli import app
 from anima_fast.files import parse_config
 from anima_fast.options.dataset_keys import check_config
@@ -139,6 +141,17 @@ def test_troubleshooting_quotes_real_messages():
     for message in quoted:
         parts = [part for part in re.split(r"\s*…\s*", message) if part]
         assert all(part in joined for part in parts), message
+
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.*"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=page_id)
+def test_stored_results_are_run_files_that_the_page_names(path):
+    run = read_run(path)
+    assert run.rows and {c.verdict for c in compare(run, run, limits_of(()))} == {SAME}
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert f"`benchmarks/results/{path.parent.name}/" in page
 
 
 def test_nothing_in_the_repository_leads_outside():

@@ -1,1 +1,1 @@
-"""What the kernels cost: resources of compiled kernels, predicted times, cards."""
+"""Parity and benchmarks: what is measured, run files, their comparison, predicted times."""

@@ -148,7 +148,7 @@ def _changes(
     judged = limit if metric.exact else None
     # A value that is the worst of its parts says nothing beyond them, and another where the two
     # runs have other parts.
-    derived = metric.parts != "shown" and old.parts and new.parts
+    derived = metric.exact and metric.parts != "shown" and old.parts and new.parts
     if not derived:
         yield _number(new, "", old.value, new.value, judged, direction, slack)
     if not metric.exact:

@@ -30,6 +30,8 @@ METRICS = {
     "time": Metric("s", limit=None, exact=False),
     "kept": Metric("bytes", parts="shown"),
     "peak": Metric("bytes", parts="shown"),
+    # Of a process, as the operating system counts it: pages of every library, not tensors.
+    "resident": Metric("bytes", limit=None, exact=False),
     "launches": Metric("launches", parts="shown"),
     "units": Metric("[L, D]", parts="shown"),
     "registers": Metric("registers"),

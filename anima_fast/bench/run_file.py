@@ -76,6 +76,12 @@ def sampled(row: Measurement, samples: Iterable[float]) -> Measurement:
     return dataclasses.replace(row, samples=samples, value=statistics.median(samples))
 
 
+def ratio(row: Measurement, other: Measurement) -> float:
+    """The median of `other` over `row`, sample by sample: how much faster `row` is, of times."""
+    pairs = zip(row.samples, other.samples, strict=True)
+    return statistics.median(b / a for a, b in pairs)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run file in memory.
