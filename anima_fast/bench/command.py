@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from anima_fast.bench.choice import Choice
 from anima_fast.bench.commits import is_commit, run_both
 from anima_fast.bench.environment import environment
 from anima_fast.bench.groups import chosen, unmet
-from anima_fast.bench.metrics import METRICS
 from anima_fast.bench.page import comparison_page
 from anima_fast.bench.run import default_name, run_groups, wrong
-from anima_fast.bench.run_file import Measurement, Run, read_run
+from anima_fast.bench.run_file import Run, read_run
+from anima_fast.bench.summary import summary
 from anima_fast.bench.tables import table
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder
@@ -145,68 +145,3 @@ def _sass(choice: Choice, against: Path | None, say: Say) -> int:
         return 0
     run = Run(environment(), tuple(rows), "this run")
     return 0 if say_changes(read_some(against), run, whole=False, say=say) else 1
-
-
-def summary(rows: Sequence[Measurement]) -> Iterator[str]:
-    """What a run found, on one screen: speed-ups, errors, the block's counts, else the worst."""
-    times: dict[tuple[str, ...], dict[str, Measurement]] = {}
-    for row in rows:
-        if row.metric == "time" and row.samples:
-            times.setdefault((row.op, row.case, row.mode), {})[row.provider] = row
-    if times:
-        lines = [line for key, found in times.items() for line in _speeds(key, found)]
-        yield table(("op", "case", "mode", "own ms", "x eager", "x best rival", "of ceiling"),
-                    lines, left=3)  # fmt: skip
-    whose = dict.fromkeys(row.provider for row in rows if row.metric == "error")
-    for title, keys, columns, column in (
-        ("error", ("op", "dtype"), tuple(whose), "provider"),
-        ("loss", ("provider", "mode"), ("loss",), "metric"),
-        ("block", ("provider", "case", "dtype"), ("launches", "units", "kept", "peak"), "metric"),
-        ("resources", ("op", "mode"), ("registers", "spills", "occupancy"), "metric"),
-        ("start", ("case",), ("modules", "startup"), "metric"),
-    ):
-        metrics = ("error",) if column == "provider" else columns
-        found = [row for row in rows if row.metric in metrics and row.op != "step"]
-        if found:
-            yield table((title, *columns), _worst(found, keys, columns, column))
-
-
-def _worst(
-    rows: Sequence[Measurement], keys: Sequence[str], columns: Sequence[str], column: str
-) -> Iterator[tuple[str, ...]]:
-    """A line for each value of `keys`, with the worst of each column."""
-    found: dict[tuple[str, ...], dict[str, float]] = {}
-    for row in rows:
-        # The whole of forward and backward, where there is one.
-        if row.value is not None and row.mode not in ("fwd", "bwd"):
-            line = found.setdefault(tuple(getattr(row, key) for key in keys), {})
-            worse = min if METRICS[row.metric].better == "more" else max
-            name = getattr(row, column)
-            line[name] = worse(line.get(name, row.value), row.value)
-    for key, values in found.items():
-        cells = (comparison.number(values[c]) if c in values else "" for c in columns)
-        yield " ".join(filter(None, key)), *cells
-
-
-def _speeds(key: tuple[str, ...], found: dict[str, Measurement]) -> Iterator[tuple[str, ...]]:
-    """A line for each of our providers: against eager, and against the fastest other."""
-    rivals = {n: r for n, r in found.items() if not n.startswith("own") and n != "eager"}
-    best = min(rivals.values(), key=lambda row: row.value or 0, default=None)
-    for name, row in found.items():
-        if not name.startswith("own") and ":" not in name:
-            continue
-        op, case, mode = key
-        label = op if name == "own" else f"{op} {name.removeprefix('own ')}"
-        against_best = f"{_speedup(best, row)} {best.provider}" if best else ""
-        share = row.parts.get("share_of_ceiling")
-        yield (label, case, mode, f"{1e3 * (row.value or 0):.3f}",
-               _speedup(found.get("eager"), row), against_best,
-               "" if share is None else f"{share:.0%}")  # fmt: skip
-
-
-def _speedup(other: Measurement | None, own: Measurement) -> str:
-    """The median ratio of samples taken in turn; "" where the other has none."""
-    if other is None or not other.samples:
-        return ""
-    low, high = comparison.ratio_interval(own.samples, other.samples)
-    return f"{(low * high) ** 0.5:.2f}"

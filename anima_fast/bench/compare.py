@@ -250,7 +250,8 @@ def number(value: float | None) -> str:
     """Four significant digits; "–" for what is not known."""
     if value is None or math.isnan(value):
         return "–"
-    return f"{value:.0f}" if value == int(value) and abs(value) < 1e9 else f"{value:.4g}"
+    whole = abs(value) < 1e9 and value == int(value)
+    return f"{value:.0f}" if whole else f"{value:.4g}"
 
 
 def change_text(change: Change) -> str:
