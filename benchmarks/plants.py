@@ -170,7 +170,7 @@ PLANTS = (
     _op("layernorm_modulate", "half the warps", "min(16, block // 512)", "min(16, block // 1024)",
         f"bench run layernorm_modulate --quick --metric registers,occupancy {COUNTS}", quick=True),
     Plant("block: one more launch", BLOCK,
-          "return layernorm_modulate_forward(x, m", "return layernorm_modulate_forward(x.clone(), m",
+          "layernorm_modulate_forward(x, m.scale", "layernorm_modulate_forward(x.clone(), m.scale",
           f"bench run block --quick --metric launches {COUNTS}", quick=True),
     Plant("block: a tensor kept for nothing", BLOCK,
           "(*KEPT, *SUBLAYERS) if needs_gates else KEPT", "(*KEPT, *SUBLAYERS)",
