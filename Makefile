@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 endif
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench gpu plant docs clean
+.PHONY: demo test test-slow lint check bench gpu plant docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/anima-fast demo --out $(OUT)
@@ -26,6 +26,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Errors, losses, launches, memory, registers and imports against the stored ones, and some planted
+# errors that this must see.
+check: $(VENV)/.test
+	$(BIN)/anima-fast bench run --quick --against benchmarks/baselines --out $(BENCH_OUT)/check.jsonl
+	$(BIN)/python -m benchmarks.plant --quick
 
 # What this machine can measure of the kernels, into one run file.
 bench: $(VENV)/.test

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KERNELS, BLOCK = "anima_fast/kernels/", "anima_fast/models/block.py"
+COUNTS = "--against benchmarks/baselines/counts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Plant:
 
 def _op(module: str, name: str, right: str, wrong: str, check: str, quick: bool = False) -> Plant:
     """An error in a kernel file; `check` is a dtype of the op of its name, or as in `Plant`."""
-    words = check if check.startswith(("--op", "pytest")) else f"--op {module} --dtype {check}"
+    words = (
+        check if check.startswith(("--op", "pytest", "bench")) else f"--op {module} --dtype {check}"
+    )
     return Plant(f"{module}: {name}", f"{KERNELS}{module}.py", right, wrong, words, quick)
 
 
@@ -163,4 +166,16 @@ PLANTS = (
     Plant("run: sigma of another distribution", "anima_fast/models/flow.py",
           "return (1 - sigma) * latents + sigma * noise",
           "return (1 - sigma**1.01) * latents + sigma * noise", "--op loss"),
+    # What costs time or memory and changes no value.
+    _op("layernorm_modulate", "half the warps", "min(16, block // 512)", "min(16, block // 1024)",
+        f"bench run layernorm_modulate --quick --metric registers,occupancy {COUNTS}", quick=True),
+    Plant("block: one more launch", BLOCK,
+          "layernorm_modulate_forward(x, m.scale", "layernorm_modulate_forward(x.clone(), m.scale",
+          f"bench run block --quick --metric launches {COUNTS}", quick=True),
+    Plant("block: a tensor kept for nothing", BLOCK,
+          "(*KEPT, *SUBLAYERS) if needs_gates else KEPT", "(*KEPT, *SUBLAYERS)",
+          f"bench run block --quick --metric kept,peak {COUNTS}"),
+    Plant("program: a heavy module at start", "anima_fast/cli.py",
+          "import sys\n\nfrom", "import sys\n\nimport numpy  # noqa: F401\n\nfrom",
+          f"bench run program --quick --metric modules {COUNTS}", quick=True),
 )  # fmt: skip

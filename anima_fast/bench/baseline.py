@@ -18,8 +18,6 @@ from anima_fast.errors import UserError
 
 FOLDER = ROOT / "benchmarks" / "baselines"
 UPDATE = "`anima-fast parity --update` stores them"
-# On a card: libraries choose their kernels by the card, and sums have another order.
-CARD_BAND = 0.20
 
 
 def baseline_path(device: str) -> Path | None:
@@ -31,45 +29,41 @@ def baseline_path(device: str) -> Path | None:
     return FOLDER / f"parity-sm{environment()['capability']}.jsonl"
 
 
-def part_of(stored: Run, found: Sequence[Measurement]) -> Run:
-    """The stored rows of what was measured, with the cases that were run."""
-    cases = {row.key: row.parts for row in found}
-    kept = []
-    for row in stored.rows:
-        parts = {name: x for name, x in row.parts.items() if name in cases.get(row.key, ())}
-        if parts:
-            kept.append(dataclasses.replace(row, parts=parts))
-    return dataclasses.replace(stored, rows=tuple(kept))
+def judged(stored: Run, run: Run, *, whole: bool) -> list[compare.Change]:
+    """What moved since `stored`, worst first.
 
-
-def judged(
-    stored: Run, found: Sequence[Measurement], *, whole: bool
-) -> tuple[list[compare.Change], list[str]]:
-    """What moved since `stored`, worst first, and what to say about the environment.
+    What was not measured now is left out: rows of another op, metric or type.
 
     Args:
         stored: the baseline.
-        found: the rows of this run.
-        whole: whether every case of these ops and dtypes was run; else the common ones count.
+        run: this run.
+        whole: whether every case of these ops and types was run; else errors and losses are
+            compared in the common ones.
     """
-    own = [row for row in found if row.provider == "own"]
-    here, before = Run(environment(), tuple(own), "this run"), stored
+    here = [row for row in run.rows if row.provider != "eager" or row.metric != "error"]
+    measured = {(row.op, row.metric, row.dtype) for row in here}
+    before = [row for row in stored.rows if (row.op, row.metric, row.dtype) in measured]
+    before = [row for row in before if row.provider != "eager" or row.metric != "error"]
     if not whole:
-        before = part_of(stored, own)
-        here = part_of(here, before.rows)
-    measured = {(row.op, row.dtype) for row in own}
-    rows = [r for r in before.rows if r.provider == "own" and (r.op, r.dtype) in measured]
-    limits = compare.limits_of(())
-    notes = []
-    if any(row.source == "card" for row in own):
-        limits["error"] = max(limits["error"], CARD_BAND)
-    if apart := differences(stored.environment, here.environment):
-        error, loss = compare.ELSEWHERE["error"], compare.ELSEWHERE["loss"]
-        notes.append(
-            f"the baseline comes from another environment ({', '.join(apart)}): a float32 error "
-            f"may grow by {error:.0%}, a loss move by {loss:.0%}"
-        )
-    return compare.compare(dataclasses.replace(before, rows=tuple(rows)), here, limits), notes
+        before, here = _common(before, here), _common(here, before)
+    first, second = (
+        dataclasses.replace(one, rows=tuple(rows)) for one, rows in ((stored, before), (run, here))
+    )
+    return compare.compare(first, second, compare.limits_of(()))
+
+
+def _common(rows: Sequence[Measurement], others: Sequence[Measurement]) -> list[Measurement]:
+    """Rows with the cases of their errors that the others have too."""
+    cases = {row.key: row.parts for row in others}
+    kept = []
+    for row in rows:
+        if row.metric in ("error", "loss"):
+            parts = {name: x for name, x in row.parts.items() if name in cases.get(row.key, ())}
+            if not parts:
+                continue
+            row = dataclasses.replace(row, parts=parts)
+        kept.append(row)
+    return kept
 
 
 def update(path: Path, found: Sequence[Measurement], order: Sequence[str]) -> None:

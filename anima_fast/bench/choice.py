@@ -8,7 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from anima_fast.bench.metrics import METRICS
+from anima_fast.bench.run_file import Measurement
 from anima_fast.errors import UserError
 
 # Beside the ops of the registry: one fused block, the training step, the loss curve, the program.
@@ -16,6 +19,9 @@ WHOLES = ("block", "step", "loss", "program")
 MODES = ("fwd", "bwd", "both")
 # A provider of the whole step.
 DIFFUSERS = "diffusers"
+# The names that a choice has, and how the command line calls them.
+WORDS = {"ops": "OP", "dtypes": "--dtype", "providers": "--provider", "modes": "--mode",
+         "metrics": "--metric"}  # fmt: skip
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -52,6 +58,23 @@ class Choice:
         """Whether one of these ops is asked for."""
         return not self.ops or not set(names).isdisjoint(self.ops)
 
+    def accepts(self, row: Measurement) -> bool:
+        """Whether a row is asked for: a group may measure more than that at once."""
+        # "own mlp" is the block's own provider under a policy; a candidate has ":" in its name; a
+        # ratio of times needs ours and eager's, whoever else is asked for.
+        provider, mode = row.provider.split()[0], mode_of(row)
+        known = (
+            provider in self.providers
+            or ":" in provider
+            or (row.metric == "time" and provider in ("own", "eager"))
+        )
+        return (
+            self.wants(row.metric)
+            and (not self.providers or known)
+            and (not self.dtypes or not row.dtype or row.dtype in self.dtypes)
+            and (not self.modes or mode not in MODES or mode in self.modes)
+        )
+
     def dumps(self) -> str:
         """As text, for another process."""
         return json.dumps(dataclasses.asdict(self))
@@ -61,6 +84,18 @@ class Choice:
         """The choice of `dumps`."""
         values: Any = json.loads(text)
         return cls(**values | {k: tuple(v) for k, v in values.items() if isinstance(v, list)})
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As rows name it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def mode_of(row: Measurement) -> str:
+    """The mode of a row: that of an error is a tensor's name, and gradients belong to backward."""
+    if row.metric != "error" or not row.mode:
+        return row.mode
+    return "fwd" if row.mode.startswith("out") else "bwd"
 
 
 def parse_choice(
@@ -94,14 +129,12 @@ def parse_choice(
         "modes": MODES,
         "metrics": tuple(METRICS),
     }
-    options = {"ops": "OP", "dtypes": "--dtype", "providers": "--provider", "modes": "--mode",
-               "metrics": "--metric"}  # fmt: skip
     chosen: dict[str, Any] = {}
     for kind, given in {"ops": ops, **names}.items():
         words = [word for text in given for word in text.split(",") if word]
         for word in words:
             if word not in known[kind]:
-                raise UserError(f"{options[kind]} {word}: use one of {', '.join(known[kind])}")
+                raise UserError(f"{WORDS[kind]} {word}: use one of {', '.join(known[kind])}")
         chosen[kind] = tuple(dict.fromkeys(words))
     if candidate:
         # Before anything is measured; the op's process loads it again.

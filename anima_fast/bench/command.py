@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from anima_fast.bench import compare as comparison
+from anima_fast.bench.baseline import judged
 from anima_fast.bench.choice import Choice
 from anima_fast.bench.commits import is_commit, run_both
 from anima_fast.bench.environment import environment
-from anima_fast.bench.groups import chosen
+from anima_fast.bench.groups import chosen, unmet
 from anima_fast.bench.page import comparison_page
 from anima_fast.bench.run import default_name, run_groups, wrong
-from anima_fast.bench.run_file import Measurement, Run, read_run
+from anima_fast.bench.run_file import Run, read_run
+from anima_fast.bench.summary import summary
 from anima_fast.bench.tables import table
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder
@@ -33,36 +34,37 @@ def run_command(choice: Choice, out: Path | None, against: Path | None, *, say: 
             say(f"problem: {line}")
         return 1
     baselines = read_some(against) if against else []
-    path = out or default_name(environment())
+    where = environment()
+    path = out or default_name(where)
     # Before the first measurement, which may take minutes.
     check_folder(path.parent)
     rows, problems = run_groups(groups, choice, path, say=say)
+    problems += [f"{word}: nothing of it was measured here" for word in unmet(choice, rows)]
     problems += unable + wrong(rows)
     for line in summary(rows):
         say(line)
-    status = 0
-    if baselines:
-        run = Run(environment(), tuple(rows), str(path))
-        found = against_all(baselines, run)
-        say(comparison.report(baselines[0], run, found))
-        status = int(comparison.failed(found))
+    good = say_changes(baselines, Run(where, tuple(rows), "this run"), whole=not choice.quick,
+                       say=say)  # fmt: skip
     for problem in problems:
         say(f"problem: {problem}")
     say(f"{len(rows)} measurements in {path}")
-    return 1 if problems else status
+    return 0 if good and not problems else 1
 
 
-def against_all(baselines: Sequence[Run], run: Run) -> list[comparison.Change]:
-    """A run compared with every baseline; what only one side has is left out."""
-    limits, found = comparison.limits_of(()), []
-    for baseline in baselines:
-        known = baseline.by_key().keys() & run.by_key().keys()
-        first, second = (
-            dataclasses.replace(one, rows=tuple(row for row in one.rows if row.key in known))
-            for one in (baseline, run)
-        )
-        found += comparison.compare(first, second, limits)
-    return sorted(found, key=lambda change: comparison.SEVERITY.index(change.verdict))
+def say_changes(baselines: Sequence[Run], run: Run, *, whole: bool, say: Say) -> bool:
+    """Compare a run with baselines, each in what it has; whether nothing is worse."""
+    good, known = True, {key for stored in baselines for key in stored.by_key()}
+    for stored in baselines:
+        keys = stored.by_key()
+        own = tuple(row for row in run.rows if row.key in keys)
+        changes = judged(stored, replace(run, rows=own), whole=whole)
+        say(f"against {stored.name}:")
+        say(comparison.report(comparison.notes_of(stored, run), changes))
+        good &= not comparison.failed(changes)
+    new = [row for row in run.rows if row.key not in known]
+    if new and baselines:
+        say(f"in no baseline: {new[0]}" + (f" and {len(new) - 1} more" if new[1:] else ""))
+    return good
 
 
 def read_some(path: Path) -> list[Run]:
@@ -91,7 +93,7 @@ def compare_command(
         groups, _ = chosen(choice)
         first, second = run_both((a, b), groups, choice, say=say)
     found = comparison.compare(first, second, limits)
-    say(comparison.report(first, second, found))
+    say(comparison.report(comparison.notes_of(first, second), found))
     if html:
         comparison_page(html, first, second, found)
         say(f"wrote {html}")
@@ -139,51 +141,7 @@ def _sass(choice: Choice, against: Path | None, say: Say) -> int:
         say(f"{row}: {row.value:.0f} instructions {row.note}".rstrip())
         parts = sorted(row.parts.items(), key=lambda part: -part[1])
         say(table(("class", "count"), [(f"  {name}", f"{n:.0f}") for name, n in parts]))
-    if against:
-        run = Run(environment(), tuple(rows), "this machine")
-        found = against_all(read_some(against), run)
-        say(comparison.report(read_some(against)[0], run, found))
-    return 0
-
-
-def summary(rows: Sequence[Measurement]) -> Iterator[str]:
-    """What a run found, on one screen: for each op times and speed-ups, else the worst values."""
-    times: dict[tuple[str, ...], dict[str, Measurement]] = {}
-    for row in rows:
-        if row.metric == "time" and row.samples:
-            times.setdefault((row.op, row.case, row.mode), {})[row.provider] = row
-    if times:
-        lines = [line for key, found in times.items() for line in _speeds(key, found)]
-        yield table(("op", "case", "mode", "own ms", "x eager", "x best rival", "of ceiling"),
-                    lines, left=3)  # fmt: skip
-    counts = Counter(row.metric for row in rows)
-    for metric, count in counts.items():
-        if metric in ("launches", "units", "kept", "peak", "loss", "modules"):
-            for row in (r for r in rows if r.metric == metric and r.mode in ("", "both")):
-                yield f"{row}: {comparison.number(row.value)} {row.unit}"
-        elif metric != "time":
-            yield f"{metric}: {count} rows"
-
-
-def _speeds(key: tuple[str, ...], found: dict[str, Measurement]) -> Iterator[tuple[str, ...]]:
-    """A line for each of our providers: against eager, and against the fastest other."""
-    rivals = {n: r for n, r in found.items() if not n.startswith("own") and n != "eager"}
-    best = min(rivals.values(), key=lambda row: row.value or 0, default=None)
-    for name, row in found.items():
-        if not name.startswith("own") and ":" not in name:
-            continue
-        op, case, mode = key
-        label = op if name == "own" else f"{op} {name.removeprefix('own ')}"
-        against_best = f"{_speedup(best, row)} {best.provider}" if best else ""
-        share = row.parts.get("share_of_ceiling")
-        yield (label, case, mode, f"{1e3 * (row.value or 0):.3f}",
-               _speedup(found.get("eager"), row), against_best,
-               "" if share is None else f"{share:.0%}")  # fmt: skip
-
-
-def _speedup(other: Measurement | None, own: Measurement) -> str:
-    """The median ratio of samples taken in turn; "" where the other has none."""
-    if other is None or not other.samples:
-        return ""
-    low, high = comparison.ratio_interval(own.samples, other.samples)
-    return f"{(low * high) ** 0.5:.2f}"
+    if not against:
+        return 0
+    run = Run(environment(), tuple(rows), "this run")
+    return 0 if say_changes(read_some(against), run, whole=False, say=say) else 1

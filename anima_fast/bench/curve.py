@@ -25,8 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from anima_fast.adapters.lora import LoRANetwork, add_lora
-from anima_fast.bench.choice import Choice
-from anima_fast.bench.errors import digits, rows
+from anima_fast.bench.choice import Choice, name_of
+from anima_fast.bench.errors import digits, rows, source_of
 from anima_fast.bench.parity import Check, floor, full_precision, relative_error
 from anima_fast.bench.run_file import Measurement
 from anima_fast.demo.tiny_stack import build_stack, random_weights
@@ -131,7 +131,7 @@ def block_checks(
     exact = _step(torch.float64, device, None, "auto")
     eager: dict[torch.dtype, dict[str, float]] = {}
     for dtype, policy, kind in WAYS[:1] + WAYS[4:5] if quick else WAYS:
-        if dtypes and str(dtype).removeprefix("torch.") not in dtypes:
+        if dtypes and name_of(dtype) not in dtypes:
             continue
         if dtype not in eager:
             plain = _step(dtype, device, None, "auto")
@@ -145,7 +145,7 @@ def block_checks(
             yield Check(
                 op="block",
                 shape=block,
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=name_of(dtype),
                 layout=f"{policy} {kind}",
                 tensor=tensor,
                 error=relative_error(found[name], value),
@@ -167,11 +167,7 @@ def block_rows(
     device: Device = "cpu", quick: bool = False, dtypes: Sequence[str] = ()
 ) -> list[Measurement]:
     """`block_checks` as rows of a run file."""
-    return rows(block_checks(device, quick, dtypes), _source(device))
-
-
-def _source(device: Device) -> str:
-    return "card" if torch.device(device).type == "cuda" else "interpreter"
+    return rows(block_checks(device, quick, dtypes), source_of(device))
 
 
 def _curve(device: Device, fused: bool, target: Tensor, inputs: dict[str, Any]) -> list[float]:
@@ -208,8 +204,8 @@ def loss_rows(device: Device = "cpu", quick: bool = False) -> list[Measurement]:
     apart = max(abs(a / b - 1) for a, b in zip(own, eager, strict=True))
     note = f"the losses differ from eager's by {apart:.1e}" if apart > CURVE_LIMIT else ""
     found = [
-        _losses("fused", own, _source(device), note=note),
-        _losses("fused", eager, _source(device), provider="eager"),
+        _losses("fused", own, source_of(device), note=note),
+        _losses("fused", eager, source_of(device), provider="eager"),
     ]
     return [*found, run]
 

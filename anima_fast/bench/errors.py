@@ -11,13 +11,16 @@ from dataclasses import replace
 
 import torch
 
-from anima_fast.bench.choice import Choice
+from anima_fast.bench.cases import case_text, chosen_cases, timed_dtypes
+from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.parity import LAYOUTS, Check, check_op
+from anima_fast.bench.providers import OWN, load_candidate
 from anima_fast.bench.run_file import Measurement
 from anima_fast.device import one_thread
 from anima_fast.errors import UserError
 from anima_fast.kernels.op import Op, Sizes
 from anima_fast.kernels.registry import OPS
+from anima_fast.measure.timer import reason
 
 # A row of a run file has a part for each case with at least so many elements: the error of fewer is
 # chance, and the rule alone judges it.
@@ -53,11 +56,14 @@ def known_ops(names: Sequence[str], further: Sequence[str] = ()) -> None:
 
 
 def check_cases(
-    op: Op, *, device: torch.device | str = "cpu", quick: bool = False, dtypes: Sequence[str] = ()
+    op: Op,
+    chosen: Iterable[tuple[Sizes, torch.dtype, str]],
+    device: torch.device | str = "cpu",
+    dtypes: Sequence[str] = (),
 ) -> Iterator[Check]:
-    """Check an op at every case of the table, or at those of some dtypes."""
-    for sizes, dtype, layout in cases(op, quick):
-        if not dtypes or str(dtype).removeprefix("torch.") in dtypes:
+    """Check an op at cases, or at those of some dtypes."""
+    for sizes, dtype, layout in chosen:
+        if not dtypes or name_of(dtype) in dtypes:
             yield from check_op(op, sizes, dtype, layout=layout, device=device)
 
 
@@ -100,23 +106,51 @@ def digits(value: float) -> float:
 
 
 def error_rows(
-    names: Sequence[str] = (),
-    device: torch.device | str = "cpu",
-    quick: bool = False,
-    dtypes: Sequence[str] = (),
-) -> Iterator[Measurement]:
-    """Rows of a run file for ops (all when `names` is empty), op by op."""
-    known_ops(names)
-    source = "card" if torch.device(device).type == "cuda" else "interpreter"
-    for name in names or OPS:
-        checks = check_cases(OPS[name], device=device, quick=quick, dtypes=dtypes)
-        yield from rows(checks, source)
+    op: Op, device: torch.device | str = "cpu", quick: bool = False, dtypes: Sequence[str] = ()
+) -> list[Measurement]:
+    """Rows of a run file for an op."""
+    return rows(check_cases(op, cases(op, quick), device, dtypes), source_of(device))
+
+
+def source_of(device: torch.device | str) -> str:
+    """Where the numbers of a device come from."""
+    return "card" if torch.device(device).type == "cuda" else "interpreter"
 
 
 def rows_of(choice: Choice) -> Iterator[list[Measurement]]:
-    """The rows that `bench run` asks for, op by op."""
+    """The rows that `bench run` asks for, op by op: of our kernel, and of a candidate.
+
+    With sizes an op is checked at those alone, in the shapes of the model for the rest.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    candidate = load_candidate(choice.candidate) if choice.candidate else {}
     with one_thread():
-        for name in OPS:
-            if choice.wants_op(name):
-                yield list(error_rows([name], device, choice.quick, choice.dtypes))
+        for op in OPS.values():
+            if not choice.wants_op(op.name):
+                continue
+            op = only_forward(op, choice)
+            some = list(cases(op, choice.quick))
+            if choice.sizes:
+                some = [(sizes, dtype, "plain") for _, sizes in chosen_cases(op, choice)
+                        for dtype in timed_dtypes(op, choice)]  # fmt: skip
+            found = rows(check_cases(op, some, device, choice.dtypes), source_of(device))
+            for name, function in candidate.items():
+                found += _candidate_rows(replace(op, function=function), name, some, device, choice)
+            text = case_text("", choice.sizes)
+            yield [replace(row, case=text) for row in found]
+
+
+def only_forward(op: Op, choice: Choice) -> Op:
+    """The op without gradients where forward alone is asked for: a candidate may have no more."""
+    return replace(op, grads=()) if choice.modes == ("fwd",) else op
+
+
+def _candidate_rows(op: Op, name: str, some: list, device: str, choice: Choice) -> list:
+    try:
+        found = rows(check_cases(op, some, device, choice.dtypes), source_of(device))
+    except Exception as error:
+        # It is the user's code: whatever it does is a finding about it.
+        hint = " (no backward? --mode fwd)" if "grad_fn" in str(error) else ""
+        note = reason(error) + hint
+        return [Measurement(op.name, "error", None, "relative", provider=name, note=note)]
+    return [replace(row, provider=name) for row in found if row.provider == OWN]

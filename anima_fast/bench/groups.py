@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from anima_fast.bench.choice import Choice
+from anima_fast.bench.choice import WORDS, Choice, mode_of
 from anima_fast.bench.run_file import Measurement, row_line
 
 CARD, NO_CARD, ANY = "a CUDA card", "a machine without a card", ""
@@ -32,6 +32,8 @@ class Group:
         function: "module:function" below anima_fast.bench, (choice) → rows as they are done.
         needs: `CARD`, or `ANY`.
         interpreted: whether kernels run in Triton's interpreter where there is no card.
+        providers: whose it measures; empty: of everyone.
+        quick: whether the quick set has it, which asks for it by name otherwise.
     """
 
     name: str
@@ -40,32 +42,46 @@ class Group:
     ops: tuple[str, ...] = ()
     needs: str = ANY
     interpreted: bool = False
+    providers: tuple[str, ...] = ()
+    quick: bool = True
 
     def wanted(self, choice: Choice) -> bool:
         """Whether a choice asks for something of this group."""
         from anima_fast.kernels.registry import OPS
 
-        return choice.wants(*self.metrics) and choice.wants_op(*(self.ops or OPS))
+        named = self.quick or not choice.quick or bool(choice.metrics)
+        whose = not (choice.providers and self.providers) or bool(
+            choice.candidate or not set(self.providers).isdisjoint(choice.providers)
+        )
+        ops = choice.wants_op(*(self.ops or OPS))
+        return named and whose and ops and choice.wants(*self.metrics)
 
     def rows(self, choice: Choice) -> Iterator[list[Measurement]]:
-        """Measure."""
+        """Measure what a choice asks for."""
         if self.interpreted and not _has_card():
             from anima_fast.bench import interpreter
 
             interpreter.start()
         module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(f"anima_fast.bench.{module}"), name)(choice)
+        function = getattr(importlib.import_module(f"anima_fast.bench.{module}"), name)
+        for rows in function(choice):
+            yield list(filter(choice.accepts, rows))
 
 
+BOTH, OWN = ("own", "eager"), ("own",)
+COUNTED = ("launches", "units", "kept", "peak")
+COMPILED = ("registers", "spills", "shared", "occupancy")
 GROUPS = (
-    Group("errors", ("error",), "errors:rows_of", interpreted=True),
-    Group("block", ("error", "loss"), "curve:rows_of", ("block", "loss"), interpreted=True),
-    Group("launches", ("launches", "units", "kept", "peak"), "launches:rows", ("block",)),
-    Group("resources", ("registers", "spills", "shared", "occupancy"), "resources:rows"),
-    Group("program", ("modules", "startup"), "startup:rows", ("program",)),
+    Group("errors", ("error",), "errors:rows_of", interpreted=True, providers=BOTH),
+    Group("block", ("error", "loss"), "curve:rows_of", ("block", "loss"), interpreted=True,
+          providers=BOTH),
+    Group("launches", COUNTED, "launches:rows", ("block",), providers=BOTH),
+    Group("resources", COMPILED, "resources:rows", providers=OWN),
+    Group("sass", ("instructions",), "sass:rows", providers=OWN, quick=False),
+    Group("program", ("modules", "startup"), "startup:rows", ("program",), providers=OWN),
     Group("times", ("time", "error", "kept", "peak", "ceiling"), "times:rows", needs=CARD),
     Group("step", ("time", "peak", "launches"), "step:rows", ("step",), needs=CARD),
-)
+)  # fmt: skip
 
 
 def _has_card() -> bool:
@@ -85,11 +101,29 @@ def chosen(choice: Choice) -> tuple[list[Group], list[Group]]:
         for group in wanted
         if group not in able
         and (
-            not covered.issuperset(choice.metrics)
-            or (group.ops and set(group.ops) & set(choice.ops))
+            not able
+            or not covered.issuperset(choice.metrics)
+            or not set(group.ops).isdisjoint(choice.ops)
         )
     ]
     return able, lacking
+
+
+def unmet(choice: Choice, rows: Iterable[Measurement]) -> list[str]:
+    """The words of a choice, such as "--provider liger", that no row answers."""
+    found: dict[str, set[str]] = {name: set() for name in WORDS}
+    for row in rows:
+        found["ops"].add(row.op)
+        found["dtypes"].add(row.dtype)
+        found["providers"].add(row.provider.split()[0])
+        found["modes"].add(mode_of(row))
+        found["metrics"].add(row.metric)
+    return [
+        f"{option} {word}"
+        for name, option in WORDS.items()
+        for word in getattr(choice, name)
+        if word not in found[name]
+    ]
 
 
 def print_rows(rows: Iterable[list[Measurement]]) -> None:

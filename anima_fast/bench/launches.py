@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from anima_fast.adapters.lora import add_lora
-from anima_fast.bench.choice import Choice
+from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.dry import WithoutMemory, intercepted
 from anima_fast.bench.pretend import Card, pretended
 from anima_fast.bench.recorder import Launched, Recorder
@@ -94,7 +94,7 @@ class BlockLaunches:
 
     def measurements(self) -> Iterator[Measurement]:
         """Rows of a run file."""
-        dtype = str(self.sizes.dtype).removeprefix("torch.")
+        dtype = name_of(self.sizes.dtype)
         row = Measurement(
             "block", "launches", None, "launches", str(self.sizes), dtype, self.provider,
             source="compiler", note=f"sm_{self.card.arch}",

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from anima_fast.bench import interpreter
-from anima_fast.bench.run_file import Measurement, header, read_run, row_line
+from anima_fast.bench.choice import DTYPES
+from anima_fast.bench.run_file import Measurement, Run, header, read_run, row_line
 from anima_fast.device import one_thread
 from anima_fast.errors import UserError
 
@@ -54,18 +55,19 @@ def run_parity(
         if device == "cpu":
             # Before anything imports triton.
             interpreter.start()
-        from anima_fast.bench import errors, parity
+        from anima_fast.bench import errors
         from anima_fast.kernels.registry import OPS
     except ImportError as error:
         raise UserError(f"the kernels need triton, which is missing: {error}") from error
     from anima_fast.bench import baseline as stored_rows
+    from anima_fast.bench import compare
     from anima_fast.bench.environment import environment
 
     known = (*OPS, *WHOLES)
     errors.known_ops(names, WHOLES)
     for dtype in dtypes:
-        if dtype not in (every := [str(d).removeprefix("torch.") for d in parity.DTYPES]):
-            raise UserError(f"--dtype {dtype} is unknown: use one of {', '.join(every)}")
+        if dtype not in DTYPES:
+            raise UserError(f"--dtype {dtype} is unknown: use one of {', '.join(DTYPES)}")
     if update and (quick or dtypes):
         raise UserError("--update stores whole ops: drop --quick and --dtype, or name ops by --op")
     path = baseline or stored_rows.baseline_path(device)
@@ -98,8 +100,12 @@ def run_parity(
         if path:
             say(f"{path} is not there yet: `anima-fast parity --update` writes it")
         return not wrong
-    good = verdicts(stored_rows.judged(stored, found, whole=not quick), path, say)
-    return good and not wrong
+    run = Run(environment(), tuple(found), "this run")
+    changes = stored_rows.judged(stored, run, whole=not quick)
+    say(compare.report(compare.notes_of(stored, run), changes))
+    if any(change.verdict != compare.SAME for change in changes):
+        say("`anima-fast parity --update` stores these numbers, with --op OP those of an op alone")
+    return not (wrong or compare.failed(changes))
 
 
 def rows_by_op(
@@ -125,33 +131,13 @@ def _start_process() -> None:
 def measured(name: str, device: str, quick: bool, dtypes: Sequence[str] = ()) -> list[Measurement]:
     """The rows of one op, of the block or of the losses."""
     from anima_fast.bench import curve, errors
+    from anima_fast.kernels.registry import OPS
 
     if name == "block":
         return curve.block_rows(device, quick, dtypes)
     if name == "loss":
         return curve.loss_rows(device, quick)
-    return list(errors.error_rows([name], device, quick, dtypes))
-
-
-def verdicts(judged: tuple, path: Path | None, say: Say) -> bool:
-    """Print what moved since the baseline; whether nothing became worse."""
-    from anima_fast.bench import compare
-
-    changes, notes = judged
-    for note in notes:
-        say(note)
-    rows = list(compare.lines(changes))
-    for verdict, what, before, after, change in rows:
-        say(f"{verdict:8} {what}: {before} -> {after} {change}".rstrip())
-    loose = [c for c in changes if c.verdict in (compare.NEW, compare.GONE)]
-    for change in loose[:10]:
-        what = f"{change.row}" + (f" [{change.part}]" if change.part else "")
-        where = "not in the baseline" if change.verdict == compare.NEW else "only in the baseline"
-        say(f"{where}: {what}")
-    say(f"against {path}: {compare.summary(changes)}")
-    if loose or rows:
-        say("`anima-fast parity --update` stores these numbers, with --op OP those of an op alone")
-    return not compare.failed(changes)
+    return errors.error_rows(OPS[name], device, quick, dtypes)
 
 
 def lines(found: Iterable[Measurement]) -> list[str]:

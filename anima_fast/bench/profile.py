@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from anima_fast.bench.cases import case_text, chosen_cases, timed_dtypes
 from anima_fast.bench.choice import Choice
 from anima_fast.bench.providers import providers
 from anima_fast.bench.tables import table
-from anima_fast.bench.times import Call, case_text, cases, dtypes_of, trained
+from anima_fast.bench.times import Call, trained
 from anima_fast.errors import UserError
 from anima_fast.kernels.registry import OPS
 
@@ -64,8 +65,8 @@ def calls(op: str, choice: Choice) -> Iterator[tuple[str, Any]]:
             bench.switch("own none" if name == "own" else name)
             yield f"step {name}", bench
         return
-    label, sizes = next(iter(cases(OPS[op], choice)))
-    dtype = dtypes_of(OPS[op], choice)[0]
+    label, sizes = next(iter(chosen_cases(OPS[op], choice)))
+    dtype = timed_dtypes(OPS[op], choice)[0]
     inputs = trained(OPS[op], OPS[op].make_inputs(sizes, dtype, "cuda"))
     for name, function in providers(OPS[op]).items():
         if name in names:

@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from anima_fast.bench.choice import Choice
+from anima_fast.bench.cases import case_text, real_cases
+from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.dry import Launch, dry_launches, run_op
 from anima_fast.bench.fused_block import FUSED_BLOCK
 from anima_fast.bench.metrics import METRICS
@@ -165,6 +166,7 @@ def measure(
     archs: Sequence[int] = ARCHS,
     dtypes: Collection[torch.dtype] | None = None,
     quick: bool = False,
+    sizes: Mapping[str, int] | None = None,
 ) -> list[Resources]:
     """Compile what `ops` launch on each of `archs`; one row per op, kernel variant and card.
 
@@ -173,6 +175,8 @@ def measure(
         archs: compute capabilities, keys of `LIMITS`.
         dtypes: the types to try of those that an op lists; all when None.
         quick: try types other than bfloat16 for one capability only; the others differ little.
+        sizes: the model's shapes with these sizes alone, as `--case` gives them.
+
     Raises:
         UserError: kernels are interpreted, an unknown capability, or a tool of Triton is missing.
     """
@@ -187,7 +191,7 @@ def measure(
             for op in ops.values():
                 wanted = [d for d in op.dtypes if dtypes is None or d in dtypes]
                 plan = {dtype: tokens_for(dtype, wanted, arch == full, quick) for dtype in wanted}
-                rows += _rows_of(op, arch, plan, launches)
+                rows += _rows_of(op, arch, plan, launches, sizes or {})
     return rows
 
 
@@ -204,29 +208,28 @@ def tokens_for(
 
 
 def _rows_of(
-    op: Op, arch: int, plan: Mapping[torch.dtype, tuple[int, ...]], launches: list[Launch]
-) -> Iterable[Resources]:
+    op: Op, arch: int, plan: Mapping[torch.dtype, tuple[int, ...]], launches: list[Launch],
+    given: Mapping[str, int],
+) -> Iterable[Resources]:  # fmt: skip
     rows: dict[Any, Resources] = {}
     for dtype, tokens in plan.items():
-        name = str(dtype).removeprefix("torch.")
-        for count in tokens:
-            for label, sizes in op.real_shapes(count).items():
-                launches.clear()
-                try:
-                    run_op(op, sizes, dtype)
-                except Exception as error:
-                    what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-                    key = f"error {what}"
-                    where = f"{count} tokens {label}".strip()
-                    rows.setdefault(
-                        key, Resources(op.name, "", arch, name, config=where, error=what)
-                    )
-                for launch in launches:
-                    known = rows.get(id(launch.compiled))
-                    if known is None:
-                        known = describe(launch, op.name, arch, name)
-                    grid = max(known.grid, launch.grid, key=math.prod)
-                    rows[id(launch.compiled)] = replace(known, grid=grid)
+        name = name_of(dtype)
+        for label, sizes in real_cases(op, given, [given["L"]] if "L" in given else tokens):
+            launches.clear()
+            try:
+                run_op(op, sizes, dtype)
+            except Exception as error:
+                what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+                where = case_text(label, sizes)
+                rows.setdefault(
+                    f"error {what}", Resources(op.name, "", arch, name, config=where, error=what)
+                )
+            for launch in launches:
+                known = rows.get(id(launch.compiled))
+                if known is None:
+                    known = describe(launch, op.name, arch, name)
+                grid = max(known.grid, launch.grid, key=math.prod)
+                rows[id(launch.compiled)] = replace(known, grid=grid)
     return rows.values()
 
 
@@ -309,16 +312,19 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
             continue
         if choice.quick and not choice.dtypes and torch.bfloat16 in op.dtypes:
             dtypes = [torch.bfloat16]
-        found = measure(ops={name: op}, archs=archs, dtypes=dtypes, quick=choice.quick)
-        yield list(_measurements(found))
+        found = measure(
+            ops={name: op}, archs=archs, dtypes=dtypes, quick=choice.quick, sizes=choice.sizes
+        )
+        yield list(_measurements(found, case_text("", choice.sizes)))
 
 
-def _measurements(found: Iterable[Resources]) -> Iterator[Measurement]:
+def _measurements(found: Iterable[Resources], sizes: str) -> Iterator[Measurement]:
     kernels: dict[tuple[str, ...], list[Resources]] = defaultdict(list)
     for one in found:
         kernels[one.op, one.kernel, f"sm_{one.arch}", one.dtype].append(one)
     for (op, kernel, arch, dtype), variants in kernels.items():
-        row = Measurement(op, "registers", None, "registers", kernel, dtype, mode=arch,
+        case = f"{kernel} {sizes}".strip()
+        row = Measurement(op, "registers", None, "registers", case, dtype, mode=arch,
                           source="compiler", note="; ".join(check(variants)))  # fmt: skip
         for metric, value, worst in (
             ("registers", "registers", max),

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from anima_fast.bench.choice import Choice
+from anima_fast.bench.cases import chosen_cases, timed_dtypes
+from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.dry import dry_launches, run_op
 from anima_fast.bench.resources import COMPILED, FULL_ARCH, FUSED_BLOCK
 from anima_fast.bench.run_file import Measurement
-from anima_fast.bench.times import cases, dtypes_of
 from anima_fast.errors import UserError
 
 # "/*00a0*/  @!P0 LDG.E.128 R4, ..." → LDG.E.128
@@ -90,9 +90,9 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
             for name, op in COMPILED.items():
                 if not choice.wants_op("block" if op is FUSED_BLOCK else name):
                     continue
-                for dtype in dtypes_of(op, choice):
+                for dtype in timed_dtypes(op, choice):
                     launches.clear()
-                    for _, sizes in list(cases(op, choice))[: None if choice.sizes else 4]:
+                    for _, sizes in list(chosen_cases(op, choice))[: None if choice.sizes else 4]:
                         run_op(op, sizes, dtype)
                     yield list(_kernel_rows(launches, name, arch, dtype))
 
@@ -109,6 +109,6 @@ def _kernel_rows(launches: list, op: str, arch: int, dtype: torch.dtype) -> Iter
         note = f"the longest of {len(variants)} variants" if len(variants) > 1 else ""
         yield Measurement(
             op, "instructions", float(sum(longest.values())), "instructions", kernel,
-            str(dtype).removeprefix("torch."), mode=f"sm_{arch}", parts=parts, source="compiler",
+            name_of(dtype), mode=f"sm_{arch}", parts=parts, source="compiler",
             note=note,
         )  # fmt: skip

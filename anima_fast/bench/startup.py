@@ -13,6 +13,8 @@ from anima_fast.bench.choice import Choice
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.errors import UserError
 
+# What packages import on an older Python alone.
+BACKPORTS = {"tomli", "exceptiongroup", "importlib_metadata", "zipp", "typing_extensions"}
 COMMANDS = ("--help", "train --help")
 REPEATS = 5
 LIST = """
@@ -42,7 +44,8 @@ def packages(command: str) -> dict[str, float]:
     names = _run("-c", LIST, *command.split()).rpartition("\0")[2].split()
     tops = {name.partition(".")[0] for name in names}
     # Python's own differ with its version and with what a machine sets up at start.
-    foreign = {t for t in tops - sys.stdlib_module_names - {"anima_fast"} if not t.startswith("_")}
+    ours = sys.stdlib_module_names | BACKPORTS | {"anima_fast"}
+    foreign = {top for top in tops - ours if not top.startswith("_")}
     return dict.fromkeys(sorted(foreign), 1.0)
 
 

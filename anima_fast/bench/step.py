@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from anima_fast.bench.choice import DIFFUSERS, Choice
+from anima_fast.bench.choice import DIFFUSERS, Choice, name_of
 from anima_fast.bench.environment import CardState
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.bench.step_models import (
@@ -80,7 +80,7 @@ def _size_rows(
 ) -> Iterator[list[Measurement]]:
     case = f"B={batch} L={tokens} S={TEXT_ROWS} R={RANK}"
     source = "card" if on_card() else "host"
-    plain = Measurement("step", "time", None, "s", case, str(DTYPE).removeprefix("torch."),
+    plain = Measurement("step", "time", None, "s", case, name_of(DTYPE),
                         mode="both", source=source)  # fmt: skip
     reference: tuple[float, Tensor] | None = None
     before: dict[str, Callable] = {}

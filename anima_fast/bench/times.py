@@ -6,7 +6,6 @@ read around each round, and a card that was slowed by heat or power says so in t
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,52 +13,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from anima_fast.bench.choice import Choice
+from anima_fast.bench.cases import case_text, chosen_cases, timed_dtypes
+from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.environment import CardState
+from anima_fast.bench.errors import cases, check_cases, only_forward
 from anima_fast.bench.parity import check_op, leaves
 from anima_fast.bench.providers import EAGER, OWN, Provider, load_candidate, providers, work
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.kernels.op import Inputs, Op, Sizes
 from anima_fast.kernels.registry import OPS
 from anima_fast.measure.rates import Rates
-from anima_fast.measure.step_time import PARAMETER_OPS, lora_parameters
 from anima_fast.measure.timer import Ceilings, Timer, ceilings, on_card, reason, synchronize
 
 MODES = ("fwd", "bwd", "both")
 # On the CPU, where tests run this code, nothing that it times says anything.
 DEVICE, SOURCE = ("cuda", "card") if on_card() else ("cpu", "host")
-TOKENS = (1024, 2304, 4096, 9216)
 MOST_ROUNDS, LEAST_ROUNDS = 20, 3
-
-
-def cases(op: Op, choice: Choice) -> Iterator[tuple[str, dict[str, int]]]:
-    """(label, sizes) of the real shapes of an op, with the sizes of the choice; each once."""
-    tokens = [choice.sizes["L"]] if "L" in choice.sizes else TOKENS
-    seen: list[Sizes] = []
-    for count in tokens[2:3] if choice.quick and len(tokens) > 1 else tokens:
-        for label, real in op.real_shapes(count).items():
-            sizes = {k: choice.sizes.get(k, v) for k, v in real.items()}
-            # M is the tokens of all samples, and the self attention's S is its L.
-            if "M" in sizes and real["M"] == count and "M" not in choice.sizes:
-                sizes["M"] = count * choice.sizes.get("B", 1)
-            if op.name in PARAMETER_OPS and "R" in choice.sizes:
-                sizes[PARAMETER_OPS[op.name]] = lora_parameters(choice.sizes["R"])
-            if sizes not in seen:
-                seen.append(sizes)
-                yield label, sizes
-
-
-def case_text(label: str, sizes: Sizes) -> str:
-    """A case as rows name it, such as "qkv M=4096 N=2048 K=2048"."""
-    return " ".join(filter(None, (label, *(f"{k}={v}" for k, v in sizes.items()))))
-
-
-def dtypes_of(op: Op, choice: Choice) -> list[torch.dtype]:
-    """Those asked for that the op has, else bfloat16 (float32 of adapter states)."""
-    if choice.dtypes:
-        return [d for d in op.dtypes if str(d).removeprefix("torch.") in choice.dtypes]
-    wanted = torch.float32 if op.name in PARAMETER_OPS else torch.bfloat16
-    return [wanted if wanted in op.dtypes else op.dtypes[0]]
 
 
 class Call:
@@ -107,28 +76,32 @@ def trained(op: Op, inputs: Inputs) -> Inputs:
     return inputs
 
 
-def problem(op: Op, call: Provider, sizes: Sizes, dtype: torch.dtype) -> tuple[str, float]:
-    """Why a provider must not be timed at this shape ("" when it may), and its worst error.
+def problem(
+    op: Op, call: Provider, sizes: Sizes, dtype: torch.dtype, *, whole: bool = False
+) -> tuple[str, float]:
+    """Why a provider must not be timed at this shape ("" when it may), and its worst error there.
 
-    The rule is that of the parity table, on the very shape and dtype that would be timed. Where
-    the definition's float64 logits do not fit on the card, one head stands for all.
+    The rule is that of the parity table, on the very shape and dtype that would be timed; `whole`
+    has the cases of the table first. Where the definition's float64 logits do not fit on the card,
+    one head stands for all.
     """
-    candidate = dataclasses.replace(op, function=call)
+    candidate = replace(op, function=call)
     try:
+        checks = list(check_cases(candidate, cases(op), DEVICE, [name_of(dtype)])) if whole else []
         try:
-            checks = check_op(candidate, sizes, dtype, device=DEVICE)
+            checks += check_op(candidate, sizes, dtype, device=DEVICE)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
-            checks = check_op(candidate, {**sizes, "H": 1}, dtype, device=DEVICE)
+            checks += check_op(candidate, {**sizes, "H": 1}, dtype, device=DEVICE)
     except Exception as error:
         return reason(error), math.nan
     failed = [c for c in checks if not c.passed]
     why = "".join(
-        f"not timed, as it is not right: {c.tensor} has error {c.error:.1e}, allowed "
+        f"not timed, as it is not right at {c.case}: {c.tensor} has error {c.error:.1e}, allowed "
         f"{c.allowed:.1e} {c.remark}".rstrip()
         for c in failed[:1]
     )
-    return why, max(c.error for c in checks)
+    return why, max(c.error for c in checks if c.shape == checks[-1].shape)
 
 
 def rows(choice: Choice) -> Iterator[list[Measurement]]:
@@ -138,8 +111,9 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
     for op in OPS.values():
         if not choice.wants_op(op.name):
             continue
-        for label, sizes in cases(op, choice):
-            for dtype in dtypes_of(op, choice):
+        op = only_forward(op, choice)
+        for label, sizes in chosen_cases(op, choice):
+            for dtype in timed_dtypes(op, choice):
                 yield list(_case_rows(op, label, sizes, dtype, choice, limits))
 
 
@@ -148,7 +122,7 @@ def _case_rows(
 ) -> Iterator[Measurement]:
     row = Measurement(
         op.name, "error", None, "relative", case_text(label, sizes),
-        str(dtype).removeprefix("torch."), source=SOURCE,
+        name_of(dtype), source=SOURCE,
     )  # fmt: skip
     calls: dict[str, Call] = {}
     torch.manual_seed(0)
@@ -159,7 +133,7 @@ def _case_rows(
         # A ratio needs eager and ours, whoever else was asked for.
         if choice.providers and name not in {OWN, EAGER, *choice.providers, *candidate}:
             continue
-        why, error = problem(op, function, sizes, dtype)
+        why, error = problem(op, function, sizes, dtype, whole=name in candidate)
         yield replace(row, provider=name, value=None if math.isnan(error) else error, note=why)
         if not why:
             calls[name] = Call(op, function, inputs)

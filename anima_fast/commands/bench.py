@@ -93,7 +93,7 @@ def _run(
 
 @bench.command("compare")
 def _compare(
-    a: Annotated[str, typer.Argument(help="A run file, a folder of them, or a commit.")],
+    a: Annotated[str, typer.Argument(help="A run file, or a commit.")],
     b: Annotated[str, typer.Argument(help="A run file, or a commit.")],
     fail_if: Limits = None,
     html: Page = None,
