@@ -434,7 +434,7 @@ def test_history_names_the_first_commit_that_stepped(tmp_path):
     found = history(runs, Choice())
     assert [line.step for line in found] == [2, None]
     text = list(text_of(found[:1]))
-    assert len(text) == 5 and "222222222" in text[3] and text[3].endswith("<- stepped")
+    assert len(text) == 5 and "222222222" in text[3] and text[3].endswith("<- worse")
     history_page(tmp_path / "h.html", runs, found)
     page = (tmp_path / "h.html").read_text()
     assert "git bisect start 222222222 111111111" in page and page.count("<svg") == 2

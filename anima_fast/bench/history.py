@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from anima_fast.bench.choice import Choice
-from anima_fast.bench.compare import number, ratio_interval
-from anima_fast.bench.metrics import METRICS
+from anima_fast.bench.compare import (
+    BETTER,
+    LOST,
+    WORSE,
+    Change,
+    change_text,
+    compare,
+    limits_of,
+    number,
+)
 from anima_fast.bench.page import facts
 from anima_fast.bench.run_file import Measurement, Run, read_run
 from anima_fast.errors import UserError
@@ -17,7 +25,7 @@ from anima_fast.files import write_text
 from anima_fast.reports.charts import Series, chart
 from anima_fast.reports.pages import render
 
-# A time stepped when its interval lies beyond this much; other metrics at any change beyond theirs.
+# A time stepped when its interval lies beyond this much; other metrics beyond their own limit.
 STEP = 0.05
 MOST_CHARTS = 12
 
@@ -30,11 +38,18 @@ class Line:
         row: its latest.
         values: (run, value) in order of time, of the runs that have it.
         step: index into `values` of the first run whose value stepped, or None.
+        change: what moved there, and by how much.
     """
 
     row: Measurement
     values: tuple[tuple[Run, Measurement], ...]
     step: int | None
+    change: Change | None
+
+    @property
+    def verdict(self) -> str:
+        """On the step."""
+        return self.change.verdict if self.change else ""
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -52,40 +67,25 @@ def history(runs: Sequence[Run], choice: Choice) -> list[Line]:
     found: dict[tuple[str, ...], list[tuple[Run, Measurement]]] = {}
     for run in runs:
         for row in run.by_key().values():
-            if row.value is not None and _is_chosen(row, choice):
+            sizes = set(row.case.split())
+            cased = all(f"{letter}={size}" in sizes for letter, size in choice.sizes.items())
+            if row.value is not None and cased and choice.wants_op(row.op) and choice.accepts(row):
                 # Cards are lines of their own.
                 machine = run.environment.get("card") or run.environment.get("processor", "")
                 found.setdefault((*row.key, machine), []).append((run, row))
-    lines = [Line(values[-1][1], tuple(values), stepped(values)) for values in found.values()]
+    lines = [Line(values[-1][1], tuple(values), *stepped(values)) for values in found.values()]
     return sorted(lines, key=lambda line: line.step is None)
 
 
-def _is_chosen(row: Measurement, choice: Choice) -> bool:
-    sizes = set(row.case.split())
-    return (
-        choice.wants_op(row.op)
-        and choice.wants(row.metric)
-        and (not choice.providers or row.provider.split()[0] in choice.providers)
-        and (not choice.dtypes or row.dtype in choice.dtypes)
-        and all(f"{letter}={size}" in sizes for letter, size in choice.sizes.items())
-    )
-
-
-def stepped(values: Sequence[tuple[Run, Measurement]]) -> int | None:
-    """The first index whose value is another than the one before it, by the metric's limit."""
+def stepped(values: Sequence[tuple[Run, Measurement]]) -> tuple[int | None, Change | None]:
+    """The first index whose value moved from the one before beyond the metric's limit, and how."""
+    limits = {**limits_of(()), "time": STEP, "startup": STEP}
     for index in range(1, len(values)):
-        old, new = values[index - 1][1], values[index][1]
-        metric = METRICS[new.metric]
-        if not metric.exact and old.samples and new.samples:
-            low, high = ratio_interval(old.samples, new.samples)
-            if low > 1 + STEP or high < 1 / (1 + STEP):
-                return index
-            continue
-        assert old.value is not None and new.value is not None
-        change = abs(new.value - old.value) / abs(old.value) if old.value else abs(new.value)
-        if change > (metric.limit if metric.limit is not None else STEP):
-            return index
-    return None
+        (old, before), (new, after) = values[index - 1 : index + 1]
+        (change,) = compare(replace(old, rows=(before,)), replace(new, rows=(after,)), limits)
+        if change.verdict in (WORSE, LOST, BETTER):
+            return index, change
+    return None, None
 
 
 def commit_of(run: Run) -> str:
@@ -97,7 +97,7 @@ def commit_of(run: Run) -> str:
 
 
 def text_of(lines: Sequence[Line]) -> Iterator[str]:
-    """For each line its name, then one line a commit; "<- stepped" where it did."""
+    """For each line its name, then one line a commit; what moved where it stepped."""
     for line in lines:
         yield str(line.row)
         previous = math.nan
@@ -106,7 +106,12 @@ def text_of(lines: Sequence[Line]) -> Iterator[str]:
             change = (
                 "" if not index or not previous else f"{100 * (row.value / previous - 1):+.1f} %"
             )
-            mark = "  <- stepped" if index == line.step else ""
+            mark = ""
+            if index == line.step and line.change:
+                part = (
+                    f" [{line.change.part}] {change_text(line.change)}" if line.change.part else ""
+                )
+                mark = f"  <- {line.change.verdict}{part}"
             date = run.environment.get("date", "")[:16]
             yield f"  {commit_of(run):12} {date:16} {number(row.value):>12} {change:>9}{mark}"
             previous = row.value
@@ -130,20 +135,24 @@ def history_page(path: Path, runs: Sequence[Run], lines: Sequence[Line]) -> None
     charts = []
     for line in lines[:MOST_CHARTS]:
         points = [(float(i + 1), row.value) for i, (_, row) in enumerate(line.values)]
-        name = f"{line.row.op} {line.row.metric} {line.row.provider} {line.row.mode}".strip()
-        charts.append(chart(name, [Series(name, points)]))
+        charts.append(chart(str(line.row), [Series(str(line.row), points)], over="run"))
     rows = [
-        ("stepped" if index == line.step else "", str(line.row), commit_of(run), number(row.value))
+        (
+            line.change.verdict if line.change and index == line.step else "",
+            str(line.row),
+            commit_of(run),
+            number(row.value),
+        )
         for line in lines
         for index, (run, row) in enumerate(line.values)
-    ]
+    ]  # fmt: skip
     first = next((line for line in lines if line.step is not None), None)
     count = sum(line.step is not None for line in lines)
     write_text(path, render(
         "bench.html.j2", title="History of measurements",
-        lead=f"{len(runs)} runs, {len(lines)} measurements, {count} stepped",
+        lead=f"{len(runs)} runs, {len(lines)} of their measurements, {count} stepped",
         facts={"first": facts(runs[0].environment), "last": facts(runs[-1].environment)},
         notes=() if len(lines) <= MOST_CHARTS else (f"The first {MOST_CHARTS} are drawn.",),
-        charts=charts, tables=[("Values", ("", "what", "commit", "value"), rows)],
+        charts=charts, tables=[("Values", ("", "what", "commit", "value"), rows)] if rows else [],
         hint=bisect_line(first) if first else "",
     ))  # fmt: skip

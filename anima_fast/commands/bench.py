@@ -126,14 +126,20 @@ def _history(
     ),
     html: Page = None,
 ) -> None:
-    """Values over the run files of a folder: a line each commit, and where one stepped."""
+    """Values over the run files of a folder: a line each commit, and where one stepped.
+
+    Without OP and --metric only what stepped is shown.
+    """
     from anima_fast.bench.history import history, history_page, read_runs, text_of
 
     choice = _choice(ops, cases=case, dtypes=dtype, providers=provider, metrics=metric)
     runs = read_runs(folder)
-    found = history(runs, choice)
-    for line in text_of(found if ops or metric else [one for one in found if one.step is not None]):
+    every = history(runs, choice)
+    found = every if ops or metric else [line for line in every if line.step is not None]
+    for line in text_of(found):
         typer.echo(line)
+    typer.echo(f"{len(runs)} runs, {len(every)} measurements: "
+               f"{sum(line.step is not None for line in every)} stepped")  # fmt: skip
     if html:
         history_page(html, runs, found)
         typer.echo(f"wrote {html}")

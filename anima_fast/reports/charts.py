@@ -42,8 +42,8 @@ class Series:
         ]
 
 
-def chart(title: str, series: Sequence[Series], zero: bool = False) -> Markup:
-    """An SVG element with lines over steps, axes, and a legend when there are several lines.
+def chart(title: str, series: Sequence[Series], zero: bool = False, over: str = "step") -> Markup:
+    """An SVG element with lines over steps (or `over`), axes, and a legend for several lines.
 
     Series without a point are left out; a single point is drawn as a dot. The axis begins at 0 with
     `zero`, else near the lowest value.
@@ -64,7 +64,7 @@ def chart(title: str, series: Sequence[Series], zero: bool = False) -> Markup:
     # There is no half step.
     marks = [x for x in ticks(first, last, 5) if first <= x <= last and x == int(x)] or [first]
     below = [plot.below(across(x), f"{x:.6g}") for x in marks]
-    below.append(((LEFT + WIDTH - RIGHT) / 2, plot.bottom + 29, "middle", "step"))
+    below.append(((LEFT + WIDTH - RIGHT) / 2, plot.bottom + 29, "middle", over))
     lines = [
         (COLORS[i % len(COLORS)], one.faint, [(across(x), plot.height_of(y)) for x, y in points])
         for i, (one, points) in enumerate(drawn)
