@@ -350,6 +350,14 @@ def test_a_candidate_is_timed_when_it_is_right(tmp_path):
     assert row.case == "B=1 L=40 D=24" and row.parts["share_of_ceiling"] > 0
 
 
+def test_a_candidate_is_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "my.py").write_text("def gelu(a):\n    return a\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    choice = parse_choice(["gelu"], candidate="my.py:gelu")
+    monkeypatch.chdir("/")
+    assert list(load_candidate(choice.candidate)) == ["my:gelu"]
+
+
 def test_a_candidate_may_be_in_an_installed_package():
     assert list(load_candidate("math:sqrt")) == ["math:sqrt"]
     with pytest.raises(UserError, match="no function"):

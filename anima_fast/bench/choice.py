@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,6 +142,9 @@ def parse_choice(
         load_candidate(candidate)
         if len(chosen["ops"]) != 1 or chosen["ops"][0] in WHOLES:
             raise UserError("--candidate needs the name of the one op that it computes")
+        # That process starts in another folder.
+        place, _, name = candidate.rpartition(":")
+        candidate = f"{Path(place).resolve()}:{name}" if place.endswith(".py") else candidate
     return Choice(
         sizes=_sizes(cases),
         archs=tuple(archs),
