@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from anima_fast.bench.choice import Choice
 from anima_fast.errors import UserError
 from anima_fast.kernels.adamw import NORM_EPS
 from anima_fast.kernels.op import Op, wide
@@ -188,6 +189,15 @@ def providers(op: Op, candidate: Mapping[str, Provider] | None = None) -> dict[s
         if not library.package or importlib.util.find_spec(library.package):
             found[name] = library.call
     return found | dict(candidate or {})
+
+
+def implementations(op: Op, choice: Choice) -> dict[str, Op]:
+    """Provider → op: ours, and the same with the candidate of a choice as its function."""
+    found = {OWN: op}
+    if choice.candidate:
+        for name, function in load_candidate(choice.candidate).items():
+            found[name] = replace(op, function=function)
+    return found
 
 
 def provider_names() -> list[str]:
