@@ -133,7 +133,7 @@ def rows_of(choice: Choice) -> Iterator[list[Measurement]]:
                 some = [(sizes, dtype, "plain") for _, sizes in chosen_cases(op, choice)
                         for dtype in timed_dtypes(op, choice)]  # fmt: skip
             text = case_text("", choice.sizes)
-            for name, one in implementations(op, choice).items():
+            for name, one in implementations(op, choice.candidate).items():
                 found = _provider_rows(one, name, some, device, choice)
                 yield [replace(row, case=text) for row in found]
 

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from anima_fast.bench.choice import Choice
 from anima_fast.errors import UserError
 from anima_fast.kernels.adamw import NORM_EPS
 from anima_fast.kernels.op import Op, wide
@@ -191,13 +190,10 @@ def providers(op: Op, candidate: Mapping[str, Provider] | None = None) -> dict[s
     return found | dict(candidate or {})
 
 
-def implementations(op: Op, choice: Choice) -> dict[str, Op]:
-    """Provider → op: ours, and the same with the candidate of a choice as its function."""
-    found = {OWN: op}
-    if choice.candidate:
-        for name, function in load_candidate(choice.candidate).items():
-            found[name] = replace(op, function=function)
-    return found
+def implementations(op: Op, candidate: str) -> dict[str, Op]:
+    """Provider → op: ours, and the same with a candidate ("" for none) as its function."""
+    further = load_candidate(candidate) if candidate else {}
+    return {OWN: op} | {name: replace(op, function=call) for name, call in further.items()}
 
 
 def provider_names() -> list[str]:

@@ -313,7 +313,7 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
             continue
         if choice.quick and not choice.dtypes and torch.bfloat16 in op.dtypes:
             dtypes = [torch.bfloat16]
-        for provider, one in implementations(op, choice).items():
+        for provider, one in implementations(op, choice.candidate).items():
             found = measure(
                 ops={name: one}, archs=archs, dtypes=dtypes, quick=choice.quick, sizes=choice.sizes
             )
