@@ -60,8 +60,8 @@ class Bars:
         if self.live:
             self._display.stop()
 
-    def show(self, title: str, done: int, total: int) -> None:
-        """Move the bar of this title to `done` of `total`, adding it the first time."""
+    def show(self, title: str, done: int, total: int | None) -> None:
+        """Move the bar of this title to `done` of `total` (None: unknown), adding it first."""
         if title not in self._bars:
             self._bars[title] = self._display.add_task(title, total=total)
         self._display.update(self._bars[title], completed=done)

@@ -14,12 +14,13 @@ from anima_fast.bench.commits import is_commit, run_both
 from anima_fast.bench.environment import environment
 from anima_fast.bench.groups import chosen, unmet
 from anima_fast.bench.page import comparison_page
-from anima_fast.bench.run import default_name, run_groups, wrong
+from anima_fast.bench.run import default_name, remarks, run_groups, wrong
 from anima_fast.bench.run_file import Run, read_run
 from anima_fast.bench.summary import summary
 from anima_fast.bench.tables import table
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder
+from anima_fast.progress import Bars
 
 Say = Callable[[str], None]
 
@@ -38,10 +39,13 @@ def run_command(choice: Choice, out: Path | None, against: Path | None, *, say: 
     path = out or default_name(where)
     # Before the first measurement, which may take minutes.
     check_folder(path.parent)
-    rows, problems = run_groups(groups, choice, path, say=say)
+    with Bars() as bars:
+        rows, problems = run_groups(
+            groups, choice, path, say=say, show=lambda name, rows: bars.show(name, rows, None)
+        )
     problems += [f"{word}: nothing of it was measured here" for word in unmet(choice, rows)]
     problems += unable + wrong(rows)
-    for line in summary(rows):
+    for line in (*summary(rows), *remarks(rows)):
         say(line)
     good = say_changes(baselines, Run(where, tuple(rows), "this run"), whole=not choice.quick,
                        say=say)  # fmt: skip

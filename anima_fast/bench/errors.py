@@ -14,7 +14,7 @@ import torch
 from anima_fast.bench.cases import case_text, chosen_cases, timed_dtypes
 from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.parity import LAYOUTS, Check, check_op
-from anima_fast.bench.providers import OWN, load_candidate
+from anima_fast.bench.providers import OWN, implementations
 from anima_fast.bench.run_file import Measurement
 from anima_fast.device import one_thread
 from anima_fast.errors import UserError
@@ -123,7 +123,6 @@ def rows_of(choice: Choice) -> Iterator[list[Measurement]]:
     With sizes an op is checked at those alone, in the shapes of the model for the rest.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    candidate = load_candidate(choice.candidate) if choice.candidate else {}
     with one_thread():
         for op in OPS.values():
             if not choice.wants_op(op.name):
@@ -133,11 +132,10 @@ def rows_of(choice: Choice) -> Iterator[list[Measurement]]:
             if choice.sizes:
                 some = [(sizes, dtype, "plain") for _, sizes in chosen_cases(op, choice)
                         for dtype in timed_dtypes(op, choice)]  # fmt: skip
-            found = rows(check_cases(op, some, device, choice.dtypes), source_of(device))
-            for name, function in candidate.items():
-                found += _candidate_rows(replace(op, function=function), name, some, device, choice)
             text = case_text("", choice.sizes)
-            yield [replace(row, case=text) for row in found]
+            for name, one in implementations(op, choice.candidate).items():
+                found = _provider_rows(one, name, some, device, choice)
+                yield [replace(row, case=text) for row in found]
 
 
 def only_forward(op: Op, choice: Choice) -> Op:
@@ -145,12 +143,16 @@ def only_forward(op: Op, choice: Choice) -> Op:
     return replace(op, grads=()) if choice.modes == ("fwd",) else op
 
 
-def _candidate_rows(op: Op, name: str, some: list, device: str, choice: Choice) -> list:
+def _provider_rows(op: Op, name: str, some: list, device: str, choice: Choice) -> list[Measurement]:
     try:
         found = rows(check_cases(op, some, device, choice.dtypes), source_of(device))
     except Exception as error:
+        if name == OWN:
+            raise
         # It is the user's code: whatever it does is a finding about it.
         hint = " (no backward? --mode fwd)" if "grad_fn" in str(error) else ""
         note = reason(error) + hint
         return [Measurement(op.name, "error", None, "relative", provider=name, note=note)]
+    if name == OWN:
+        return found
     return [replace(row, provider=name) for row in found if row.provider == OWN]

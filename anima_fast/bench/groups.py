@@ -78,6 +78,7 @@ GROUPS = (
     Group("launches", COUNTED, "launches:rows", ("block",), providers=BOTH),
     Group("resources", COMPILED, "resources:rows", providers=OWN),
     Group("sass", ("instructions",), "sass:rows", providers=OWN, quick=False),
+    Group("compile", ("compile",), "startup:compile_rows", providers=OWN, quick=False),
     Group("program", ("modules", "startup"), "startup:rows", ("program",), providers=OWN),
     Group("times", ("time", "error", "kept", "peak", "ceiling"), "times:rows", needs=CARD),
     Group("step", ("time", "peak", "launches"), "step:rows", ("step",), needs=CARD),

@@ -43,6 +43,8 @@ METRICS = {
     "loss": Metric("loss", better="", limit=1e-3),
     "modules": Metric("packages", parts="counted"),
     "startup": Metric("s", limit=None, exact=False),
+    # Of all kernels of an op, Triton's cache empty.
+    "compile": Metric("s", limit=None, exact=False),
     # What a card can do, measured in the same run: never a verdict.
     "ceiling": Metric("1/s", better="more", limit=None, exact=False),
 }

@@ -32,6 +32,7 @@ from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.dry import Launch, dry_launches, run_op
 from anima_fast.bench.fused_block import FUSED_BLOCK
 from anima_fast.bench.metrics import METRICS
+from anima_fast.bench.providers import implementations
 from anima_fast.bench.run_file import Measurement
 from anima_fast.errors import UserError
 from anima_fast.kernels.dispatch import SHARED_KIB
@@ -312,10 +313,12 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
             continue
         if choice.quick and not choice.dtypes and torch.bfloat16 in op.dtypes:
             dtypes = [torch.bfloat16]
-        found = measure(
-            ops={name: op}, archs=archs, dtypes=dtypes, quick=choice.quick, sizes=choice.sizes
-        )
-        yield list(_measurements(found, case_text("", choice.sizes)))
+        for provider, one in implementations(op, choice.candidate).items():
+            found = measure(
+                ops={name: one}, archs=archs, dtypes=dtypes, quick=choice.quick, sizes=choice.sizes
+            )
+            some = _measurements(found, case_text("", choice.sizes))
+            yield [replace(row, provider=provider) for row in some]
 
 
 def _measurements(found: Iterable[Resources], sizes: str) -> Iterator[Measurement]:

@@ -155,8 +155,24 @@ def run_groups(
 
 
 def wrong(rows: Sequence[Measurement]) -> list[str]:
-    """What must not be, whatever it was before: wrong values, spills, ops that do not compile."""
-    found = [f"{row}: {row.note}" for row in rows if row.metric == "error" and row.note]
-    found += [f"{row}: {row.value:.0f} bytes a thread" for row in rows
-              if row.metric == "spills" and row.value]  # fmt: skip
+    """What must not be, whatever it was before: values of ours or of a candidate that are wrong or
+    not timed for it, spills, ops that do not compile."""
+    found = []
+    for row in rows:
+        judged = row.provider.startswith("own") or ":" in row.provider
+        untimed = row.metric == "time" and row.value is None
+        if judged and row.note and (row.metric == "error" or untimed):
+            found.append(f"{row}: {row.note}")
+        if row.metric == "spills" and row.value:
+            found.append(f"{row}: {row.value:.0f} bytes a thread")
+        if row.metric == "registers" and row.value is None:
+            found.append(f"{row}: {row.note}")
     return found
+
+
+def remarks(rows: Sequence[Measurement]) -> list[str]:
+    """What a reader of the numbers must know: who was left out, and whether the card was slowed."""
+    found = [f"left out: {row}: {row.note}" for row in rows
+             if row.note and row.metric == "error" and not wrong([row])]  # fmt: skip
+    slowed = [row for row in rows if row.metric == "time" and row.samples and row.note]
+    return found + ([f"{len(slowed)} times: {slowed[0].note}"] if slowed else [])

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from anima_fast.bench.cases import chosen_cases, timed_dtypes
 from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.dry import dry_launches, run_op
+from anima_fast.bench.providers import implementations
 from anima_fast.bench.resources import COMPILED, FULL_ARCH, FUSED_BLOCK
 from anima_fast.bench.run_file import Measurement
 from anima_fast.errors import UserError
@@ -91,10 +93,13 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
                 if not choice.wants_op("block" if op is FUSED_BLOCK else name):
                     continue
                 for dtype in timed_dtypes(op, choice):
-                    launches.clear()
-                    for _, sizes in list(chosen_cases(op, choice))[: None if choice.sizes else 4]:
-                        run_op(op, sizes, dtype)
-                    yield list(_kernel_rows(launches, name, arch, dtype))
+                    some = list(chosen_cases(op, choice))[: None if choice.sizes else 4]
+                    for provider, one in implementations(op, choice.candidate).items():
+                        launches.clear()
+                        for _, sizes in some:
+                            run_op(one, sizes, dtype)
+                        found = _kernel_rows(launches, name, arch, dtype)
+                        yield [replace(row, provider=provider) for row in found]
 
 
 def _kernel_rows(launches: list, op: str, arch: int, dtype: torch.dtype) -> Iterator[Measurement]:

@@ -1,15 +1,16 @@
-"""What starting the program costs: the packages that `--help` imports, and its seconds."""
+"""What starting costs: the packages that `--help` imports, its seconds, and compiling kernels."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from anima_fast.bench.choice import Choice
+from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.errors import UserError
 
@@ -37,6 +38,41 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
         if not choice.quick:
             samples = [_seconds(command) for _ in range(REPEATS)]
             yield [sampled(replace(row, metric="startup", unit="s"), samples)]
+
+
+def compile_rows(choice: Choice) -> Iterator[list[Measurement]]:
+    """Seconds that Triton takes for the kernels of each op at one shape, its cache empty."""
+    import torch
+    from triton import knobs
+
+    from anima_fast.bench.cases import case_text, chosen_cases, timed_dtypes
+    from anima_fast.bench.dry import dry_launches, run_op
+    from anima_fast.bench.providers import implementations
+    from anima_fast.bench.resources import FULL_ARCH
+    from anima_fast.kernels.registry import OPS
+
+    arch = (choice.archs or (FULL_ARCH,))[0]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        dry_launches(arch) as launches,
+        knobs.cache.scope(),
+    ):
+        knobs.cache.dir = folder
+        # The first compilation also loads the compiler.
+        run_op(OPS["gelu"], {"B": 1, "L": 1, "D": 16}, torch.float64)
+        for op in OPS.values():
+            for provider, one in implementations(op, choice.candidate).items():
+                if not choice.wants_op(op.name):
+                    continue
+                (_, sizes), dtype = next(chosen_cases(op, choice)), timed_dtypes(op, choice)[0]
+                launches.clear()
+                start = time.perf_counter()
+                run_op(one, sizes, dtype)
+                yield [Measurement(
+                    op.name, "compile", time.perf_counter() - start, "s", case_text("", sizes),
+                    name_of(dtype), provider, f"sm_{arch}",
+                    note=f"{len({id(one.compiled) for one in launches})} kernels",
+                )]  # fmt: skip
 
 
 def packages(command: str) -> dict[str, float]:

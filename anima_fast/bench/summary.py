@@ -28,7 +28,7 @@ def summary(rows: Sequence[Measurement]) -> Iterator[str]:
         ("error", ("op", "dtype"), tuple(whose), "provider"),
         ("loss", ("provider", "mode"), ("loss",), "metric"),
         ("block", ("provider", "case", "dtype"), ("launches", "units", "kept", "peak"), "metric"),
-        ("resources", ("op", "mode"), ("registers", "spills", "occupancy"), "metric"),
+        ("resources", ("op", "provider", "mode"), ("registers", "spills", "occupancy"), "metric"),
         ("start", ("case",), ("modules", "startup"), "metric"),
     ):
         metrics = ("error",) if column == "provider" else columns
@@ -51,7 +51,7 @@ def _worst(
             line[name] = worse(line.get(name, row.value), row.value)
     for key, values in found.items():
         cells = (number(values[c]) if c in values else "" for c in columns)
-        yield " ".join(filter(None, key)), *cells
+        yield " ".join(word for word in key if word not in ("", "own")), *cells
 
 
 def _speeds(
