@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from anima_fast.bench.cases import case_text, chosen_cases, timed_dtypes
+from anima_fast.bench.cases import case_text, chosen_cases, only_forward, timed_dtypes
 from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.environment import CardState
-from anima_fast.bench.errors import cases, check_cases, only_forward
+from anima_fast.bench.errors import cases, check_cases
 from anima_fast.bench.parity import check_op, leaves
 from anima_fast.bench.providers import EAGER, OWN, Provider, load_candidate, providers, work
 from anima_fast.bench.run_file import Measurement, sampled
