@@ -93,9 +93,7 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
                     continue
                 for dtype in timed_dtypes(op, choice):
                     some = list(chosen_cases(op, choice))[: None if choice.sizes else 4]
-                    for provider, one in implementations(
-                        only_forward(op, choice), choice.candidate
-                    ).items():
+                    for provider, one in implementations(op, choice).items():
                         launches.clear()
                         for _, sizes in some:
                             run_op(one, sizes, dtype)

@@ -60,9 +60,7 @@ def compile_rows(choice: Choice) -> Iterator[list[Measurement]]:
         # The first compilation also loads the compiler.
         run_op(OPS["gelu"], {"B": 1, "L": 1, "D": 16}, torch.float64)
         for op in OPS.values():
-            for provider, one in implementations(
-                only_forward(op, choice), choice.candidate
-            ).items():
+            for provider, one in implementations(op, choice).items():
                 if not choice.wants_op(op.name):
                     continue
                 (_, sizes), dtype = next(chosen_cases(op, choice)), timed_dtypes(op, choice)[0]
