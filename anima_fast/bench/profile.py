@@ -4,7 +4,8 @@
 
 runs an op (forward and backward, or `step`) once inside a range of its name, for a tool that starts
 programs: ncu, nsys. proton comes with Triton and runs in this process; torch's own profiler answers
-for the step: phases, gaps in which the card waits for the host.
+for the step: phases, gaps in which the card waits for the host. How long the step waits for its
+data is timed without a profiler, with the trainer's own loader (loading.py).
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from typing import Any
 import torch
 
 from anima_fast.bench.choice import Choice
-from anima_fast.bench.providers import providers
+from anima_fast.bench.providers import COMPILE, EAGER, OWN, providers
 from anima_fast.bench.tables import table
-from anima_fast.bench.times import Call, case_text, cases, dtypes_of, trained
+from anima_fast.bench.times import DEVICE, Call, case_text, cases, dtypes_of, trained
 from anima_fast.errors import UserError
 from anima_fast.kernels.registry import OPS
+from anima_fast.measure.timer import synchronize
 
 TOOLS = ("proton", "ncu", "nsys", "sass")
 COMMANDS = {
@@ -33,6 +35,8 @@ COMMANDS = {
     "nsys": "nsys profile --trace cuda,nvtx --stats true --force-overwrite true -o {name} {run}",
 }
 SOURCES = {"ncu": "Nsight Compute", "nsys": "Nsight Systems"}
+# Of the whole step, where op by op `providers` are meant.
+STEP_PROVIDERS = (OWN, EAGER, COMPILE)
 WARM = 3
 
 
@@ -53,24 +57,31 @@ def check(tool: str, op: str, choice: Choice) -> None:
 
 def calls(op: str, choice: Choice) -> Iterator[tuple[str, Any]]:
     """(what, call) of the chosen providers of an op at its first chosen shape, or of the step."""
-    names = choice.providers or ("own",)
+    names = choice.providers or (OWN,)
+    steps: dict[str, Any] = dict.fromkeys(STEP_PROVIDERS)
+    known = steps if op == "step" else providers(OPS[op])
+    if strange := [name for name in names if name not in known]:
+        raise UserError(f"{op} has no provider {strange[0]} here: use one of {', '.join(known)}")
     if op == "step":
         from anima_fast.bench.step_models import CONFIG, Bench, Inputs
 
         bench = Bench(CONFIG)
-        size = choice.sizes.get("L", 4096), choice.sizes.get("B", 1)
-        bench.inputs = Inputs.random(CONFIG, *size)
+        bench.inputs = Inputs.random(CONFIG, *step_size(choice))
         for name in names:
-            bench.switch("own none" if name == "own" else name)
+            bench.switch("own none" if name == OWN else name)
             yield f"step {name}", bench
         return
     label, sizes = next(iter(cases(OPS[op], choice)))
     dtype = dtypes_of(OPS[op], choice)[0]
-    inputs = trained(OPS[op], OPS[op].make_inputs(sizes, dtype, "cuda"))
-    for name, function in providers(OPS[op]).items():
-        if name in names:
-            call = Call(OPS[op], function, inputs)
-            yield f"{op} {name} {case_text(label, sizes)}", call.both if call.wanted else call.fwd
+    inputs = trained(OPS[op], OPS[op].make_inputs(sizes, dtype, DEVICE))
+    for name in names:
+        call = Call(OPS[op], known[name], inputs)
+        yield f"{op} {name} {case_text(label, sizes)}", call.both if call.wanted else call.fwd
+
+
+def step_size(choice: Choice) -> tuple[int, int]:
+    """Tokens and batch of the step."""
+    return choice.sizes.get("L", 4096), choice.sizes.get("B", 1)
 
 
 def under_proton(op: str, choice: Choice) -> Iterator[str]:
@@ -80,13 +91,13 @@ def under_proton(op: str, choice: Choice) -> Iterator[str]:
     for what, call in calls(op, choice):
         for _ in range(WARM):
             call()
-        torch.cuda.synchronize()
+        synchronize()
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder) / "profile"
             session = proton.start(str(base), context="shadow", hook="triton")
             with proton.scope(what):
                 call()
-            torch.cuda.synchronize()
+            synchronize()
             proton.finalize(session)
             roots = json.loads(base.with_suffix(".hatchet").read_text(encoding="utf-8"))
         for root in roots:
@@ -110,17 +121,18 @@ def nanoseconds(node: dict[str, Any]) -> float:
 
 
 def step_text(choice: Choice) -> str:
-    """Phases of the step: wall time, time in kernels, launches, and the gaps between them."""
+    """Phases of the step: time in kernels, launches, gaps between them; the wait for data."""
+    from anima_fast.bench.loading import waits
     from anima_fast.bench.step import PHASES, profiled_phases
 
     lines = []
     for what, bench in calls("step", choice):
         for _ in range(WARM):
             bench()
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         bench()
-        torch.cuda.synchronize()
+        synchronize()
         whole = time.perf_counter() - start
         found = profiled_phases(bench)
         busy = sum(phase.busy_s for phase in found.values())
@@ -132,6 +144,9 @@ def step_text(choice: Choice) -> str:
         lines.append(
             (what, "whole", f"{1e3 * busy:.2f}", "", f"{1e3 * (whole - busy):.2f}", waiting)
         )
+        data = waits(bench, *step_size(choice))
+        waiting = f"{data.share:.1%} of {len(data.whole)} steps is waiting for the next batch"
+        lines.append((what, "data", "", "", f"{1e3 * data.seconds:.2f}", waiting))
     header = ("step", "phase", "kernels ms", "launches", "gap ms", "longest kernel")
     return table(header, lines, left=2)
 
@@ -141,10 +156,10 @@ def main(op: str, text: str) -> None:
     for what, call in calls(op, Choice.loads(text)):
         for _ in range(WARM):
             call()
-        torch.cuda.synchronize()
+        synchronize()
         torch.cuda.nvtx.range_push(f"anima_fast {what}")
         call()
-        torch.cuda.synchronize()
+        synchronize()
         torch.cuda.nvtx.range_pop()
 
 
