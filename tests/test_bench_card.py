@@ -1,14 +1,21 @@
-"""What surrounds a measurement on a card, tried without one: the step's wait for its data."""
+"""What surrounds a measurement on a card, tried without one: wait for data, clocks, ceilings."""
 
+import dataclasses
+import sys
 import time
+import types
 
 import pytest
 import torch
 
-from anima_fast.bench import loading, profile, step_models
+from anima_fast.bench import loading, profile, step_models, times
 from anima_fast.bench.choice import Choice
 from anima_fast.data.batches import Batches
 from anima_fast.errors import UserError
+from anima_fast.measure.card_state import CardState
+from anima_fast.measure.rates import cold_and_warm
+from anima_fast.measure.timer import Ceilings
+from anima_fast.measure.warm import BATCH_S, LIMIT_S, Warmth
 
 LATE = 0.03
 on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes of a card")
@@ -61,3 +68,139 @@ def test_the_profile_of_the_step_shows_the_wait(late):
 def test_a_profile_of_a_provider_that_is_not_there_is_refused(op, name):
     with pytest.raises(UserError, match=f"{op} has no provider {name} here: use one of own, eager"):
         next(profile.calls(op, Choice(providers=(name,))))
+
+
+# The card's state
+
+
+class FakeNvml(types.ModuleType):
+    """Two cards on bus 1, of domains 0 and 2; `clock` and `reasons` are those of the second."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self):
+        super().__init__("pynvml")
+        self.clock, self.reasons = 1980, 0x1
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlSystemGetDriverVersion(self):
+        return "580.1"
+
+    def nvmlDeviceGetHandleByPciBusId(self, address):
+        return {"00000000:01:00.0": "other", "00000002:01:00.0": "this"}[address]
+
+    def nvmlDeviceGetClockInfo(self, handle, kind):
+        assert handle == "this"
+        return {1: self.clock, 2: 3201}[kind]
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
+        return self.reasons
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        raise self.NVMLError("not supported")
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """A card in place of none."""
+    fake = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    address = types.SimpleNamespace(pci_domain_id=2, pci_bus_id=1, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: address)
+    return fake
+
+
+def test_the_state_is_that_of_the_card_of_cuda(nvml):
+    found = CardState().describe()
+    assert found == {
+        "driver": "580.1", "power_limit_w": None, "clock_mhz": 1980, "memory_mhz": 3201,
+        "power_w": None, "temperature_c": None, "slowed": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("reasons", "slowed"), [(0x1, False), (0x2, False), (0x4, True),
+                                                 (0x21, True), (0x100, False)])  # fmt: skip
+@pytest.mark.parametrize("name", ["Event", "Throttle"])
+def test_a_card_that_is_slowed_is_noticed(nvml, name, reasons, slowed):
+    setattr(nvml, f"nvmlDeviceGetCurrentClocks{name}Reasons", lambda handle: reasons)
+    state = CardState()
+    state.watch()
+    nvml.nvmlDeviceGetCurrentClocksEventReasons = lambda handle: 0
+    state.watch()
+    assert state.slowed is slowed
+
+
+def test_nothing_is_known_without_the_package(nvml, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    state = CardState()
+    state.watch()
+    assert (state.describe(), state.clock_mhz(), state.slowed) == ({}, None, False)
+
+
+# The ceilings of a warm card
+
+
+class Products:
+    """A card whose clock falls from 2000 MHz to `plateau` in so many seconds of work."""
+
+    def __init__(self, plateau=1500, within_s=5.0, reads_clock=True):
+        self.plateau, self.within_s, self.reads_clock = plateau, within_s, reads_clock
+        self.now, self.runs = 0.0, []
+
+    def clock(self):
+        share = min(1.0, self.now / self.within_s)
+        return 2000 + share * (self.plateau - 2000)
+
+    def product(self, repeats):
+        clock = self.clock()
+        seconds = 4.0 / clock
+        self.now += repeats * seconds
+        self.runs.append(repeats)
+        return seconds, clock if self.reads_clock else None
+
+    def copy(self, repeats):
+        return 1e-3, None
+
+    def measured(self):
+        return cold_and_warm(self.copy, self.product, lambda rates: None, now=lambda: self.now)
+
+
+@pytest.mark.parametrize("reads_clock", [True, False])
+def test_a_ceiling_is_taken_at_the_plateau(reads_clock):
+    card = Products(reads_clock=reads_clock)
+    found = card.measured()
+    assert found.warmth.steady and card.within_s < found.warmth.seconds < LIMIT_S
+    # Batches are of the length that a clock needs to show itself.
+    assert {round(repeats * 4.0 / 2000, 1) for repeats in card.runs[2:-1]} == {BATCH_S}
+    assert found.rates.tensor == pytest.approx(0.75 * found.cold.tensor, rel=0.01)
+    assert found.rates.bandwidth == found.cold.bandwidth
+    if reads_clock:
+        assert found.clock_mhz == 1500 and found.cold_clock_mhz > 1980
+    else:
+        assert found.clock_mhz is found.cold_clock_mhz is None
+
+
+def test_a_clock_that_does_not_settle_ends_the_warm_up():
+    card = Products(plateau=500, within_s=100.0)
+    found = card.measured()
+    assert not found.warmth.steady and LIMIT_S <= found.warmth.seconds < LIMIT_S + 3 * BATCH_S
+
+
+def test_the_rows_of_ceilings_hold_cold_and_warm():
+    found = Products().measured()
+    limits = Ceilings(found.rates.bandwidth, found.rates.tensor, None, found)
+    copy, product = times.ceiling_rows(limits)
+    assert (copy.op, product.op) == ("copy", "product") and not copy.note
+    assert product.value == found.rates.tensor < product.parts["cold"] == found.cold.tensor
+    assert product.parts["clock_mhz"] == 1500 < product.parts["cold_clock_mhz"]
+    assert product.parts["warm_s"] == found.warmth.seconds
+    moving = dataclasses.replace(found, warmth=Warmth(LIMIT_S, steady=False), clock_mhz=None)
+    rows = times.ceiling_rows(dataclasses.replace(limits, measured=moving))
+    assert all("not steady" in row.note and "clock_mhz" not in row.parts for row in rows)
+    assert [row.parts for row in times.ceiling_rows(Ceilings(1.0, 2.0))] == [{}, {}]

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from anima_fast.bench.choice import DIFFUSERS, Choice
-from anima_fast.bench.environment import CardState
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.bench.step_models import (
     CONFIG,
@@ -35,6 +34,7 @@ from anima_fast.bench.step_models import (
     Inputs,
     Phases,
 )
+from anima_fast.measure.card_state import CardState
 from anima_fast.measure.rates import Rates
 from anima_fast.measure.step_time import op_times, step_flops, step_time
 from anima_fast.measure.timer import Ceilings, Timer, ceilings, on_card, reason, synchronize
@@ -101,12 +101,13 @@ def _size_rows(
             step.__dict__.pop("loss", None)
             give_memory_back()
             yield [replace(row, note=reason(error))]
-    timer = Timer({name: step for name in before}, before=before, batch=1, flush=False)
-    per_round, state, slowed = timer.warm(times=1), CardState(), False
+    state = CardState()
+    timer = Timer({name: step for name in before}, before=before, batch=1, flush=False,
+                  watch=state.watch)  # fmt: skip
+    per_round = timer.warm(times=1)
     rounds = int(seconds * max(len(before), 1) / per_round) if before else 0
     for _ in range(max(LEAST_ROUNDS, min(MOST_ROUNDS, rounds))):
         timer.round()
-        slowed |= bool(state.read().get("slowed"))
     flops = step_flops(CONFIG, tokens, batch, RANK, TEXT_ROWS)
     found = [replace(plain, provider=name, note=why) for name, why in timer.failed.items()]
     for name, samples in timer.seconds.items():
@@ -121,7 +122,7 @@ def _size_rows(
             times = op_times(Rates(limits.bandwidth, limits.peak), tokens=tokens, batch=batch,
                              rank=RANK)  # fmt: skip
             parts["predicted_s"] = step_time(times, name.removeprefix("own ")).seconds
-        note = "the card was slowed by heat or power" if slowed else ""
+        note = "the card was slowed by heat or power" if state.slowed else ""
         found.append(replace(row, parts=parts, note=note))
     yield found
 

@@ -1,7 +1,7 @@
 """Times and memory of ops on a card: provider against provider, once parity is green on that shape.
 
-Providers alternate batch by batch (measure/timer.py); samples are kept. The clock of the card is
-read around each round, and a card that was slowed by heat or power says so in the rows.
+Providers alternate batch by batch (measure/timer.py); samples are kept. The card is watched
+within each batch, and one that was slowed by heat or power says so in the rows.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from anima_fast.bench.choice import Choice
-from anima_fast.bench.environment import CardState
 from anima_fast.bench.parity import check_op, leaves
 from anima_fast.bench.providers import EAGER, OWN, Provider, load_candidate, providers, work
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.kernels.op import Inputs, Op, Sizes
 from anima_fast.kernels.registry import OPS
+from anima_fast.measure.card_state import CardState
 from anima_fast.measure.rates import Rates
 from anima_fast.measure.step_time import PARAMETER_OPS, lora_parameters
 from anima_fast.measure.timer import Ceilings, Timer, ceilings, on_card, reason, synchronize
@@ -181,12 +181,11 @@ def _times(
     named = {
         f"{name}|{mode}": getattr(call, mode) for name, call in calls.items() for mode in modes
     }
-    timer, state = Timer(named), CardState()
+    state = CardState()
+    timer = Timer(named, watch=state.watch)
     per_round = timer.warm()
-    slowed = False
     for _ in range(max(LEAST_ROUNDS, min(MOST_ROUNDS, int(choice.seconds / per_round)))):
         timer.round()
-        slowed |= bool(state.read().get("slowed"))
     counts = work(op, sizes, dtype)
     for key in named:
         name, mode = key.split("|")
@@ -203,7 +202,7 @@ def _times(
             "share_of_ceiling": max(moved / limits.bandwidth, flops / limits.peak) / one.value,
             "predicted_s": Rates(limits.bandwidth, limits.peak).seconds(moved, flops),
         }
-        note = "the card was slowed by heat or power" if slowed else ""
+        note = "the card was slowed by heat or power" if state.slowed else ""
         yield replace(one, parts={k: v for k, v in parts.items() if v}, note=note)
 
 
@@ -225,11 +224,19 @@ def _memory(call: Call, row: Measurement) -> Iterator[Measurement]:
 
 
 def ceiling_rows(limits: Ceilings) -> list[Measurement]:
-    """The ceilings of this run as rows."""
+    """The ceilings of this run as rows: of the warm card, with the cold ones as parts."""
     dtype = "bfloat16" if on_card() else "float32"
-    found = [
-        Measurement("copy", "ceiling", limits.bandwidth, "bytes/s", provider="library"),
-        Measurement("product", "ceiling", limits.peak, "operations/s", dtype=dtype,
-                    provider="library"),
-    ]  # fmt: skip
-    return [replace(row, source=SOURCE) for row in found]
+    row = Measurement("copy", "ceiling", limits.bandwidth, "bytes/s", provider="library",
+                      source=SOURCE)  # fmt: skip
+    product = replace(row, op="product", value=limits.peak, unit="operations/s", dtype=dtype)
+    found = limits.measured
+    if found is None:
+        return [row, product]
+    clocks = {"clock_mhz": found.clock_mhz, "cold_clock_mhz": found.cold_clock_mhz}
+    known = {name: float(clock) for name, clock in clocks.items() if clock is not None}
+    warm = {"warm_s": found.warmth.seconds, **known}
+    note = "" if found.warmth.steady else "the clock was not steady yet"
+    return [
+        replace(row, parts={"cold": found.cold.bandwidth, **warm}, note=note),
+        replace(product, parts={"cold": found.cold.tensor, **warm}, note=note),
+    ]

@@ -237,6 +237,7 @@ def _model(
         found = prediction(sheet, Rates.of(sheet), tokens=tokens, batch=batch, rank=rank)
         found["source"] = "assumed shares of the data sheet"
     else:
-        found = prediction(*measured_card(), tokens=tokens, batch=batch, rank=rank)
+        here = measured_card()
+        found = prediction(here.card, here.rates, tokens=tokens, batch=batch, rank=rank)
         found["source"] = "measured here"
     typer.echo(json.dumps(found, indent=1) if as_json else prediction_text(found))
