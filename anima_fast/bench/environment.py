@@ -1,6 +1,7 @@
 """Where a run was taken: machine, card and its state, versions, commit.
 
-With nvidia-ml-py installed the clocks, power limit and temperature of the card are in it.
+With nvidia-ml-py installed (the `bench` extra) the clocks, power limit and temperature of the card
+are in it.
 """
 
 from __future__ import annotations

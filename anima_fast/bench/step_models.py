@@ -157,6 +157,8 @@ class Bench(Phases):
         The last three as in "own mlp", "own none triton-attention" and "own none graphs".
         """
         words, blocks = provider.split(), list(self.dit.blocks)
+        if words[0] not in ("eager", "compile", "own"):
+            raise ValueError(f"the step has no provider {provider}")
         self.own = words[0] == "own"
         self.dit.attn_mode = "triton" if "triton-attention" in words else "torch"
         if words[0] == "own" and words[1] not in self._fused:
