@@ -1,6 +1,7 @@
-"""What surrounds a measurement on a card, tried without one: wait for data, clocks, ceilings."""
+"""What surrounds a measurement on a card, tried without one: data, clocks, ceilings, tools."""
 
 import dataclasses
+import shutil
 import sys
 import time
 import types
@@ -10,8 +11,10 @@ import torch
 
 from anima_fast.bench import loading, profile, step_models, times
 from anima_fast.bench.choice import Choice
+from anima_fast.bench.parity import Check
 from anima_fast.data.batches import Batches
 from anima_fast.errors import UserError
+from anima_fast.kernels.registry import OPS
 from anima_fast.measure.card_state import CardState
 from anima_fast.measure.rates import cold_and_warm
 from anima_fast.measure.timer import Ceilings
@@ -204,3 +207,101 @@ def test_the_rows_of_ceilings_hold_cold_and_warm():
     rows = times.ceiling_rows(dataclasses.replace(limits, measured=moving))
     assert all("not steady" in row.note and "clock_mhz" not in row.parts for row in rows)
     assert [row.parts for row in times.ceiling_rows(Ceilings(1.0, 2.0))] == [{}, {}]
+
+
+# The command lines of profilers
+
+
+@pytest.mark.parametrize("tool", ["ncu", "nsys"])
+def test_a_profilers_command_line_runs_the_same_choice(tool, monkeypatch):
+    choice = Choice(("gelu",), {"L": 4096, "B": 2}, ("float16",), ("compile",))
+    words = profile.command(tool, "gelu", choice)
+    assert words[0] == tool and sys.executable in words
+    module = words.index("-m")
+    assert words[module + 1] == "anima_fast.bench.profile"
+    seen = []
+    monkeypatch.setattr(profile, "calls", lambda op, choice: seen.append((op, choice)) or [])
+    profile.main(words[module + 2 :])
+    assert seen == [("gelu", choice)]
+
+
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_what_is_shown_can_be_typed(platform, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(sys, "executable", "/with space/python")
+    quote = {"linux": "'", "win32": '"'}[platform]
+    text = profile.shown(profile.command("ncu", "gelu", Choice(sizes={"L": 8})))
+    assert text.endswith(
+        f"{quote}/with space/python{quote} -m anima_fast.bench.profile gelu --case=L=8"
+    )
+
+
+def test_a_tool_shows_one_provider(nvml):
+    with pytest.raises(UserError, match="one --provider at a time"):
+        profile.check("nsys", "gelu", Choice(providers=("own", "eager")))
+
+
+def test_backward_stays_in_the_thread_of_the_range():
+    seen = []
+    profile.once(lambda: seen.append(torch.autograd.is_multithreading_enabled()))
+    assert seen == [False] and torch.autograd.is_multithreading_enabled()
+
+
+# Times
+
+
+def test_running_out_of_memory_is_tried_again_when_its_tensors_are_gone(monkeypatch):
+    tried = []
+
+    def check(op, sizes, dtype, device):
+        tried.append(sizes["H"])
+        assert sys.exc_info()[0] is None
+        if len(tried) == 1:
+            raise torch.cuda.OutOfMemoryError
+        return [Check(op.name, "", "", "", "out", 1e-3, 1e-3, 2e-3, 1)]
+
+    monkeypatch.setattr(times, "check_op", check)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    op = OPS["attention"]
+    sizes = {"B": 1, "L": 4, "S": 4, "H": 2, "K": 8}
+    assert times.problem(op, op.function, sizes, torch.bfloat16) == ("", 1e-3)
+    assert tried == [2, 1]
+    tried.clear()
+    why, error = times.problem(op, op.function, {**sizes, "H": 1}, torch.bfloat16)
+    assert why == "out of memory" and error != error and tried == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@on_the_cpu
+def test_backward_alone_of_compiled_code_is_timed():
+    op = OPS["attention"]
+    choice = Choice(providers=("compile",), modes=("bwd",), seconds=0.0)
+    sizes = {"B": 1, "L": 4, "S": 6, "H": 2, "K": 8}
+    rows = times._case_rows(op, "", sizes, torch.float32, choice, Ceilings(1.0, 1.0))
+    timed = {row.provider: row for row in rows if row.metric == "time"}
+    assert timed["compile"].samples and not timed["compile"].note
+
+
+def test_moments_of_the_step_are_there_once():
+    bench = step_models.Bench(step_models.TINY, rank=2, dtype=torch.float32)
+    eager, own = (bench.optimizers[key].state for key in (False, True))
+    assert eager.keys() == own.keys() and eager
+    for p in own:
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert eager[p][name].data_ptr() == own[p][name].data_ptr()
+    bench.inputs = step_models.Inputs.random(step_models.TINY, 16, 1)
+    for provider in ("eager", "own none"):
+        bench.switch(provider)
+        bench()
+    assert len(eager) == len(own) and all(state["exp_avg"].any() for state in own.values())
+
+
+def test_graphs_of_one_size_are_no_memory_of_the_next():
+    bench = step_models.Bench(step_models.TINY, rank=2, dtype=torch.float32)
+    bench.switch("own none graphs")
+    used = bench.dit.graphs
+    bench.forget()
+    assert used is not bench.graphs and bench.dit.graphs is None
+    bench.switch("own none graphs")
+    assert bench.dit.graphs is bench.graphs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -125,8 +124,8 @@ def profile_command(op: str, tool: str, choice: Choice, against: Path | None, *,
             say(line)
         return 0
     words = profile.command(tool, op, choice)
-    say(words)
-    return subprocess.run(words, shell=True).returncode
+    say(profile.shown(words))
+    return profile.run(words)
 
 
 def _sass(choice: Choice, against: Path | None, say: Say) -> int:

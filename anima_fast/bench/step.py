@@ -42,7 +42,7 @@ from anima_fast.models.dit_config import PUBLISHED
 
 SIZES = ((4096, 1), (4096, 4), (1024, 1), (1024, 4))
 OWN = (*(f"own {policy}" for policy in POLICIES), "own none triton-attention")
-# Graphs last: their memory stays.
+# Graphs last: their memory stays as long as the size.
 MODELS = {"anima": ("eager", "compile", *OWN, "own none graphs"), DIFFUSERS: (DIFFUSERS,)}
 PHASES = ("forward", "backward", "optimize")
 WARM_STEPS, MOST_ROUNDS, LEAST_ROUNDS = 3, 20, 3
@@ -69,6 +69,8 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
             continue
         step = Diffusers(CONFIG) if model == "diffusers" else Bench(CONFIG)
         for tokens, batch in sizes:
+            step.forget()
+            give_memory_back()
             step.inputs = Inputs.random(CONFIG, tokens, batch)
             yield from _size_rows(step, chosen, tokens, batch, limits, choice.seconds)
         del step

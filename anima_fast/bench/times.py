@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from anima_fast.bench.choice import Choice
-from anima_fast.bench.parity import check_op, leaves
+from anima_fast.bench.parity import Check, check_op, leaves
 from anima_fast.bench.providers import EAGER, OWN, Provider, load_candidate, providers, work
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.kernels.op import Inputs, Op, Sizes
@@ -114,14 +115,20 @@ def problem(op: Op, call: Provider, sizes: Sizes, dtype: torch.dtype) -> tuple[s
     the definition's float64 logits do not fit on the card, one head stands for all.
     """
     candidate = dataclasses.replace(op, function=call)
-    try:
+    checks: list[Check] = []
+    why = ""
+    for tried in (sizes, {**sizes, "H": 1}) if sizes.get("H", 1) > 1 else (sizes,):
         try:
-            checks = check_op(candidate, sizes, dtype, device=DEVICE)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            checks = check_op(candidate, {**sizes, "H": 1}, dtype, device=DEVICE)
-    except Exception as error:
-        return reason(error), math.nan
+            checks, why = check_op(candidate, tried, dtype, device=DEVICE), ""
+            break
+        except torch.cuda.OutOfMemoryError as error:
+            why = reason(error)
+        except Exception as error:
+            return reason(error), math.nan
+        # Out here the frames that held the tensors of the failed attempt are gone.
+        torch.cuda.empty_cache()
+    if why:
+        return why, math.nan
     failed = [c for c in checks if not c.passed]
     why = "".join(
         f"not timed, as it is not right: {c.tensor} has error {c.error:.1e}, allowed "
@@ -155,22 +162,26 @@ def _case_rows(
     inputs = trained(op, op.make_inputs(sizes, dtype, DEVICE))
     torch._dynamo.reset()
     candidate = load_candidate(choice.candidate) if choice.candidate else {}
-    for name, function in providers(op, candidate).items():
-        # A ratio needs eager and ours, whoever else was asked for.
-        if choice.providers and name not in {OWN, EAGER, *choice.providers, *candidate}:
-            continue
-        why, error = problem(op, function, sizes, dtype)
-        yield replace(row, provider=name, value=None if math.isnan(error) else error, note=why)
-        if not why:
-            calls[name] = Call(op, function, inputs)
-    modes = [
-        m for m in MODES if (not choice.modes or m in choice.modes) and (op.grads or m == "fwd")
-    ]
-    if choice.wants("time"):
-        yield from _times(op, calls, modes, replace(row, metric="time", unit="s"), sizes, dtype,
-                          choice, limits)  # fmt: skip
+    # Compiled code that gives buffers away in its backward could not run it again alone.
+    with torch._functorch.config.patch(donated_buffer=False):
+        for name, function in providers(op, candidate).items():
+            # A ratio needs eager and ours, whoever else was asked for.
+            if choice.providers and name not in {OWN, EAGER, *choice.providers, *candidate}:
+                continue
+            why, error = problem(op, function, sizes, dtype)
+            yield replace(row, provider=name, value=None if math.isnan(error) else error, note=why)
+            if not why:
+                calls[name] = Call(op, function, inputs)
+        modes = [
+            m for m in MODES if (not choice.modes or m in choice.modes) and (op.grads or m == "fwd")
+        ]
+        if choice.wants("time"):
+            yield from _times(op, calls, modes, replace(row, metric="time", unit="s"), sizes,
+                              dtype, choice, limits)  # fmt: skip
+    # Its memory is that of code that does.
+    torch._dynamo.reset()
     for name, call in calls.items():
-        if on_card() and op.grads and (choice.wants("kept") or choice.wants("peak")):
+        if on_card() and op.grads and choice.wants("kept", "peak"):
             yield from _memory(call, replace(row, provider=name, unit="bytes", mode="both"))
 
 
@@ -207,18 +218,22 @@ def _times(
 
 
 def _memory(call: Call, row: Measurement) -> Iterator[Measurement]:
-    """What one call keeps for backward, and its peak, beyond its inputs and its outputs."""
-    call.both()
-    synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    outputs = call.fwd()
-    results = sum({o.data_ptr(): o.untyped_storage().nbytes() for o in outputs}.values())
-    kept = torch.cuda.memory_allocated() - before - results
-    del outputs
-    call.both()
-    synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    """What a forward keeps for backward beyond its outputs; the peak of both beyond the inputs."""
+    try:
+        call.both()
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outputs = call.fwd()
+        results = sum({o.data_ptr(): o.untyped_storage().nbytes() for o in outputs}.values())
+        kept = torch.cuda.memory_allocated() - before - results
+        del outputs
+        call.both()
+        synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    except Exception as error:
+        yield replace(row, metric="peak", note=reason(error))
+        return
     yield replace(row, metric="kept", value=kept)
     yield replace(row, metric="peak", value=peak)
 
