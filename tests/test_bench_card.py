@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import subprocess
 import sys
 import time
 import types
@@ -305,3 +306,41 @@ def test_graphs_of_one_size_are_no_memory_of_the_next():
     assert used is not bench.graphs and bench.dit.graphs is None
     bench.switch("own none graphs")
     assert bench.dit.graphs is bench.graphs
+
+
+# On a card
+
+
+@pytest.mark.gpu
+def test_the_package_finds_cudas_first_card():
+    pynvml = pytest.importorskip("pynvml")
+    state = CardState()
+    assert state.clock_mhz() and state.describe()["driver"]
+    assert pynvml.nvmlDeviceGetName(state._handle) == torch.cuda.get_device_name(0)
+
+
+@pytest.mark.gpu
+def test_proton_sees_forward_and_backward_below_the_call():
+    lines = list(profile.under_proton("gelu", Choice(sizes={"L": 1024})))
+    (scope,) = (i for i, line in enumerate(lines) if "gelu own" in line)
+    depth = lines[scope].index("gelu own")
+    for kernel in ("_gelu_fwd", "_gelu_bwd"):
+        assert any(kernel in line and line.index(kernel) > depth for line in lines[scope:])
+
+
+@pytest.mark.gpu
+def test_a_tool_can_run_the_program():
+    words = profile.command("ncu", "gelu", Choice(sizes={"L": 1024}, providers=("eager",)))
+    assert subprocess.run(words[words.index(sys.executable) :]).returncode == 0
+
+
+@pytest.mark.gpu
+def test_memory_of_compiled_code_is_in_the_rows():
+    op = OPS["gelu"]
+    (sizes,) = list(op.real_shapes(1024).values())[:1]
+    choice = Choice(providers=("compile",), seconds=0.1)
+    rows = list(times._case_rows(op, "", sizes, torch.bfloat16, choice, Ceilings(1e12, 1e14)))
+    found = {(row.provider, row.metric, row.mode) for row in rows if row.value is not None}
+    for name in ("own", "eager", "compile"):
+        assert {(name, "time", mode) for mode in times.MODES} <= found
+        assert {(name, "kept", "both"), (name, "peak", "both")} <= found

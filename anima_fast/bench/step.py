@@ -136,13 +136,14 @@ def _switcher(step: Phases, name: str) -> Callable[[], None]:
 
 
 def first_step(step: Phases) -> tuple[float, Tensor]:
-    """Warm up; loss and gradients of the step after, whose update follows."""
+    """Warm up; loss and gradients (on the CPU) of the step after, whose update follows."""
     for _ in range(WARM_STEPS - 1):
         step()
     step.forward()
     loss = step.loss.item()
     step.backward()
-    gradient = step.gradient().clone()
+    # Off the card: a copy there would count in the peak.
+    gradient = step.gradient().to("cpu", copy=True)
     step.optimize()
     graphs = step.dit.graphs if isinstance(step, Bench) else None
     if graphs is not None and not graphs.replayed:

@@ -225,9 +225,10 @@ def _memory(call: Call, row: Measurement) -> Iterator[Measurement]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         outputs = call.fwd()
-        results = sum({o.data_ptr(): o.untyped_storage().nbytes() for o in outputs}.values())
+        storages = [o.untyped_storage() for o in outputs]
+        results = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
         kept = torch.cuda.memory_allocated() - before - results
-        del outputs
+        del outputs, storages
         call.both()
         synchronize()
         peak = torch.cuda.max_memory_allocated() - before
