@@ -12,7 +12,9 @@ import torch
 
 from anima_fast.bench import loading, profile, step_models, times
 from anima_fast.bench.choice import Choice
+from anima_fast.bench.compare import compare
 from anima_fast.bench.parity import Check
+from anima_fast.bench.run_file import Run
 from anima_fast.data.batches import Batches
 from anima_fast.errors import UserError
 from anima_fast.kernels.registry import OPS
@@ -208,6 +210,14 @@ def test_the_rows_of_ceilings_hold_cold_and_warm():
     rows = times.ceiling_rows(dataclasses.replace(limits, measured=moving))
     assert all("not steady" in row.note and "clock_mhz" not in row.parts for row in rows)
     assert [row.parts for row in times.ceiling_rows(Ceilings(1.0, 2.0))] == [{}, {}]
+
+
+def test_ceilings_of_two_runs_are_compared_by_the_warm_ones():
+    slow = times.ceiling_rows(Ceilings(1.0, 2.0, None, Products().measured()))
+    fast = times.ceiling_rows(Ceilings(1.0, 3.0, None, Products().measured()))
+    found = {change.row.op: change for change in compare(Run({}, slow), Run({}, fast), {})}
+    assert (found["product"].before, found["product"].after) == (2.0, 3.0)
+    assert found["copy"].before == found["copy"].after
 
 
 # The command lines of profilers
