@@ -20,7 +20,7 @@ from anima_fast.errors import UserError
 from anima_fast.kernels.registry import OPS
 from anima_fast.measure.card_state import CardState
 from anima_fast.measure.rates import cold_and_warm
-from anima_fast.measure.timer import Ceilings
+from anima_fast.measure.timer import Ceilings, Timer
 from anima_fast.measure.warm import BATCH_S, LIMIT_S, Warmth
 
 LATE = 0.03
@@ -147,6 +147,33 @@ def test_nothing_is_known_without_the_package(nvml, monkeypatch):
     state = CardState()
     state.watch()
     assert (state.describe(), state.clock_mhz(), state.slowed) == ({}, None, False)
+
+
+def test_a_card_is_watched_while_it_works(monkeypatch):
+    events = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            events.append("record")
+
+        def synchronize(self):
+            events.append("reached")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    monkeypatch.setattr("anima_fast.measure.timer.on_card", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("idle"))
+    timer = Timer({"own": lambda: events.append("call")}, batch=2, flush=False,
+                  watch=lambda: events.append("watch"))  # fmt: skip
+    timer.round()
+    calls = ["record", "call", "record"]
+    assert events == ["idle", *calls, *calls, "reached", "watch", "idle"]
+    assert timer.seconds == {"own": [2e-3, 2e-3]}
 
 
 # The ceilings of a warm card
