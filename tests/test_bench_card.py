@@ -136,17 +136,21 @@ def test_the_state_is_that_of_the_card_of_cuda(nvml):
 def test_a_card_that_is_slowed_is_noticed(nvml, name, reasons, slowed):
     setattr(nvml, f"nvmlDeviceGetCurrentClocks{name}Reasons", lambda handle: reasons)
     state = CardState()
-    state.watch()
+    state.watch("own")
     nvml.nvmlDeviceGetCurrentClocksEventReasons = lambda handle: 0
-    state.watch()
-    assert state.slowed is slowed
+    nvml.clock = 1900
+    for name in ("own", "own", "eager"):
+        state.watch(name)
+    assert bool(state.note("own")) is slowed and not state.note("eager")
+    assert state.seen("own") == {"clock_mhz": 1900.0} and state.seen("compile") == {}
 
 
 def test_nothing_is_known_without_the_package(nvml, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     state = CardState()
-    state.watch()
-    assert (state.describe(), state.clock_mhz(), state.slowed) == ({}, None, False)
+    state.watch("own")
+    assert (state.describe(), state.clock_mhz()) == ({}, None)
+    assert (state.seen("own"), state.note("own")) == ({}, "")
 
 
 def test_a_card_is_watched_while_it_works(monkeypatch):
@@ -169,10 +173,10 @@ def test_a_card_is_watched_while_it_works(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("idle"))
     timer = Timer({"own": lambda: events.append("call")}, batch=2, flush=False,
-                  watch=lambda: events.append("watch"))  # fmt: skip
+                  watch=events.append)  # fmt: skip
     timer.round()
     calls = ["record", "call", "record"]
-    assert events == ["idle", *calls, *calls, "reached", "watch", "idle"]
+    assert events == ["idle", *calls, *calls, "reached", "own", "idle"]
     assert timer.seconds == {"own": [2e-3, 2e-3]}
 
 

@@ -124,8 +124,7 @@ def _size_rows(
             times = op_times(Rates(limits.bandwidth, limits.peak), tokens=tokens, batch=batch,
                              rank=RANK)  # fmt: skip
             parts["predicted_s"] = step_time(times, name.removeprefix("own ")).seconds
-        note = "the card was slowed by heat or power" if state.slowed else ""
-        found.append(replace(row, parts=parts, note=note))
+        found.append(replace(row, parts=parts | state.seen(name), note=state.note(name)))
     yield found
 
 

@@ -213,8 +213,8 @@ def _times(
             "share_of_ceiling": max(moved / limits.bandwidth, flops / limits.peak) / one.value,
             "predicted_s": Rates(limits.bandwidth, limits.peak).seconds(moved, flops),
         }
-        note = "the card was slowed by heat or power" if state.slowed else ""
-        yield replace(one, parts={k: v for k, v in parts.items() if v}, note=note)
+        parts = {k: v for k, v in parts.items() if v} | state.seen(key)
+        yield replace(one, parts=parts, note=state.note(key))
 
 
 def _memory(call: Call, row: Measurement) -> Iterator[Measurement]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,14 +13,11 @@ SLOWED = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 
 
 class CardState:
-    """The state of the first card; nothing is known of it without nvidia-ml-py.
-
-    Attributes:
-        slowed: whether `watch` has seen it slowed by heat or power.
-    """
+    """The state of the first card; nothing is known of it without nvidia-ml-py."""
 
     def __init__(self) -> None:
-        self.slowed = False
+        # What `watch` has read, by the name of what ran.
+        self._seen: dict[str, list[dict[str, Any]]] = {}
         self._nvml: Any = None
         self._handle: Any = None
         if not torch.cuda.is_available():
@@ -54,9 +52,11 @@ class CardState:
         if self._nvml is None:
             return {}
         nvml = self._nvml
-        power, reasons = self._ask("nvmlDeviceGetPowerUsage"), self._reasons()
+        # What changes fastest comes first.
+        clock, reasons = self.clock_mhz(), self._reasons()
+        power = self._ask("nvmlDeviceGetPowerUsage")
         return {
-            "clock_mhz": self.clock_mhz(),
+            "clock_mhz": clock,
             "memory_mhz": self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
             "power_w": power and power / 1e3,
             "temperature_c": self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
@@ -69,10 +69,24 @@ class CardState:
             return None
         return self._ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM)
 
-    def watch(self) -> None:
-        """Note whether the card is slowed now; to be called while it works."""
-        if self._nvml is not None and (self._reasons() or 0) & SLOWED:
-            self.slowed = True
+    def watch(self, name: str) -> None:
+        """Note the state of now; to be called while the card works at what has that name."""
+        if found := self.read():
+            self._seen.setdefault(name, []).append(found)
+
+    def seen(self, name: str) -> dict[str, float]:
+        """Medians of clock (clock_mhz) and power (power_w) while it ran, as far as known."""
+        readings = self._seen.get(name, [])
+        known = {
+            key: [float(one[key]) for one in readings if one[key] is not None]
+            for key in ("clock_mhz", "power_w")
+        }
+        return {key: median(values) for key, values in known.items() if values}
+
+    def note(self, name: str) -> str:
+        """That the card was slowed by heat or power while it ran, or ""."""
+        slowed = any(one["slowed"] for one in self._seen.get(name, []))
+        return "the card was slowed by heat or power" if slowed else ""
 
     def _reasons(self) -> int | None:
         # The second is the name of older drivers, and leaves with CUDA 14.

@@ -76,7 +76,7 @@ class Timer:
         before: what runs untimed before a provider's turn.
         batch: calls of each provider in a round, on a card.
         flush: empty the cache and hold the queue; without it the gaps between launches count too.
-        watch: called in the midst of each batch on a card.
+        watch: called in the midst of each batch on a card, with the provider.
         seconds: all samples by provider.
         failed: provider → reason.
     """
@@ -85,7 +85,7 @@ class Timer:
     before: Mapping[str, Call] = field(default_factory=dict)
     batch: int = BATCH
     flush: bool = True
-    watch: Call = lambda: None
+    watch: Callable[[str], object] = lambda name: None
     seconds: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     _hold: dict[str, float] = field(default_factory=dict)
@@ -136,7 +136,7 @@ class Timer:
             try:
                 self._prepare(name)
                 if on_card():
-                    self.seconds[name] += self._batch_on_card(call, self._hold.get(name, 0.0))
+                    self.seconds[name] += self._batch_on_card(name, call)
                 else:
                     start = time.perf_counter()
                     call()
@@ -148,13 +148,13 @@ class Timer:
         if name in self.before:
             self.before[name]()
 
-    def _batch_on_card(self, call: Call, hold_s: float) -> list[float]:
+    def _batch_on_card(self, name: str, call: Call) -> list[float]:
         marks = [
             [torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.batch)
         ]
         torch.cuda.synchronize()
         if self._buffer is not None:
-            seconds = min(1.5 * hold_s * self.batch, LONGEST_HOLD_S)
+            seconds = min(1.5 * self._hold.get(name, 0.0) * self.batch, LONGEST_HOLD_S)
             torch.cuda._sleep(int(seconds * SLEEP_HZ))
         for begin, end in marks:
             if self._buffer is not None:
@@ -164,7 +164,7 @@ class Timer:
             end.record()
         # All is queued, so waiting here holds nothing up. Afterwards the card would be idle.
         marks[self.batch // 2][0].synchronize()
-        self.watch()
+        self.watch(name)
         torch.cuda.synchronize()
         return [begin.elapsed_time(end) / 1e3 for begin, end in marks]
 
