@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from anima_fast.bench import loading, profile, step_models, times
+from anima_fast.bench import loading, profile, step, step_models, times
 from anima_fast.bench.choice import Choice
 from anima_fast.bench.compare import compare
 from anima_fast.bench.parity import Check
@@ -323,6 +323,36 @@ def test_backward_alone_of_compiled_code_is_timed():
     rows = times._case_rows(op, "", sizes, torch.float32, choice, Ceilings(1.0, 1.0))
     timed = {row.provider: row for row in rows if row.metric == "time"}
     assert timed["compile"].samples and not timed["compile"].note
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (Choice(providers=("own",)), ["eager", *step.OWN, "own none graphs"]),
+        (Choice(providers=("compile",)), ["eager", "compile"]),
+        (Choice(providers=("liger",)), []),
+        (Choice(quick=True), ["eager", "own none"]),
+        (Choice(quick=True, providers=("compile",)), []),
+    ],
+)
+def test_the_step_of_eager_comes_with_those_that_must_agree_with_it(choice, expected):
+    assert step.chosen_of(step.MODELS["anima"], choice) == expected
+
+
+@on_the_cpu
+def test_a_step_that_was_not_compared_says_so(monkeypatch):
+    def fail(bench):
+        if not bench.own:
+            raise torch.cuda.OutOfMemoryError
+        return original(bench)
+
+    original = step.first_step
+    monkeypatch.setattr(step, "first_step", fail)
+    bench = tiny_bench()
+    measured = step._size_rows(bench, ["eager", "own none"], 16, 3, Ceilings(1.0, 1.0), 0.0)
+    rows = [row for some in measured for row in some if row.mode == "both"]
+    notes = {row.provider: row.note for row in rows if row.metric == "time"}
+    assert notes == {"eager": "out of memory", "own none": "not compared: eager's step failed"}
 
 
 def test_moments_of_the_step_are_there_once():

@@ -58,9 +58,7 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
     if "L" in choice.sizes or "B" in choice.sizes or choice.quick:
         sizes = ((choice.sizes.get("L", 4096), choice.sizes.get("B", 1)),)
     for model, names in MODELS.items():
-        chosen = [n for n in names if not choice.providers or n.split()[0] in choice.providers]
-        if choice.quick:
-            chosen = [n for n in chosen if n in ("eager", "own none")]
+        chosen = chosen_of(names, choice)
         if not chosen:
             continue
         missing = model == "diffusers" and missing_packages()
@@ -75,6 +73,15 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
             yield from _size_rows(step, chosen, tokens, batch, limits, choice.seconds)
         del step
         give_memory_back()
+
+
+def chosen_of(names: Sequence[str], choice: Choice) -> list[str]:
+    """The providers of a model that a choice asks for, and eager, with which they must agree."""
+    chosen = [n for n in names if not choice.providers or n.split()[0] in choice.providers]
+    if choice.quick:
+        chosen = [n for n in chosen if n in ("eager", "own none")]
+    eager = [n for n in names if n == "eager" and chosen and n not in chosen]
+    return eager + chosen
 
 
 def _size_rows(
@@ -124,7 +131,10 @@ def _size_rows(
             times = op_times(Rates(limits.bandwidth, limits.peak), tokens=tokens, batch=batch,
                              rank=RANK)  # fmt: skip
             parts["predicted_s"] = step_time(times, name.removeprefix("own ")).seconds
-        found.append(replace(row, parts=parts | state.seen(name), note=state.note(name)))
+        alone = isinstance(step, Bench) and reference is None
+        notes = state.note(name), "not compared: eager's step failed" if alone else ""
+        parts |= state.seen(name)
+        found.append(replace(row, parts=parts, note="; ".join(filter(None, notes))))
     yield found
 
 

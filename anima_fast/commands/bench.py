@@ -151,7 +151,7 @@ def _profile(
         Path | None, typer.Option("--against", help="Of sass: a run file to compare with.")
     ] = None,
 ) -> None:
-    """An op once under a profiler, as a tree; `step`: phases and gaps; sass needs no card."""
+    """An op once under a profiler; `step`: phases, gaps, wait for data; sass needs no card."""
     from anima_fast.bench.command import profile_command
 
     choice = _choice([op], cases=case, dtypes=dtype, providers=provider, archs=arch)
