@@ -2,13 +2,14 @@
 
 import dataclasses
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from encode_fakes import CAPTIONS, WIDTH, Project, install, picture
 
-from anima_fast.data.batches import Batches, StateInputs, pad_contexts, pad_states
+from anima_fast.data.batches import Batches, StateInputs, in_steps, pad_contexts, pad_states
 from anima_fast.data.cache import TextEntry
 from anima_fast.errors import UserError
 
@@ -241,6 +242,19 @@ def test_iterate_is_one_ahead_and_ends_its_thread(project):
     running.close()
     assert started == [0, 1]
     assert set(threading.enumerate()) - before == set()
+
+
+def test_steps_get_their_batches_and_how_long_they_waited():
+    def slowly():
+        for batch in range(5):
+            time.sleep(0.02)
+            yield batch
+
+    steps = []
+    for batches, wait_s in in_steps(slowly(), 2):
+        steps.append(batches)
+        assert wait_s >= 0.02 * len(batches)
+    assert steps == [[0, 1], [2, 3], [4]]
 
 
 def test_error_comes_in_the_place_of_its_batch(project):

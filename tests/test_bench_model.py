@@ -313,7 +313,9 @@ def test_without_a_card_one_must_be_named():
 def test_measured_card():
     from anima_fast.measure.rates import measured_card
 
-    card, rates = measured_card()
+    found = measured_card()
+    card, rates = found.card, found.rates
+    assert found.warmth.seconds > 0 and 0.5 * rates.tensor < found.cold.tensor < 3 * rates.tensor
     assert 0.3 * card.bandwidth_gb_s < rates.bandwidth / 1e9 < 1.1 * card.bandwidth_gb_s
     assert 0.3 * card.bf16_tflops < rates.tensor / 1e12 < 1.3 * card.bf16_tflops
     assert invoke("--json").exit_code == 0

@@ -1,6 +1,10 @@
 """The demo, shortened: every file that it promises is there and is what its name says."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +67,25 @@ def test_previews_have_the_size_that_was_trained(out):
     assert {item.path.stem: item.bucket for item in plan.items} == {
         name: size for name, (_, size) in demo.PHOTOGRAPHS.items()
     }
+
+
+@pytest.mark.slow
+def test_a_stack_is_the_same_in_every_process(tmp_path):
+    """The trainer of the T5 pieces sums in another order each time, and hashes order its ties."""
+    code = (
+        "import sys; from pathlib import Path; from anima_fast.demo.tiny_stack import build_stack; "
+        "build_stack(Path(sys.argv[1]), blocks=1, width=64, head_dim=32, context_dim=32)"
+    )
+    stacks = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        subprocess.run(
+            [sys.executable, "-c", code, str(folder)],
+            cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
+        )  # fmt: skip
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        stacks.append({path.relative_to(folder): path.read_bytes() for path in files})
+    assert len(stacks[0]) == 6 and stacks[0] == stacks[1]
 
 
 def test_a_fitted_vae_survives_its_file_and_shows_the_image(tmp_path):

@@ -12,7 +12,8 @@ import typer
 import yaml
 
 from anima_fast.bench.compare import SAME, compare, limits_of
-from anima_fast.bench.run_file import read_run
+from anima_fast.bench.metrics import METRICS
+from anima_fast.bench.run_file import Measurement, read_run
 from anima_fast.cli import app
 from anima_fast.files import parse_config
 from anima_fast.options.dataset_keys import check_config
@@ -152,6 +153,13 @@ def test_stored_results_are_run_files_that_the_page_names(path):
     assert run.rows and {c.verdict for c in compare(run, run, limits_of(()))} == {SAME}
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert f"`benchmarks/results/{path.parent.name}/" in page
+
+
+def test_the_run_file_is_described_whole():
+    page = (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
+    described = page.partition("## The run file")[2]
+    for name in (*METRICS, *Measurement.__dataclass_fields__):
+        assert f"`{name}`" in described, name
 
 
 def test_nothing_in_the_repository_leads_outside():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
 from anima_fast.bench.choice import Choice, name_of
+from anima_fast.bench.providers import OWN, load_candidate
 from anima_fast.kernels.op import Op, Sizes
 from anima_fast.measure.step_time import PARAMETER_OPS, lora_parameters
 
@@ -38,6 +40,18 @@ def chosen_cases(op: Op, choice: Choice) -> Iterator[tuple[str, dict[str, int]]]
     """`real_cases` of a choice; a quick one has one image."""
     tokens = [choice.sizes["L"]] if "L" in choice.sizes else TOKENS[2:3] if choice.quick else TOKENS
     return real_cases(op, choice.sizes, tokens)
+
+
+def only_forward(op: Op, choice: Choice) -> Op:
+    """The op without gradients where forward alone is asked for: a candidate may have no more."""
+    return replace(op, grads=()) if choice.modes == ("fwd",) else op
+
+
+def implementations(op: Op, choice: Choice) -> dict[str, Op]:
+    """Provider → op: ours, and the same with a candidate as its function."""
+    further = load_candidate(choice.candidate) if choice.candidate else {}
+    calls = {OWN: op.function, **further}
+    return {name: replace(only_forward(op, choice), function=call) for name, call in calls.items()}
 
 
 def case_text(label: str, sizes: Sizes) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -131,8 +130,8 @@ def profile_command(op: str, tool: str, choice: Choice, against: Path | None, *,
             say(line)
         return 0
     words = profile.command(tool, op, choice)
-    say(words)
-    return subprocess.run(words, shell=True).returncode
+    say(profile.shown(words))
+    return profile.run(words)
 
 
 def _sass(choice: Choice, against: Path | None, say: Say) -> int:

@@ -1,14 +1,13 @@
 """Where a run was taken: machine, card and its state, versions, commit.
 
-With nvidia-ml-py installed the clocks, power limit and temperature of the card are in it, and
-`CardState` says whether the card throttled while something was timed.
+With nvidia-ml-py installed (the `bench` extra) the clocks, power limit and temperature of the card
+are in it.
 """
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import subprocess
@@ -18,13 +17,12 @@ from typing import Any
 
 import torch
 
+from anima_fast.measure.card_state import CardState
+
 # The checkout that this program runs from, or the folder of an installed package.
 ROOT = Path(__file__).resolve().parents[2]
 # What decides the digits of a number, beside the code: other values are another environment.
 DECISIVE = ("machine", "processor", "instructions", "card", "numpy", "torch", "triton")
-# Bits of NVML's throttle reasons that mean slower than asked for: power cap, heat, hardware
-# slowdown (nvml.h, nvmlClocksEventReasons); idle and application clocks are none.
-SLOWED = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 
 
 def environment() -> dict[str, Any]:
@@ -94,61 +92,6 @@ def _card() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         **CardState().describe(),
     }
-
-
-class CardState:
-    """Clocks, power and temperature of the first card, where nvidia-ml-py is installed."""
-
-    def __init__(self) -> None:
-        self._nvml: Any = None
-        self._handle: Any = None
-        if torch.cuda.is_available() and importlib.util.find_spec("pynvml"):
-            import pynvml
-
-            try:
-                pynvml.nvmlInit()
-                # CUDA counts the cards of CUDA_VISIBLE_DEVICES alone: asked for by its bus id.
-                bus = torch.cuda.get_device_properties(0).pci_bus_id
-                handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-                self._handle = next(h for h in handles if pynvml.nvmlDeviceGetPciInfo(h).bus == bus)
-                self._nvml = pynvml
-            except (pynvml.NVMLError, StopIteration):
-                pass
-
-    def describe(self) -> dict[str, Any]:
-        """driver, power limit (W) and what `read` gives."""
-        if self._nvml is None:
-            return {}
-        limit = self._ask(self._nvml.nvmlDeviceGetEnforcedPowerLimit)
-        return {
-            "driver": self._nvml.nvmlSystemGetDriverVersion(),
-            "power_limit_w": limit and limit / 1e3,
-            **self.read(),
-        }
-
-    def read(self) -> dict[str, Any]:
-        """clock and memory clock (MHz), power (W), temperature (°C), slowed: as of now."""
-        if self._nvml is None:
-            return {}
-        nvml = self._nvml
-        power, reasons = (
-            self._ask(nvml.nvmlDeviceGetPowerUsage),
-            self._ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons),
-        )
-        return {
-            "clock_mhz": self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
-            "memory_mhz": self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
-            "power_w": power and power / 1e3,
-            "temperature_c": self._ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
-            "slowed": None if reasons is None else bool(reasons & SLOWED),
-        }
-
-    def _ask(self, function: Any, *words: Any) -> Any:
-        try:
-            return function(self._handle, *words)
-        except self._nvml.NVMLError:
-            # Not every card and driver answers every question.
-            return None
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

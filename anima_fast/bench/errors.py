@@ -11,10 +11,16 @@ from dataclasses import replace
 
 import torch
 
-from anima_fast.bench.cases import case_text, chosen_cases, timed_dtypes
+from anima_fast.bench.cases import (
+    case_text,
+    chosen_cases,
+    implementations,
+    only_forward,
+    timed_dtypes,
+)
 from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.parity import LAYOUTS, Check, check_op
-from anima_fast.bench.providers import OWN, implementations
+from anima_fast.bench.providers import OWN
 from anima_fast.bench.run_file import Measurement
 from anima_fast.device import one_thread
 from anima_fast.errors import UserError
@@ -133,14 +139,9 @@ def rows_of(choice: Choice) -> Iterator[list[Measurement]]:
                 some = [(sizes, dtype, "plain") for _, sizes in chosen_cases(op, choice)
                         for dtype in timed_dtypes(op, choice)]  # fmt: skip
             text = case_text("", choice.sizes)
-            for name, one in implementations(op, choice.candidate).items():
+            for name, one in implementations(op, choice).items():
                 found = _provider_rows(one, name, some, device, choice)
                 yield [replace(row, case=text) for row in found]
-
-
-def only_forward(op: Op, choice: Choice) -> Op:
-    """The op without gradients where forward alone is asked for: a candidate may have no more."""
-    return replace(op, grads=()) if choice.modes == ("fwd",) else op
 
 
 def _provider_rows(op: Op, name: str, some: list, device: str, choice: Choice) -> list[Measurement]:

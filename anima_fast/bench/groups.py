@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from anima_fast.bench.choice import WORDS, Choice, mode_of
+from anima_fast.bench.choice import MODES, WORDS, Choice, mode_of
 from anima_fast.bench.run_file import Measurement, row_line
 
 CARD, NO_CARD, ANY = "a CUDA card", "a machine without a card", ""
@@ -119,6 +119,9 @@ def unmet(choice: Choice, rows: Iterable[Measurement]) -> list[str]:
         found["providers"].add(row.provider.split()[0])
         found["modes"].add(mode_of(row))
         found["metrics"].add(row.metric)
+    if found["modes"].isdisjoint(MODES):
+        # None of these metrics tells forward from backward.
+        found["modes"].update(MODES)
     return [
         f"{option} {word}"
         for name, option in WORDS.items()

@@ -15,7 +15,7 @@ class Metric:
         limit: the relative change for the worse that is still accepted; None: never fails.
         exact: repeated runs give the same digits, so that any change is one of the code.
         parts: "judged" one by one as the value is; "counted", where a part that is absent is 0;
-            or only "shown", where the value is their sum.
+            or only "shown", where the value is their sum, or they tell about it.
     """
 
     unit: str
@@ -46,5 +46,5 @@ METRICS = {
     # Of all kernels of an op, Triton's cache empty.
     "compile": Metric("s", limit=None, exact=False),
     # What a card can do, measured in the same run: never a verdict.
-    "ceiling": Metric("1/s", better="more", limit=None, exact=False),
+    "ceiling": Metric("1/s", better="more", limit=None, exact=False, parts="shown"),
 }

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -188,12 +188,6 @@ def providers(op: Op, candidate: Mapping[str, Provider] | None = None) -> dict[s
         if not library.package or importlib.util.find_spec(library.package):
             found[name] = library.call
     return found | dict(candidate or {})
-
-
-def implementations(op: Op, candidate: str) -> dict[str, Op]:
-    """Provider → op: ours, and the same with a candidate ("" for none) as its function."""
-    further = load_candidate(candidate) if candidate else {}
-    return {OWN: op} | {name: replace(op, function=call) for name, call in further.items()}
 
 
 def provider_names() -> list[str]:

@@ -27,12 +27,11 @@ from typing import Any
 
 import torch
 
-from anima_fast.bench.cases import case_text, real_cases
+from anima_fast.bench.cases import case_text, implementations, real_cases
 from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.dry import Launch, dry_launches, run_op
 from anima_fast.bench.fused_block import FUSED_BLOCK
 from anima_fast.bench.metrics import METRICS
-from anima_fast.bench.providers import implementations
 from anima_fast.bench.run_file import Measurement
 from anima_fast.errors import UserError
 from anima_fast.kernels.dispatch import SHARED_KIB
@@ -313,7 +312,7 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
             continue
         if choice.quick and not choice.dtypes and torch.bfloat16 in op.dtypes:
             dtypes = [torch.bfloat16]
-        for provider, one in implementations(op, choice.candidate).items():
+        for provider, one in implementations(op, choice).items():
             found = measure(
                 ops={name: one}, archs=archs, dtypes=dtypes, quick=choice.quick, sizes=choice.sizes
             )

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 
-from anima_fast.bench.cases import chosen_cases, timed_dtypes
+from anima_fast.bench.cases import chosen_cases, implementations, timed_dtypes
 from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.dry import dry_launches, run_op
-from anima_fast.bench.providers import implementations
 from anima_fast.bench.resources import COMPILED, FULL_ARCH, FUSED_BLOCK
 from anima_fast.bench.run_file import Measurement
 from anima_fast.errors import UserError
@@ -94,7 +93,7 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
                     continue
                 for dtype in timed_dtypes(op, choice):
                     some = list(chosen_cases(op, choice))[: None if choice.sizes else 4]
-                    for provider, one in implementations(op, choice.candidate).items():
+                    for provider, one in implementations(op, choice).items():
                         launches.clear()
                         for _, sizes in some:
                             run_op(one, sizes, dtype)

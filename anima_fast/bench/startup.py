@@ -45,9 +45,8 @@ def compile_rows(choice: Choice) -> Iterator[list[Measurement]]:
     import torch
     from triton import knobs
 
-    from anima_fast.bench.cases import case_text, chosen_cases, timed_dtypes
+    from anima_fast.bench.cases import case_text, chosen_cases, implementations, timed_dtypes
     from anima_fast.bench.dry import dry_launches, run_op
-    from anima_fast.bench.providers import implementations
     from anima_fast.bench.resources import FULL_ARCH
     from anima_fast.kernels.registry import OPS
 
@@ -61,7 +60,7 @@ def compile_rows(choice: Choice) -> Iterator[list[Measurement]]:
         # The first compilation also loads the compiler.
         run_op(OPS["gelu"], {"B": 1, "L": 1, "D": 16}, torch.float64)
         for op in OPS.values():
-            for provider, one in implementations(op, choice.candidate).items():
+            for provider, one in implementations(op, choice).items():
                 if not choice.wants_op(op.name):
                     continue
                 (_, sizes), dtype = next(chosen_cases(op, choice)), timed_dtypes(op, choice)[0]

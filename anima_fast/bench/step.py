@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from anima_fast.bench.choice import DIFFUSERS, Choice, name_of
-from anima_fast.bench.environment import CardState
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.bench.step_models import (
     CONFIG,
@@ -35,6 +34,7 @@ from anima_fast.bench.step_models import (
     Inputs,
     Phases,
 )
+from anima_fast.measure.card_state import CardState
 from anima_fast.measure.rates import Rates
 from anima_fast.measure.step_time import op_times, step_flops, step_time
 from anima_fast.measure.timer import Ceilings, Timer, ceilings, on_card, reason, synchronize
@@ -42,7 +42,7 @@ from anima_fast.models.dit_config import PUBLISHED
 
 SIZES = ((4096, 1), (4096, 4), (1024, 1), (1024, 4))
 OWN = (*(f"own {policy}" for policy in POLICIES), "own none triton-attention")
-# Graphs last: their memory stays.
+# Graphs last: their memory stays as long as the size.
 MODELS = {"anima": ("eager", "compile", *OWN, "own none graphs"), DIFFUSERS: (DIFFUSERS,)}
 PHASES = ("forward", "backward", "optimize")
 WARM_STEPS, MOST_ROUNDS, LEAST_ROUNDS = 3, 20, 3
@@ -58,9 +58,7 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
     if "L" in choice.sizes or "B" in choice.sizes or choice.quick:
         sizes = ((choice.sizes.get("L", 4096), choice.sizes.get("B", 1)),)
     for model, names in MODELS.items():
-        chosen = [n for n in names if not choice.providers or n.split()[0] in choice.providers]
-        if choice.quick:
-            chosen = [n for n in chosen if n in ("eager", "own none")]
+        chosen = chosen_of(names, choice)
         if not chosen:
             continue
         missing = model == "diffusers" and missing_packages()
@@ -69,10 +67,21 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
             continue
         step = Diffusers(CONFIG) if model == "diffusers" else Bench(CONFIG)
         for tokens, batch in sizes:
+            step.forget()
+            give_memory_back()
             step.inputs = Inputs.random(CONFIG, tokens, batch)
             yield from _size_rows(step, chosen, tokens, batch, limits, choice.seconds)
         del step
         give_memory_back()
+
+
+def chosen_of(names: Sequence[str], choice: Choice) -> list[str]:
+    """The providers of a model that a choice asks for, and eager, with which they must agree."""
+    chosen = [n for n in names if not choice.providers or n.split()[0] in choice.providers]
+    if choice.quick:
+        chosen = [n for n in chosen if n in ("eager", "own none")]
+    eager = [n for n in names if n == "eager" and chosen and n not in chosen]
+    return eager + chosen
 
 
 def _size_rows(
@@ -101,12 +110,13 @@ def _size_rows(
             step.__dict__.pop("loss", None)
             give_memory_back()
             yield [replace(row, note=reason(error))]
-    timer = Timer({name: step for name in before}, before=before, batch=1, flush=False)
-    per_round, state, slowed = timer.warm(times=1), CardState(), False
+    state = CardState()
+    timer = Timer({name: step for name in before}, before=before, batch=1, flush=False,
+                  watch=state.watch)  # fmt: skip
+    per_round = timer.warm(times=1)
     rounds = int(seconds * max(len(before), 1) / per_round) if before else 0
     for _ in range(max(LEAST_ROUNDS, min(MOST_ROUNDS, rounds))):
         timer.round()
-        slowed |= bool(state.read().get("slowed"))
     flops = step_flops(CONFIG, tokens, batch, RANK, TEXT_ROWS)
     found = [replace(plain, provider=name, note=why) for name, why in timer.failed.items()]
     for name, samples in timer.seconds.items():
@@ -121,8 +131,10 @@ def _size_rows(
             times = op_times(Rates(limits.bandwidth, limits.peak), tokens=tokens, batch=batch,
                              rank=RANK)  # fmt: skip
             parts["predicted_s"] = step_time(times, name.removeprefix("own ")).seconds
-        note = "the card was slowed by heat or power" if slowed else ""
-        found.append(replace(row, parts=parts, note=note))
+        alone = isinstance(step, Bench) and reference is None
+        notes = state.note(name), "not compared: eager's step failed" if alone else ""
+        parts |= state.seen(name)
+        found.append(replace(row, parts=parts, note="; ".join(filter(None, notes))))
     yield found
 
 
@@ -133,13 +145,14 @@ def _switcher(step: Phases, name: str) -> Callable[[], None]:
 
 
 def first_step(step: Phases) -> tuple[float, Tensor]:
-    """Warm up; loss and gradients of the step after, whose update follows."""
+    """Warm up; loss and gradients (on the CPU) of the step after, whose update follows."""
     for _ in range(WARM_STEPS - 1):
         step()
     step.forward()
     loss = step.loss.item()
     step.backward()
-    gradient = step.gradient().clone()
+    # Off the card: a copy there would count in the peak.
+    gradient = step.gradient().to("cpu", copy=True)
     step.optimize()
     graphs = step.dit.graphs if isinstance(step, Bench) else None
     if graphs is not None and not graphs.replayed:

@@ -112,6 +112,9 @@ class Phases:
         self.loss.backward()
         del self.loss
 
+    def forget(self) -> None:
+        """Free what is kept of the size before, which is no memory of the next one."""
+
     def gradient(self) -> Tensor:
         """All gradients, as one vector."""
         raise NotImplementedError
@@ -143,6 +146,9 @@ class Bench(Phases):
         eager = torch.optim.AdamW(groups, fused=True if on_card() else None)
         flat = self.network.flat[: self.network.buffer.trained]
         own = FlatAdamW(self.network.param_groups(), flat, self.network.flat_grad)
+        for p, state in own.state.items():
+            # The same moments for both, so that none pays for the other's in its peak.
+            eager.state[p] = {**state, "step": torch.zeros((), device=DEVICE)}
         # Loss and optimizer are the project's kernels where the blocks are, as in the trainer.
         self.optimizers: dict[bool, torch.optim.AdamW] = {False: eager, True: own}
         self.own = False
@@ -157,6 +163,8 @@ class Bench(Phases):
         The last three as in "own mlp", "own none triton-attention" and "own none graphs".
         """
         words, blocks = provider.split(), list(self.dit.blocks)
+        if words[0] not in ("eager", "compile", "own"):
+            raise ValueError(f"the step has no provider {provider}")
         self.own = words[0] == "own"
         self.dit.attn_mode = "triton" if "triton-attention" in words else "torch"
         if words[0] == "own" and words[1] not in self._fused:
@@ -164,8 +172,9 @@ class Bench(Phases):
             self._fused[words[1]] = [block.fused for block in blocks]
         if provider == "compile" and not self._compiled:
             install_block_runner(self.dit)
-            # Room for a graph per block: beyond the limit blocks would silently run eagerly.
-            compile_blocks(self.dit, cache_size_limit=4 * len(blocks))
+            # Room for a graph per block and size: beyond the limit blocks would silently run
+            # eagerly. A second size would else be compiled for unknown shapes, which are slower.
+            compile_blocks(self.dit, dynamic=False, cache_size_limit=8 * len(blocks))
             self._compiled = [block._compiled_call_impl for block in blocks]
         nothing = [None] * len(blocks)
         fused = self._fused[words[1]] if words[0] == "own" else nothing
@@ -182,6 +191,9 @@ class Bench(Phases):
             return self.dit(x, i.sigma, i.context, zero_keys=i.zero_keys)
 
         self.loss = i.loss(velocity, fused=self.own)
+
+    def forget(self) -> None:
+        self.dit.graphs, self.graphs = None, BlockGraphs()
 
     def gradient(self) -> Tensor:
         return self.network.flat_grad

@@ -1,7 +1,7 @@
 """Times and memory of ops on a card: provider against provider, once parity is green on that shape.
 
-Providers alternate batch by batch (measure/timer.py); samples are kept. The clock of the card is
-read around each round, and a card that was slowed by heat or power says so in the rows.
+Providers alternate batch by batch (measure/timer.py); samples are kept. The card is watched
+within each batch, and one that was slowed by heat or power says so in the rows.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
-from anima_fast.bench.cases import case_text, chosen_cases, timed_dtypes
+from anima_fast.bench.cases import case_text, chosen_cases, only_forward, timed_dtypes
 from anima_fast.bench.choice import Choice, name_of
-from anima_fast.bench.environment import CardState
-from anima_fast.bench.errors import cases, check_cases, only_forward
-from anima_fast.bench.parity import check_op, leaves
+from anima_fast.bench.errors import cases, check_cases
+from anima_fast.bench.parity import Check, check_op, leaves
 from anima_fast.bench.providers import EAGER, OWN, Provider, load_candidate, providers, work
 from anima_fast.bench.run_file import Measurement, sampled
 from anima_fast.kernels.op import Inputs, Op, Sizes
 from anima_fast.kernels.registry import OPS
+from anima_fast.measure.card_state import CardState
 from anima_fast.measure.rates import Rates
 from anima_fast.measure.timer import Ceilings, Timer, ceilings, on_card, reason, synchronize
 
@@ -86,15 +87,23 @@ def problem(
     one head stands for all.
     """
     candidate = replace(op, function=call)
-    try:
-        checks = list(check_cases(candidate, cases(op), DEVICE, [name_of(dtype)])) if whole else []
+    checks: list[Check] = []
+    why = ""
+    for tried in (sizes, {**sizes, "H": 1}) if sizes.get("H", 1) > 1 else (sizes,):
         try:
-            checks += check_op(candidate, sizes, dtype, device=DEVICE)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            checks += check_op(candidate, {**sizes, "H": 1}, dtype, device=DEVICE)
-    except Exception as error:
-        return reason(error), math.nan
+            table = cases(op) if whole else ()
+            checks = list(check_cases(candidate, table, DEVICE, [name_of(dtype)]))
+            checks += check_op(candidate, tried, dtype, device=DEVICE)
+            why = ""
+            break
+        except torch.cuda.OutOfMemoryError as error:
+            why = reason(error)
+        except Exception as error:
+            return reason(error), math.nan
+        # Out here the frames that held the tensors of the failed attempt are gone.
+        torch.cuda.empty_cache()
+    if why:
+        return why, math.nan
     failed = [c for c in checks if not c.passed]
     why = "".join(
         f"not timed, as it is not right at {c.case}: {c.tensor} has error {c.error:.1e}, allowed "
@@ -129,22 +138,26 @@ def _case_rows(
     inputs = trained(op, op.make_inputs(sizes, dtype, DEVICE))
     torch._dynamo.reset()
     candidate = load_candidate(choice.candidate) if choice.candidate else {}
-    for name, function in providers(op, candidate).items():
-        # A ratio needs eager and ours, whoever else was asked for.
-        if choice.providers and name not in {OWN, EAGER, *choice.providers, *candidate}:
-            continue
-        why, error = problem(op, function, sizes, dtype, whole=name in candidate)
-        yield replace(row, provider=name, value=None if math.isnan(error) else error, note=why)
-        if not why:
-            calls[name] = Call(op, function, inputs)
-    modes = [
-        m for m in MODES if (not choice.modes or m in choice.modes) and (op.grads or m == "fwd")
-    ]
-    if choice.wants("time"):
-        yield from _times(op, calls, modes, replace(row, metric="time", unit="s"), sizes, dtype,
-                          choice, limits)  # fmt: skip
+    # Compiled code that gives buffers away in its backward could not run it again alone.
+    with torch._functorch.config.patch(donated_buffer=False):
+        for name, function in providers(op, candidate).items():
+            # A ratio needs eager and ours, whoever else was asked for.
+            if choice.providers and name not in {OWN, EAGER, *choice.providers, *candidate}:
+                continue
+            why, error = problem(op, function, sizes, dtype, whole=name in candidate)
+            yield replace(row, provider=name, value=None if math.isnan(error) else error, note=why)
+            if not why:
+                calls[name] = Call(op, function, inputs)
+        modes = [
+            m for m in MODES if (not choice.modes or m in choice.modes) and (op.grads or m == "fwd")
+        ]
+        if choice.wants("time"):
+            yield from _times(op, calls, modes, replace(row, metric="time", unit="s"), sizes,
+                              dtype, choice, limits)  # fmt: skip
+    # Its memory is that of code that does.
+    torch._dynamo.reset()
     for name, call in calls.items():
-        if on_card() and op.grads and (choice.wants("kept") or choice.wants("peak")):
+        if on_card() and op.grads and choice.wants("kept", "peak"):
             yield from _memory(call, replace(row, provider=name, unit="bytes", mode="both"))
 
 
@@ -155,12 +168,11 @@ def _times(
     named = {
         f"{name}|{mode}": getattr(call, mode) for name, call in calls.items() for mode in modes
     }
-    timer, state = Timer(named), CardState()
+    state = CardState()
+    timer = Timer(named, watch=state.watch)
     per_round = timer.warm()
-    slowed = False
     for _ in range(max(LEAST_ROUNDS, min(MOST_ROUNDS, int(choice.seconds / per_round)))):
         timer.round()
-        slowed |= bool(state.read().get("slowed"))
     counts = work(op, sizes, dtype)
     for key in named:
         name, mode = key.split("|")
@@ -177,33 +189,46 @@ def _times(
             "share_of_ceiling": max(moved / limits.bandwidth, flops / limits.peak) / one.value,
             "predicted_s": Rates(limits.bandwidth, limits.peak).seconds(moved, flops),
         }
-        note = "the card was slowed by heat or power" if slowed else ""
-        yield replace(one, parts={k: v for k, v in parts.items() if v}, note=note)
+        parts = {k: v for k, v in parts.items() if v} | state.seen(key)
+        yield replace(one, parts=parts, note=state.note(key))
 
 
 def _memory(call: Call, row: Measurement) -> Iterator[Measurement]:
-    """What one call keeps for backward, and its peak, beyond its inputs and its outputs."""
-    call.both()
-    synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    outputs = call.fwd()
-    results = sum({o.data_ptr(): o.untyped_storage().nbytes() for o in outputs}.values())
-    kept = torch.cuda.memory_allocated() - before - results
-    del outputs
-    call.both()
-    synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    """What a forward keeps for backward beyond its outputs; the peak of both beyond the inputs."""
+    try:
+        call.both()
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outputs = call.fwd()
+        storages = [o.untyped_storage() for o in outputs]
+        results = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+        kept = torch.cuda.memory_allocated() - before - results
+        del outputs, storages
+        call.both()
+        synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    except Exception as error:
+        yield replace(row, metric="peak", note=reason(error))
+        return
     yield replace(row, metric="kept", value=kept)
     yield replace(row, metric="peak", value=peak)
 
 
 def ceiling_rows(limits: Ceilings) -> list[Measurement]:
-    """The ceilings of this run as rows."""
+    """The ceilings of this run as rows: of the warm card, with the cold ones as parts."""
     dtype = "bfloat16" if on_card() else "float32"
-    found = [
-        Measurement("copy", "ceiling", limits.bandwidth, "bytes/s", provider="library"),
-        Measurement("product", "ceiling", limits.peak, "operations/s", dtype=dtype,
-                    provider="library"),
-    ]  # fmt: skip
-    return [replace(row, source=SOURCE) for row in found]
+    row = Measurement("copy", "ceiling", limits.bandwidth, "bytes/s", provider="library",
+                      source=SOURCE)  # fmt: skip
+    product = replace(row, op="product", value=limits.peak, unit="operations/s", dtype=dtype)
+    found = limits.measured
+    if found is None:
+        return [row, product]
+    clocks = {"clock_mhz": found.clock_mhz, "cold_clock_mhz": found.cold_clock_mhz}
+    known = {name: float(clock) for name, clock in clocks.items() if clock is not None}
+    warm = {"warm_s": found.warmth.seconds, **known}
+    note = "" if found.warmth.steady else "the clock was not steady yet"
+    return [
+        replace(row, parts={"cold": found.cold.bandwidth, **warm}, note=note),
+        replace(product, parts={"cold": found.cold.tensor, **warm}, note=note),
+    ]

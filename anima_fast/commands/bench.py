@@ -157,7 +157,7 @@ def _profile(
         Path | None, typer.Option("--against", help="Of sass: a run file to compare with.")
     ] = None,
 ) -> None:
-    """An op once under a profiler, as a tree; `step`: phases and gaps; sass needs no card."""
+    """An op once under a profiler; `step`: phases, gaps, wait for data; sass needs no card."""
     from anima_fast.bench.command import profile_command
 
     choice = _choice([op], cases=case, dtypes=dtype, providers=provider, archs=arch)
@@ -243,6 +243,7 @@ def _model(
         found = prediction(sheet, Rates.of(sheet), tokens=tokens, batch=batch, rank=rank)
         found["source"] = "assumed shares of the data sheet"
     else:
-        found = prediction(*measured_card(), tokens=tokens, batch=batch, rank=rank)
+        here = measured_card()
+        found = prediction(here.card, here.rates, tokens=tokens, batch=batch, rank=rank)
         found["source"] = "measured here"
     typer.echo(json.dumps(found, indent=1) if as_json else prediction_text(found))

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -251,6 +253,16 @@ class Batches:
             return encoded.validation_latents[use.item.index]
         is_full = use.item.bucket == self._plan.items[use.item.index].bucket
         return (encoded.latents if is_full else encoded.small_latents)[use.item.index]
+
+
+def in_steps(loader: Iterator[Batch], count: int) -> Iterator[tuple[list[Batch], float]]:
+    """`count` batches for each step, fewer for the last, and the seconds it waited for them."""
+    while True:
+        started = time.perf_counter()
+        batches = list(islice(loader, count))
+        if not batches:
+            return
+        yield batches, time.perf_counter() - started
 
 
 def smaller(uses: list[ItemUse], lowres: LowRes) -> list[ItemUse] | None:

@@ -36,11 +36,13 @@ EXTRAS = {
     "prodigyopt": ('pip install "anima-fast[optimizers]"', "--optimizer_type Prodigy"),
     "schedulefree": ('pip install "anima-fast[optimizers]"', "schedule-free optimizers"),
     "lion_pytorch": ('pip install "anima-fast[optimizers]"', "--optimizer_type Lion on a CPU"),
+    "pynvml": ('pip install "anima-fast[bench]"', "`bench run`: clocks, throttling"),
+    "liger_kernel": ('pip install "anima-fast[bench]"', "`bench run`: Liger as a rival"),
     "skimage": ('pip install "anima-fast[demo]"', "photographs for `anima-fast demo`"),
 }  # fmt: skip
 _DISTRIBUTIONS = {
     "PIL": "pillow", "skimage": "scikit-image", "flash_attn": "flash-attn",
-    "lion_pytorch": "lion-pytorch",
+    "lion_pytorch": "lion-pytorch", "pynvml": "nvidia-ml-py", "liger_kernel": "liger-kernel",
 }  # fmt: skip
 
 

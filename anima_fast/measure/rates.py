@@ -1,4 +1,4 @@
-"""What a card reaches: an assumed share of its data sheet, or one long copy and one large product.
+"""What a card reaches: an assumed share of its data sheet, or a long copy and a large product.
 
     t = launch + max(bytes / bandwidth, flops / tensor)
 
@@ -7,6 +7,7 @@ is the time of one call at such rates. The constants are assumptions until a car
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,13 +15,18 @@ from itertools import pairwise
 import torch
 
 from anima_fast.errors import UserError
+from anima_fast.measure.card_state import CardState
 from anima_fast.measure.cards import Card, find_card
+from anima_fast.measure.warm import BATCH_S, Warmth, warm_up
 
 # Assumed: what a good kernel reaches of the data sheet, and what a launch costs in a queue that the
 # processor keeps filled.
 BANDWIDTH_SHARE, TENSOR_SHARE, LAUNCH_S = 0.85, 0.75, 4e-6
 # Bytes copied and the side of the square product when this machine's card is measured.
 COPY_BYTES, PRODUCT_SIZE, REPEATS = 1 << 29, 8192, 10
+
+# The median seconds of a call, and the clock in the midst of the calls (MHz) where it is known.
+Timed = tuple[float, float | None]
 
 
 @dataclass(frozen=True)
@@ -52,35 +58,90 @@ class Rates:
         return "memory" if memory >= compute else "compute"
 
 
-def measured_card() -> tuple[Card, Rates]:
-    """The first CUDA card and its measured rates.
+@dataclass(frozen=True)
+class MeasuredCard:
+    """What a card reached.
 
-    The card's figures are the data sheet's where its name is known, else what was measured.
-    Raises `UserError` where there is no card.
+    Attributes:
+        card: the data sheet's figures where its name is known, else what was measured.
+        rates: after the warm-up.
+        cold: in the first calls.
+        warmth: the warm-up between the two.
+        clock_mhz, cold_clock_mhz: of its multiprocessors during both products; None where
+            nvidia-ml-py is missing.
     """
+
+    card: Card
+    rates: Rates
+    cold: Rates
+    warmth: Warmth
+    clock_mhz: float | None
+    cold_clock_mhz: float | None
+
+
+def measured_card() -> MeasuredCard:
+    """Measure the first CUDA card, cold and warm. Raises `UserError` where there is none."""
     if not torch.cuda.is_available():
         raise UserError("there is no CUDA card here to measure: name one with --card, as rtx-4090")
     # 512 MiB: far beyond any second-level cache.
     source, target = (torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
-    copy_s = _median_seconds(lambda: target.copy_(source))
     a = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, dtype=torch.bfloat16, device="cuda")
-    product_s = _median_seconds(lambda: a @ a)
-    # A copy reads and writes.
-    rates = Rates(2 * COPY_BYTES / copy_s, 2 * PRODUCT_SIZE**3 / product_s)
-    return _described(rates), rates
+    state = CardState()
+
+    def copy(repeats: int) -> Timed:
+        return _timed(lambda: target.copy_(source), repeats, state)
+
+    def product(repeats: int) -> Timed:
+        return _timed(lambda: a @ a, repeats, state)
+
+    return cold_and_warm(copy, product, _described)
 
 
-def _median_seconds(call: Callable[[], object]) -> float:
-    for _ in range(3):
-        call()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+def cold_and_warm(
+    copy: Callable[[int], Timed],
+    product: Callable[[int], Timed],
+    describe: Callable[[Rates], Card],
+    *,
+    now: Callable[[], float] = time.perf_counter,
+) -> MeasuredCard:
+    """Measure, run products until the card is warm, and measure again.
+
+    Args:
+        copy, product: so many calls in a row.
+        describe: the card with these rates.
+        now: the time in seconds.
+    """
+
+    def reached() -> tuple[Rates, float | None]:
+        product_s, clock = product(REPEATS)
+        # A copy reads and writes.
+        return Rates(2 * COPY_BYTES / copy(REPEATS)[0], 2 * PRODUCT_SIZE**3 / product_s), clock
+
+    def batch() -> float:
+        seconds, clock = product(count)
+        return clock or 1 / seconds
+
+    # The first calls load the libraries.
+    copy(3), product(3)
+    cold, cold_clock = reached()
+    count = max(REPEATS, round(BATCH_S * cold.tensor / (2 * PRODUCT_SIZE**3)))
+    warmth = warm_up(batch, now=now)
+    rates, clock = reached()
+    return MeasuredCard(describe(rates), rates, cold, warmth, clock, cold_clock)
+
+
+def _timed(call: Callable[[], object], repeats: int, state: CardState) -> Timed:
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:
         call()
         mark.record()
+    # Read while the card works: afterwards it is idle and says so.
+    marks[repeats // 2].synchronize()
+    clock = state.clock_mhz()
     torch.cuda.synchronize()
     spans = sorted(a.elapsed_time(b) for a, b in pairwise(marks))
-    return spans[len(spans) // 2] / 1e3
+    return spans[len(spans) // 2] / 1e3, clock
 
 
 def _described(rates: Rates) -> Card:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from anima_fast.measure.rates import measured_card
+from anima_fast.measure.rates import MeasuredCard, measured_card
 
 Call = Callable[[], object]
 # Larger than the second-level cache of any card so far (126 MB, B200 data sheet).
@@ -35,20 +35,23 @@ CPU_COPY_BYTES, CPU_PRODUCT_SIZE, CPU_REPEATS = 1 << 25, 512, 5
 class Ceilings:
     """What this machine reached in this run: bytes and operations a second.
 
-    `sheet_peak` is the data sheet's, None where the card's name is not in `cards.CARDS`.
+    `sheet_peak` is the data sheet's, None where the card's name is not in `cards.CARDS`. `measured`
+    tells how they were found, on a card.
     """
 
     bandwidth: float
     peak: float
     sheet_peak: float | None = None
+    measured: MeasuredCard | None = None
 
 
 def ceilings() -> Ceilings:
-    """Time a long copy and a large product: bfloat16 on a card, float32 on the CPU."""
+    """Time a long copy and a large product: bfloat16 on a warm card, float32 on the CPU."""
     if torch.cuda.is_available():
-        card, rates = measured_card()
-        sheet = card.bf16_tflops * 1e12
-        return Ceilings(rates.bandwidth, rates.tensor, None if sheet == rates.tensor else sheet)
+        found = measured_card()
+        rates, sheet = found.rates, found.card.bf16_tflops * 1e12
+        known = None if sheet == rates.tensor else sheet
+        return Ceilings(rates.bandwidth, rates.tensor, known, found)
     source, target = (torch.ones(CPU_COPY_BYTES, dtype=torch.uint8) for _ in range(2))
     a = torch.randn(CPU_PRODUCT_SIZE, CPU_PRODUCT_SIZE)
     calls = {"copy": lambda: target.copy_(source), "product": lambda: a @ a}
@@ -73,6 +76,7 @@ class Timer:
         before: what runs untimed before a provider's turn.
         batch: calls of each provider in a round, on a card.
         flush: empty the cache and hold the queue; without it the gaps between launches count too.
+        watch: called in the midst of each batch on a card, with the provider.
         seconds: all samples by provider.
         failed: provider → reason.
     """
@@ -81,6 +85,7 @@ class Timer:
     before: Mapping[str, Call] = field(default_factory=dict)
     batch: int = BATCH
     flush: bool = True
+    watch: Callable[[str], object] = lambda name: None
     seconds: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     _hold: dict[str, float] = field(default_factory=dict)
@@ -131,7 +136,7 @@ class Timer:
             try:
                 self._prepare(name)
                 if on_card():
-                    self.seconds[name] += self._batch_on_card(call, self._hold.get(name, 0.0))
+                    self.seconds[name] += self._batch_on_card(name, call)
                 else:
                     start = time.perf_counter()
                     call()
@@ -143,13 +148,13 @@ class Timer:
         if name in self.before:
             self.before[name]()
 
-    def _batch_on_card(self, call: Call, hold_s: float) -> list[float]:
+    def _batch_on_card(self, name: str, call: Call) -> list[float]:
         marks = [
             [torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.batch)
         ]
         torch.cuda.synchronize()
         if self._buffer is not None:
-            seconds = min(1.5 * hold_s * self.batch, LONGEST_HOLD_S)
+            seconds = min(1.5 * self._hold.get(name, 0.0) * self.batch, LONGEST_HOLD_S)
             torch.cuda._sleep(int(seconds * SLEEP_HZ))
         for begin, end in marks:
             if self._buffer is not None:
@@ -157,6 +162,9 @@ class Timer:
             begin.record()
             call()
             end.record()
+        # All is queued, so waiting here holds nothing up. Afterwards the card would be idle.
+        marks[self.batch // 2][0].synchronize()
+        self.watch(name)
         torch.cuda.synchronize()
         return [begin.elapsed_time(end) / 1e3 for begin, end in marks]
 

@@ -109,7 +109,11 @@ def run_charts(records: Sequence[LogRecord]) -> list[Markup]:
         Series("validation", _points(_of_kind(records, "validation"), "loss")),
     ]
     # The first step reads, compiles and allocates: next to the others it would hide them.
-    seconds = [Series("seconds", _points(steps[1:] or steps, "step_s"))]
+    later = steps[1:] or steps
+    seconds = [
+        Series("step", _points(later, "step_s")),
+        Series("of it waiting for data", _points(later, "wait_s")),
+    ]
     return [
         chart("Loss", loss),
         chart("Learning rate", _parts_of(steps, "lr"), zero=True),

@@ -75,7 +75,7 @@ class Events:
     def after_step(self, group: Group, facts: dict, seconds: float) -> None:
         """Log a step of so many seconds, then validate, save and make previews where they are due.
 
-        `facts` are those of `optimizer_step`.
+        `facts` are those of `optimizer_step`, and `wait_s`: how much of it was waiting for data.
         """
         options, step = self.run.options, self.position.step
         record = self._step_record(group, facts, seconds)

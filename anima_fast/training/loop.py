@@ -15,10 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 
 from anima_fast.console import ConsoleLog
-from anima_fast.data.batches import Batch
+from anima_fast.data.batches import Batch, in_steps
 from anima_fast.errors import UserError
 from anima_fast.files import write_text
 from anima_fast.options.files import to_toml
@@ -104,7 +103,7 @@ def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
     while position.step < length.steps:
         order = run.plan.epoch_batches(position.epoch, run.seed)
         started = time.perf_counter()
-        for batches in step_batches(run, order, position):
+        for batches, wait_s in step_batches(run, order, position):
             # Noise, σ, forward and backward of each micro-batch; gradients add up.
             try:
                 group = forward_backward(run, batches, policies, step=position.step)
@@ -117,6 +116,7 @@ def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
             facts = optimizer_step(run, group, bad_batches, say=events.say)
             position.advance(len(batches), facts["loss"], slots=length.updates_per_epoch)
             # Log, validate, save, preview.
+            facts["wait_s"] = wait_s
             events.after_step(group, facts, time.perf_counter() - started)
             if stop.received or position.step >= length.steps:
                 break
@@ -133,8 +133,10 @@ def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
     return events.finished()
 
 
-def step_batches(run: Run, order: list[list[int]], position: Position) -> Iterator[list[Batch]]:
-    """The rest of an epoch: the micro-batches of each optimizer step.
+def step_batches(
+    run: Run, order: list[list[int]], position: Position
+) -> Iterator[tuple[list[Batch], float]]:
+    """The rest of an epoch: the micro-batches of each step, and the seconds it waited for them.
 
     `order` has all batches of the epoch, as indices of images.
     """
@@ -143,8 +145,7 @@ def step_batches(run: Run, order: list[list[int]], position: Position) -> Iterat
     )
     # Closing it ends the thread that loads ahead.
     with closing(loader):
-        while batches := list(islice(loader, run.length.accumulation)):
-            yield batches
+        yield from in_steps(loader, run.length.accumulation)
 
 
 def save_report(run: Run, outcome: TrainResult, *, say: Callable[[str], None]) -> None:
