@@ -12,7 +12,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from anima_fast.bench import cases, commits, compare, groups, run, sass, step, times
+from anima_fast.bench import (
+    cases,
+    command,
+    commits,
+    compare,
+    errors,
+    groups,
+    run,
+    sass,
+    step,
+    times,
+)
 from anima_fast.bench.choice import Choice, parse_choice
 from anima_fast.bench.environment import environment
 from anima_fast.bench.history import history, history_page, read_runs, text_of
@@ -20,6 +31,7 @@ from anima_fast.bench.parity import relative_error
 from anima_fast.bench.profile import tree_lines
 from anima_fast.bench.providers import LIBRARIES, load_candidate, providers
 from anima_fast.bench.run_file import Measurement, Run, read_run, sampled, write_run
+from anima_fast.bench.summary import summary
 from anima_fast.cli import app
 from anima_fast.errors import UserError
 from anima_fast.kernels.registry import OPS
@@ -236,6 +248,64 @@ def test_what_cannot_be_measured_here_ends_with_one(tmp_path):
     assert not (tmp_path / "a.jsonl").exists()
 
 
+def test_rows_that_nobody_asked_for_are_left_out():
+    times = [dataclasses.replace(TIME, provider=p) for p in ("own", "eager", "compile", "my:f")]
+    choice = Choice(providers=("compile",), metrics=("time", "error"), modes=("fwd",))
+    # A ratio needs ours and eager's.
+    assert [row.provider for row in filter(choice.accepts, times)] == [
+        "own", "eager", "compile", "my:f",
+    ]  # fmt: skip
+    gradient = dataclasses.replace(ERROR, mode="da", provider="compile")
+    assert choice.accepts(dataclasses.replace(gradient, mode="out0"))
+    assert not any(map(choice.accepts, (gradient, ERROR, LAUNCHES)))
+    assert not Choice(dtypes=("float16",)).accepts(ERROR) and Choice(ops=("gelu",)).accepts(ERROR)
+    assert groups.unmet(choice, times) == ["--metric error"]
+    assert groups.unmet(Choice(providers=("liger",), ops=("block",)), times) == [
+        "OP block", "--provider liger",
+    ]  # fmt: skip
+
+
+def test_what_is_wrong_and_what_is_only_told():
+    note = "No available kernel"
+    own, library = (
+        dataclasses.replace(ERROR, provider=p, note=note) for p in ("own", "sdpa-flash")
+    )
+    slowed = dataclasses.replace(TIME, note="the card was slowed by heat or power")
+    untimed = dataclasses.replace(
+        TIME, value=None, samples=(), provider="own mlp", note="not timed"
+    )
+    spilled = Measurement("gelu", "spills", 8.0)
+    assert run.wrong([library, slowed, TIME, ERROR]) == []
+    assert len(run.wrong([own, untimed, spilled])) == 3
+    told = run.remarks([library, slowed, ERROR, own])
+    assert len(told) == 2 and note in told[0] and "1 times: the card was slowed" in told[1]
+
+
+def test_the_summary_fits_a_screen():
+    providers = ("own", "eager", "compile", "my:f")
+    rows = [
+        dataclasses.replace(TIME, provider=p, case=f"L={n}", samples=(x * n,) * 3, value=x * n)
+        for p, x in zip(providers, (1.0, 3.0, 2.0, 4.0), strict=True)
+        for n in (1, 2)
+    ]
+    text = "\n".join(summary([*rows, ERROR, LAUNCHES, MODULES]))
+    assert text.count("\n") < 15
+    assert re.search(r"gelu  fwd   own +2  1000.000 to 2000.000 +3.00 +2.00", text)
+    assert re.search(r"gelu  fwd   my:f .* 0.75 +0.50", text)
+
+
+def test_baselines_are_compared_in_what_they_have():
+    said = []
+    loss = Measurement("loss", "loss", 1.0, parts={"step 1": 1.0}, mode="run")
+    stored = [Run(HERE, (ERROR, loss), "a"), Run(HERE, (LAUNCHES,), "b")]
+    quick = changed(ERROR, **{"L=7 plain": 1.0})
+    now = Run(HERE, (quick, LAUNCHES, MODULES))
+    assert command.say_changes(stored, now, whole=False, say=said.append)
+    assert "in no baseline: program modules" in said and "2 measurements" not in "".join(said)
+    worse = dataclasses.replace(LAUNCHES, value=98.0)
+    assert not command.say_changes(stored, Run(HERE, (worse,)), whole=False, say=said.append)
+
+
 def test_groups_measure_every_metric():
     assert {metric for group in groups.GROUPS for metric in group.metrics} == set(compare.METRICS)
     able, lacking = groups.chosen(Choice(ops=("program",)))
@@ -330,6 +400,12 @@ def right(a):
     return torch.nn.functional.gelu(a)
 def wrong(a):
     return torch.nn.functional.gelu(a, approximate="tanh")
+def nothing(a):
+    return None
+def two(a):
+    return right(a), right(a)
+def forward(a):
+    return right(a.detach())
 """
 
 
@@ -356,6 +432,37 @@ def test_a_candidate_is_found_from_any_folder(tmp_path, monkeypatch):
     choice = parse_choice(["gelu"], candidate="my.py:gelu")
     monkeypatch.chdir("/")
     assert list(load_candidate(choice.candidate)) == ["my:gelu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("right", {}, ""),
+        ("wrong", {}, "allowed"),
+        ("nothing", {}, "has no attribute"),
+        ("two", {}, "the definition out, da"),
+        ("forward", {}, "--mode fwd"),
+        ("forward", {"modes": ("fwd",)}, ""),
+        ("right", {"sizes": {"L": 4, "D": 24}, "dtypes": ("float16", "float64")}, ""),
+    ],
+)
+def test_a_candidate_is_held_to_the_table_without_a_card(tmp_path, name, changes, says):
+    (tmp_path / "my.py").write_text(CANDIDATE)
+    choice = Choice(ops=("gelu",), quick=True, candidate=f"{tmp_path / 'my.py'}:{name}")
+    choice = dataclasses.replace(choice, **changes)
+    found = [row for rows in errors.rows_of(choice) for row in rows]
+    own = [row for row in found if row.provider == f"my:{name}"]
+    assert bool(run.wrong(found)) == bool(says) and not run.wrong(found_of(found, "own"))
+    assert any(says in row.note for row in own) if says else not any(row.note for row in own)
+    if choice.sizes:
+        assert {(row.case, row.dtype) for row in own} == {("L=4 D=24", "float16")}
+        assert {part for row in own for part in row.parts} == {"B=1 L=4 D=24 plain"}
+    if choice.modes:
+        assert {row.mode for row in own} == {"out"}
+
+
+def found_of(rows, provider):
+    return [row for row in rows if row.provider == provider]
 
 
 def test_a_candidate_may_be_in_an_installed_package():
@@ -448,6 +555,14 @@ def test_history_names_the_first_commit_that_stepped(tmp_path):
     assert "git bisect start 222222222 111111111" in page and page.count("<svg") == 2
     done = invoke("history", "block", "--folder", tmp_path)
     assert done.exit_code == 0 and "stepped" in done.stdout and "gelu" not in done.stdout
+
+
+def test_history_sees_a_case_that_is_not_the_worst(tmp_path):
+    for i, error in enumerate((1e-7, 1e-7, 1.4e-7)):
+        where = {**HERE, "date": f"2026-01-0{i + 1}", "commit": f"{i}" * 12}
+        write_run(tmp_path / f"{i}.jsonl", where, [changed(ERROR, **{"L=1 plain": error})])
+    (line,) = history(read_runs(tmp_path), Choice())
+    assert line.step == 2 and list(text_of([line]))[3].endswith("<- worse [L=1 plain] +40 %")
 
 
 def test_history_leaves_other_machines_apart(tmp_path):

@@ -272,7 +272,13 @@ def lines(changes: Sequence[Change], most: int | None = MOST_LINES) -> Iterator[
         yield (change.verdict, what, number(change.before), number(change.after),
                change_text(change))  # fmt: skip
     if most is not None and len(moved) > most:
-        yield "", f"... {len(moved) - most} more: --html FILE shows all", "", "", ""
+        yield (
+            "",
+            f"... {len(moved) - most} more: `bench compare A B --html FILE` shows all",
+            "",
+            "",
+            "",
+        )
 
 
 def notes_of(a: Run, b: Run) -> list[str]:
