@@ -307,7 +307,9 @@ def test_baselines_are_compared_in_what_they_have():
 
 
 def test_groups_measure_every_metric():
-    assert {metric for group in groups.GROUPS for metric in group.metrics} == set(compare.METRICS)
+    measured = {metric for group in groups.GROUPS for metric in group.metrics}
+    # The memory of a process is measured by benchmarks/vae_encode.py.
+    assert measured == set(compare.METRICS) - {"resident"}
     able, lacking = groups.chosen(Choice(ops=("program",)))
     assert [group.name for group in able] == ["program"] and not lacking
 
