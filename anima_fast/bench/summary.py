@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
-from anima_fast.bench.compare import number
+from anima_fast.bench.compare import number, ratio_interval
 from anima_fast.bench.metrics import METRICS
 from anima_fast.bench.run_file import Measurement
 from anima_fast.bench.tables import table
@@ -57,11 +56,15 @@ def _worst(
 def _speeds(
     op: str, mode: str, cases: Mapping[str, Mapping[str, Measurement]]
 ) -> Iterator[tuple[str, ...]]:
-    """A line for each of our providers: from the smallest to the largest figure of its cases."""
+    """A line for each of our providers: from the smallest to the largest figure of its cases, a
+    ratio with its interval."""
     for name in dict.fromkeys(name for found in cases.values() for name in found):
         if not name.startswith("own") and ":" not in name:
             continue
-        mine, eager, best, shares = [], [], [], []
+        mine: list[float] = []
+        eager: list[float] = []
+        best: list[float] = []
+        shares: list[float] = []
         for found in cases.values():
             if name not in found:
                 continue
@@ -85,9 +88,8 @@ def _range(values: Sequence[float], form: str) -> str:
     return " to ".join(ends)
 
 
-def _speedup(other: Measurement | None, own: Measurement) -> list[float]:
-    """The median ratio of samples taken in turn; none where the other has no samples."""
+def _speedup(other: Measurement | None, own: Measurement) -> tuple[float, ...]:
+    """Both ends of the 95 % interval of the ratio of samples taken in turn; () without samples."""
     if other is None or not other.samples:
-        return []
-    pairs = zip(other.samples, own.samples, strict=False)
-    return [statistics.median(theirs / ours for theirs, ours in pairs)]
+        return ()
+    return ratio_interval(own.samples, other.samples)
