@@ -1,10 +1,12 @@
 """Ops that no card should run: one spills, one wants too much shared memory, one does not compile.
 
-Run as a program, it prints what `bench.resources` finds of them, as JSON.
+Run as a program, it prints what `bench.resources` finds of them, as JSON; with the word `quick` or
+`all`, of our own.
 """
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from anima_fast.bench.resources import as_record, check, measure
+from anima_fast.bench.resources import check, measure
 from anima_fast.kernels.op import Cost, Op, randn
 
 
@@ -75,5 +77,6 @@ GREEDY = {
 }
 
 if __name__ == "__main__":
-    rows = measure(ops=GREEDY, archs=(89,))
-    print(json.dumps({"problems": check(rows), "kernels": [as_record(row) for row in rows]}))
+    words = sys.argv[1:]
+    rows = measure(quick=words == ["quick"]) if words else measure(ops=GREEDY, archs=(89,))
+    print(json.dumps({"problems": check(rows), "kernels": list(map(asdict, rows))}))

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from anima_fast.bench import resources
+from anima_fast.bench.choice import parse_choice
 from anima_fast.bench.dry import dry_launches
 from anima_fast.bench.interpreter import interpreting
 from anima_fast.bench.resources import (
@@ -23,7 +24,7 @@ from anima_fast.bench.resources import (
     occupancy,
     tokens_for,
 )
-from anima_fast.bench.tables import resources_table
+from anima_fast.bench.run import wrong
 from anima_fast.cli import app
 from anima_fast.errors import UserError
 from anima_fast.kernels.dispatch import SHARED_KIB
@@ -37,21 +38,20 @@ GOOD = Resources(
 
 
 def compiled(*words):
-    """What a process in which kernels are compiled prints, as JSON; its exit status."""
+    """What a process in which kernels are compiled prints, as JSON."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True
     )
-    assert done.returncode in (0, 1), done.stderr
-    return json.loads(done.stdout), done.returncode
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("quick", [("--quick",), pytest.param((), marks=pytest.mark.slow)])
-def test_every_kernel_on_every_card(quick):
+@pytest.mark.parametrize("which", ["quick", pytest.param("all", marks=pytest.mark.slow)])
+def test_every_kernel_on_every_card(which):
     """The slow one compiles float32 and float16 for every card too."""
-    found, status = compiled("-m", "anima_fast", "bench", "resources", *quick, "--json")
+    found = compiled(ROOT / "tests" / "greedy_ops.py", which)
     assert not found["problems"], "\n".join(found["problems"])
-    assert status == 0
     rows = found["kernels"]
     missing = {(op, arch) for op in COMPILED for arch in ARCHS} - {
         (r["op"], r["arch"]) for r in rows
@@ -68,7 +68,7 @@ def test_every_kernel_on_every_card(quick):
 
 
 def test_greedy_kernels_are_found():
-    found, _ = compiled(ROOT / "tests" / "greedy_ops.py")
+    found = compiled(ROOT / "tests" / "greedy_ops.py")
     spill, greed, grid, broken = found["problems"]
     assert spill.startswith("spill sm_89 bfloat16 _spill N=4096: spills ")
     assert greed.startswith("greed sm_89 bfloat16 _greed N=128: wants ") and "shared" in greed
@@ -159,46 +159,38 @@ def test_interpreted_kernels_are_refused():
         pass
 
 
-def test_table():
-    other = replace(GOOD, registers=40, occupancy=0.125, shared_bytes=0)
-    text = resources_table([GOOD, other, replace(GOOD, arch=120, spill_bytes=4)])
-    lines = [line.split() for line in text.splitlines()]
-    assert lines[0] == ["op", "kernel", "sm_89", "sm_120"]
-    assert lines[1] == ["an_op", "_kernel", "128", "99.0", "12%", "!128", "99.0", "25%"]
-
-
-@pytest.mark.parametrize(("change", "status"), [({}, 0), ({"spill_bytes": 4}, 1)])
-def test_command(monkeypatch, change, status):
+@pytest.mark.parametrize(("change", "problems"), [({}, 0), ({"spill_bytes": 4}, 1)])
+def test_rows_of_a_run(monkeypatch, change, problems):
     calls = []
 
     def measure(**given):
         calls.append(given)
-        return [replace(GOOD, **change)]
+        return [GOOD, replace(GOOD, config="D=128", registers=40, **change)]
 
     monkeypatch.setattr(resources, "measure", measure)
     name = next(iter(OPS))
-    words = ["bench", "resources", "--op", name, "--card", "rtx-4090", "--arch", "90"]
-    done = CliRunner().invoke(app, [*words, "--card", "4080"])
-    assert done.exit_code == status, done.output
-    assert calls == [{"ops": {name: OPS[name]}, "archs": [90, 89], "quick": False}]
-    assert "_kernel" in done.output and ("spills 4 bytes" in done.output) == bool(status)
-    done = CliRunner().invoke(app, ["bench", "resources", "--json"])
-    assert done.exit_code == status
-    assert calls[1] == {"ops": COMPILED, "archs": ARCHS, "quick": False}
-    (row,) = json.loads(done.output)["kernels"]
-    assert row["registers"] == 128 and len(row["problems"]) == status
+    choice = parse_choice([name], archs=["rtx-4090", "90", "4080"], cases=["L=7"])
+    (found,) = resources.rows(choice)
+    (given,) = calls
+    assert given["ops"][name].function == OPS[name].function
+    assert (given["archs"], given["sizes"], given["quick"]) == ((89, 90), {"L": 7}, False)
+    rows = {row.metric: row for row in found}
+    assert rows["registers"].value == 128 and rows["registers"].parts == {"D=64": 128, "D=128": 40}
+    assert rows["spills"].value == (4 if problems else 0)
+    assert rows["occupancy"].case == "_kernel L=7" and rows["occupancy"].mode == "sm_89"
+    assert len(wrong(found)) == problems and all("spills 4 bytes" in why for why in wrong(found))
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--op", "nothing"], "--op nothing is unknown: use one of"),
-        (["--card", "rtx-4091"], "rtx-4090"),
+        (["nothing"], "OP nothing: use one of"),
+        (["--arch", "rtx-4091"], "rtx-4090"),
         (["--arch", "70"], "--arch 70 is unknown"),
     ],
 )
 def test_command_refuses(words, message):
-    done = CliRunner().invoke(app, ["bench", "resources", *words])
+    done = CliRunner().invoke(app, ["bench", "run", *words])
     assert done.exit_code == 2, done.output
     assert message in done.stderr and done.stderr.count("\n") == 1
 
@@ -210,7 +202,7 @@ def test_help_imports_nothing_heavy():
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert not {'torch', 'triton', 'numpy'} & set(sys.modules)\n"
     )
-    for words in (["bench", "--help"], ["bench", "resources", "--help"]):
+    for words in (["bench", "--help"], ["bench", "run", "--help"]):
         done = subprocess.run(
             [sys.executable, "-c", check, *words], cwd=ROOT, capture_output=True, text=True
         )

@@ -103,7 +103,7 @@ def parse_choice(
     ops: Iterable[str],
     *,
     cases: Iterable[str] = (),
-    archs: Iterable[int] = (),
+    archs: Iterable[str] = (),
     candidate: str = "",
     quick: bool = False,
     seconds: float = 4.0,
@@ -114,7 +114,8 @@ def parse_choice(
     Args:
         ops: names.
         cases: "L=4096,B=2".
-        archs, candidate, quick, seconds: as `Choice` has them.
+        archs: capabilities such as "89", or cards by name.
+        candidate, quick, seconds: as `Choice` has them.
         names: dtypes, providers, modes, metrics.
 
     Raises:
@@ -147,12 +148,25 @@ def parse_choice(
         candidate = f"{Path(place).resolve()}:{name}" if place.endswith(".py") else candidate
     return Choice(
         sizes=_sizes(cases),
-        archs=tuple(archs),
+        archs=tuple(dict.fromkeys(_arch(word) for text in archs for word in text.split(","))),
         candidate=candidate,
         quick=quick,
         seconds=seconds,
         **chosen,
     )
+
+
+def _arch(word: str) -> int:
+    from anima_fast.kernels.dispatch import SHARED_KIB
+    from anima_fast.measure.cards import find_card
+
+    if word.isdecimal() and int(word) in SHARED_KIB:
+        return int(word)
+    try:
+        return find_card(word).arch
+    except UserError as error:
+        known = ", ".join(map(str, SHARED_KIB))
+        raise UserError(f"--arch {word} is unknown: use {known}, or a card; {error}") from error
 
 
 def _sizes(cases: Iterable[str]) -> dict[str, int]:

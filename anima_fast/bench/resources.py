@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +178,8 @@ def measure(
         sizes: the model's shapes with these sizes alone, as `--case` gives them.
 
     Raises:
-        UserError: kernels are interpreted, an unknown capability, or a tool of Triton is missing.
+        UserError: kernels are interpreted, or a tool of Triton is missing.
     """
-    for arch in archs:
-        if arch not in LIMITS:
-            raise UserError(f"--arch {arch} is unknown: use {', '.join(map(str, LIMITS))}")
     full = FULL_ARCH if FULL_ARCH in archs else archs[0]
     rows: list[Resources] = []
     for arch in archs:
@@ -337,8 +334,3 @@ def _measurements(found: Iterable[Resources], sizes: str) -> Iterator[Measuremen
             parts = {v.config: float(getattr(v, value)) for v in variants if not v.error}
             yield replace(row, metric=metric, unit=METRICS[metric].unit, parts=parts,
                           value=worst(parts.values(), default=None))  # fmt: skip
-
-
-def as_record(row: Resources) -> dict[str, Any]:
-    """A row for JSON."""
-    return {**asdict(row), "problems": row.problems}

@@ -39,7 +39,8 @@ Metrics = Annotated[
     typer.Option("--metric", help="error, time, kept, peak, launches, registers, loss, ..."),
 ]
 Archs = Annotated[
-    list[int] | None, typer.Option("--arch", help="Capability to compile for, 89 for 8.9.")
+    list[str] | None,
+    typer.Option("--arch", help="Compile for this: 89 for capability 8.9, or a card by name."),
 ]
 Limits = Annotated[
     list[str] | None,
@@ -162,54 +163,6 @@ def _profile(
 
     choice = _choice([op], cases=case, dtypes=dtype, providers=provider, archs=arch)
     raise typer.Exit(profile_command(op, tool, choice, against, say=typer.echo))
-
-
-@bench.command("resources")
-def _resources(
-    op: Annotated[
-        list[str] | None, typer.Option("--op", help="Only this op; may be repeated.")
-    ] = None,
-    arch: Annotated[
-        list[int] | None,
-        typer.Option("--arch", help="Compute capability, 89 for 8.9; may be repeated."),
-    ] = None,
-    card: Annotated[
-        list[str] | None, typer.Option("--card", help="A card, for its capability; repeatable.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Other types than bfloat16 for one capability only.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print every variant as JSON.")] = False,
-) -> None:
-    """Compile every kernel for cards that need not be there: registers, spills, shared memory.
-
-    Ends with status 1 when a kernel spills, does not fit or does not compile.
-    """
-    from anima_fast.measure.cards import find_card
-
-    archs = list(dict.fromkeys([*(arch or ()), *(find_card(name).arch for name in card or ())]))
-
-    import triton
-
-    from anima_fast.bench.resources import ARCHS, COMPILED, as_record, check, measure
-    from anima_fast.bench.tables import resources_table
-
-    unknown = [name for name in op or () if name not in COMPILED]
-    if unknown:
-        raise UserError(f"--op {unknown[0]} is unknown: use one of {', '.join(COMPILED)}")
-    ops = {name: COMPILED[name] for name in op or COMPILED}
-    rows = measure(ops=ops, archs=archs or ARCHS, quick=quick)
-    problems = check(rows)
-    if as_json:
-        found = {"triton": triton.__version__, "problems": problems}
-        typer.echo(json.dumps(found | {"kernels": [as_record(row) for row in rows]}, indent=1))
-    else:
-        typer.echo(resources_table(rows))
-        typer.echo("\nregisters a thread, KiB of shared memory a block, occupancy; worst variant")
-        for problem in problems:
-            typer.echo(f"problem: {problem}")
-        typer.echo(f"{len(rows)} kernels compiled with Triton {triton.__version__}")
-    raise typer.Exit(1 if problems else 0)
 
 
 @bench.command("model")
