@@ -153,6 +153,13 @@ def test_times_are_worse_when_the_whole_interval_is(factor, limit, verdict):
     assert change.verdict == verdict and change.interval == pytest.approx((factor, factor))
 
 
+def test_a_host_is_never_quite_as_fast_again():
+    seconds = dataclasses.replace(TIME, op="program", metric="startup")
+    for factor, verdict in ((1.1, "same"), (0.9, "same"), (1.8, "changed")):
+        after = sampled(seconds, [factor * s for s in seconds.samples])
+        assert compared(seconds, after).verdict == verdict
+
+
 def test_noise_around_the_limit_is_not_red():
     noise = sampled(TIME, [1.3, 0.9, 1.2, 0.8, 1.25, 0.95])
     change = compared(TIME, noise, ["time:5%"])
@@ -612,7 +619,7 @@ def test_two_commits_are_measured_in_turn(repository, monkeypatch):
         return [], []
 
     monkeypatch.setattr(commits, "run_groups", measured)
-    two = [groups.Group("a", (), ""), groups.Group("b", (), "", needs=groups.CARD)]
+    two = [groups.Group("a", (), ""), groups.Group("b", (), "", turns=True)]
     a, b = commits.run_both(("HEAD~1", "HEAD"), two, Choice(), say=print)
     assert turns == [("a", 1.0), ("a", 2.0)] + 3 * [("b", 1.0), ("b", 2.0)]
     assert a.by_key()[TIME.key].samples == (1.0,) * 8 and b.name == "HEAD"

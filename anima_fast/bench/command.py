@@ -94,6 +94,8 @@ def compare_command(
         raise UserError(f"{name} {what}: give two run files, or two commits")
     else:
         groups, _ = chosen(choice)
+        further, _ = chosen(replace(choice, quick=False))
+        groups += [group for group in further if group.turns and group not in groups]
         first, second = run_both((a, b), groups, choice, say=say)
     found = comparison.compare(first, second, limits)
     say(comparison.report(comparison.notes_of(first, second), found))

@@ -49,7 +49,7 @@ def run_both(
         ]
         runs: list[list[Run]] = [[], []]
         for group in groups:
-            for turn in range(ROUNDS if group.needs else 1):
+            for turn in range(ROUNDS if group.turns else 1):
                 for i, root in enumerate(roots):
                     path = Path(folder) / f"{i}-{group.name}-{turn}.jsonl"
                     _, problems = run_groups(

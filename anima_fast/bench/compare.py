@@ -210,8 +210,8 @@ def verdict_of(
 
 def _timed(old: Measurement, new: Measurement, limit: float | None) -> Change:
     low, high = ratio_interval(old.samples, new.samples)
-    verdict = SAME
-    if not low <= 1 <= high:
+    verdict, told = SAME, 1 + METRICS[new.metric].told
+    if low > told or high < 1 / told:
         verdict = CHANGED
         if limit is not None and low > 1 + limit:
             verdict = WORSE
