@@ -281,7 +281,7 @@ def test_what_is_wrong_and_what_is_only_told():
     untimed = dataclasses.replace(
         TIME, value=None, samples=(), provider="own mlp", note="not timed"
     )
-    spilled = Measurement("gelu", "spills", 8.0)
+    spilled = Measurement("gelu", "registers", 255.0, note="gelu spills 8 bytes a thread")
     assert run.wrong([library, slowed, TIME, ERROR]) == []
     assert len(run.wrong([own, untimed, spilled])) == 3
     told = run.remarks([library, slowed, ERROR, own])
@@ -318,7 +318,9 @@ def test_groups_measure_every_metric():
     # The memory of a process is measured by benchmarks/vae_encode.py.
     assert measured == set(compare.METRICS) - {"resident"}
     able, lacking = groups.chosen(Choice(ops=("program",)))
-    assert [group.name for group in able] == ["program"] and not lacking
+    assert [group.name for group in able] == ["program", "startup"] and not lacking
+    able, _ = groups.chosen(Choice(ops=("program",), quick=True))
+    assert [group.name for group in able] == ["program"]
 
 
 PRINTS = """

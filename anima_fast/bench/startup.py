@@ -16,7 +16,7 @@ from anima_fast.errors import UserError
 # What packages import on an older Python alone.
 BACKPORTS = {"tomli", "exceptiongroup", "importlib_metadata", "zipp", "typing_extensions"}
 COMMANDS = ("--help", "train --help")
-REPEATS = 5
+REPEATS = 3
 LIST = """
 import sys, runpy
 sys.argv = ["anima-fast", *sys.argv[1:]]
