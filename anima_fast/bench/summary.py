@@ -9,6 +9,9 @@ from anima_fast.bench.metrics import METRICS
 from anima_fast.bench.run_file import Measurement
 from anima_fast.bench.tables import table
 
+COUNTS = ("launches", "units", "kept", "peak")
+COMPILED = ("registers", "spills", "occupancy", "instructions", "compile")
+
 
 def summary(rows: Sequence[Measurement]) -> Iterator[str]:
     """The tables of a run."""
@@ -26,13 +29,18 @@ def summary(rows: Sequence[Measurement]) -> Iterator[str]:
     for title, keys, columns, column in (
         ("error", ("op", "dtype"), tuple(whose), "provider"),
         ("loss", ("provider", "mode"), ("loss",), "metric"),
-        ("block", ("provider", "case", "dtype"), ("launches", "units", "kept", "peak"), "metric"),
-        ("resources", ("op", "provider", "mode"), ("registers", "spills", "occupancy"), "metric"),
+        ("whole", ("op", "provider", "case", "dtype"), COUNTS, "metric"),
+        ("compiled", ("op", "provider", "mode"), COMPILED, "metric"),
         ("start", ("case",), ("modules", "startup"), "metric"),
     ):
         metrics = ("error",) if column == "provider" else columns
-        found = [row for row in rows if row.metric in metrics and row.op != "step"]
+        found = [row for row in rows if row.metric in metrics]
+        if columns == COUNTS:
+            # Those of ops are many: they are in the file.
+            found = [row for row in found if row.op in ("block", "step")]
         if found:
+            there = {getattr(row, column) for row in found}
+            columns = tuple(name for name in columns if name in there)
             yield table((title, *columns), _worst(found, keys, columns, column))
 
 
