@@ -44,6 +44,7 @@ ERROR = Measurement("gelu", "error", 2e-7, "relative", dtype="float32", mode="ou
 LAUNCHES = Measurement("block", "launches", 97.0, parts={"_gemm": 20.0, "cublas": 77.0})
 TIME = sampled(Measurement("gelu", "time", None, "s", "L=4", provider="own", mode="fwd"),
                [1.0, 1.1, 0.9, 1.05, 0.95, 1.0])  # fmt: skip
+FIRST = '{"format": "anima-fast run", "version": 1, "environment": {}}\n'
 MODULES = Measurement("program", "modules", 2.0, parts={"rich": 1.0, "typer": 1.0})
 
 
@@ -91,9 +92,14 @@ def test_a_run_file_that_was_killed_keeps_its_whole_lines(tmp_path):
         ("{}\n", "is no run file"),
         ("not json\n", "line 1, is damaged"),
         ('{"format": "anima-fast run", "version": 9}\n', "has version 9"),
-        ('{"format": "anima-fast run", "version": 1}\n[1]\n', "line 2, is no JSON object"),
-        ('{"format": "anima-fast run", "version": 1}\n{"op": 1}\n', "is no measurement"),
-        ('{"format": "anima-fast run", "version": 1}\n{"opp": 1}\n', "is no measurement"),
+        ('{"format": "anima-fast run", "version": 1}\n', "line 1, has no environment"),
+        (f"{FIRST}[1]\n", "line 2, is no JSON object"),
+        (f'{FIRST}{{"op": 1}}\n', "line 2, is no measurement: its op is 1"),
+        (f'{FIRST}{{"opp": 1}}\n', "its opp is 1"),
+        (f'{FIRST}{{"op": "gelu", "metric": "error"}}\n', "op, metric or value lacks"),
+        (f'{FIRST}{{"op": "a", "metric": "error", "value": "x"}}\n', "its value is 'x'"),
+        (f'{FIRST}{{"op": "a", "metric": "error", "value": 1, "parts": 3}}\n', "its parts is 3"),
+        (f'{FIRST}{{"op": "a", "metric": "error", "value": 1, "samples": ["x"]}}\n', "samples is"),
     ],
 )
 def test_what_is_no_run_file_is_one_line(tmp_path, text, message):

@@ -166,17 +166,37 @@ def read_run(path: Path) -> Run:
             f"{path} has version {first.get('version')} of the format, this program reads "
             f"{VERSION}: measure again with one program, or compare the commits instead"
         )
+    where = first.get("environment")
+    if not isinstance(where, dict):
+        raise UserError(f"{path}, line 1, has no environment")
     rows = tuple(parse_row(line, f"{path}, line {i},") for i, line in enumerate(lines[1:], 2))
-    return Run(first.get("environment", {}), rows, str(path), cut)
+    return Run(where, rows, str(path), cut)
 
 
 def parse_row(line: str, where: str) -> Measurement:
     """A measurement from its line. Raises `UserError` for another one; `where` is for its text."""
     values = _parsed(line, where)
-    try:
-        return Measurement(**{**values, "samples": tuple(values.get("samples", ()))})
-    except TypeError as error:
-        raise UserError(f"{where} is no measurement: {error}") from error
+    wrong = [
+        name
+        for name, value in values.items()
+        if name not in KINDS or not isinstance(value, KINDS[name]) or not _numbers(value)
+    ]
+    if wrong or not values.keys() >= {"op", "metric", "value"}:
+        what = f"its {wrong[0]} is {values[wrong[0]]!r}" if wrong else "op, metric or value lacks"
+        raise UserError(f"{where} is no measurement: {what}")
+    return Measurement(**{**values, "samples": tuple(values.get("samples", ()))})
+
+
+# What JSON has for each field.
+KINDS: Mapping[str, Any] = {f.name: str for f in dataclasses.fields(Measurement)} | {
+    "value": (int, float, type(None)), "samples": list, "parts": dict,
+}  # fmt: skip
+
+
+def _numbers(value: Any) -> bool:
+    """Whether what a list or an object holds are numbers."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(isinstance(one, int | float) for one in inside)
 
 
 def _parsed(line: str, where: str) -> dict[str, Any]:

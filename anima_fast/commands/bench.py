@@ -70,7 +70,7 @@ def _run(
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="The set that CI runs.")] = False,
     seconds: Annotated[
-        float, typer.Option("--seconds", help="For each op and size, on a card.")
+        float, typer.Option("--seconds", min=0.0, help="For each op and size, on a card.")
     ] = 4.0,
     out: Annotated[Path | None, typer.Option("--out", help="The run file to write.")] = None,
     against: Annotated[
