@@ -635,6 +635,29 @@ def test_two_commits_are_measured_in_turn(repository, monkeypatch):
     assert found == {"time": "worse", "launches": "worse"}
 
 
+def test_a_group_that_the_older_commit_lacks_is_left_out(repository, monkeypatch):
+    place = repository / "anima_fast/bench/groups.py"
+    place.parent.mkdir(parents=True)
+    place.write_text("")
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
+    fails = {("new", "0")}
+
+    def measured(chosen, choice, path, *, root, say):
+        write_run(path, HERE, [LAUNCHES])
+        return [], ["it failed"] if (chosen[0].name, root.name) in fails else []
+
+    monkeypatch.setattr(commits, "run_groups", measured)
+    two = [groups.Group(name, (), "") for name in ("new", "old")]
+    said = []
+    a, b = commits.run_both(("HEAD", "HEAD"), two, Choice(), say=said.append)
+    assert a.rows == b.rows == (LAUNCHES,) and said == ["HEAD: new is left out"]
+    fails.add(("old", "1"))
+    with pytest.raises(UserError, match="it failed"):
+        commits.run_both(("HEAD", "HEAD"), two, Choice(), say=said.append)
+
+
 # Profiles
 
 SASS = """

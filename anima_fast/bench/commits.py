@@ -50,15 +50,26 @@ def run_both(
         runs: list[list[Run]] = [[], []]
         for group in groups:
             for turn in range(ROUNDS if group.turns else 1):
+                found = []
                 for i, root in enumerate(roots):
                     path = Path(folder) / f"{i}-{group.name}-{turn}.jsonl"
                     _, problems = run_groups(
                         [group], choice, path, root=root,
                         say=partial(_say_of, names[i], say),
                     )  # fmt: skip
-                    if problems:
+                    if problems and i:
                         raise UserError(f"{names[i]}: {problems[0]}")
-                    runs[i].append(read_run(path))
+                    if problems:
+                        # An older commit may not know how: nothing to compare with.
+                        say(f"{names[i]}: {group.name} is left out")
+                        break
+                    found.append(read_run(path))
+                if len(found) < len(roots):
+                    break
+                for one, run in zip(runs, found, strict=True):
+                    one.append(run)
+    if not runs[0]:
+        raise UserError(f"nothing could be measured of {names[0]}")
     first, second = (_joined(name, some) for name, some in zip(names, runs, strict=True))
     return first, second
 
