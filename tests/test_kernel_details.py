@@ -263,6 +263,18 @@ def test_rmsnorm_rounds_as_the_adapter(x_dtype, dtype):
     assert dtype == torch.float32 or (found != wanted).sum() <= 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rmsnorm_weights_get_the_gradient_of_what_was_multiplied(dtype):
+    """dw = dy·n of a single row, n as forward rounds it, but where 1/√ rounds the other way."""
+    norm = AdapterNorm(257).to(DEVICE, dtype)
+    x, dy = randn(1, 257, dtype=torch.float32), randn(1, 257, dtype=dtype)
+    with torch.no_grad():
+        norm.weight.fill_(1)
+        n = norm(x)
+    dw = rmsnorm_backward(dy, x, norm.weight, needs_weight=True)[1]
+    assert (dw != dy[0].float() * n[0].float()).sum() <= 5
+
+
 def test_rmsnorm_of_one_element():
     """The sign of x times the weight."""
     x, weight = randn(7, 1) * 4, torch.full((1,), 3.0, device=DEVICE)

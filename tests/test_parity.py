@@ -230,10 +230,10 @@ def test_one_case_that_became_worse_is_enough(table):
     assert status == 1 and "[small]  0.0005  0.00054    +8 %" in text
 
 
-def test_a_loss_may_move_by_a_thousandth(table):
+def test_a_loss_may_move_by_a_ten_thousandth(table):
     rows, _, run = table
     run("--update")
-    for loss, status in ((0.5004, 0), (0.501, 1), (0.499, 1)):
+    for loss, status in ((0.50004, 0), (0.5001, 1), (0.4999, 1)):
         rows["loss"] = [Measurement("loss", "loss", 0.5, mode="run", parts={"step 01": loss})]
         assert run("--op", "loss")[0] == status
 
