@@ -130,7 +130,7 @@ class Arithmetic:
         """
         if self.dtype != torch.float16:
             return self.stored(w), 1.0
-        largest = w.abs().max().item()
+        largest = max(end.abs().item() for end in torch.aminmax(w))
         exponent = math.frexp(largest)[1] - 1 if math.isfinite(largest) else 0
         return (w * 2.0**-exponent).half().float(), 2.0**exponent
 
