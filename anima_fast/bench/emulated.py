@@ -11,10 +11,15 @@ float32 tensors that hold only numbers of the type, so that the same code runs i
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from anima_fast.device import one_thread
 
 # The largest float16: what a store of something larger becomes.
 HALF_MAX = 65504.0
@@ -40,27 +45,43 @@ class Sums:
 
 WHOLE = 2**30
 FULL = Sums()
+# out [m, n], a [m, K], b [K, n]
+Tile: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 def product(a: Tensor, b: Tensor, sums: Sums = FULL) -> Tensor:
-    """a @ b, [..., M, K] and [..., K, N] in float32, summed as `sums` says."""
+    """a @ b, [..., M, K] and [..., K, N] in float32, summed as `sums` says; not for autograd."""
     if not sums.chain:
         return a @ b
-    if a.ndim > 2:
-        pairs = zip(a.flatten(0, -3), b.flatten(0, -3), strict=True)
-        out = torch.stack([product(x, y, sums) for x, y in pairs])
-        return out.view(*a.shape[:-1], b.shape[-1])
-    out = a.new_zeros(len(a), b.shape[1])
-    columns = TILE // max(1, min(len(a), TILE_ROWS))
-    for m in range(0, len(a), TILE_ROWS):
-        for n in range(0, b.shape[1], columns):
-            rows, some = slice(m, m + TILE_ROWS), slice(n, n + columns)
-            _add_tile(out[rows, some], a[rows], b[:, some], sums)
+    # Threads of torch's own would wait for each other at each of many short steps.
+    threads = torch.get_num_threads()
+    out, tiles = _tiles(a, b)
+    with one_thread(), ThreadPoolExecutor(threads) as pool:
+        run: Any = pool.map if threads > 1 else map
+        list(run(partial(_add_tile, sums), tiles))
     return out
 
 
-def _add_tile(out: Tensor, a: Tensor, b: Tensor, sums: Sums) -> None:
+def _tiles(a: Tensor, b: Tensor) -> tuple[Tensor, list[Tile]]:
+    """Zeros of the size of a @ b, and its tiles with the rows and the columns that make them."""
+    rows, columns = a.shape[-2], b.shape[-1]
+    out = a.new_zeros(*a.shape[:-1], columns)
+    high = max(1, min(rows, TILE_ROWS))
+    wide = max(1, TILE // high)
+    parts = (x.reshape(-1, *x.shape[-2:]) if x.ndim > 2 else x[None] for x in (out, a, b))
+    return out, [
+        (c[m : m + high, n : n + wide], x[m : m + high], y[:, n : n + wide])
+        for c, x, y in zip(*parts, strict=True)
+        for m in range(0, rows, high)
+        for n in range(0, columns, wide)
+    ]
+
+
+# Whether autograd records is a matter of each thread.
+@torch.no_grad()
+def _add_tile(sums: Sums, tile: Tile) -> None:
     """out += a @ b."""
+    out, a, b = tile
     length = a.shape[1]
     acc, half = torch.empty_like(out), torch.empty_like(out, dtype=torch.float16)
     for start in range(0, length, sums.chain):

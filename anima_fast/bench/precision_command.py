@@ -161,7 +161,7 @@ def as_text(rows: Sequence[Row]) -> str:
     lines = [
         (
             row.precision, f"{row.cosine:.8f}", f"{row.one_minus_cosine:.1e}",
-            f"{row.velocity:.1e}", f"{row.worst_cosine:.6f}", row.worst_layer,
+            f"{row.velocity:.1e}", f"{row.worst_cosine:.8f}", row.worst_layer,
         )
         for row in rows
     ]  # fmt: skip
