@@ -10,7 +10,7 @@ from profile_dit import MEAN, Channels
 
 from anima_fast.bench import emulated
 from anima_fast.bench.emulated import BF16, FP16_FULL, FP16_SHORT, FULL, SHORT, WHOLE, Sums, product
-from anima_fast.bench.emulated_block import _Attention, _Linear
+from anima_fast.bench.emulated_block import _Attention, _Linear, _Residual
 from anima_fast.bench.parity import relative_error
 from anima_fast.measure.sums import Probe, choose_chain, probe
 
@@ -126,6 +126,16 @@ def test_both_products_of_a_layer_are_emulated():
     assert torch.equal(d_down, g.T @ x) and torch.equal(d_up, 0.5 * (dy.T @ h))
 
 
+def test_the_residual_stream_and_its_gradient_are_stored_alike():
+    x = (torch.randn(3, 50) * torch.tensor([[1e-6], [1.0], [1e6]])).requires_grad_()
+    dx = torch.randn(3, 50) * torch.tensor([[1e6], [1.0], [1e-8]])
+    for way in (BF16, FP16_SHORT):
+        out = _Residual.apply(x, way)
+        (found,) = torch.autograd.grad(out, x, dx)
+        assert torch.equal(out, way.stored_rows(x)) and torch.equal(found, way.stored_rows(dx))
+        assert not torch.equal(found, dx)
+
+
 def attention_errors(way, scale):
     """Of out, dq, dk, dv at tokens in clusters, whose logits reach some 10 · scale²."""
     generator = torch.Generator().manual_seed(0)
@@ -190,6 +200,14 @@ def test_the_probe_decides_by_how_sums_are_rounded(every, to_zero, chain, error,
     assert len(found) == (1 if chain == 64 else 2)
     assert found[0].error == pytest.approx(error, rel=0.05)
     assert found[0].gain == pytest.approx(gain, rel=0.05, abs=1e-5)
+
+
+def test_a_common_gain_asks_for_shorter_sums():
+    for gain in (1e-4, -1e-4):
+        assert Probe(64, 5e-4, gain, 1.6e-3).accepted
+    for gain in (3e-4, -3e-4):
+        assert not Probe(64, 5e-4, gain, 1.6e-3).accepted
+        assert Probe(32, 5e-4, gain, 1.6e-3).accepted
 
 
 def test_float32_sums_where_products_overflow_or_are_as_bad_as_bf16():

@@ -192,9 +192,9 @@ class _Pass:
     # The input of each block, and the output of the last.
     states: list[Tensor]
     velocity: Tensor = field(default_factory=lambda: torch.empty(0))
-    # With respect to the output of the block that is next in backward, times the loss scale.
+    # With respect to the output of the block that is next in backward, times a loss scale of its
+    # own: a cosine does not see it.
     gradient: Tensor = field(default_factory=lambda: torch.empty(0))
-    scale: float = 1.0
     agreement: Agreement = field(default_factory=Agreement)
 
 
@@ -220,6 +220,8 @@ def compare(
             for one in passes:
                 run = EmulatedBlock(block, model.adapters(index), one.way)
                 one.states.append(run(one.states[-1], one.conditions))
+            # Before the next one is read.
+            del block, run
             show("forward", index + 1, blocks)
     for one in passes:
         _end(one, head, sample)
@@ -232,6 +234,7 @@ def compare(
             exact = exact or gradients
             for name, found in gradients.items():
                 one.agreement.add(f"blocks.{index}.{name}", found, exact[name])
+        del block
         show("backward", blocks - index, blocks)
     return [_row(one, passes[0].velocity) for one in passes[1:]]
 
@@ -245,8 +248,8 @@ def _end(one: _Pass, head: AnimaDiT, sample: Sample) -> None:
         (gradient,) = torch.autograd.grad(loss, x)
     largest = gradient.abs().max().item()
     if one.way.dtype == torch.float16 and 0 < largest < math.inf:
-        one.scale = 2.0 ** round(math.log2(LARGEST_GRADIENT / largest))
-    one.velocity, one.gradient = velocity.detach(), gradient * one.scale
+        gradient = gradient * 2.0 ** round(math.log2(LARGEST_GRADIENT / largest))
+    one.velocity, one.gradient = velocity.detach(), gradient
 
 
 def _backward(
@@ -265,10 +268,7 @@ def _backward(
         found = torch.autograd.grad(y, factors + [x] * (index > 0), one.gradient)
     if index:
         one.gradient = found[-1]
-    return {
-        name: tuple(g / one.scale for g in found[2 * i : 2 * i + 2])
-        for i, name in enumerate(leaves)
-    }
+    return {name: found[2 * i : 2 * i + 2] for i, name in enumerate(leaves)}
 
 
 def _as_patches(velocity: Tensor) -> Tensor:

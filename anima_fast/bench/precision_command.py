@@ -78,8 +78,8 @@ def check_memory(model: DitFile, sample: Sample, passes: int) -> None:
     kept = passes * (c.num_blocks + 1) * tokens * c.model_channels
     inner = tokens * (40 * c.model_channels + 8 * c.mlp_hidden)
     logits = 8 * c.num_heads * tokens * (tokens // batch + sample.context.shape[1])
-    # The weights of a block in float32, and again as its arithmetic rounds them.
-    needed = 4 * (head + 2 * weights + kept + inner + logits)
+    # The weights of a block in float32, as its arithmetic rounds them, and once on the way there.
+    needed = 4 * (head + 3 * weights + kept + inner + logits)
     free = host_free()
     if free is not None and needed > free:
         raise UserError(
