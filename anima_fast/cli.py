@@ -11,7 +11,9 @@ import sys
 from anima_fast.commands import dataset, files, machine, migrate, sample, train  # noqa: F401 - each registers its commands
 from anima_fast.commands.app import MACHINE, app
 from anima_fast.commands.bench import bench
+from anima_fast.commands.parity import parity
 
+app.add_typer(parity, rich_help_panel=MACHINE)
 app.add_typer(bench, rich_help_panel=MACHINE)
 
 

@@ -87,6 +87,9 @@ def test_commands_are_understood(words, monkeypatch):
     command, context = typer.main.get_command(app), None
     rest = list(words)
     while isinstance(command, typer.core.TyperGroup):
+        # `parity` is a command, and a group.
+        if context is not None and command.invoke_without_command and rest[:1] != ["precision"]:
+            break
         name = rest.pop(0)
         context = typer.Context(command, parent=context, info_name=name)
         found = command.get_command(context, name)

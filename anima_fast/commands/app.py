@@ -87,7 +87,8 @@ def option_command(
     allowed: Collection[str] = (),
     word: tuple[str, str] | None = None,
     hidden: Collection[str] = (),
-    panel: str,
+    panel: str | None = None,
+    group: typer.Typer = app,
 ) -> Callable[[Function], Function]:
     """Register a command whose parameters are the options of dataclasses.
 
@@ -99,7 +100,8 @@ def option_command(
         allowed: further names that are let through.
         word: an option whose value may be given without its name, and what the help page calls it.
         hidden: options that are not on the help page.
-        panel: where the help page of the program lists the command.
+        panel: where the help page of the group lists the command.
+        group: what it is a command of.
     """
     known = {name: spec for cls in classes for name, spec in specs(cls).items()}
     alone = word[0] if word else None
@@ -125,7 +127,7 @@ def option_command(
         # Typer reads these as if they were written out above.
         vars(command)["__signature__"] = inspect.Signature([context, *parameters])
         command.__annotations__ = {p.name: p.annotation for p in (context, *parameters)}
-        app.command(name, cls=Command, help=function.__doc__, rich_help_panel=panel)(command)
+        group.command(name, cls=Command, help=function.__doc__, rich_help_panel=panel)(command)
         return function
 
     return register

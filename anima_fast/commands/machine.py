@@ -1,4 +1,4 @@
-"""Commands about this machine: `parity`, `download`, `doctor` and `demo`."""
+"""Commands about this machine: `download`, `doctor` and `demo`."""
 
 from __future__ import annotations
 
@@ -9,45 +9,6 @@ from typing import Annotated
 import typer
 
 from anima_fast.commands.app import MACHINE, app
-
-
-@app.command("parity", rich_help_panel=MACHINE)
-def _parity(
-    op: Annotated[
-        list[str] | None, typer.Option("--op", help="Only this op; may be repeated.")
-    ] = None,
-    dtype: Annotated[
-        list[str] | None, typer.Option("--dtype", help="Only float32, ...; may be repeated.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A part of the table, in less than a minute.")
-    ] = False,
-    baseline: Annotated[
-        Path | None,
-        typer.Option("--baseline", help="Run file to compare with, instead of the checkout's."),
-    ] = None,
-    update: Annotated[
-        bool, typer.Option("--update", help="Store these numbers as the baseline.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a run file.")] = False,
-) -> None:
-    """Check every kernel, the fused block and a loss curve, on the card or interpreted.
-
-    Two rules: an error is at most twice that of plain PyTorch in the same type, and not worse than
-    the stored baseline. Ends with status 1 when one is broken.
-    """
-    from anima_fast.bench.parity_report import run_parity
-
-    good = run_parity(
-        op or [],
-        dtypes=dtype or [],
-        quick=quick,
-        baseline=baseline,
-        update=update,
-        as_json=as_json,
-        say=typer.echo,
-    )
-    raise typer.Exit(0 if good else 1)
 
 
 @app.command("download", rich_help_panel=MACHINE)
