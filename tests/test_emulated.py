@@ -12,7 +12,7 @@ from anima_fast.bench import emulated
 from anima_fast.bench.emulated import BF16, FP16_FULL, FP16_SHORT, FULL, SHORT, WHOLE, Sums, product
 from anima_fast.bench.emulated_block import _Attention, _Linear, _Residual
 from anima_fast.bench.parity import relative_error
-from anima_fast.measure.sums import Probe, choose_chain, probe
+from anima_fast.measure.probe import Probe, choose_chain, probe
 
 
 def loop(a, b, sums):

@@ -108,6 +108,7 @@ def test_a_row_finds_the_layer_that_agrees_least():
     assert agreement.worst_layer == "none" and agreement.cosine != agreement.cosine
 
 
+@pytest.mark.slow
 def test_short_sums_at_full_width():
     """Two blocks with the published profile, the residual stream in 16 bit."""
     sample = random_sample(WIDE, 64)

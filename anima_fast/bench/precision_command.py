@@ -20,7 +20,7 @@ from anima_fast.bench.emulated import BF16, FP16_FULL, FP16_SHORT, Arithmetic, S
 from anima_fast.bench.precision import SIGMAS, DitFile, Row, Sample, compare, random_sample
 from anima_fast.bench.tables import table
 from anima_fast.errors import UserError
-from anima_fast.measure.sums import Probe, choose_chain, probe
+from anima_fast.measure.probe import Probe, choose_chain, probe
 from anima_fast.memory.free import host_free
 from anima_fast.models.dit_layers import PATCH
 from anima_fast.progress import Bars
