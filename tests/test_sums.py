@@ -1,9 +1,10 @@
 """Short float16 sums: when they apply, and what stays as it was."""
 
+import numpy as np
 import pytest
 import torch
 
-from anima_fast.bench.interpreter import interpreting, start
+from anima_fast.bench.interpreter import half_dot, half_sums, interpreting, start
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.attention import attention
 from anima_fast.kernels.gemm import gemm
@@ -126,3 +127,65 @@ def test_auto_takes_the_kernels_that_can(monkeypatch):
     x = OnCard()
     assert [uses_triton(x, name) for name in ("auto", "triton", "cublas")] == [False, True, False]
     assert [uses_triton(x, name, 64) for name in ("auto", "cublas")] == [True, False]
+
+
+# What the interpreter does in place of a card
+
+
+def rounded(x, to_zero):
+    """float16 of one number, by looking at its two neighbours."""
+    near = np.float16(x)
+    if to_zero and abs(float(near)) > abs(x):
+        return np.nextafter(near, np.float16(0))
+    return near
+
+
+@pytest.mark.parametrize("to_zero", [False, True])
+@pytest.mark.parametrize("terms", [16, 8])
+def test_the_emulated_instruction_is_a_loop(terms, to_zero):
+    """Number by number in float64, rounded after so many terms."""
+    random = np.random.default_rng(1)
+    a, b = (random.standard_normal(s).astype(np.float16) for s in ((3, 40), (40, 4)))
+    start_at = random.standard_normal((3, 4)).astype(np.float16)
+    with half_sums(terms, to_zero=to_zero):
+        found = half_dot(a, b, start_at)
+    assert found.dtype == np.float16
+    for m in range(3):
+        for n in range(4):
+            acc = start_at[m, n]
+            for first in range(0, 40, terms):
+                products = a[m, first : first + terms].astype(float) * b[first : first + terms, n]
+                acc = rounded(float(acc) + products.sum(), to_zero)
+            assert found[m, n] == acc
+
+
+@pytest.mark.parametrize(("to_zero", "expected"), [(False, np.inf), (True, 65504.0)])
+def test_the_emulated_instruction_overflows(to_zero, expected):
+    a = np.full((1, 16), 100, np.float16)
+    with half_sums(16, to_zero=to_zero):
+        found = half_dot(a, a.T, np.zeros((1, 1), np.float16))
+    assert found[0, 0] == expected
+
+
+@pytest.mark.skipif(not interpreting(), reason="a card rounds as it does")
+@pytest.mark.parametrize(
+    ("terms", "to_zero", "chain", "error", "gain"),
+    [
+        (16, False, 64, 3.3e-4, 0),
+        (16, False, 32, 2.5e-4, 0),
+        (8, False, 64, 4.4e-4, 0),
+        (8, False, 32, 3.3e-4, 0),
+        (16, True, 64, 1.0e-3, -9e-4),
+        (16, True, 32, 6.1e-4, -5e-4),
+        (8, True, 64, 1.9e-3, -1.6e-3),
+        (8, True, 32, 1.0e-3, -9e-4),
+    ],
+)
+def test_a_product_on_every_card_there_may_be(terms, to_zero, chain, error, gain):
+    """Error and common gain of normal numbers, for each way to round that a card may have."""
+    x, w = randn(64, 2048), randn(64, 2048)
+    exact = x.double() @ w.double().T
+    with half_sums(terms, to_zero=to_zero):
+        y = gemm(x, w, dtype=torch.float32, chain=chain).double()
+    assert (y - exact).norm() / exact.norm() == pytest.approx(error, rel=0.07)
+    assert (y * exact).sum() / exact.square().sum() - 1 == pytest.approx(gain, rel=0.1, abs=2e-5)
