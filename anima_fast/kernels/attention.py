@@ -35,7 +35,7 @@ from torch import Tensor
 
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn, wide
-from anima_fast.kernels.sums import chain_of, dot_into, part_of
+from anima_fast.kernels.sums import chain_of, dot_into, part_of, with_short_sums
 
 MAX_HEAD = 128
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -263,26 +263,33 @@ class Tiles:
         return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
 
 
-# Tiles at head size 128 by kernel and bits, or "short" with short sums, whose chains have registers
-# of their own. Chosen by what compiles without a spill within 99 KiB of shared memory, the least
-# that a supported card has; no card has timed them. With short sums, sums run along the keys
-# forward and in dq and along the queries in dkdv: at most a chain.
+# (kernel, 16 bit) → tiles at head size 128. Chosen by what compiles without a spill within 99 KiB
+# of shared memory, the least that a supported card has; no card has timed them.
 TILES = {
-    ("fwd", "16"): Tiles(128, 64, 8, 2),
-    ("dkdv", "16"): Tiles(64, 64, 8, 2),
-    ("dq", "16"): Tiles(64, 64, 8, 2),
-    ("fwd", "32"): Tiles(32, 16, 4, 1),
-    ("dkdv", "32"): Tiles(16, 32, 4, 1),
-    ("dq", "32"): Tiles(32, 16, 4, 1),
-    ("fwd", "short"): Tiles(128, 32, 8, 3),
-    ("dkdv", "short"): Tiles(32, 64, 8, 3),
-    ("dq", "short"): Tiles(64, 32, 8, 3),
+    ("fwd", True): Tiles(128, 64, 8, 2),
+    ("dkdv", True): Tiles(64, 64, 8, 2),
+    ("dq", True): Tiles(64, 64, 8, 2),
+    ("fwd", False): Tiles(32, 16, 4, 1),
+    ("dkdv", False): Tiles(16, 32, 4, 1),
+    ("dq", False): Tiles(32, 16, 4, 1),
+}
+# (kernel, chain) → tiles with short sums, chosen alike: sums run along the keys (fwd, dq) or the
+# queries (dkdv), so these are a chain at most, and a chain has registers of its own. Eight warps
+# share 64 rows of logits only where these are 64 wide; else each half computes all of them, as
+# dkdv and dq do at a chain of 32.
+SHORT_TILES = {
+    ("fwd", 64): Tiles(128, 32, 8, 3),
+    ("dkdv", 64): Tiles(64, 64, 8, 2),
+    ("dq", 64): Tiles(128, 32, 8, 2),
+    ("fwd", 32): Tiles(128, 32, 8, 3),
+    ("dkdv", 32): Tiles(32, 64, 8, 3),
+    ("dq", 32): Tiles(64, 32, 8, 2),
 }
 
 
 def tiles(kernel: str, dtype: torch.dtype, chain: int = 0) -> Tiles:
     """The tiles of a kernel."""
-    return TILES[kernel, "short" if chain else "16" if dtype.itemsize == 2 else "32"]
+    return SHORT_TILES[kernel, chain] if chain else TILES[kernel, dtype.itemsize == 2]
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -531,4 +538,13 @@ OP = Op(
     real_shapes=_real_shapes,
     cost=_cost,
     cost_note="read q, k, v, write out; backward reads out and its gradient too and writes three",
+)
+
+SHORT = with_short_sums(
+    OP,
+    shapes=({"B": 2, "L": 70, "S": 77, "H": 1, "K": 128, "zero": 400},),
+    model_shapes=(
+        {"B": 1, "L": 16, "S": 4096, "H": 1, "K": 128},
+        {"B": 1, "L": 300, "S": 96, "H": 1, "K": 128, "zero": 416},
+    ),
 )

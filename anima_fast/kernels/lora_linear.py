@@ -43,7 +43,7 @@ from anima_fast.kernels.gelu import gelu_backward, gelu_forward
 from anima_fast.kernels.gemm import gemm
 from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
 from anima_fast.kernels.products import by_part, gemm_product, library_product, stacked
-from anima_fast.kernels.sums import chain_of
+from anima_fast.kernels.sums import chain_of, with_short_sums
 
 IMPLEMENTATIONS = ("auto", "triton", "cublas")
 # Compute capability → the largest count of tokens at which the Triton product was measured to be
@@ -466,4 +466,12 @@ OP = Op(
     real_shapes=_real_shapes,
     cost=_cost,
     cost_note="read x, W, A, B, write y; backward reads x and dy, writes dx",
+)
+SHORT = with_short_sums(
+    OP,
+    shapes=({"M": 130, "N": 70, "K": 65, "R": 20, "parts": 2, "bare": 1},),
+    model_shapes=(
+        {"M": 16, "N": 32, "K": 8192, "R": 32, "parts": 1},
+        {"M": 70, "N": 2048, "K": 136, "R": 32, "parts": 1},
+    ),
 )

@@ -20,12 +20,15 @@ thread runs them. Only float16 has short sums; other types go on in float32.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from anima_fast.kernels.op import Inputs, Op, Sizes
 
 # Terms of a chain: none, those of the numbers above, and half of them, for a card that rounds
 # float16 sums worse than to the nearest.
@@ -80,3 +83,21 @@ def dot_into(
 def part_of(width: int, chain: int) -> int:
     """The widest part of a row of `width` that is one chain; all of it with float32 sums."""
     return min(width, chain) if chain else width
+
+
+def with_short_sums(op: Op, shapes: tuple[Sizes, ...], model_shapes: tuple[Sizes, ...]) -> Op:
+    """The float16 variant of an op with a `chain`, for the registry, at a few shapes."""
+
+    def inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
+        return op.make_inputs(sizes, dtype, device) | {"chain": max(CHAINS)}
+
+    return dataclasses.replace(
+        op,
+        name=f"{op.name}_short",
+        make_inputs=inputs,
+        shapes=shapes,
+        model_shapes=model_shapes,
+        dtypes=(torch.float16,),
+        yardstick=torch.bfloat16,
+        cost_note=f"as {op.name}",
+    )
