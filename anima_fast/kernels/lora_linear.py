@@ -469,7 +469,11 @@ OP = Op(
 )
 SHORT = with_short_sums(
     OP,
-    shapes=({"M": 130, "N": 70, "K": 65, "R": 20, "parts": 2, "bare": 1},),
+    shapes=(
+        {"M": 130, "N": 70, "K": 65, "R": 20, "parts": 2, "bare": 1},
+        {"M": 33, "N": 24, "K": 140, "R": 8, "parts": 2},
+        {"M": 70, "N": 200, "K": 40, "R": 5, "parts": 1},
+    ),
     model_shapes=(
         {"M": 16, "N": 32, "K": 8192, "R": 32, "parts": 1},
         {"M": 70, "N": 2048, "K": 136, "R": 32, "parts": 1},
