@@ -107,7 +107,7 @@ def test_a_batch_moves_and_multiplies_as_often():
     for a, b in zip(one, four, strict=True):
         if a.op == "adamw":
             assert a.cost == b.cost
-        elif a.op == "lora_linear":
+        elif a.op.startswith("lora_linear"):
             assert b.cost.forward_flops == 4 * a.cost.forward_flops
             assert a.cost.forward_bytes < b.cost.forward_bytes < 4 * a.cost.forward_bytes
         else:

@@ -67,6 +67,35 @@ def test_every_kernel_on_every_card(which):
         assert {r["dtype"] for r in rows if r["op"] == name} == dtypes, name
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("89",), pytest.param(("block", "80", "86", "89", "120"), marks=pytest.mark.slow)],
+    ids=["quick", "all"],
+)
+def test_short_sums_are_where_the_kernels_say(words):
+    """Of each product by the type of its sums; the slow one has the block's too.
+
+    Capability 9.0 has wider instructions, and 10.0 some that do not name their type.
+    """
+    found, _ = compiled(ROOT / "tests" / "short_sums_code.py", *words)
+    # Logits in float32; p v; do v, pᵀ do, dsᵀ q; do v, ds k. No part of a tile is computed twice.
+    expected = {
+        "_attention_fwd": {"F32": 1, "F16": 1},
+        "_attention_bwd_dkdv": {"F32": 1, "F16": 3},
+        "_attention_bwd_dq": {"F32": 1, "F16": 2},
+    }
+    short = [row for row in found if row["short"]]
+    assert {row["kernel"] for row in short} == {*expected, "_gemm"}
+    for row in found:
+        assert not row["spills"], row
+        if not row["short"]:
+            assert row["kernel"] == "_gemm" and not row["adapter"] and set(row["sums"]) == {"F32"}
+        elif row["kernel"] == "_gemm":
+            assert set(row["sums"]) == {"F16"}, row
+        else:
+            assert row["sums"] == expected[row["kernel"]], row
+
+
 def test_greedy_kernels_are_found():
     found = compiled(ROOT / "tests" / "greedy_ops.py")
     spill, greed, grid, broken = found["problems"]

@@ -36,7 +36,9 @@ def test_parity(op, sizes, dtype, layout):
     assert not wrong, "; ".join(wrong)
 
 
-DIFFERENTIABLE = [op for op in OPS.values() if op.grads]
+# With short sums an op is the same function but for float16.
+WIDE = [op for op in OPS.values() if not op.yardstick]
+DIFFERENTIABLE = [op for op in WIDE if op.grads]
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
@@ -102,7 +104,7 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", WIDE, ids=lambda op: op.name)
 def test_custom_ops_keep_their_contract(op):
     """Schema, fake tensors and registration of the forward's and the backward's operator."""
     torch.manual_seed(3)

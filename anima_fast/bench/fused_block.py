@@ -3,17 +3,21 @@
 Inside the block norms add the residual's gradient, products or adapters carry GELU in their
 epilogue, sums for frozen weights are left out and gradients go into packed buffers. `bench
 resources` compiles these variants through this entry. It is no member of `OPS`: its definition is
-the eager block, and tests/test_block.py compares the two.
+the eager block, and tests/test_block.py compares the two. With short float16 sums its products are
+further variants.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.kernels.sums import CHAINS, use_sums
 from anima_fast.models.block import GROUPS, BlockSettings, FusedBlockFunction
 
 WIDTH, HIDDEN, CONTEXT, HEAD = 2048, 8192, 1024, 128
@@ -113,4 +117,28 @@ FUSED_BLOCK = Op(
     real_shapes=_real_shapes,
     cost=lambda sizes, itemsize: Cost(0, 0),
     cost_note="see its ops",
+)
+
+
+def _run_short(**inputs: Any) -> tuple[Tensor, ...]:
+    """The gradients of x0 and the adapters, forward and backward in one setting as in a run."""
+    wanted = [inputs["x0"], *inputs["downs"], *inputs["ups"]]
+    for leaf in wanted:
+        leaf.requires_grad_()
+    with use_sums(max(CHAINS)):
+        out = run_block(**inputs)
+        return torch.autograd.grad(out, wanted, torch.empty_like(out))
+
+
+def _short_shapes(tokens: int) -> Mapping[str, Sizes]:
+    return {k: v for k, v in _real_shapes(tokens).items() if not v["cublas"]}
+
+
+FUSED_BLOCK_SHORT = dataclasses.replace(
+    FUSED_BLOCK,
+    name="fused_block_short",
+    function=_run_short,
+    grads=(),
+    real_shapes=_short_shapes,
+    dtypes=(torch.float16,),
 )

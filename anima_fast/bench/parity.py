@@ -2,9 +2,11 @@
 
 For an op, a shape, a dtype and a memory layout three things run on the same rounded inputs: the
 kernel, the reference in that dtype and the reference in float64. The kernel's relative error may be
-twice the reference's plus a small floor; no other tolerance exists. Inputs and results lie between
-margins whose content must come back unchanged, and results start as NaN, so that what a kernel
-reads or writes out of bounds, or leaves out, shows. errors.py makes the rows of a run file of it.
+twice the reference's plus a small floor; no other tolerance exists. An op with a yardstick (short
+float16 sums) gets float32 inputs that each run rounds to its type, and may have half of the error
+of the reference in the yardstick's type. Inputs and results lie between margins whose content must
+come back unchanged, and results start as NaN, so that what a kernel reads or writes out of bounds,
+or leaves out, shows. errors.py makes the rows of a run file of it.
 """
 
 from __future__ import annotations
@@ -125,6 +127,11 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def rounded(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Inputs with every float tensor in `dtype`."""
+    return {name: map_tensors(value, lambda x: x.to(dtype)) for name, value in inputs.items()}
+
+
 def leaves(inputs: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
     """The tensors under `names`, those of lists as name[0], name[1], …"""
     found: dict[str, Tensor] = {}
@@ -201,8 +208,11 @@ def check_op(
 ) -> list[Check]:
     """Compare an op with its definition at one shape; one `Check` per output and gradient."""
     torch.manual_seed(seed)
-    inputs = op.make_inputs(sizes, dtype, device)
-    exact_inputs = {k: map_tensors(v, Tensor.double) for k, v in inputs.items()}
+    given = op.make_inputs(sizes, torch.float32 if op.yardstick else dtype, device)
+    exact_inputs = {k: map_tensors(v, Tensor.double) for k, v in given.items()}
+    inputs = plain_inputs = given
+    if op.yardstick:
+        inputs, plain_inputs = (rounded(given, to) for to in (dtype, op.yardstick))
     # Where an option names a dtype, the exact run must not round either.
     exact_inputs |= {k: torch.float64 for k, v in inputs.items() if isinstance(v, torch.dtype)}
     margin_guard = Guard()
@@ -214,7 +224,7 @@ def check_op(
             dense = {k: map_tensors(v, repeated) for k, v in inputs.items()}
             copied, _ = run(op.function, dense, op.grads, seed, "copied")
     with full_precision():
-        plain, _ = run(op.reference, inputs, op.grads, seed, layout)
+        plain, _ = run(op.reference, plain_inputs, op.grads, seed, layout)
         exact, _ = run(op.reference, exact_inputs, op.grads, seed, layout)
     if kernel.keys() != exact.keys():
         raise ValueError(f"gives {', '.join(kernel)}, the definition {', '.join(exact)}")
@@ -222,9 +232,12 @@ def check_op(
     checks = []
     for name, value in exact.items():
         own, reference = relative_error(kernel[name], value), relative_error(plain[name], value)
-        if kernel[name].dtype != plain[name].dtype or kernel[name].shape != plain[name].shape:
+        wanted = dtype if op.yardstick else plain[name].dtype
+        if kernel[name].dtype != wanted or kernel[name].shape != plain[name].shape:
             remark = f"is {kernel[name].dtype} {tuple(kernel[name].shape)}"
         allowed = 2 * reference + floor(kernel[name].dtype, op.summed(sizes))
+        if op.yardstick:
+            allowed = reference / 2
         if layout == "expanded":
             allowed = max(allowed, 1.001 * relative_error(copied[name], value))
         checks.append(

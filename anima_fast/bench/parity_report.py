@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from anima_fast.bench import interpreter
-from anima_fast.bench.choice import DTYPES
+from anima_fast.bench.choice import DTYPES, name_of
 from anima_fast.bench.run_file import Measurement, Run, header, read_run, row_line
 from anima_fast.device import one_thread
 from anima_fast.errors import UserError
@@ -142,13 +142,17 @@ def measured(name: str, device: str, quick: bool, dtypes: Sequence[str] = ()) ->
 
 def lines(found: Iterable[Measurement]) -> list[str]:
     """A line for each tensor or curve, with eager's figure beside it, then what is wrong."""
+    from anima_fast.kernels.registry import OPS
+
     rows = list(found)
     eager = {(r.op, r.dtype, r.mode): r for r in rows if r.provider == "eager"}
     text = []
     for row in rows:
         if row.provider == "own":
             other = eager.get((row.op, row.dtype, row.mode))
-            beside = f"  eager {other.value:.3g}" if other else ""
+            yardstick = OPS[row.op].yardstick if row.op in OPS else None
+            name = f"eager {name_of(yardstick)}" if yardstick else "eager"
+            beside = f"  {name} {other.value:.3g}" if other else ""
             what = f"{row.metric} {row.value:.3g}{beside}"
             text.append(f"{row.op:33} {row.dtype:9} {row.mode:30} {what}")
     return text + [f"  WRONG {row.note}" for row in rows if row.note]

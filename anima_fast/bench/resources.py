@@ -30,7 +30,7 @@ import torch
 from anima_fast.bench.cases import case_text, implementations, real_cases
 from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.dry import Launch, dry_launches, run_op
-from anima_fast.bench.fused_block import FUSED_BLOCK
+from anima_fast.bench.fused_block import FUSED_BLOCK, FUSED_BLOCK_SHORT
 from anima_fast.bench.metrics import METRICS
 from anima_fast.bench.run_file import Measurement
 from anima_fast.errors import UserError
@@ -53,7 +53,8 @@ TENSOR_COLUMNS = 512
 MAX_GRID_Y = 65535
 
 # What is compiled: every op by itself, and the variants that run inside the fused block.
-COMPILED: dict[str, Op] = {**OPS, FUSED_BLOCK.name: FUSED_BLOCK}
+BLOCKS: dict[str, Op] = {op.name: op for op in (FUSED_BLOCK, FUSED_BLOCK_SHORT)}
+COMPILED: dict[str, Op] = {**OPS, **BLOCKS}
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
     names = choice.dtypes or (("bfloat16", "float32") if choice.quick else ())
     dtypes = [getattr(torch, name) for name in names] or None
     for name, op in COMPILED.items():
-        if not choice.wants_op("block" if op is FUSED_BLOCK else name):
+        if not choice.wants_op("block" if name in BLOCKS else name):
             continue
         if choice.quick and not choice.dtypes and torch.bfloat16 in op.dtypes:
             dtypes = [torch.bfloat16]

@@ -19,7 +19,7 @@ import torch
 from anima_fast.bench.cases import chosen_cases, implementations, timed_dtypes
 from anima_fast.bench.choice import Choice, name_of
 from anima_fast.bench.dry import dry_launches, run_op
-from anima_fast.bench.resources import COMPILED, FULL_ARCH, FUSED_BLOCK
+from anima_fast.bench.resources import BLOCKS, COMPILED, FULL_ARCH
 from anima_fast.bench.run_file import Measurement
 from anima_fast.errors import UserError
 
@@ -89,7 +89,7 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
     for arch in choice.archs or (FULL_ARCH,):
         with dry_launches(arch) as launches:
             for name, op in COMPILED.items():
-                if not choice.wants_op("block" if op is FUSED_BLOCK else name):
+                if not choice.wants_op("block" if name in BLOCKS else name):
                     continue
                 for dtype in timed_dtypes(op, choice):
                     some = list(chosen_cases(op, choice))[: None if choice.sizes else 4]

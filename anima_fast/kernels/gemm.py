@@ -14,7 +14,9 @@ into partial sums that torch adds: no atomics, so results repeat. Epilogues:
     gelu_grad  multiplies with gelu'(a) of a given pre-activation a [M, N]; with both, gelu(a) is
                written next to it, for the adapter's gradient
 
-Accumulation is float32. Source: the tiled product of the Triton tutorials, Hu et al. 2021 (LoRA).
+Accumulation is float32, with `chain` in short sums of float16 (sums.py): each step along K, and
+each of the adapter's, is one chain.
+Source: the tiled product of the Triton tutorials, Hu et al. 2021 (LoRA).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.gelu import gelu_slope, gelu_value
+from anima_fast.kernels.sums import dot_into
 
 # Tiles of neighbouring programs share rows of X, which then stay in the L2 cache.
 GROUP = 8
@@ -41,7 +44,7 @@ def _gemm(
     X, W, Y, H, B, PRE, ACT, M, N, K, R, scale, k_split,
     x_m, x_k, w_n, w_k, y_z, y_m, y_n, h_m, h_r, b_n, b_r, pre_m, act_m,
     HAS_ADAPTER: tl.constexpr, ADD: tl.constexpr, HAS_PRE: tl.constexpr, HAS_ACT: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_R: tl.constexpr, SHORT_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +66,7 @@ def _gemm(
             b = tl.load(
                 B + o_r[:, None] * b_r + o_n[None, :] * b_n, mask=m_n & m_r[:, None], other=0.0
             )
-            acc = tl.dot(h, b, acc, input_precision=PRECISION, out_dtype=ACC)
+            acc = dot_into(acc, h, b, SHORT_SUMS, PRECISION, ACC)
         acc *= scale
     first = tl.program_id(1) * k_split
     last = tl.minimum(first + k_split, K)
@@ -74,7 +77,7 @@ def _gemm(
         m_k = k + tl.arange(0, BLOCK_K) < last
         x = tl.load(p_x, mask=m_m & m_k[None, :], other=0.0)
         w = tl.load(p_w, mask=m_n & m_k[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = dot_into(acc, x, w, SHORT_SUMS, PRECISION, ACC)
         p_x += BLOCK_K * x_k
         p_w += BLOCK_K * w_k
     if not HAS_ADAPTER:
@@ -108,9 +111,12 @@ class Tile:
     stages: int
 
 
-def tile_for(m: int, n: int, dtype: torch.dtype, add: bool = False) -> Tile:
+def tile_for(m: int, n: int, dtype: torch.dtype, add: bool = False, chain: int = 0) -> Tile:
     """The tile of a product. Chosen by what compiles without a spill within 99 KiB of shared
     memory, the least that a supported card has; no card has timed them."""
+    if chain:
+        # A step along K is a chain. Larger tiles spill, as a chain has registers of its own.
+        return Tile(64, 128, chain, 4, 3) if m <= 64 else Tile(128, 128, chain, 8, 3)
     if dtype.itemsize != 2:
         # With two stages Triton 3.7 spills on sm_120.
         return Tile(32, 32, 32, 4, 3)
@@ -138,6 +144,7 @@ def gemm(
     add: bool = False,
     gelu: Tensor | None = None,
     gelu_grad: Tensor | None = None,
+    chain: int = 0,
 ) -> Tensor:
     """x wᵀ + s·h bᵀ by the Triton kernel.
 
@@ -150,6 +157,7 @@ def gemm(
         add: add to what `out` holds.
         gelu: [M, N], dense in N: gelu of the result, or of `gelu_grad`, is written there too.
         gelu_grad: [M, N], dense in N: the result is multiplied with gelu' of it.
+        chain: terms that are added in float16 at a time, of `sums.chain_of`; 0 for none.
 
     Returns:
         [M, N].
@@ -157,7 +165,7 @@ def gemm(
     m, k, n = len(x), x.shape[1], len(w)
     if out is None:
         out = dispatch.empty(m, n, like=x, dtype=dtype or x.dtype)
-    tile = tile_for(m, n, x.dtype, add)
+    tile = tile_for(m, n, x.dtype, add, chain)
     count = dispatch.cdiv(m, tile.m) * dispatch.cdiv(n, tile.n)
     # An adapter or an epilogue needs the complete sum in one program.
     complete = add or adapter is not None or gelu is not None or gelu_grad is not None
@@ -175,7 +183,7 @@ def gemm(
         pre.stride(0), act.stride(0),
         HAS_ADAPTER=adapter is not None, ADD=add,
         HAS_PRE=gelu_grad is not None, HAS_ACT=gelu is not None,
-        GROUP=GROUP, BLOCK_R=16 if x.dtype.itemsize == 4 else 32,
+        GROUP=GROUP, BLOCK_R=16 if x.dtype.itemsize == 4 else 32, SHORT_SUMS=chain,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         PRECISION=dispatch.dot_precision(), ACC=dispatch.accumulator(x),
         num_warps=tile.warps, num_stages=tile.stages,

@@ -17,6 +17,10 @@ Two implementations of the same sums:
              tiles for a large card. Where a gelu follows or precedes, the adapter is added by our
              kernel, which takes the gelu along
 
+With short float16 sums (sums.py) `triton` computes x Wᵀ + s·h Bᵀ and dy W + g A so; h, g, dA and dB
+are narrow, bound by memory, and keep float32 sums. No library ends its chains as early, so `auto`
+takes `triton` then.
+
 `auto` looks the card up in `MEASURED`; on a card without an entry it takes cuBLAS, which no Triton
 product can beat by more than the adapter's traffic, 3 % at M = 4096, N = K = 2048.
 
@@ -39,6 +43,7 @@ from anima_fast.kernels.gelu import gelu_backward, gelu_forward
 from anima_fast.kernels.gemm import gemm
 from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
 from anima_fast.kernels.products import by_part, gemm_product, library_product, stacked
+from anima_fast.kernels.sums import chain_of, with_short_sums
 
 IMPLEMENTATIONS = ("auto", "triton", "cublas")
 # Compute capability → the largest count of tokens at which the Triton product was measured to be
@@ -53,6 +58,7 @@ def lora_linear_reference(
     ups: Sequence[Tensor],
     scales: Sequence[float],
     implementation: str = "auto",
+    chain: int | None = None,
 ) -> Tensor:
     """The definition; see `lora_linear`. Rounds where the eager layers do."""
     results = []
@@ -64,11 +70,11 @@ def lora_linear_reference(
     return torch.cat(results, -1)
 
 
-def uses_triton(x: Tensor, implementation: str = "auto") -> bool:
+def uses_triton(x: Tensor, implementation: str = "auto", chain: int = 0) -> bool:
     """Whether the products of these tokens [M, K] run in Triton."""
     if not dispatch.runs_triton(x) or implementation == "cublas":
         return False
-    if implementation == "triton" or not x.is_cuda or dispatch.forced():
+    if implementation == "triton" or chain or not x.is_cuda or dispatch.forced():
         return True
     major, minor = torch.cuda.get_device_capability(x.device)
     return len(x) <= MEASURED.get(10 * major + minor, 0)
@@ -107,6 +113,7 @@ def lora_linear_forward(
     factors: Sequence[Tensor | None] | None = None,
     gelu: bool = False,
     implementation: str = "auto",
+    chain: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, h, gelu(y)) without autograd.
 
@@ -116,11 +123,13 @@ def lora_linear_forward(
         factors: [M, R_i] each, multiplied to h_i (dropout), or None.
         gelu: compute gelu(y) too.
         implementation: auto, triton or cublas.
+        chain: terms that float16 sums at a time; None as `use_sums` says.
 
     Returns:
         y [M, ΣN]; h [M, ΣR], None without adapters; gelu(y) or None.
     """
-    rows, triton = x.shape[0], uses_triton(x, implementation)
+    chain = chain_of(x, chain)
+    rows, triton = x.shape[0], uses_triton(x, implementation, chain)
     columns, ranks, adapted = _places(weights, downs)
     h = act = None
     if adapted:
@@ -134,7 +143,7 @@ def lora_linear_forward(
             adapter = None
             if h is not None and i in adapted:
                 adapter = (h[:, ranks[i]], ups[i], scales[i])
-            gemm(x, w, adapter=adapter, out=y[:, columns[i]], gelu=part)
+            gemm(x, w, adapter=adapter, out=y[:, columns[i]], gelu=part, chain=chain)
         return y, h, act
     y = x @ stacked(weights).T
     if gelu and adapted == [0] and len(ups) == 1 and dispatch.runs_triton(x):
@@ -174,6 +183,7 @@ def lora_linear_backward(
     needs_x: bool = True,
     dtype: torch.dtype | None = None,
     implementation: str = "auto",
+    chain: int | None = None,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """(dx, dA of every part, dB of every part); parts without adapter get empty gradients.
 
@@ -184,7 +194,8 @@ def lora_linear_backward(
         needs_x: compute dx.
         dtype: of dA and dB; that of the adapters when None.
     """
-    triton = uses_triton(dy, implementation)
+    chain = chain_of(dy, chain)
+    triton = uses_triton(dy, implementation, chain)
     columns, ranks, adapted = _places(weights, downs)
     dtype = dtype or downs[0].dtype
     # The gradients of dA are rows of one product, made below.
@@ -212,7 +223,7 @@ def lora_linear_backward(
         # In the epilogue of the full product that would take more registers than there are.
         if adapted and x is None and gelu_input is not None and not triton:
             act = dispatch.empty(*gelu_input.shape, like=dy)
-        dx = _backward_x(dy, stacked(weights), g, a, gelu_input, act, triton)
+        dx = _backward_x(dy, stacked(weights), g, a, gelu_input, act, triton, chain)
     if adapted:
         if x is None:
             x = gelu_forward(gelu_input) if act is None else act
@@ -230,11 +241,12 @@ def _backward_x(
     gelu_input: Tensor | None,
     act: Tensor | None,
     triton: bool,
+    chain: int,
 ) -> Tensor:
     """dy w + g a, times gelu' of `gelu_input` if given; gelu of that goes into `act` if given."""
     if triton:
         adapter = None if a is None else (g, a.T, 1.0)
-        return gemm(dy, w.T, adapter=adapter, gelu_grad=gelu_input)
+        return gemm(dy, w.T, adapter=adapter, gelu_grad=gelu_input, chain=chain)
     dx = dy @ w
     if gelu_input is None:
         return dx if a is None else dx.addmm_(g, a)
@@ -253,16 +265,19 @@ def _op(
     ups: list[Tensor],
     scales: list[float],
     implementation: str,
+    chain: int,
 ) -> tuple[Tensor, Tensor]:
     flat = x.reshape(-1, x.shape[-1])
     downs, ups = ([t.to(x.dtype) for t in ts] for ts in (downs, ups))
-    y, h, _ = lora_linear_forward(flat, weights, downs, ups, scales, implementation=implementation)
+    y, h, _ = lora_linear_forward(
+        flat, weights, downs, ups, scales, implementation=implementation, chain=chain
+    )
     h = x.new_empty(len(flat), 0) if h is None else h
     return y.view(*x.shape[:-1], -1), h
 
 
 @_op.register_fake
-def _(x, weights, downs, ups, scales, implementation):
+def _(x, weights, downs, ups, scales, implementation, chain):
     tokens = x.shape[:-1].numel()
     y = x.new_empty((*x.shape[:-1], sum(len(w) for w in weights)))
     return y, x.new_empty((tokens, sum(len(a) for a in downs)))
@@ -278,6 +293,7 @@ def _op_backward(
     ups: list[Tensor],
     scales: list[float],
     implementation: str,
+    chain: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     flat = x.reshape(-1, x.shape[-1])
     dx, d_downs, d_ups = lora_linear_backward(
@@ -290,6 +306,7 @@ def _op_backward(
         scales,
         dtype=downs[0].dtype,
         implementation=implementation,
+        chain=chain,
     )
     assert dx is not None
     # Results of a custom op must not share memory.
@@ -297,13 +314,13 @@ def _op_backward(
 
 
 @_op_backward.register_fake
-def _(dy, x, h, weights, downs, ups, scales, implementation):
+def _(dy, x, h, weights, downs, ups, scales, implementation, chain):
     new = [[t.new_empty(t.shape, dtype=downs[0].dtype) for t in ts] for ts in (downs, ups)]
     return x.new_empty(x.shape), *new
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weights, downs, ups, ctx.scales, ctx.implementation = inputs
+    x, weights, downs, ups, ctx.scales, *ctx.options = inputs
     ctx.count = len(weights)
     ctx.save_for_backward(x, output[1], *weights, *downs, *ups)
     ctx.set_materialize_grads(False)
@@ -312,11 +329,11 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, dy: Tensor | None, _dh: Tensor | None) -> tuple:
     n = ctx.count
     if dy is None:
-        return None, [None] * n, [None] * n, [None] * n, None, None
+        return None, [None] * n, [None] * n, [None] * n, None, None, None
     x, h, *rest = ctx.saved_tensors
     parts = [rest[i * n : (i + 1) * n] for i in range(3)]
-    dx, d_downs, d_ups = _op_backward(dy, x, h, *parts, ctx.scales, ctx.implementation)
-    return dx, [None] * n, d_downs, d_ups, None, None
+    dx, d_downs, d_ups = _op_backward(dy, x, h, *parts, ctx.scales, *ctx.options)
+    return dx, [None] * n, d_downs, d_ups, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -329,6 +346,7 @@ def lora_linear(
     ups: Sequence[Tensor],
     scales: Sequence[float],
     implementation: str = "auto",
+    chain: int | None = None,
 ) -> Tensor:
     """Frozen linear layers on one input, each with an adapter or none, side by side.
 
@@ -339,6 +357,7 @@ def lora_linear(
         ups: [N_i, R_i] each, in the dtype of `downs`.
         scales: s_i each, alpha / rank times any strength.
         implementation: auto, triton or cublas (module docstring).
+        chain: terms that float16 sums at a time, 0 for float32 sums; None as `use_sums` says.
 
     Returns:
         [..., ΣN] in x's dtype.
@@ -375,9 +394,8 @@ def lora_linear(
         dispatch.check_devices(**tensors)
         if a.dtype != downs[0].dtype or b.dtype != downs[0].dtype:
             raise TypeError(f"downs and ups of part {i} are {a.dtype} and {b.dtype}: use one dtype")
-    return _op(x, list(weights), list(downs), list(ups), list(map(float, scales)), implementation)[
-        0
-    ]
+    layers = [list(weights), list(downs), list(ups), list(map(float, scales))]
+    return _op(x, *layers, implementation, chain_of(x, chain))[0]
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
@@ -448,4 +466,16 @@ OP = Op(
     real_shapes=_real_shapes,
     cost=_cost,
     cost_note="read x, W, A, B, write y; backward reads x and dy, writes dx",
+)
+SHORT = with_short_sums(
+    OP,
+    shapes=(
+        {"M": 130, "N": 70, "K": 65, "R": 20, "parts": 2, "bare": 1},
+        {"M": 33, "N": 24, "K": 140, "R": 8, "parts": 2},
+        {"M": 70, "N": 200, "K": 40, "R": 5, "parts": 1},
+    ),
+    model_shapes=(
+        {"M": 16, "N": 32, "K": 8192, "R": 32, "parts": 1},
+        {"M": 70, "N": 2048, "K": 136, "R": 32, "parts": 1},
+    ),
 )

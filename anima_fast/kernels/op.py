@@ -56,6 +56,8 @@ class Op:
         real_shapes: label → sizes at a number of image tokens in the 2B model, for benchmarks.
         cost: (sizes, bytes per element) → `Cost`.
         dtypes: those that a card runs; parity adds float64.
+        yardstick: the type whose eager error, halved, is what parity allows, on the same float32
+            inputs; None: the eager error of the kernel's own type, doubled.
         cost_note: what the cost counts, for the reader of a table.
     """
 
@@ -70,6 +72,7 @@ class Op:
     model_shapes: tuple[Sizes, ...] = ()
     summed: Callable[[Sizes], int] = lambda _sizes: 1
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    yardstick: torch.dtype | None = None
     cost_note: str = ""
 
 

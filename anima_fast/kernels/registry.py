@@ -16,17 +16,19 @@ from anima_fast.kernels import (
 from anima_fast.kernels.op import Op
 
 OPS: dict[str, Op] = {
-    module.OP.name: module.OP
-    for module in (
-        layernorm_modulate,
-        gate_residual_layernorm_modulate,
-        qk_norm_rope,
-        attention,
-        lora_linear,
-        gelu,
-        rmsnorm,
-        gate_residual,
-        adamw,
-        flow_loss,
+    op.name: op
+    for op in (
+        layernorm_modulate.OP,
+        gate_residual_layernorm_modulate.OP,
+        qk_norm_rope.OP,
+        attention.OP,
+        attention.SHORT,
+        lora_linear.OP,
+        lora_linear.SHORT,
+        gelu.OP,
+        rmsnorm.OP,
+        gate_residual.OP,
+        adamw.OP,
+        flow_loss.OP,
     )
 }
