@@ -44,6 +44,7 @@ ERROR = Measurement("gelu", "error", 2e-7, "relative", dtype="float32", mode="ou
 LAUNCHES = Measurement("block", "launches", 97.0, parts={"_gemm": 20.0, "cublas": 77.0})
 TIME = sampled(Measurement("gelu", "time", None, "s", "L=4", provider="own", mode="fwd"),
                [1.0, 1.1, 0.9, 1.05, 0.95, 1.0])  # fmt: skip
+REGISTERS = Measurement("gelu", "registers", 96.0, parts={"D=64": 96.0}, source="compiler")
 FIRST = '{"format": "anima-fast run", "version": 1, "environment": {}}\n'
 MODULES = Measurement("program", "modules", 2.0, parts={"rich": 1.0, "typer": 1.0})
 
@@ -136,6 +137,9 @@ def test_the_environment_names_what_decides_digits():
          "only in the second"),
         (LAUNCHES, dataclasses.replace(LAUNCHES, value=None, parts={}, note="broke"), "lost"),
         (MODULES, changed(MODULES, torch=1.0), "worse"),
+        # A kernel got a constant, and with it its variants other names.
+        (REGISTERS, dataclasses.replace(REGISTERS, parts={"NEW=0": 96.0}), "only in the second"),
+        (REGISTERS, dataclasses.replace(REGISTERS, parts={"NEW=0": 97.0}, value=97.0), "worse"),
         (dataclasses.replace(LAUNCHES, metric="loss", value=1.0, parts={}),
          dataclasses.replace(LAUNCHES, metric="loss", value=0.998, parts={}), "worse"),
         (dataclasses.replace(LAUNCHES, metric="occupancy", value=0.4, parts={}),

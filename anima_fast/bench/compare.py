@@ -155,6 +155,9 @@ def _changes(
     # A value that is the worst of its parts says nothing beyond them, and another where the two
     # runs have other parts.
     derived = metric.exact and metric.parts != "shown" and old.parts and new.parts
+    if new.source == "compiler" and old.parts.keys().isdisjoint(new.parts):
+        # Every variant has another name, as a kernel got one more constant: the worst is judged.
+        derived = False
     if not derived:
         yield _number(new, "", old.value, new.value, judged, direction, slack)
     if not metric.exact:

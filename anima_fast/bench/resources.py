@@ -303,13 +303,12 @@ def rows(choice: Choice) -> Iterator[list[Measurement]]:
     A quick choice compiles bfloat16 for one capability.
     """
     archs = choice.archs or ((FULL_ARCH,) if choice.quick else ARCHS)
-    names = choice.dtypes or (("bfloat16", "float32") if choice.quick else ())
-    dtypes = [getattr(torch, name) for name in names] or None
+    dtypes = [getattr(torch, name) for name in choice.dtypes] or None
     for name, op in COMPILED.items():
         if not choice.wants_op("block" if name in BLOCKS else name):
             continue
-        if choice.quick and not choice.dtypes and torch.bfloat16 in op.dtypes:
-            dtypes = [torch.bfloat16]
+        if choice.quick and not choice.dtypes:
+            dtypes = [torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]]
         for provider, one in implementations(op, choice).items():
             found = measure(
                 ops={name: one}, archs=archs, dtypes=dtypes, quick=choice.quick, sizes=choice.sizes
