@@ -77,7 +77,7 @@ def test_short_sums_are_where_the_kernels_say(words):
 
     Capability 9.0 has wider instructions, and 10.0 some that do not name their type.
     """
-    found, _ = compiled(ROOT / "tests" / "short_sums_code.py", *words)
+    found = compiled(ROOT / "tests" / "short_sums_code.py", *words)
     # Logits in float32; p v; do v, pᵀ do, dsᵀ q; do v, ds k. No part of a tile is computed twice.
     expected = {
         "_attention_fwd": {"F32": 1, "F16": 1},
