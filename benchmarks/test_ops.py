@@ -15,18 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from anima_fast.bench.cases import case_text, chosen_cases, timed_dtypes
 from anima_fast.bench.choice import Choice
-from anima_fast.bench.providers import LIBRARIES, providers
-from anima_fast.bench.times import (
-    DEVICE,
-    MODES,
-    Call,
-    case_text,
-    cases,
-    dtypes_of,
-    problem,
-    trained,
-)
+from anima_fast.bench.providers import libraries_of, providers
+from anima_fast.bench.times import DEVICE, MODES, Call, problem, trained
 from anima_fast.kernels.registry import OPS
 from anima_fast.measure.timer import on_card, synchronize
 
@@ -35,10 +27,11 @@ def entries() -> list[Any]:
     """(op, case, sizes, provider, mode) of everything that can be timed."""
     found = []
     for name, op in OPS.items():
-        real = [(case_text(label, sizes), sizes) for label, sizes in cases(op, Choice(quick=True))]
+        chosen = chosen_cases(op, Choice(quick=True))
+        real = [(case_text(label, sizes), sizes) for label, sizes in chosen]
         small = [(case_text("", op.shapes[-1]), op.shapes[-1])]
         for case, sizes in real if on_card() else small:
-            for provider in ("own", "eager", "compile", *LIBRARIES.get(name, ())):
+            for provider in ("own", "eager", "compile", *libraries_of(op)):
                 for mode in MODES if op.grads else MODES[:1]:
                     entry = f"{name}-{case}-{provider}-{mode}".replace(" ", ",")
                     found.append(pytest.param(name, case, sizes, provider, mode, id=entry))
@@ -53,11 +46,11 @@ def test_op(
     function = providers(op).get(provider)
     if function is None:
         pytest.skip(f"{provider} is not installed")
-    dtype = dtypes_of(op, Choice())[0]
+    dtype = timed_dtypes(op, Choice())[0]
     if not on_card():
         if provider == "compile":
             pytest.skip("compiling takes a while and says nothing on a CPU")
-        dtype = torch.float32
+        dtype = torch.float32 if torch.float32 in op.dtypes else dtype
     why, _ = problem(op, function, sizes, dtype)
     if why:
         assert provider != "own", why

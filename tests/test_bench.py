@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from typer.testing import CliRunner
 
 from anima_fast.bench import (
@@ -25,11 +26,11 @@ from anima_fast.bench import (
     times,
 )
 from anima_fast.bench.choice import Choice, parse_choice
-from anima_fast.bench.environment import environment
+from anima_fast.bench.environment import ROOT, environment
 from anima_fast.bench.history import history, history_page, read_runs, text_of
 from anima_fast.bench.parity import relative_error
 from anima_fast.bench.profile import tree_lines
-from anima_fast.bench.providers import LIBRARIES, load_candidate, providers
+from anima_fast.bench.providers import LIBRARIES, eager_of, libraries_of, load_candidate, providers
 from anima_fast.bench.run_file import Measurement, Run, read_run, sampled, write_run
 from anima_fast.bench.summary import summary
 from anima_fast.cli import app
@@ -412,7 +413,37 @@ def test_providers_compute_the_op(name):
         for value, exact in zip(values if isinstance(values, tuple) else (values,), expected,
                                 strict=True):  # fmt: skip
             assert relative_error(value, exact) < 1e-5, provider
-    assert set(LIBRARIES.get(name, {})) <= {*providers(op), "flash-attn", "xformers", "liger"}
+    assert set(libraries_of(op)) <= {*providers(op), "flash-attn", "xformers", "liger"}
+
+
+def test_short_sums_have_the_rivals_of_their_op():
+    """Eager's own call, and not the float32 definition, which would be easy to beat."""
+    assert libraries_of(OPS["attention_short"]).keys() == LIBRARIES["attention"].keys()
+    op, torch_calls = OPS["attention_short"], []
+    inputs = op.make_inputs(op.shapes[0], torch.float16, "cpu")
+    with TorchFunctionCalls(torch_calls):
+        eager_of(op)(**inputs)
+    assert "scaled_dot_product_attention" in torch_calls
+
+
+class TorchFunctionCalls(TorchFunctionMode):
+    """Notes the names of torch's functions that are called inside."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(getattr(function, "__name__", ""))
+        return function(*args, **(kwargs or {}))
+
+
+def test_pytest_benchmark_runs_every_entry_of_an_op():
+    """Its own process: the folder is no part of the tests, and nothing else would import it."""
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_ops.py", "-k", "gelu"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "6 passed, 3 skipped" in done.stdout
 
 
 CANDIDATE = """

@@ -174,7 +174,29 @@ LIBRARIES: Mapping[str, Mapping[str, Library]] = {
 
 def eager_of(op: Op) -> Provider:
     """What the eager model calls for an op."""
-    return EAGER_CALLS.get(op.name, op.reference)
+    return _rival(op, EAGER_CALLS.get(_plain_name(op), op.reference))
+
+
+def libraries_of(op: Op) -> dict[str, Library]:
+    """The rivals of an op beside eager, installed or not."""
+    found = LIBRARIES.get(_plain_name(op), {})
+    return {name: Library(_rival(op, one.call), one.package) for name, one in found.items()}
+
+
+def _plain_name(op: Op) -> str:
+    """Short sums are a way of ours: their rivals are those of the op itself."""
+    return op.name.removesuffix("_short") if op.yardstick else op.name
+
+
+def _rival(op: Op, call: Provider) -> Provider:
+    """`call`, without the chain of short sums, which is ours alone."""
+    if not op.yardstick or call is op.reference:
+        return call
+
+    def without(*args: Any, chain: int | None = None, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    return without
 
 
 def providers(op: Op, candidate: Mapping[str, Provider] | None = None) -> dict[str, Provider]:
@@ -184,7 +206,7 @@ def providers(op: Op, candidate: Mapping[str, Provider] | None = None) -> dict[s
         EAGER: eager_of(op),
         COMPILE: torch.compile(eager_of(op), dynamic=False),
     }
-    for name, library in LIBRARIES.get(op.name, {}).items():
+    for name, library in libraries_of(op).items():
         if not library.package or importlib.util.find_spec(library.package):
             found[name] = library.call
     return found | dict(candidate or {})
