@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,7 +118,7 @@ def measure(name: str, arguments: argparse.Namespace) -> list[Measurement]:
     error = ((results["own"] - results["lycoris"]).abs().max() / largest).item()
     if error > 1e-4:
         raise SystemExit(f"{name}: ours differs from lycoris by {error:.1e}, nothing is timed")
-    timer = Timer({provider: lambda m=m: step(m, x, dy) for provider, m in modules.items()})
+    timer = Timer({provider: partial(step, m, x, dy) for provider, m in modules.items()})
     for _ in range(arguments.repeats):
         timer.round()
     case = f"M={arguments.tokens} K={inputs} N={outputs} R={arguments.rank}"
@@ -147,8 +148,8 @@ def main() -> None:
     for name in KINDS:
         found = measure(name, arguments)
         own, own_kept, theirs, theirs_kept, _ = found
-        kept = (f"{row.value / 2**20:.2f}" for row in (own_kept, theirs_kept))
-        times = (f"{1e3 * row.value:.1f}" for row in (own, theirs))
+        kept = (f"{row.known / 2**20:.2f}" for row in (own_kept, theirs_kept))
+        times = (f"{1e3 * row.known:.1f}" for row in (own, theirs))
         lines.append((name, *times, f"{ratio(own, theirs):.2f}x", *kept))
         rows += found
     print(f"{arguments.size[0]} -> {arguments.size[1]}, {arguments.tokens} rows, float32, {DEVICE}")

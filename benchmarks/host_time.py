@@ -89,7 +89,7 @@ def narrow_bench() -> Iterator[step_models.Bench]:
         for owner, name, value in (
             (JITFunction, "run", count_launch),
             (dispatch, "runs_triton", lambda x: bench.own),
-            (lora_linear, "uses_triton", lambda x, implementation="auto": False),
+            (lora_linear, "uses_triton", lambda *_: False),
             # What replaces the replays computes nothing that could agree.
             (block_graphs, "disagreement", lambda *_: 0.0),
             (step_models, "TEXT_ROWS", 2),
@@ -97,7 +97,7 @@ def narrow_bench() -> Iterator[step_models.Bench]:
             (step_models, "DTYPE", torch.bfloat16),
         ):
             stack.enter_context(replaced(owner, name, value))
-        bench = step_models.Bench(CONFIG, dtype=torch.bfloat16)
+        bench: step_models.Bench = step_models.Bench(CONFIG, dtype=torch.bfloat16)
         bench.inputs = step_models.Inputs.random(CONFIG, TOKENS, 1)
         bench.graphs.capture = no_graph
         yield bench
@@ -107,7 +107,8 @@ def measure(rounds: int) -> list[Measurement]:
     """Launches and CPU time of the step, by provider."""
     case = f"blocks={CONFIG.num_blocks} D={CONFIG.model_channels} L={TOKENS}"
     plain = Measurement("step", "launches", None, "launches", case, "bfloat16", mode="both")
-    rows, seconds = [], {provider: [] for provider in PROVIDERS}
+    rows: list[Measurement] = []
+    seconds: dict[str, list[float]] = {provider: [] for provider in PROVIDERS}
     with narrow_bench() as bench:
         for provider in PROVIDERS:
             bench.switch(provider)
@@ -143,7 +144,7 @@ def main() -> None:
         counted, taken = (found[metric, provider] for metric in ("launches", "time"))
         share = ratio(found["time", "eager"], taken)
         parts = (str(counted.parts.get(kind, 0)) for kind in ("operators", "triton"))
-        lines.append((provider, f"{1e3 * taken.value:.1f}", f"{share:.2f}", *parts))
+        lines.append((provider, f"{1e3 * taken.known:.1f}", f"{share:.2f}", *parts))
     print(table(("", "host ms", "of eager", "operators", "Triton launches"), lines))
     if arguments.out:
         write_run(arguments.out, environment(), rows)

@@ -157,7 +157,7 @@ def text_of(rows: list[Measurement]) -> str:
         resident, error = (found.get((provider, metric)) for metric in ("resident", "error"))
         lines.append((
             provider, f"{taken.value:.2f}", f"{ratio(taken, found[REFERENCE, 'time']):.2f}x",
-            f"{resident.value / 2**20:.0f}" if resident else "-",
+            f"{resident.known / 2**20:.0f}" if resident else "-",
             f"{error.value:.1e}" if error else "-",
         ))  # fmt: skip
     return table(("provider", "seconds", "speed-up", "peak MiB", "diff"), lines)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -436,6 +437,18 @@ class TorchFunctionCalls(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         self.names.append(getattr(function, "__name__", ""))
         return function(*args, **(kwargs or {}))
+
+
+def test_the_time_of_the_host_is_taken(tmp_path):
+    """It replaces functions of the kernels, whose arguments change."""
+    words = ["-m", "benchmarks.host_time", "--rounds", "1", "--out", tmp_path / "a.jsonl"]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {(row.metric, row.provider): row for row in read_run(tmp_path / "a.jsonl").rows}
+    assert rows["launches", "own none"].parts["triton"] > 0
 
 
 def test_pytest_benchmark_runs_every_entry_of_an_op():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -64,6 +65,11 @@ class Measurement:
     def key(self) -> tuple[str, ...]:
         """What makes two rows of two runs the same measurement."""
         return (self.op, self.metric, self.mode, self.case, self.dtype, self.provider)
+
+    @property
+    def known(self) -> float:
+        """The value; NaN where it could not be measured."""
+        return math.nan if self.value is None else self.value
 
     def __str__(self) -> str:
         words = (self.op, self.provider, self.mode, self.case, self.dtype, self.metric)

@@ -78,17 +78,17 @@ def _speeds(
                 continue
             row = found[name]
             rivals = [r for n, r in found.items() if not n.startswith("own") and n != "eager"]
-            rival = min((r for r in rivals if ":" not in r.provider), key=_value, default=None)
-            mine.append(1e3 * _value(row))
+            rival = min(
+                (r for r in rivals if ":" not in r.provider),
+                key=lambda row: row.known,
+                default=None,
+            )
+            mine.append(1e3 * row.known)
             eager += _speedup(found.get("eager"), row)
             best += _speedup(rival, row)
             shares += [row.parts[k] for k in ("share_of_ceiling",) if k in row.parts]
         yield (op, mode, name, str(len(mine)), _range(mine, "{:.3f}"), _range(eager, "{:.2f}"),
                _range(best, "{:.2f}"), _range(shares, "{:.0%}"))  # fmt: skip
-
-
-def _value(row: Measurement) -> float:
-    return row.value or 0.0
 
 
 def _range(values: Sequence[float], form: str) -> str:
