@@ -63,7 +63,7 @@ def run_block(
         attn_mode="triton",
         dtype=context.dtype,
         head_dim=HEAD,
-        scales={group: [1.0] * len(names) for group, names in GROUPS.items()},
+        linear={group: {"scales": [1.0] * len(names)} for group, names in GROUPS.items()},
         rows=None,
         products=products,
     )
