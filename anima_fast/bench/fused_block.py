@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.kernels.row_powers import TAIL, stored
 from anima_fast.kernels.sums import CHAINS, use_sums
 from anima_fast.models.block import GROUPS, BlockSettings, FusedBlockFunction
 
@@ -58,12 +59,19 @@ def run_block(
     }  # fmt: skip
     for (_, name), weight, down, up in zip(layer_names(), weights, downs, ups, strict=True):
         tensors |= {f"weight.{name}": weight, f"down.{name}": down, f"up.{name}": up}
+    linear: dict[str, dict[str, Any]] = {
+        group: {"scales": [1.0] * len(names)} for group, names in GROUPS.items()
+    }
+    if context.dtype == torch.float16:
+        counts = torch.zeros(1, dtype=torch.int32, device=context.device)
+        for arguments in linear.values():
+            arguments["counter"] = (counts, 0)
     settings = BlockSettings(
         policy=policy,
         attn_mode="triton",
         dtype=context.dtype,
         head_dim=HEAD,
-        linear={group: {"scales": [1.0] * len(names)} for group, names in GROUPS.items()},
+        linear=linear,
         rows=None,
         products=products,
     )
@@ -76,11 +84,13 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inp
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return randn(*shape, dtype=dtype, device=device)
 
-    # float16 keeps the residual stream and the modulation in float32, as the model does.
-    stream = torch.float32 if dtype == torch.float16 else dtype
+    # As in the model: float16 keeps the modulation in float32, and rows with a power of two each.
+    half = dtype == torch.float16
+    stream = torch.float32 if half else dtype
+    x0 = draw(1, length, WIDTH, dtype=stream)
     shapes = [SHAPES[group] for group, _ in layer_names()]
     return {
-        "x0": draw(1, length, WIDTH, dtype=stream),
+        "x0": stored(x0, x0.new_empty(0, WIDTH + TAIL, dtype=dtype)) if half else x0,
         "context": draw(1, rows, CONTEXT),
         # With adapters on the AdaLN layers the sums for their gradients are taken too.
         "modulation": draw(1, 9, WIDTH, dtype=stream).requires_grad_(bool(sizes["adaln"])),

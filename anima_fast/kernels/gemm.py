@@ -46,7 +46,7 @@ def _gemm(
     X, W, Y, H, B, PRE, ACT, COUNTS, M, N, K, R, scale, factor, k_split, slot,
     x_m, x_k, w_n, w_k, y_z, y_m, y_n, h_m, h_r, b_n, b_r, pre_m, act_m,
     HAS_ADAPTER: tl.constexpr, ADD: tl.constexpr, HAS_PRE: tl.constexpr, HAS_ACT: tl.constexpr,
-    SATURATES: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, SHORT_SUMS: tl.constexpr,
+    SCALED: tl.constexpr, SATURATES: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, SHORT_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,8 @@ def _gemm(
         acc = dot_into(acc, x, w, SHORT_SUMS, PRECISION, ACC)
         p_x += BLOCK_K * x_k
         p_w += BLOCK_K * w_k
-    acc *= factor
+    if SCALED:
+        acc *= factor
     m = m_m & m_n
     Y += tl.program_id(1).to(tl.int64) * y_z
     # Offsets are computed where they are used: registers are scarce.
@@ -94,22 +95,17 @@ def _gemm(
             tl.store(ACT + o_m[:, None] * act_m + o_n[None, :], gelu_value(pre), mask=m)
         acc *= gelu_slope(pre)
     if SATURATES:
-        acc = saturated(acc, m, COUNTS + slot)
+        # Beyond M and N the sum is 0.
+        if tl.max(tl.max(tl.abs(acc), 1), 0) > HALF_MAX:
+            beyond = tl.abs(acc) > HALF_MAX
+            tl.atomic_add(COUNTS + slot, tl.sum(tl.sum(beyond.to(tl.int32), 1), 0))
+            acc = tl.where(beyond, tl.where(acc > 0, HALF_MAX, -HALF_MAX), acc)
     y = acc.to(Y.dtype.element_ty)
     tl.store(Y + o_m[:, None] * y_m + o_n[None, :] * y_n, y, mask=m)
     if HAS_ACT and not HAS_PRE:
         # Of the rounded pre-activation, which backward will read.
         a = gelu_value(y.to(ACC))
         tl.store(ACT + o_m[:, None] * act_m + o_n[None, :], a, mask=m)
-
-
-@triton.jit
-def saturated(x, m, COUNT):
-    """x within what float16 holds; counts what is not. NaN stays, and is told elsewhere."""
-    beyond = tl.sum(tl.sum((m & (tl.abs(x) > HALF_MAX)).to(tl.int32), 1), 0)
-    if beyond > 0:
-        tl.atomic_add(COUNT, beyond)
-    return tl.where(x > HALF_MAX, HALF_MAX, tl.where(x < -HALF_MAX, -HALF_MAX, x))
 
 
 @dataclass(frozen=True)
@@ -200,6 +196,7 @@ def gemm(
         pre.stride(0), act.stride(0),
         HAS_ADAPTER=adapter is not None, ADD=add,
         HAS_PRE=gelu_grad is not None, HAS_ACT=gelu is not None,
+        SCALED=adapter is None or scale != 1.0,
         SATURATES=counter is not None and out.dtype == torch.float16,
         GROUP=GROUP, BLOCK_R=16 if x.dtype.itemsize == 4 else 32, SHORT_SUMS=chain,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
