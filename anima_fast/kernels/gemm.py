@@ -94,13 +94,13 @@ def _gemm(
         if HAS_ACT:
             tl.store(ACT + o_m[:, None] * act_m + o_n[None, :], gelu_value(pre), mask=m)
         acc *= gelu_slope(pre)
-    if SATURATES:
-        # Beyond M and N the sum is 0.
-        if tl.max(tl.max(tl.abs(acc), 1), 0) > HALF_MAX:
-            beyond = tl.abs(acc) > HALF_MAX
-            tl.atomic_add(COUNTS + slot, tl.sum(tl.sum(beyond.to(tl.int32), 1), 0))
-            acc = tl.where(beyond, tl.where(acc > 0, HALF_MAX, -HALF_MAX), acc)
     y = acc.to(Y.dtype.element_ty)
+    if SATURATES:
+        # Beyond M and N the sum is 0. Seldom is anything infinite: one maximum tells.
+        if tl.max(tl.abs(y)) > HALF_MAX:
+            beyond = tl.abs(y) > HALF_MAX
+            tl.atomic_add(COUNTS + slot, tl.sum(beyond.to(tl.int32)))
+            y = tl.where(beyond, tl.where(y > 0, HALF_MAX, -HALF_MAX), y).to(y.dtype)
     tl.store(Y + o_m[:, None] * y_m + o_n[None, :] * y_n, y, mask=m)
     if HAS_ACT and not HAS_PRE:
         # Of the rounded pre-activation, which backward will read.

@@ -81,8 +81,9 @@ def _layernorm_modulate_fwd(
     m_d = o_d < D
     x = load_row(X + b * x_b + l * x_l, o_d, m_d, D, POWERS, ACC)
     scale = tl.load(SCALE + b * scale_b + o_d, mask=m_d, other=0.0).to(ACC)
-    shift = tl.load(SHIFT + b * shift_b + o_d, mask=m_d, other=0.0).to(ACC)
     x_hat, _ = normalized(x, m_d, D, EPS)
+    # Not earlier: with scale and shift waiting in registers ptxas spills on sm_90.
+    shift = tl.load(SHIFT + b * shift_b + o_d, mask=m_d, other=0.0).to(ACC)
     tl.store(H + row * D + o_d, x_hat * (1.0 + scale) + shift, mask=m_d)
 
 

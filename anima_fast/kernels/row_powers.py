@@ -75,9 +75,11 @@ def power_of_two(p):
 @triton.jit
 def load_row(X, o_d, m_d, D: tl.constexpr, POWERS: tl.constexpr, ACC: tl.constexpr):
     """A row as ACC; 0 beyond D."""
-    x = tl.load(X + o_d, mask=m_d, other=0.0).to(ACC)
     if POWERS:
-        x *= power_of_two(tl.load(X + D).to(tl.int32))
+        factor = power_of_two(tl.load(X + D).to(tl.int32))
+        x = tl.load(X + o_d, mask=m_d, other=0.0).to(ACC) * factor
+    else:
+        x = tl.load(X + o_d, mask=m_d, other=0.0).to(ACC)
     return x
 
 
