@@ -108,7 +108,9 @@ class Linear(nn.Linear):
 
 
 def scale_for(weight: Tensor) -> float:
-    """The power of two that a weight is divided by to be stored in float16."""
+    """The power of two that a weight is divided by to be stored in float16; 1 without values."""
+    if weight.is_meta:
+        return 1.0
     largest = weight.abs().amax().item()
     if not math.isfinite(largest) or not largest or LEAST <= largest <= 1:
         return 1.0
