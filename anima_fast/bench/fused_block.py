@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,12 +131,12 @@ FUSED_BLOCK = Op(
 )
 
 
-def _run_short(**inputs: Any) -> tuple[Tensor, ...]:
+def _run_short(chain: int, **inputs: Any) -> tuple[Tensor, ...]:
     """The gradients of x0 and the adapters, forward and backward in one setting as in a run."""
     wanted = [inputs["x0"], *inputs["downs"], *inputs["ups"]]
     for leaf in wanted:
         leaf.requires_grad_()
-    with use_sums(max(CHAINS)):
+    with use_sums(chain):
         out = run_block(**inputs)
         return torch.autograd.grad(out, wanted, torch.empty_like(out))
 
@@ -147,8 +148,20 @@ def _short_shapes(tokens: int) -> Mapping[str, Sizes]:
 FUSED_BLOCK_SHORT = dataclasses.replace(
     FUSED_BLOCK,
     name="fused_block_short",
-    function=_run_short,
+    function=partial(_run_short, max(CHAINS)),
     grads=(),
     real_shapes=_short_shapes,
     dtypes=(torch.float16,),
 )
+
+
+def in_chains_of(op: Op, chain: int) -> Op:
+    """An op with short sums, a block too, whose sums have another length: for compile checks."""
+    name = f"{op.name}_{chain}"
+    if op is FUSED_BLOCK_SHORT:
+        return dataclasses.replace(op, name=name, function=partial(_run_short, chain))
+
+    def inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
+        return op.make_inputs(sizes, dtype, device) | {"chain": chain}
+
+    return dataclasses.replace(op, name=name, make_inputs=inputs)
