@@ -169,20 +169,24 @@ def by_name(name: str, capability: tuple[int, int]) -> ShortSums:
 
 
 @contextmanager
-def sums_of_run() -> Iterator[Callable[[int], None]]:
-    """Inside the block products of float16 may be summed in short chains, for the whole process.
+def sums_of_run(chain: int = 0) -> Iterator[None]:
+    """Inside the block products of float16 are summed in chains, of `chain` terms to begin with.
 
-    Gives what sets the terms of a chain, 0 for float32 sums, which they are again at the end.
-    Triton is not imported where nobody sets one.
+    Afterwards they are summed in float32 again, as a program must not depend on what it ran before.
     """
     try:
-        yield _set_sums
-    finally:
-        _set_sums(0)
-
-
-def _set_sums(chain: int) -> None:
-    if chain or "anima_fast.kernels.sums" in sys.modules:
-        from anima_fast.kernels.sums import set_sums
-
         set_sums(chain)
+        yield
+    finally:
+        set_sums(0)
+
+
+def set_sums(chain: int) -> None:
+    """From here on products of float16 have sums of `chain` terms, 0 for float32 sums.
+
+    It holds for the process. Triton is not imported where nobody wants short sums.
+    """
+    if chain or "anima_fast.kernels.sums" in sys.modules:
+        from anima_fast.kernels import sums
+
+        sums.set_sums(chain)
