@@ -111,7 +111,7 @@ def resolve(precision: str, sums: str, machine: Machine) -> Arithmetic:
     full = Arithmetic(wide if auto else "fp16", 0, "", wide if auto else "fp16", auto)
     must = sums == "short" and not auto
     if sums == "full":
-        return _because(full, "--sums full: float16 is faster with short sums only")
+        return _because(full, "--sums full")
     if machine.obstacle:
         if must:
             raise UserError(
@@ -129,7 +129,7 @@ def resolve(precision: str, sums: str, machine: Machine) -> Arithmetic:
 
 def _because(found: Arithmetic, reason: str) -> Arithmetic:
     if found.chosen and found.precision == "fp16":
-        reason = f"this card has no bfloat16; float32 sums, as {reason}"
+        reason = f"this card has no bfloat16; sums in float32: {reason}"
     return Arithmetic(found.precision, found.chain, reason, found.encoders, found.chosen)
 
 

@@ -116,6 +116,7 @@ def measured_sums(
     file = TuningFile(card)
     measured = Measured.of(file.section(SECTION))
     if measured is None:
+        say("measuring float16 sums, once for this card")
         measured = (measure or measure_sums)(device)
         if not measured.is_complete:
             return _by_name(card)
@@ -152,7 +153,7 @@ def own_product(a: Tensor, b: Tensor, chain: int) -> Tensor:
     return gemm(a, b.T, dtype=torch.float32, chain=chain)
 
 
-def products(chain: int, device: torch.device, side: int = SIDE) -> dict[str, Call]:
+def products(chain: int, device: torch.device) -> dict[str, Call]:
     """What is timed: the kernel in short sums, and its rivals in bf16 with float32 sums.
 
     Where there is no bfloat16 the rivals are in float16.
@@ -161,7 +162,7 @@ def products(chain: int, device: torch.device, side: int = SIDE) -> dict[str, Ca
 
     generator = torch.Generator(device).manual_seed(0)
     # Random numbers: zeros would need less power.
-    half = torch.randn(2, side, side, generator=generator, device=device, dtype=torch.float16)
+    half = torch.randn(2, SIDE, SIDE, generator=generator, device=device, dtype=torch.float16)
     card = device.type == "cuda"
     wide = not card or torch.cuda.get_device_capability(device) >= BFLOAT16
     x, w = half

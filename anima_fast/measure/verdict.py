@@ -50,7 +50,12 @@ def model_key(path: str | Path) -> str:
 
 def stored_verdict(card: CardFacts, model: str | Path, chain: int) -> Verdict | None:
     """The verdict on a model with such sums; None before there is one."""
-    verdict = Verdict.of(TuningFile(card).section(SECTION).get(model_key(model)))
+    try:
+        key = model_key(model)
+    except OSError:
+        # Whoever opens the file says so.
+        return None
+    verdict = Verdict.of(TuningFile(card).section(SECTION).get(key))
     return verdict if verdict is not None and verdict.chain == chain else None
 
 

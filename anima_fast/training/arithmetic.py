@@ -15,6 +15,7 @@ import torch
 from anima_fast.errors import UserError
 from anima_fast.measure.arithmetic import Arithmetic, Machine, ShortSums, machine, resolve
 from anima_fast.measure.sums import card_facts, known_sums, measured_sums
+from anima_fast.measure.verdict import unless_refused
 from anima_fast.options.run import TrainOptions
 from anima_fast.training.kind import AnyOptions, Say
 
@@ -83,8 +84,11 @@ def _hint(options: AnyOptions, device: torch.device, where: Machine) -> str | No
         return None
     if device.type != "cuda":
         return None
-    short = known_sums(card_facts(device))
-    if not (short.faster and short.chain):
+    card = card_facts(device)
+    short = known_sums(card)
+    chosen = Arithmetic("fp16", short.chain, "", "bf16", chosen=True)
+    chosen = unless_refused(chosen, card, options.pretrained_model_name_or_path or "")
+    if not (short.faster and short.chain and chosen.precision == "fp16"):
         return None
     times = "faster" if short.ratio is None else f"{short.ratio:.1f} times as fast in products"
     return (
@@ -98,7 +102,7 @@ def _kept(saved: Mapping[str, Any], sums: str, where: Machine, say: Say) -> Arit
     precision, encoders = saved["precision"], saved["encoders"]
     if "bf16" in (precision, encoders) and not where.has_bf16:
         found = resolve("auto", sums, where)
-        say(f"the state was made in {precision}, which this card has not: {found.text} from here")
+        say(f"the state was made with bf16, which this card has not: {found.text} from here on")
         return found
     if sums == "auto":
         sums = "short" if saved["chain"] else "full"
