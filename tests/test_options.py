@@ -41,7 +41,7 @@ def resolve(**given):
 def test_defaults_are_ours():
     options = TrainOptions()
     assert options.learning_rate == 1e-4
-    assert options.mixed_precision == "bf16"
+    assert options.mixed_precision == "auto"
     assert options.caption_extension is None
     assert options.attn_mode == "torch"
     assert options.network_dim == 4 and options.network_alpha == 1.0

@@ -65,7 +65,7 @@ def test_a_failed_run_names_its_error(world, tmp_path, monkeypatch):
      (KeyError("x"), "error: KeyError: 'x'"), (KeyboardInterrupt(), "interrupted")],
 )  # fmt: skip
 def test_a_run_that_ends_while_it_prepares_says_so(world, tmp_path, monkeypatch, error, words):
-    def broken(_options, *, seed, say):
+    def broken(_options, *, seed, say, saved):
         say("reading the dataset")
         raise error
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from anima_fast import files
 from anima_fast.errors import UserError
+from anima_fast.measure.arithmetic import Arithmetic
 from anima_fast.options.run import TrainOptions
 from anima_fast.training import state_files
 from anima_fast.training.optimizers.build import build_optimizer
@@ -18,7 +19,7 @@ from anima_fast.training.optimizers.schedules import build_scheduler
 from anima_fast.training.run import Position, SigmaBins
 from anima_fast.training.state import load_state, save_state
 from anima_fast.training.state_checks import LORA_REMEDIES, dataset_fingerprint
-from anima_fast.training.state_files import damage, find_states, resolve_resume, state_seed
+from anima_fast.training.state_files import damage, find_states, resolve_resume, state_record
 
 TOTAL = 20
 
@@ -80,7 +81,10 @@ class Run:
         )
         self.scaler = torch.amp.GradScaler("cpu", enabled=options.mixed_precision == "fp16")
         self.sigma_bins = SigmaBins(torch.device("cpu"))
-        self.training = types.SimpleNamespace(ema=None, remedies=LORA_REMEDIES)
+        precision = options.mixed_precision
+        self.training = types.SimpleNamespace(
+            ema=None, remedies=LORA_REMEDIES, arithmetic=Arithmetic(precision, 0, "", precision)
+        )
         self.seed, self.fingerprint = 11, {}
 
     def steps(self, first, last):
@@ -140,7 +144,7 @@ def test_a_resumed_run_is_bit_identical(case, tmp_path):
     first = Run(options(**case)).steps(0, 7)
     position = first.save(tmp_path / "run-state")
     resumed = Run(options(**case))
-    assert state_seed(tmp_path / "run-state") == 11
+    assert state_record(tmp_path / "run-state")["seed"] == 11
     assert load(tmp_path / "run-state", resumed) == (position, [])
     assert torch.equal(resumed.network.flat, first.network.flat)
     resumed.steps(7, TOTAL)
@@ -196,7 +200,7 @@ def test_a_damaged_state_alone_says_to_start_again(tmp_path):
     (tmp_path / "run-state" / "state.json").write_text("{}", encoding="utf-8")
     for use in (
         lambda: load(tmp_path / "run-state", Run(options())),
-        lambda: state_seed(tmp_path / "run-state"),
+        lambda: state_record(tmp_path / "run-state"),
     ):
         with pytest.raises(UserError, match="start again without --resume"):
             use()
@@ -319,7 +323,7 @@ def test_a_state_of_sd_scripts_gives_its_weights_only(tmp_path):
     )
     run = Run(options())
     assert resolve_resume(str(folder), tmp_path, "run") == folder
-    assert state_seed(folder) is None
+    assert state_record(folder) is None
     position, notices = load(folder, run)
     assert position == Position()
     assert torch.equal(run.network.flat, source.flat)

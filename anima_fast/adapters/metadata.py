@@ -30,7 +30,7 @@ IMPLEMENTATION = "https://huggingface.co/circlestone-labs/Anima"
 PLAIN_OPTIONS = (
     "learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps",
     "max_grad_norm", "gradient_checkpointing", "gradient_accumulation_steps", "mixed_precision",
-    "full_fp16", "full_bf16", "cache_latents", "prior_loss_weight", "scale_weight_norms",
+    "sums", "full_fp16", "full_bf16", "cache_latents", "prior_loss_weight", "scale_weight_norms",
     "ip_noise_gamma", "ip_noise_gamma_random_strength", "loss_type", "huber_schedule", "huber_c",
     "huber_scale", "caption_dropout_rate", "caption_dropout_every_n_epochs",
     "caption_tag_dropout_rate", "face_crop_aug_range", "resize_interpolation", "validation_seed",

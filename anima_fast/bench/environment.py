@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from anima_fast.measure.card_state import CardState
+from anima_fast.measure.tuning import version
 
 # The checkout that this program runs from, or the folder of an installed package.
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,15 +44,6 @@ def environment() -> dict[str, Any]:
         **_card(),
     }
     return {name: value for name, value in found.items() if value is not None}
-
-
-def version(package: str) -> str | None:
-    """The version of an installed package; None when it is missing."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        # triton-windows installs `triton` under a name of its own.
-        return version("triton-windows") if package == "triton" else None
 
 
 def processor() -> str:

@@ -146,6 +146,7 @@ def dataset_sample(options: TrainOptions, tokens: int, say: Say) -> Sample:
     from anima_fast.data.plan import build_plan
     from anima_fast.device import DTYPES
     from anima_fast.models.model_files import check_model_files
+    from anima_fast.training.arithmetic import predicted
     from anima_fast.training.kind import vae_dtype
 
     check_model_files(
@@ -158,14 +159,17 @@ def dataset_sample(options: TrainOptions, tokens: int, say: Say) -> Sample:
     same = [i for i in plan.items if (i.dataset, i.bucket) == (first.dataset, first.bucket)]
     items = [dataclasses.replace(i, index=n) for n, i in enumerate(same[: len(SIGMAS)])]
     plan = dataclasses.replace(plan, items=items, validation_items=[])
-    dtype = DTYPES[options.mixed_precision]
-    encoded = encode_dataset(plan, options, vae_dtype=vae_dtype(options), text_dtype=dtype, say=say)
+    device = torch.device("cpu")
+    word = predicted(options, device).mixed_precision
+    dtype, vae_type = DTYPES[word], vae_dtype(options, word)
+    encoded = encode_dataset(plan, options, vae_dtype=vae_type, text_dtype=dtype, say=say)
     # One image stands for all noise levels where a bucket has no second.
     indices = [n % len(items) for n in range(len(SIGMAS))]
     batch = Batches(plan, encoded, options, seed=0).load(indices, epoch=1, step=0)
     assert batch.latents is not None
-    device = torch.device("cpu")
-    conditioning = load_conditioning(options, encoded.text_mode, device=device, dtype=dtype)
+    conditioning = load_conditioning(
+        options, encoded.text_mode, device=device, dtype=dtype, models_dtype=dtype
+    )
     context, zero_rows = conditioning(batch.text)
     counts = [zero_rows] * len(indices) if isinstance(zero_rows, int) else list(zero_rows)
     names = ", ".join(dict.fromkeys(item.path.name for item in items))

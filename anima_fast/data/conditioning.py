@@ -25,7 +25,10 @@ from anima_fast.options.run import AnyRun
 
 @dataclass
 class Conditioning:
-    """The part of the text path that stays on the device during training."""
+    """The part of the text path that stays on the device during training.
+
+    `dtype` is that of the context; the models may compute in another one.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -46,20 +49,30 @@ class Conditioning:
             ids, mask = tokens.t5_ids, tokens.t5_mask
         else:
             source_mask = text.source_mask.to(self.device)
-            states = text.source_states.to(self.device, self.dtype, non_blocking=True)
+            states = text.source_states.to(self.device, non_blocking=True)
             ids, mask = text.t5_ids, text.t5_mask
         assert self.adapter is not None
         counts = mask.sum(1).tolist()
         ids, mask = ids.to(self.device), mask.to(self.device)
-        return self.adapter(ids, mask, states.to(self.dtype), source_mask), zero_key_counts(counts)
+        # The adapter takes states of any type.
+        context = self.adapter(ids, mask, states, source_mask)
+        return context.to(self.dtype), zero_key_counts(counts)
 
 
 def load_conditioning(
-    options: AnyRun, text_mode: str, *, device: torch.device, dtype: torch.dtype
+    options: AnyRun,
+    text_mode: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    models_dtype: torch.dtype,
 ) -> Conditioning:
-    """Load what `text_mode` ("context", "states" or "live") needs each step."""
+    """Load what `text_mode` ("context", "states" or "live") needs each step.
+
+    dtype: of the context, which the DiT reads. models_dtype: of the encoder and the adapter.
+    """
     conditioning = Conditioning(device, dtype, token_limits=options.token_limits)
-    models = EncodingModels(options, device, dtype)
+    models = EncodingModels(options, device, models_dtype)
     if text_mode != "context":
         conditioning.adapter = models.adapter
     if text_mode == "live":

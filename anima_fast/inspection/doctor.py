@@ -12,10 +12,10 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
+from anima_fast.measure.tuning import driver_version
 from anima_fast.models.download import DIT_FOLDER, TEXT_ENCODER, TOKENIZERS, VAE, models_folder
 
 # Attention before this version returns NaN for some shapes.
@@ -58,7 +58,7 @@ def examine(models_dir: str | Path | None = None) -> dict[str, Any]:
         "system": {
             "python": platform.python_version(),
             "os": platform.platform(),
-            "driver": _driver_version(),
+            "driver": driver_version(),
             "memory_gib": _memory_gib(),
         },
         **torch_report(problems, warnings),
@@ -104,11 +104,31 @@ def torch_report(problems: list[str], warnings: list[str]) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "memory_gib": round(total / 2**30, 1),
             "free_gib": round(free / 2**30, 1),
+            "auto": _auto(index),
         })  # fmt: skip
         if properties.major < 8:
-            warnings.append(f"{properties.name} has no bfloat16: use --mixed_precision fp16")
+            warnings.append(f"{properties.name} has no bfloat16: --mixed_precision auto is fp16")
     about = {"version": version, "cuda": torch.version.cuda, "threads": torch.get_num_threads()}
     return {"torch": about, "cards": cards}
+
+
+def _auto(index: int) -> dict[str, str]:
+    """What `--mixed_precision auto` takes on a card, and why; nothing is measured."""
+    # Not at the top: torch may be missing.
+    import torch
+
+    from anima_fast.measure.arithmetic import machine, resolve
+    from anima_fast.measure.sums import card_facts, known_sums
+
+    card = torch.device("cuda", index)
+    where = machine(card, "auto", short=lambda: known_sums(card_facts(card)))
+    found = resolve("auto", "auto", where)
+    return {
+        "precision": found.precision,
+        "sums": found.sums,
+        "text": found.text,
+        "reason": found.reason,
+    }
 
 
 def is_older(version: str, oldest: tuple[int, int]) -> bool:
@@ -151,16 +171,6 @@ def disk_report(folder: Path, warnings: list[str]) -> dict[str, float]:
     return free
 
 
-def _driver_version() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    versions = done.stdout.strip().splitlines()
-    return versions[0] if versions else None
-
-
 def _memory_gib() -> float | None:
     try:
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -180,7 +190,9 @@ def doctor_text(report: dict[str, Any]) -> str:
     lines += [
         f"NVIDIA driver: {system['driver'] or 'not found'}",
         *(
-            f"card: {c['name']}, {c['memory_gib']} GiB ({c['free_gib']} free), sm_{c['capability']}"
+            f"card: {c['name']}, {c['memory_gib']} GiB ({c['free_gib']} free), "
+            f"sm_{c['capability']}\n  --mixed_precision auto: {c['auto']['text']} "
+            f"({c['auto']['reason']})"
             for c in report["cards"]
         ),
         "",

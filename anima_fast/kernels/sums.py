@@ -44,12 +44,18 @@ def use_sums(chain: int) -> Iterator[None]:
 
     Raises `ValueError` for a length that is not in `CHAINS`.
     """
-    global _chain
-    before, _chain = _chain, checked(chain)
+    before = _chain
+    set_sums(chain)
     try:
         yield
     finally:
-        _chain = before
+        set_sums(before)
+
+
+def set_sums(chain: int) -> None:
+    """`use_sums` from here on: of a whole run, whose steps lie in no one block."""
+    global _chain
+    _chain = checked(chain)
 
 
 def checked(chain: int) -> int:

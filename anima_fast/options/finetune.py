@@ -70,6 +70,7 @@ def network_options() -> dict[str, str]:
         "network_train_unet_only": "--llm_adapter_lr 0 trains the DiT only",
         "network_train_text_encoder_only": "the text encoder is always frozen in full fine-tuning",
         "cuda_graphs": "they record the fused blocks, which have frozen weights",
+        "sums": "they are of the fused blocks, which have frozen weights",
         "network_args": "parts have rates of their own, such as --mlp_lr",
     }
     groups = (NetworkOptions, NetworkRateOptions, LoRAFileOptions, LoRASpeedOptions)

@@ -68,6 +68,16 @@ def check_cacheable(keys: Mapping[str, Any], *, latents: bool, text: bool, place
         )
 
 
+def check_sums(precision: str, sums: str) -> None:
+    """Refuse short sums of another type than float16."""
+    if sums == "short" and precision not in ("auto", "fp16"):
+        shown = "float32" if precision in ("no", "fp32") else precision
+        raise UserError(
+            f"--sums short is about float16 products, and here they are {shown}: use fp16 or auto "
+            "(--mixed_precision, in `sample` --dtype), or drop it"
+        )
+
+
 def _caches(draft: Draft) -> None:
     for name in ("cache_latents", "cache_text_encoder_outputs"):
         if draft.values[f"{name}_to_disk"]:
@@ -120,7 +130,11 @@ def _precision(draft: Draft) -> None:
         raise UserError("--full_bf16 and --full_fp16 exclude each other: choose one")
     for flag, precision in (("full_bf16", "bf16"), ("full_fp16", "fp16")):
         if draft.values[flag] and draft.mixed_precision != precision:
-            draft.set("mixed_precision", precision, f"{flag}: mixed_precision set to {precision}")
+            # What was left to the program is no surprise.
+            given = draft.mixed_precision != "auto"
+            notice = f"{flag}: mixed_precision set to {precision}" if given else None
+            draft.set("mixed_precision", precision, notice)
+    check_sums(draft.mixed_precision, draft.values.get("sums", "auto"))
     if draft.full_fp16 and draft.values.get("weight_update", "plain") == "plain":
         draft.notices.append(
             "full_fp16: squares of small gradients vanish in float16, so that steps of Adam may "

@@ -7,6 +7,12 @@ from anima_fast.options.finetune import PARTS
 from anima_fast.options.rules import Draft
 
 
+def _precision(draft: Draft) -> None:
+    # Trained weights run in plain PyTorch, which has no short sums.
+    if draft.mixed_precision == "auto":
+        draft.set("mixed_precision", "bf16")
+
+
 def _parts(draft: Draft) -> None:
     given = [draft.values[option] for _, option in PARTS.values()]
     if not draft.learning_rate and not any(given):
@@ -71,4 +77,4 @@ def _fused_backward(draft: Draft) -> None:
         )
 
 
-FINETUNE_RULES = (_parts, _weight_update, _eager_blocks, _fused_backward)
+FINETUNE_RULES = (_precision, _parts, _weight_update, _eager_blocks, _fused_backward)

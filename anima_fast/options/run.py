@@ -34,6 +34,7 @@ from anima_fast.options.rules import SHARED_RULES, Draft, Rule
 from anima_fast.options.rules_finetune import FINETUNE_RULES
 from anima_fast.options.rules_lora import NETWORK_RULES
 from anima_fast.options.training import (
+    PRECISIONS,
     FlowOptions,
     LoRAFileOptions,
     LoRASpeedOptions,
@@ -166,6 +167,10 @@ class FinetuneOptions(RunOptions, _Learning, FinetuneGroup, _Data):
     command = "finetune"
     rules = (*SHARED_RULES, *FINETUNE_RULES)
 
+    mixed_precision: str = option(
+        "Memory and speed", "bf16", "Type of weights and arithmetic; auto is bf16.",
+        choices=PRECISIONS,
+    )  # fmt: skip
     autosave_minutes: float = option(
         "Saving and resuming", 30.0,
         "Minutes between the states of a rolling resume folder; 0 = off.", low=0,

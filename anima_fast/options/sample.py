@@ -8,7 +8,8 @@ from functools import partial
 from anima_fast.errors import UserError
 from anima_fast.options.data import ModelFiles
 from anima_fast.options.declare import Checked, option
-from anima_fast.options.training import ATTN_MODES, DeviceOptions
+from anima_fast.options.rules import check_sums
+from anima_fast.options.training import ATTN_MODES, DeviceOptions, SumsOptions
 from anima_fast.options.words import path_and_weight
 
 _sample = partial(option, "Image")
@@ -17,7 +18,7 @@ _sample_speed = partial(option, "Memory and speed")
 
 
 @dataclass(frozen=True)
-class SampleOptions(Checked, DeviceOptions, ModelFiles):
+class SampleOptions(Checked, SumsOptions, DeviceOptions, ModelFiles):
     """All options of `anima-fast sample`."""
 
     dit: str | None = _sample_model(None, "Anima DiT, one .safetensors file (required).")
@@ -53,8 +54,9 @@ class SampleOptions(Checked, DeviceOptions, ModelFiles):
     )  # fmt: skip
     output: str = _sample("sample.png", "PNG file to write, or a folder; several are numbered.")
     dtype: str = _sample_speed(
-        "bf16", "Type of weights and arithmetic.", choices=("bf16", "fp16", "fp32")
-    )
+        "auto", "Type of weights and arithmetic; auto is what training takes here.",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )  # fmt: skip
     attn_mode: str = _sample_speed("torch", "Attention backend.", choices=ATTN_MODES)
 
     def _settle(self) -> None:
@@ -62,6 +64,7 @@ class SampleOptions(Checked, DeviceOptions, ModelFiles):
             self._put("vae_chunk_size", self.vae_chunk_size + 1)
         if self.strength != 1 and not self.init_image:
             raise UserError("--strength needs --init_image FILE: the picture to start from")
+        check_sums(self.dtype, self.sums)
         _ = self.loras
 
     @property

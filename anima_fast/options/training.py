@@ -22,6 +22,7 @@ SCHEDULERS = (
     "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant", "adafactor",
 )  # fmt: skip
 ATTN_MODES = ("torch", "triton", "xformers", "flash", "sageattn")
+PRECISIONS = ("auto", "no", "fp16", "bf16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -102,7 +103,18 @@ class NetworkRateOptions:
 
 
 @dataclass(frozen=True)
-class LoRASpeedOptions:
+class SumsOptions:
+    """How tensor cores sum, in LoRA training and in `sample`."""
+
+    sums: str = _memory(
+        "auto", "How products of float16 are summed: full is in float32, short in float16 for at "
+        "most 64 terms at a time; auto is short where that is faster.",
+        choices=("auto", "short", "full"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoRASpeedOptions(SumsOptions):
     """Speed options that only LoRA training has."""
 
     cuda_graphs: bool | None = _memory(
@@ -209,8 +221,10 @@ class MemoryOptions(DeviceOptions):
     """Precision, memory and speed."""
 
     mixed_precision: str = _memory(
-        "bf16", "Type of weights and arithmetic.", choices=("no", "fp16", "bf16")
-    )
+        "auto", "Type of weights and arithmetic; auto is fp16 where short float16 sums make the "
+        "card faster (every GeForce), else bf16.",
+        choices=PRECISIONS,
+    )  # fmt: skip
     full_bf16: bool = _memory(False, "Keep trained weights and gradients in bfloat16 too.")
     full_fp16: bool = _memory(False, "Keep trained weights and gradients in float16 too.")
     gradient_checkpointing: bool = _memory(False, "Recompute each block in the backward pass.")

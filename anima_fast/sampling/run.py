@@ -17,6 +17,9 @@ from anima_fast.adapters.network import LoRANetwork
 from anima_fast.data.encode_models import load_run_tokenizers
 from anima_fast.device import DTYPES, choose_device, set_backends, uses_fused_blocks
 from anima_fast.errors import UserError
+from anima_fast.measure.arithmetic import Arithmetic, machine, resolve, sums_of_run
+from anima_fast.measure.sums import card_facts, measured_sums
+from anima_fast.measure.verdict import unless_refused
 from anima_fast.memory.free import free_memory
 from anima_fast.memory.offload import install_block_runner
 from anima_fast.models import text_encoder
@@ -56,7 +59,7 @@ class Session:
     qwen3: str
     vae: str
     device: torch.device
-    dtype: torch.dtype
+    arithmetic: Arithmetic
     loras: list[LoRAFile]
     jobs: list[Job]
     say: Callable[[str], None]
@@ -88,19 +91,21 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
     vae = given(options.vae, "vae")
     notices: list[str] = []
     jobs, axes, loras = _plan(options, dit, notices.append)
-    device, dtype = choose_device(options.device), DTYPES[options.dtype]
+    device = choose_device(options.device)
+    arithmetic = _arithmetic(options, dit, device, notices.append)
+    dtype = DTYPES[arithmetic.precision]
     check_attn_mode(options.attn_mode, training=False, device=device, dtype=dtype)
     set_backends()
     sheets = [expand(job, axes) for job in jobs] if axes else []
     if sheets:
         jobs = [job for rows in sheets for row in rows for job in row]
     outputs = PicturePaths(options.output, len(jobs), grid=bool(axes))
-    with Progress() as progress, torch.no_grad():
+    with Progress() as progress, torch.no_grad(), sums_of_run(arithmetic.chain):
         say = (lambda text: None) if quiet else progress.say
         for notice in (*notices, *_without_effect(options, jobs)):
             say(notice)
         shown = None if quiet else progress
-        session = Session(options, dit, qwen3, vae, device, dtype, loras, jobs, say, shown)
+        session = Session(options, dit, qwen3, vae, device, arithmetic, loras, jobs, say, shown)
         images = _render(session, outputs)
         if session.interrupted:
             raise KeyboardInterrupt
@@ -111,6 +116,22 @@ def run_sample(options: SampleOptions, *, quiet: bool = False) -> Path:
             save_png(path, sheet, generation_parameters(rows[0][0], dit, session.lora_paths))
             say(f"wrote {path}")
     return outputs.grid(0) if sheets else outputs.picture(0)
+
+
+def _arithmetic(
+    options: SampleOptions, dit: str, device: torch.device, say: Callable[[str], None]
+) -> Arithmetic:
+    """What training takes here for this model, or what --dtype says."""
+    where = machine(
+        device, options.kernels, short=lambda: measured_sums(card_facts(device), device, say)
+    )
+    found = resolve(options.dtype, options.sums, where)
+    if device.type != "cuda":
+        return found
+    found = unless_refused(found, card_facts(device), dit)
+    if found.precision == "fp16" and "auto" in (options.dtype, options.sums):
+        say(f"precision: {found.text} ({found.reason})")
+    return found
 
 
 def _plan(
@@ -179,7 +200,8 @@ def _render(session: Session, outputs: PicturePaths) -> list[Image.Image]:
 
 def _encode(session: Session) -> Contexts:
     """Text phase: encode every text once for each set of weights that changes it."""
-    options, device, dtype = session.options, session.device, session.dtype
+    options, device = session.options, session.device
+    dtype = DTYPES[session.arithmetic.encoders]
     session.say("encoding the prompt")
     tokenizers = load_run_tokenizers(options)
     encoder = text_encoder.load_text_encoder(session.qwen3, device=device, dtype=dtype)
@@ -216,7 +238,9 @@ def _sample(session: Session, contexts: Contexts) -> list[Tensor]:
     """Sampling phase: latents [16, h, w] float32 on the CPU, in the order of the jobs."""
     options, device = session.options, session.device
     session.say("loading the DiT")
-    dit = load_dit(session.dit, device=device, dtype=session.dtype, attn_mode=options.attn_mode)
+    precision = session.arithmetic.precision
+    dtype = DTYPES[precision]
+    dit = load_dit(session.dit, device=device, dtype=dtype, attn_mode=options.attn_mode)
     attached = [attach_lora(lora, dit=dit) for lora in session.loras]
     if uses_fused_blocks(options.kernels, device):
         install_block_runner(dit, fused=True)
@@ -234,14 +258,14 @@ def _sample(session: Session, contexts: Contexts) -> list[Tensor]:
             job = group[0]
             _set_weights(attached, job.weights)
             with _enough_memory("use a smaller --width, --height or --batch_size"):
-                texts = [contexts[text, job.weights] for text in job.texts]
+                texts = [contexts[text, job.weights].to(dtype) for text in job.texts]
                 start = session.start.get((job.width, job.height))
                 latents = sample_jobs(dit, group, texts, start=start, on_step=on_step)
             if not torch.isfinite(latents).all():
                 wider = {"fp16": ", or --dtype bf16", "bf16": ", or --dtype fp32"}
                 raise UserError(
-                    f"the sampled latents are not finite with --dtype {options.dtype}: use a "
-                    f"smaller --cfg or LoRA weight{wider.get(options.dtype, '')}"
+                    f"the sampled latents are not finite with --dtype {precision}: use a smaller "
+                    f"--cfg or LoRA weight{wider.get(precision, '')}"
                 )
             found += list(latents.squeeze(2).cpu())
     except KeyboardInterrupt:

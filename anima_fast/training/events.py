@@ -68,6 +68,8 @@ class Events:
 
     def start(self) -> None:
         """Before the first step."""
+        arithmetic = self.run.training.arithmetic
+        self.log.start(self.position.step, arithmetic.precision, arithmetic.sums)
         if self.run.options.sample_at_first and self.position.step == 0:
             self._make_previews("000000")
         self.progress.start(self.position.step, self.run.length.steps)

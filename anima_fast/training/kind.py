@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from anima_fast.device import DTYPES, uses_fused_blocks
+from anima_fast.measure.arithmetic import Arithmetic
 from anima_fast.options.run import FinetuneOptions, TrainOptions
 from anima_fast.training.state_checks import Remedies
 
@@ -46,9 +47,9 @@ def save_dtype(options: SaveOptions) -> torch.dtype | None:
     return DTYPES[options.save_precision] if options.save_precision else None
 
 
-def vae_dtype(options: AnyOptions) -> torch.dtype:
-    """The precision of the VAE."""
-    return torch.float32 if options.no_half_vae else DTYPES[options.mixed_precision]
+def vae_dtype(options: AnyOptions, encoders: str) -> torch.dtype:
+    """The dtype of the VAE where the other encoders have the precision `encoders`."""
+    return torch.float32 if options.no_half_vae else DTYPES[encoders]
 
 
 class Network(Protocol):
@@ -80,7 +81,7 @@ class Training(ABC):
     """One kind of training; what a kind does not override, it does not do.
 
     Attributes:
-        options, device, seed: of the run.
+        options, device, seed, arithmetic: of the run.
         network, optimizer: what is trained, and what trains it; after `build`.
         ema: the running mean of the weights, if one is kept.
         name: of this kind, and `facts` that only it has, for the report.
@@ -104,8 +105,11 @@ class Training(ABC):
     cuda_graphs: bool | None = False
     sink: Sink | None = None
 
-    def __init__(self, facts: dict[str, str], device: torch.device, seed: int) -> None:
+    def __init__(
+        self, facts: dict[str, str], device: torch.device, seed: int, arithmetic: Arithmetic
+    ) -> None:
         self.facts, self.device, self.seed = facts, device, seed
+        self.arithmetic = arithmetic
 
     @cached_property
     def fused(self) -> bool:

@@ -1,10 +1,11 @@
 """What a run writes about itself: `log.jsonl` and `run.json`; TensorBoard and wandb if asked for.
 
 Each line of `log.jsonl` is one JSON object with `kind` and `step`; a number that is not finite is
-null. Kinds: step; epoch; validation (`loss`, `divergence`, `per_sigma`); sigma_bins (`means` and
-`counts` of the training loss in ten bins of sigma); preview (`files`); event (`text`: what changed
-the way the run continues). The file never holds the same step twice: when a run resumes, the lines
-after the resumed step are dropped first.
+null. Kinds: start (`precision` and `sums`; again when a run resumes); step; epoch; validation
+(`loss`, `divergence`, `per_sigma`); sigma_bins (`means` and `counts` of the training loss in ten
+bins of sigma); preview (`files`); event (`text`: what changed the way the run continues). The file
+never holds the same step twice: when a run resumes, the lines after the resumed step are dropped
+first.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from anima_fast.training.trackers import open_trackers
 if TYPE_CHECKING:
     from anima_fast.options.output import LogOptions
     from anima_fast.training.run import Run, TrainResult
+
+
+# Of these a step may have several.
+REPEATED = ("start", "event")
 
 
 class RunLog:
@@ -69,6 +74,10 @@ class RunLog:
         self._file.close()
         for tracker in self.trackers:
             tracker.close()
+
+    def start(self, step: int, precision: str, sums: str) -> None:
+        """Log in which arithmetic the run goes on after `step` steps."""
+        self._write("start", step, {"precision": precision, "sums": sums}, {})
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Log an optimizer step.
@@ -129,8 +138,7 @@ class RunLog:
         self, kind: str, step: int, record: Mapping, scalars: Mapping[str, float | None]
     ) -> None:
         # The end of an epoch comes again when a run resumes from a state saved just there.
-        # Events differ: a step may have several.
-        if kind != "event" and (kind, step) in self._written:
+        if kind not in REPEATED and (kind, step) in self._written:
             return
         self._written.add((kind, step))
         line = json.dumps(_finite({"kind": kind, "step": step, **record}), allow_nan=False)
@@ -154,7 +162,7 @@ class RunLog:
                 kind, step = record["kind"], record["step"]
             except (ValueError, KeyError, TypeError):
                 continue
-            if step <= last_step and (kind == "event" or (kind, step) not in self._written):
+            if step <= last_step and (kind in REPEATED or (kind, step) not in self._written):
                 self._written.add((kind, step))
                 kept.append(line)
         write_text(self.path, "".join(f"{line}\n" for line in kept))
@@ -168,7 +176,8 @@ class RunFile:
 
     Keys: version, output_name, method, pid, started_at and updated_at (seconds since 1970), state
     (running, finished, interrupted or failed), first_step, steps, epochs, batches_per_epoch,
-    images, device, base_model, final (the file, or null), error (a text, or null).
+    images, device, precision (no, fp16 or bf16), sums (short or full), base_model, final (the file,
+    or null), error (a text, or null).
     """
 
     def __init__(self, run: Run, first_step: int) -> None:
@@ -189,6 +198,8 @@ class RunFile:
             "batches_per_epoch": length.batches_per_epoch,
             "images": len(run.plan.items),
             "device": str(run.device),
+            "precision": options.mixed_precision,
+            "sums": run.training.arithmetic.sums,
             "base_model": Path(given(options.pretrained_model_name_or_path)).name,
             "final": None,
             "error": None,

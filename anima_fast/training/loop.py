@@ -20,9 +20,11 @@ from anima_fast.console import ConsoleLog
 from anima_fast.data.batches import Batch, in_steps
 from anima_fast.errors import UserError
 from anima_fast.files import write_text
+from anima_fast.measure.arithmetic import sums_of_run
 from anima_fast.options.files import to_toml
 from anima_fast.progress import Progress
 from anima_fast.reports.run_page import report_run
+from anima_fast.training.arithmetic import FORMER
 from anima_fast.training.bad_batches import BadBatchTracker
 from anima_fast.training.checkpoints import remove_leftovers
 from anima_fast.training.events import Events, StopSignal
@@ -33,7 +35,7 @@ from anima_fast.training.optimizers.build import train_mode
 from anima_fast.training.run import Position, Run, TrainResult
 from anima_fast.training.setup import choose_seed, prepare, show_dataset
 from anima_fast.training.state import load_state
-from anima_fast.training.state_files import resolve_resume, state_seed
+from anima_fast.training.state_files import resolve_resume, state_record
 from anima_fast.training.step import forward_backward, optimizer_step
 
 
@@ -52,12 +54,12 @@ def train(options: AnyOptions) -> TrainResult | None:
         UserError: for bad options, files or data, a full disk, or a run that stopped being finite.
     """
     state = resolve_resume(options.resume, options.output_dir, options.output_stem)
-    saved_seed = state_seed(state) if state else None
-    seed = choose_seed(options.seed) if saved_seed is None else saved_seed
+    saved = state_record(state) if state else None
+    seed = choose_seed(options.seed) if saved is None else saved["seed"]
     folder = None if options.debug_dataset else options.output_dir
     console = ConsoleLog(folder, fresh=state is None)
     progress = Progress(simple=options.console_log_simple, log=console)
-    with console, one_line_out_of_memory(), progress:
+    with console, one_line_out_of_memory(), progress, sums_of_run():
         if options.debug_dataset:
             show_dataset(options, seed, say=progress.say)
             return None
@@ -69,16 +71,17 @@ def train(options: AnyOptions) -> TrainResult | None:
         # From here on the run's files say which it was.
         options = replace(options, seed=seed)
         # Ctrl-C while encoding ends the program at once: every finished cache file stays.
-        run = prepare(options, seed=seed, say=progress.say)
+        arithmetic = None if saved is None else saved.get("arithmetic", FORMER)
+        run = prepare(options, seed=seed, say=progress.say, saved=arithmetic)
         position = Position()
         if state:
             position = load_state(state, run, say=progress.say)
             progress.say(f"resumed from {state.name} at step {position.step}")
-        # `--config_file NAME.toml` repeats the run.
+        # `--config_file NAME.toml` repeats the run; what `auto` was is in run.json and the files.
         write_text(run.folder / f"{options.output_stem}.toml", to_toml(options))
         with (
             RunFile(run, position.step) as file,
-            RunLog(run.folder, options, first_step=position.step) as log,
+            RunLog(run.folder, run.options, first_step=position.step) as log,
             StopSignal() as stop,
         ):
             events = Events(run, position, log=log, progress=progress, stop=stop)
@@ -158,7 +161,7 @@ def save_report(run: Run, outcome: TrainResult, *, say: Callable[[str], None]) -
             facts=run.training.facts,
             base_model=given(options.pretrained_model_name_or_path),
             optimizer=options.optimizer_type,
-            precision=options.mixed_precision,
+            precision=run.training.arithmetic.text,
             output=outcome.output,
             log=outcome.log,
             steps=outcome.steps,

@@ -14,6 +14,7 @@ from torch import Tensor
 from anima_fast.adapters.metadata import training_metadata
 from anima_fast.adapters.network import LoRANetwork
 from anima_fast.data.summary import summarise
+from anima_fast.measure.arithmetic import Arithmetic
 from anima_fast.memory.offload import install_memory_savers
 from anima_fast.training.adapter_setup import base_files, build_network, check_files, check_network
 from anima_fast.training.kind import Say, Training, save_dtype
@@ -40,9 +41,11 @@ class LoRATraining(Training):
     # Clips the flat gradient; the project's own AdamW does so in its step.
     _clip: Callable[[float], Tensor]
 
-    def __init__(self, options: TrainOptions, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, options: TrainOptions, device: torch.device, seed: int, arithmetic: Arithmetic
+    ) -> None:
         rank = {"rank, alpha": f"{options.network_dim}, {options.network_alpha:g}"}
-        super().__init__(rank, device, seed)
+        super().__init__(rank, device, seed, arithmetic)
         self.options = options
         # Frozen weights can be swapped at any time, except those of compiled blocks.
         self.can_swap_later = not options.compile

@@ -33,6 +33,7 @@ from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.options.run import FinetuneOptions, TrainOptions
 from anima_fast.sampling.prompts import collect_prompts
 from anima_fast.training.adapter_setup import build_network, check_files
+from anima_fast.training.arithmetic import predicted
 from anima_fast.training.finetune.start import base_tensors, looks_at_all
 from anima_fast.training.kind import given, vae_dtype
 from anima_fast.training.optimizers.probe import network_state_bytes, state_bytes
@@ -74,7 +75,7 @@ def show_memory(options: Options, *, say: Callable[[str], None]) -> None:
     )
     if isinstance(options, TrainOptions):
         check_files(options)
-    plan = build_plan(options)
+    options, plan = predicted(options, device), build_plan(options)
     for line in memory_plan(options, memory_needs(options, plan, device), device):
         say(line)
 
@@ -145,7 +146,9 @@ def meta_models(options: TrainOptions) -> Models:
             given(options.qwen3), device=META, dtype=dtype
         )
     network = build_network(options, dit, conditioning, seed=0, say=lambda text: None)
-    vae = load_vae(given(options.vae), device=META, dtype=vae_dtype(options))
+    # Encoders may be of another 16-bit type, which takes the same room.
+    vae_type = vae_dtype(options, options.mixed_precision)
+    vae = load_vae(given(options.vae), device=META, dtype=vae_type)
     return Models(dit, network, vae, conditioning.adapter, conditioning.text_encoder)
 
 

@@ -62,10 +62,10 @@ class PreviewPrompts:
             values = encode_states(tokens, given(parts.text_encoder), parts.device)
         else:
             tokens, values = self.texts[text]
-        values = values.to(parts.device, parts.dtype)
-        if self.text_mode == "context":
-            return values
-        return adapt(tokens, values, given(parts.adapter))
+        values = values.to(parts.device)
+        if self.text_mode != "context":
+            values = adapt(tokens, values, given(parts.adapter))
+        return values.to(parts.dtype)
 
 
 @torch.no_grad()

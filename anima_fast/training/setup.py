@@ -9,7 +9,9 @@ from __future__ import annotations
 import random
 import secrets
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from anima_fast.data.summary import list_epoch
 from anima_fast.device import DTYPES, check_torch_version, choose_device, set_backends
 from anima_fast.errors import UserError
 from anima_fast.files import check_folder
+from anima_fast.measure.arithmetic import Arithmetic, set_sums
 from anima_fast.memory.offload import SaverSettings
 from anima_fast.models.attention import check_attn_mode
 from anima_fast.models.dit import AnimaDiT, load_dit
@@ -33,7 +36,9 @@ from anima_fast.models.vae_checkpoint import load_vae
 from anima_fast.options.output import LengthOptions, ValidationOptions
 from anima_fast.options.run import FinetuneOptions
 from anima_fast.sampling.prompts import collect_prompts
+from anima_fast.training.arithmetic import settle, with_arithmetic
 from anima_fast.training.finetune.finetuning import Finetuning
+from anima_fast.training.guard import judged
 from anima_fast.training.kind import AnyOptions, Say, Training, given, vae_dtype
 from anima_fast.training.lora import LoRATraining
 from anima_fast.training.optimizers.recipes import find_optimizer
@@ -42,18 +47,17 @@ from anima_fast.training.preview_prompts import prepare_prompts
 from anima_fast.training.run import LossScaler, Run
 
 
-def prepare(options: AnyOptions, *, seed: int, say: Say) -> Run:
+def prepare(
+    options: AnyOptions, *, seed: int, say: Say, saved: Mapping[str, Any] | None = None
+) -> Run:
     """Check, plan, encode, load: everything before the first step, in the order that users see.
 
-    Raises `UserError` for anything wrong with the options, the dataset or the model files, as early
-    as it can be known.
+    `saved` is the arithmetic of the state that the run resumes from. Raises `UserError` for
+    anything wrong with the options, the dataset or the model files, as early as it can be known.
     """
     device = choose_device(options.device)
-    training: Training
-    if isinstance(options, FinetuneOptions):
-        training = Finetuning(options, device, seed)
-    else:
-        training = LoRATraining(options, device, seed)
+    options, arithmetic = settle(options, device, say=say, saved=saved)
+    training = make_training(options, device, seed, arithmetic)
     folder = check_start(options, training, device)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -61,28 +65,48 @@ def prepare(options: AnyOptions, *, seed: int, say: Say) -> Run:
     plan, length = read_dataset(options, say)
     training.check_room(plan, say)
     # The VAE and the text encoder come and go here, before the DiT takes its memory.
-    lowres, encoded = encode(options, plan, folder, device, say)
+    encoders = DTYPES[arithmetic.encoders]
+    vae_type = vae_dtype(options, arithmetic.encoders)
+    lowres, encoded = encode(options, plan, folder, device, say, vae_type, encoders)
     batches = Batches(plan, encoded, options, seed, lowres)
-    dtype = DTYPES[options.mixed_precision]
-    prompts = prepare_prompts(options, encoded.text_mode, device=device, dtype=dtype, say=say)
+    prompts = prepare_prompts(options, encoded.text_mode, device=device, dtype=encoders, say=say)
+
+    def load(arithmetic: Arithmetic, say: Say = lambda text: None) -> Run:
+        """The run in an arithmetic, fresh."""
+        set_sums(arithmetic.chain)
+        settled = with_arithmetic(options, arithmetic)
+        training = make_training(settled, device, seed, arithmetic)
+        dit = load_run_dit(settled, device)
+        conditioning = load_conditioning(
+            settled, encoded.text_mode, device=device, dtype=dit.dtype, models_dtype=encoders
+        )
+        vae = None
+        if encoded.image_mode == "live":
+            vae = load_vae(given(options.vae), device=device, dtype=vae_type)
+        notices = training.build(dit, conditioning, say)
+        scheduler = build_scheduler(
+            settled, training.optimizer, length.steps, learning_rate=options.learning_rate
+        )
+        for notice in notices:
+            say(notice)
+        scaler = LossScaler(device.type, enabled=settled.mixed_precision == "fp16")
+        return Run(
+            settled, folder, training, device, seed, plan, batches, length, dit, conditioning,
+            scheduler, scaler, vae, prompts,
+        )  # fmt: skip
 
     say("loading the DiT")
-    dit = load_run_dit(options, device)
-    conditioning = load_conditioning(options, encoded.text_mode, device=device, dtype=dit.dtype)
-    vae = None
-    if encoded.image_mode == "live":
-        vae = load_vae(given(options.vae), device=device, dtype=vae_dtype(options))
-    notices = training.build(dit, conditioning, say)
-    scheduler = build_scheduler(
-        options, training.optimizer, length.steps, learning_rate=options.learning_rate
-    )
-    for notice in notices:
-        say(notice)
-    scaler = LossScaler(device.type, enabled=options.mixed_precision == "fp16")
-    return Run(
-        options, folder, training, device, seed, plan, batches, length, dit, conditioning,
-        scheduler, scaler, vae, prompts,
-    )  # fmt: skip
+    model = given(options.pretrained_model_name_or_path)
+    return load(judged(arithmetic, model, device, load, say=say), say)
+
+
+def make_training(
+    options: AnyOptions, device: torch.device, seed: int, arithmetic: Arithmetic
+) -> Training:
+    """The kind of training that the options are of."""
+    if isinstance(options, FinetuneOptions):
+        return Finetuning(options, device, seed, arithmetic)
+    return LoRATraining(options, device, seed, arithmetic)
 
 
 def check_start(options: AnyOptions, training: Training, device: torch.device) -> Path:
@@ -105,8 +129,8 @@ def check_start(options: AnyOptions, training: Training, device: torch.device) -
         major, _ = torch.cuda.get_device_capability(device)
         if major < 8:
             raise UserError(
-                "this card has no bfloat16 units: use --mixed_precision fp16 (the residual stream "
-                "stays in fp32) or no"
+                "this card has no bfloat16 units: use --mixed_precision auto, which is fp16 here, "
+                "or no"
             )
     # Proved now, not after an hour.
     if not options.output_dir:
@@ -165,9 +189,15 @@ def describe_plan(plan: DatasetPlan, options: LengthOptions, say: Say) -> Length
 
 
 def encode(
-    options: AnyOptions, plan: DatasetPlan, folder: Path, device: torch.device, say: Say
+    options: AnyOptions,
+    plan: DatasetPlan,
+    folder: Path,
+    device: torch.device,
+    say: Say,
+    vae_type: torch.dtype,
+    text_type: torch.dtype,
 ) -> tuple[LowRes | None, EncodedDataset]:
-    """Fill the caches, and write the dataset's health to the output folder."""
+    """Fill the caches by encoders of these types, and write the dataset's health to the folder."""
     # Written twice, as encoding may take long and the lengths of captions are known only after it.
     write_health(folder, plan)
     lowres = LowRes.from_options(options)
@@ -177,8 +207,8 @@ def encode(
         plan,
         options,
         device=device,
-        vae_dtype=vae_dtype(options),
-        text_dtype=DTYPES[options.mixed_precision],
+        vae_dtype=vae_type,
+        text_dtype=text_type,
         lowres=lowres,
         say=say,
     )

@@ -25,6 +25,7 @@ from anima_fast.files import atomic_folder, remove_leftovers, replace, save_safe
 from anima_fast.models.checkpoint import Checkpoint
 from anima_fast.training import state_checks as checks
 from anima_fast.training import state_files as files
+from anima_fast.training.arithmetic import changed_arithmetic, record_of
 from anima_fast.training.optimizers.schedules import restore_scheduler
 from anima_fast.training.run import Position, Run
 
@@ -53,6 +54,7 @@ def save_state(folder: Path, run: Run, position: Position, *, keep_previous: boo
             "seed": run.seed,
             "fingerprint": run.fingerprint,
             "optimizer": checks.class_name(run.optimizer),
+            "arithmetic": record_of(run.training.arithmetic),
             "versions": files.versions(),
             "saved_at": time.time(),
         }
@@ -107,6 +109,8 @@ def load_state(folder: Path, run: Run, *, say: Callable[[str], None]) -> Positio
     scale = files.read_json(folder / "scaler.json")
     if run.scaler.is_enabled() and scale:
         run.scaler.load_state_dict(scale)
+    if text := changed_arithmetic(record.get("arithmetic"), run.training.arithmetic):
+        say(text)
     for name, version in files.versions().items():
         was = record["versions"].get(name)
         if was != version:

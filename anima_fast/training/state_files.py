@@ -208,13 +208,13 @@ def resolve_resume(
     )
 
 
-def state_seed(folder: str | os.PathLike) -> int | None:
-    """The seed of the run that made a state; None for a state of sd-scripts.
+def state_record(folder: str | os.PathLike) -> dict | None:
+    """What a state says of its run (`state.json`); None for a state of sd-scripts.
 
     Raises `UserError` when the state is damaged.
     """
     folder = Path(folder)
-    return None if is_foreign_state(folder) else intact_record(folder)["seed"]
+    return None if is_foreign_state(folder) else intact_record(folder)
 
 
 def is_foreign_state(folder: Path) -> bool:

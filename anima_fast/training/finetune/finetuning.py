@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anima_fast.adapters.metadata import modelspec
+from anima_fast.measure.arithmetic import Arithmetic
 from anima_fast.memory.offload import BlockRunner, install_memory_savers
 from anima_fast.training.finetune import start
 from anima_fast.training.finetune.full_network import FullNetwork, train_everything
@@ -43,14 +44,16 @@ class Finetuning(Training):
     network: FullNetwork
     optimizer: WeightUpdates
 
-    def __init__(self, options: FinetuneOptions, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, options: FinetuneOptions, device: torch.device, seed: int, arithmetic: Arithmetic
+    ) -> None:
         rates = [f"{part} {rate:g}" for part, rate in options.part_rates.items()]
         weights = str(start.training_dtype(options)).removeprefix("torch.")
         facts = {
             "learning rates": ", ".join(rates),
             "weights, updates": f"{weights}, {options.weight_update}",
         }
-        super().__init__(facts, device, seed)
+        super().__init__(facts, device, seed, arithmetic)
         self.options = options
         self.updates_in_backward = options.fused_backward_pass
 
