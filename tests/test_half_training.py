@@ -195,7 +195,7 @@ def saturating(layer="blocks.1.mlp.layer1.weight"):
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_what_float16_cannot_hold_is_cut_counted_and_named(recompute):
-    dit, network = half_dit(saturating(), attn_mode="triton", recompute=recompute)
+    dit, _ = half_dit(saturating(), attn_mode="triton", recompute=recompute)
     inputs = make_inputs(batch=1, height=4, width=4)
     with dispatch.use("triton"), torch.no_grad():
         out = dit(inputs["latents"].half(), inputs["sigma"], inputs["context"].half())

@@ -1,4 +1,4 @@
-"""Rows of float16 with a power of two each: what they hold, and what the row kernels make of them."""
+"""Rows of float16 with a power of two each: what they hold, what the row kernels make of them."""
 
 import pytest
 import torch

@@ -46,7 +46,8 @@ def _gemm(
     X, W, Y, H, B, PRE, ACT, COUNTS, M, N, K, R, scale, factor, k_split, slot,
     x_m, x_k, w_n, w_k, y_z, y_m, y_n, h_m, h_r, b_n, b_r, pre_m, act_m,
     HAS_ADAPTER: tl.constexpr, ADD: tl.constexpr, HAS_PRE: tl.constexpr, HAS_ACT: tl.constexpr,
-    SCALED: tl.constexpr, SATURATES: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, SHORT_SUMS: tl.constexpr,
+    SCALED: tl.constexpr, SATURATES: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_R: tl.constexpr, SHORT_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +96,7 @@ def _gemm(
             tl.store(ACT + o_m[:, None] * act_m + o_n[None, :], gelu_value(pre), mask=m)
         acc *= gelu_slope(pre)
     y = acc.to(Y.dtype.element_ty)
-    if SATURATES:
+    if SATURATES:  # noqa: SIM102, the one when compiling, the other when running
         # Beyond M and N the sum is 0. Seldom is anything infinite: one maximum tells.
         if tl.max(tl.abs(y)) > HALF_MAX:
             beyond = tl.abs(y) > HALF_MAX
