@@ -40,6 +40,7 @@ class KernelPass(Pass):
         self.sample = sample.to(device)
         # Of the last block; `finish` needs its final layer.
         self.dit: AnimaDiT | None = None
+        self._beyond = 0
 
     @property
     def exact(self) -> bool:
@@ -57,6 +58,8 @@ class KernelPass(Pass):
             return self.states[-1]
 
         self._velocity(self.dit, run)
+        if self.dit.saturation is not None:
+            self._beyond += sum(self.dit.saturation.take().values())
 
     def finish(self, scale: float) -> None:
         dit, self.dit = self.dit, None
@@ -88,7 +91,7 @@ class KernelPass(Pass):
 
     @property
     def saturated(self) -> int | None:
-        return None
+        return self._beyond if self.way.dtype == torch.float16 else None
 
     def _loaded(
         self, index: int, block: Block
