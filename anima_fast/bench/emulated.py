@@ -10,7 +10,6 @@ float32 tensors that hold only numbers of the type, so that the same code runs i
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from anima_fast.device import one_thread
+from anima_fast.models.dit_layers import scale_for
 
 # The largest float16: what a store of something larger becomes.
 HALF_MAX = 65504.0
@@ -156,14 +156,13 @@ class Arithmetic:
     def weight(self, w: Tensor) -> tuple[Tensor, float]:
         """A weight as the product reads it, and the factor of its result.
 
-        In float16 it is scaled by the power of two that brings its largest entry to [1, 2), so that
+        In float16 it may be divided by a power of two (`models.dit_layers.scale_for`), so that
         next to none are subnormal and a sum of 64 products cannot overflow.
         """
         if self.dtype != torch.float16:
             return self.stored(w), 1.0
-        largest = max(end.abs().item() for end in torch.aminmax(w))
-        exponent = math.frexp(largest)[1] - 1 if math.isfinite(largest) else 0
-        return (w * 2.0**-exponent).half().float(), 2.0**exponent
+        scale = scale_for(w)
+        return (w / scale).half().float(), scale
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b of stored operands."""
