@@ -72,6 +72,7 @@ def judged(
     card = card_facts(device)
     verdict = stored_verdict(card, model, found.chain)
     if verdict is None:
+        say("comparing fp16 with bf16 on the first batch, once for this model")
         bf16 = refused(found, "")
         with _nothing_changes(device):
             wide, narrow = (_first_gradients(trial, a, device) for a in (bf16, found))
@@ -80,7 +81,8 @@ def judged(
             say("the first batch does not tell fp16 from bf16: its gradients are zero or no number")
             return found
         if not verdict.problem:
-            say(f"fp16 agrees with bf16 on the first batch: gradients' cosine {verdict.cosine:.5f}")
+            same = "" if verdict.cosine is None else f": gradients' cosine {verdict.cosine:.5f}"
+            say(f"fp16 suits this model{same}")
         if (problem := keep_verdict(card, model, verdict)) is not None:
             say(f"this is found out at each start ({problem})")
     if not verdict.problem:
