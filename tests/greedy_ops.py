@@ -15,7 +15,7 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from anima_fast.bench.resources import check, measure
+from anima_fast.bench.resources import ARCHS, FULL_ARCH, SHORTER, check, measure
 from anima_fast.kernels.op import Cost, Op, randn
 
 
@@ -78,5 +78,8 @@ GREEDY = {
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    rows = measure(quick=words == ["quick"]) if words else measure(ops=GREEDY, archs=(89,))
+    quick = words == ["quick"]
+    rows = measure(quick=quick) if words else measure(ops=GREEDY, archs=(FULL_ARCH,))
+    if words:
+        rows += measure(ops=SHORTER, archs=(FULL_ARCH,) if quick else ARCHS, quick=quick)
     print(json.dumps({"problems": check(rows), "kernels": list(map(asdict, rows))}))

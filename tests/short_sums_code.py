@@ -3,12 +3,14 @@
     python tests/short_sums_code.py [block] ARCH...
 
 In a process of its own, as kernels are compiled: for each variant of the product and the attention
-kernels its name, SHORT_SUMS, registers and spills, and instructions by the type of their sums, as
+kernels its name, SHORT_SUMS, registers and spills, and multiply-adds by the type of their sums, as
 multiples of one product of its tile. With `block` the variants of the fused block too.
 """
 
 import json
+import re
 import sys
+from collections import Counter
 
 import torch
 
@@ -18,11 +20,33 @@ from anima_fast.bench.fused_block import FUSED_BLOCK_SHORT
 from anima_fast.bench.resources import describe
 from anima_fast.kernels.registry import OPS
 
-# Terms, rows and columns of one HMMA.16816.
-MULTIPLY_ADDS = 16 * 16 * 8
-
-
+# HMMA.16816 is of one warp, HGMMA.64x128x16 (capability 9.0) of four; both name their sums' type.
+NAMED = re.compile(r"(HMMA\.16816|HGMMA\.(\d+)x(\d+)x(\d+))\.(F16|F32).*")
+# UTCHMMA (10.0) does not: a descriptor says type and size, a constant in the PTX. Its layout is in
+# the PTX ISA, "Instruction descriptor": from bit 4 the type of sums, from bit 17 columns / 8, from
+# bit 24 rows / 16.
+TCGEN05 = re.compile(r"tcgen05\.mma\S+ \[[^]]*\], [^,]+, [^,]+, (%r\d+),")
+CONSTANT = re.compile(r"mov\.b32\s+(%r\d+), (\d+);")
 LABELS = ("down", "self", "even triton")
+
+
+def sums_of(asm, warps):
+    """Multiply-adds of a compiled kernel's products by the type of their sums."""
+    found = Counter()
+    names = sass.INSTRUCTION.findall(sass.disassemble(asm["cubin"]))
+    for name in names:
+        if match := NAMED.fullmatch(name):
+            m, n, k = (int(size) for size in match.groups()[1:4]) if match[2] else (16, 8, 16)
+            found[match[5]] += m * n * k * warps // (4 if match[2] else 1)
+    constants = dict(CONSTANT.findall(asm["ptx"]))
+    described = [int(constants[register]) for register in TCGEN05.findall(asm["ptx"])]
+    for bits in described:
+        rows, columns = 16 * (bits >> 24 & 31), 8 * (bits >> 17 & 63)
+        found[{0: "F16", 1: "F32"}[bits >> 4 & 3]] += rows * columns * 16
+    unnamed = [n for n in names if re.search("[A-Z]MMA", n) and not NAMED.fullmatch(n)]
+    # Those of the descriptors and no other.
+    assert {"UTCHMMA"} >= {n.partition(".")[0] for n in unnamed} and len(unnamed) == len(described)
+    return found
 
 
 def variants(arch, block):
@@ -38,10 +62,9 @@ def variants(arch, block):
         constants = dict(word.split("=") for word in kernel.config.split())
         if "SHORT_SUMS" not in constants:
             continue
-        found = sass.counts(sass.disassemble(launch.compiled.asm["cubin"]))
         rows, columns = int(constants["BLOCK_M"]), int(constants["BLOCK_N"])
-        depth = int(constants["BLOCK_K"])
-        one = rows * columns * depth / MULTIPLY_ADDS / kernel.warps
+        one = rows * columns * int(constants["BLOCK_K"])
+        found = sums_of(launch.compiled.asm, kernel.warps)
         yield {
             "kernel": kernel.kernel,
             "arch": arch,
@@ -50,7 +73,7 @@ def variants(arch, block):
             "narrow": min(rows, columns),
             "registers": kernel.registers,
             "spills": kernel.spill_bytes,
-            "sums": {name.split()[1]: n / one for name, n in found.items() if "HMMA " in name},
+            "sums": {kind: n / one for kind, n in found.items()},
         }
 
 

@@ -17,6 +17,7 @@ from anima_fast.bench.parity import Check
 from anima_fast.bench.run_file import Run
 from anima_fast.data.batches import Batches
 from anima_fast.errors import UserError
+from anima_fast.kernels import sums
 from anima_fast.kernels.registry import OPS
 from anima_fast.measure.card_state import CardState
 from anima_fast.measure.rates import cold_and_warm
@@ -328,7 +329,7 @@ def test_backward_alone_of_compiled_code_is_timed():
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        (Choice(providers=("own",)), ["eager", *step.OWN, "own none graphs"]),
+        (Choice(providers=("own",)), ["eager", *step.OWN, *step.HALF, "own none graphs"]),
         (Choice(providers=("compile",)), ["eager", "compile"]),
         (Choice(providers=("liger",)), []),
         (Choice(quick=True), ["eager", "own none"]),
@@ -367,6 +368,36 @@ def test_moments_of_the_step_are_there_once():
         bench.switch(provider)
         bench()
     assert len(eager) == len(own) and all(state["exp_avg"].any() for state in own.values())
+
+
+@on_the_cpu
+@pytest.mark.parametrize("policy", ["none", "block"])
+def test_fp16_takes_turns_with_bf16(policy):
+    """One DiT in both, whose weights come back as they were."""
+    bench = step_models.Bench(step_models.TINY, rank=2, dtype=torch.bfloat16)
+    bench.inputs = step_models.Inputs.random(step_models.TINY, 16, 2)
+    drawn = {n: p.data.clone() for n, p in bench.dit.named_parameters()}
+    found = {}
+    for provider in ("eager", f"own {policy}", f"own {policy} fp16-short") * 2:
+        bench.switch(provider)
+        half = provider.endswith("short")
+        assert (bench.dit.dtype, sums._chain) == (
+            (torch.float16, 64) if half else (torch.bfloat16, 0)
+        )
+        assert (bench.dit.saturation is not None) == half
+        found[provider] = step.first_step(bench)
+        assert not step.disagreement(found[provider], found["eager"])
+    assert len({loss for loss, _ in found.values()}) == 3
+    bench.switch("eager")
+    for name, parameter in bench.dit.named_parameters():
+        torch.testing.assert_close(parameter.data, drawn[name], rtol=0, atol=2**-24)
+    assert sums._chain == 0
+
+
+def test_fp16_takes_turns_with_nothing_else():
+    bench = step_models.Bench(step_models.TINY, rank=2, dtype=torch.float32)
+    with pytest.raises(ValueError, match="with bf16 alone"):
+        bench.switch("own none fp16-short")
 
 
 def test_graphs_of_one_size_are_no_memory_of_the_next():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from anima_fast.errors import UserError
 from anima_fast.kernels.op import Cost, Op
 from anima_fast.kernels.registry import OPS
 from anima_fast.measure import step_time as dit_step
-from anima_fast.measure.cards import CARDS, find_card
+from anima_fast.measure.cards import CARDS, find_card, float16_sums
 from anima_fast.measure.rates import Rates
 from anima_fast.measure.step_time import (
     OpUse,
@@ -115,6 +116,36 @@ def test_a_batch_moves_and_multiplies_as_often():
             assert b.cost.forward_bytes == 4 * a.cost.forward_bytes, a.op
 
 
+def short_times(**run):
+    """Forward and backward of a short variant as shares of its op's, by name and shape."""
+    times = {(time.op, time.label): time for time in op_times(RATES, tokens=4096, **run)}
+    return {
+        (name, label): tuple(
+            (getattr(times[f"{name}_short", label], part) - RATES.launch_s)
+            / (getattr(times[name, label], part) - RATES.launch_s)
+            for part in ("forward_s", "backward_s")
+        )
+        for name, label in times
+        if f"{name}_short" in dit_step.SHORT_SHARES
+    }
+
+
+def test_short_sums_take_a_share_of_the_time():
+    found = short_times(float16_sums=2.0)
+    assert found["attention", "self"] == pytest.approx((1 / 1.3, 1 / 1.6))
+    # 2 M K N of 2 M K N + 2 M R (K + N) operations, and one adapter product more of each backward.
+    adapter = 32 * (2048 + 8192) / (2048 * 8192)
+    expected = [(1 / 1.75 + n * adapter) / (1 + n * adapter) for n in (1, 2)]
+    assert found["lora_linear", "up"] == pytest.approx(expected)
+    # Bound by memory: as long as before.
+    assert found["attention", "cross"][0] == found["lora_linear", "text kv"][0] == 1
+
+
+@pytest.mark.parametrize("rate", [1.0, 1.1])
+def test_short_sums_are_not_taken_where_they_are_no_faster(rate):
+    assert all(share == (1, 1) for share in short_times(float16_sums=rate).values())
+
+
 def test_mfu_counts_nothing_twice():
     """The share of the peak is of the operations by which the benchmark judges a measured step."""
     card = find_card("rtx-3060")
@@ -157,8 +188,10 @@ def test_step(policy, again):
 
 def test_step_names_shapes_that_exist():
     known = {(time.op, time.label) for time in op_times(RATES, tokens=4096)}
-    for use in (*dit_step.BLOCK, *dit_step.STEP):
+    for use in (*dit_step.BLOCK, *dit_step.SHORT_BLOCK, *dit_step.STEP):
         assert use.op not in OPS or (use.op, use.label) in known, use
+    changed = {use.op for use in dit_step.SHORT_BLOCK} - {use.op for use in dit_step.BLOCK}
+    assert changed == dit_step.SHORT_SHARES.keys() <= OPS.keys()
 
 
 def test_parameter_ops_have_the_size_of_the_run():
@@ -220,6 +253,22 @@ def test_geforce_figures(name, fp32, bf16):
     card = CARDS[name]
     assert card.fp32_tflops == pytest.approx(fp32, abs=0.1)
     assert card.bf16_tflops == pytest.approx(bf16, abs=0.3)
+    # 142, 330 and 419 with float16 sums.
+    assert card.float16_sums == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 2),
+        ("NVIDIA TITAN RTX", 2),
+        ("NVIDIA RTX A6000", 1),
+        ("NVIDIA RTX 6000 Ada Generation", 1),
+        ("NVIDIA A100-SXM4-80GB", 1),
+    ],
+)
+def test_the_rate_of_float16_sums_follows_from_a_name(name, times):
+    assert float16_sums(name) == times
 
 
 def test_cards_are_plausible():
@@ -285,8 +334,39 @@ def test_command():
         assert step["fits"] == (sum(parts.values()) <= 0.95 * 12)
     done = invoke("--card", "rtx-3060")
     assert done.exit_code == 0, done.output
-    for word in (*OPS, *POLICIES, "GeForce RTX 3060", "assumed", "MFU"):
+    words = ("GeForce RTX 3060", "2 times with float16 sums", "fp16 short s", "assumed", "MFU")
+    for word in (*OPS, *POLICIES, *words):
         assert word in done.output, word
+
+
+@pytest.mark.parametrize(("card", "least", "most"), [("rtx-3060", 1.3, 1.75), ("h200", 1, 1)])
+def test_bf16_and_short_sums_side_by_side(card, least, most):
+    found = json.loads(invoke("--card", card, "--json").output)
+    assert found["rates"]["float16_sums"] == (2 if most > 1 else 1)
+    for step in found["steps"]:
+        assert step["fp16_short_times"] == step["seconds"] / step["fp16_short_s"]
+        assert least <= step["fp16_short_times"] <= most
+    text = invoke("--card", card).output
+    assert ("float16 sums no faster" in text) == (most == 1)
+    step = found["steps"][0]
+    (line,) = (line for line in text.splitlines() if line.startswith("none "))
+    shown = [f"{step['seconds']:.3f}", f"{step['fp16_short_s']:.3f}"]
+    assert [line.split()[i] for i in (1, 3)] == shown
+    assert line.split()[4] == f"{step['fp16_short_times']:.2f}"
+
+
+def test_the_predictions_of_the_docs_are_those_of_the_command():
+    """The table of docs/performance.md, at 512x512 and 1024x1024."""
+    page = (Path(__file__).parent.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    table = page.split("| bf16 → fp16 short, 512x512 |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert len(rows) >= 6
+    for name, *cells in rows:
+        card = find_card(name)
+        for cell, tokens in zip(cells, (1024, 4096), strict=True):
+            step = prediction(card, Rates.of(card), tokens=tokens, batch=1, rank=32)["steps"][0]
+            bf16, short = (f"{1e3 * step[key]:.0f}" for key in ("seconds", "fp16_short_s"))
+            assert cell == f"{bf16} → {short} ms, {step['fp16_short_times']:.2f}", (name, tokens)
 
 
 @pytest.mark.parametrize(

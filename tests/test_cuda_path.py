@@ -90,7 +90,7 @@ def test_operators_of_the_fused_block_exist(launches, policy, attentions, adapte
     counts = torch.empty(B, dtype=torch.int32, device="meta")
     settings = BlockSettings(
         policy=policy, attn_mode=attn_mode, dtype=torch.bfloat16, head_dim=HEAD,
-        scales={group: [0.5] * len(layers) for group, layers in GROUPS.items()},
+        linear={group: {"scales": [0.5] * len(layers)} for group, layers in GROUPS.items()},
         rows=ZeroRows((512 - S, 9), counts, counts),
     )  # fmt: skip
     with pretended(card), Operators() as operators:

@@ -37,7 +37,7 @@ def test_parity(op, sizes, dtype, layout):
 
 
 # With short sums an op is the same function but for float16.
-WIDE = [op for op in OPS.values() if not op.yardstick]
+WIDE = [op for op in OPS.values() if not op.of_half]
 DIFFERENTIABLE = [op for op in WIDE if op.grads]
 
 

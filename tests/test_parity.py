@@ -113,9 +113,9 @@ def test_every_op_is_checked_at_the_models_sizes_and_in_float64():
         assert op.model_shapes and all(case in table for case in quick)
         assert len(table) > 4 * len(quick) / 2
         for sizes in op.model_shapes:
-            wide = set() if op.yardstick else {torch.float64}
+            wide = set() if op.of_half else {torch.float64}
             assert {d for s, d, _ in table if s == sizes} == {*op.dtypes, *wide}
-        main = {torch.float16} if op.yardstick else {torch.float64, torch.bfloat16}
+        main = {torch.float16} if op.of_half else {torch.float64, torch.bfloat16}
         assert {d for _, d, _ in quick} == main
 
 

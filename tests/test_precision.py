@@ -1,7 +1,9 @@
-"""The emulated step is the DiT's own; short sums against bf16 at full width; the command."""
+"""The emulated step and that of the kernels are the DiT's own; full width; the command."""
 
 import dataclasses
 import json
+import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,12 @@ from typer.testing import CliRunner
 from anima_fast.adapters.lora import add_lora
 from anima_fast.bench import precision, precision_command
 from anima_fast.bench.emulated import BF16, FLOAT32, FP16_FULL, FP16_SHORT, Sums
-from anima_fast.bench.precision import DitFile, Sample, compare, random_sample
+from anima_fast.bench.interpreter import interpreting
+from anima_fast.bench.kernel_pass import KernelPass, kernel_product
+from anima_fast.bench.precision import DitFile, EmulatedPass, Sample, compare, random_sample
 from anima_fast.cli import app
+from anima_fast.kernels import lora_linear
+from anima_fast.measure.probe import Probe, probe
 from anima_fast.models.dit import load_dit
 
 
@@ -49,29 +55,26 @@ def eager_step(model, sample, dtype):
     }
 
 
-def emulated_step(model, sample, way, monkeypatch):
-    """The same of `compare`, by spying on what it adds up."""
-    gradients = {}
-    add = precision.Agreement.add
-
-    def spy(self, layer, own, exact):
-        gradients[layer] = own
-        add(self, layer, own, exact)
-
-    monkeypatch.setattr(precision.Agreement, "add", spy)
-    passes = []
-    end = precision._end
-    monkeypatch.setattr(precision, "_end", lambda one, *rest: (end(one, *rest), passes.append(one)))
-    # The last is the one that is asked for.
-    compare(model, sample, (way,))
-    return passes[-1].velocity, gradients
+def step_of(make, model, sample, way):
+    """The same block after block, and the pass that made it."""
+    one = make(model, model.head(), sample, way)
+    blocks = range(model.config.num_blocks)
+    for index in blocks:
+        one.forward(index, model.block(index))
+    one.finish(1.0)
+    return one, {
+        f"blocks.{index}.{name}": factors
+        for index in reversed(blocks)
+        for name, factors in one.backward(index, model.block(index)).items()
+    }
 
 
-def test_the_emulated_step_is_that_of_the_dit(tiny, monkeypatch):
+@pytest.mark.parametrize("make", [EmulatedPass, partial(KernelPass, device=torch.device("cpu"))])
+def test_a_step_block_after_block_is_that_of_the_dit(tiny, make):
     model, sample = tiny
     velocity, gradients = eager_step(model, sample, torch.float32)
-    found, own = emulated_step(model, sample, FLOAT32, monkeypatch)
-    expected = precision._as_patches(velocity)
+    one, own = step_of(make, model, sample, FLOAT32)
+    found, expected = one.velocity, precision.as_patches(velocity)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert own.keys() == gradients.keys() and len(own) == 30
     for name, factors in gradients.items():
@@ -94,6 +97,56 @@ def test_emulated_16_bit_errs_as_the_dit_in_16_bit(tiny, way, dtype):
     for name, factors in gradients.items():
         agreement.add(name, factors, exact_gradients[name])
     assert 0.3 < row.one_minus_cosine / (1 - agreement.cosine) < 2
+
+
+@pytest.mark.skipif(not interpreting(), reason="a card has its own device and memory")
+def test_kernels_make_the_rows_of_the_emulation(monkeypatch):
+    """Two fused blocks on four tokens, interpreted, one after the other."""
+    model = DitFile(dit_weights(dataclasses.replace(TINY, num_blocks=2)))
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 4, 4, generator=generator)
+    context = torch.randn(1, 3, TINY.context_dim, generator=generator)
+    sample = Sample.of(latents, context, (509,), "")
+    bf16, full, short = compare(model, sample)
+    seen, gemm = [], lora_linear.gemm
+    monkeypatch.setattr(
+        lora_linear,
+        "gemm",
+        lambda *rest, **o: (seen.append(o.get("chain", 0)), gemm(*rest, **o))[1],
+    )
+    make = partial(KernelPass, device=torch.device("cpu"))
+    (row,) = compare(model, sample, (FP16_SHORT,), make=make)
+    # Products of layers and the narrow ones of adapters.
+    assert set(seen) == {0, 64}
+    assert row.precision == "fp16-short" and row.saturated == 0
+    assert 0.3 * full.one_minus_cosine < row.one_minus_cosine < bf16.one_minus_cosine / 50
+    assert 0.5 * short.velocity < row.velocity < 2 * short.velocity
+
+
+def test_the_probe_of_the_product_kernel():
+    """Interpreted, the kernel rounds as the emulation does."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = probe(kernel_product, 64, device)
+    assert found.accepted
+    if interpreting():
+        assert found.error == pytest.approx(3.9e-4, rel=0.05)
+
+
+def test_values_beyond_float16_are_counted(tiny):
+    model, sample = tiny
+    tensors = dit_weights()
+    name = "blocks.1.mlp.layer1.weight"
+    # GELU of 10⁵ and more is beyond in about half of the hidden values.
+    loud = DitFile(tensors | {name: tensors[name] * 1e6})
+    quiet, bf16, full = (
+        *compare(model, sample, (FP16_FULL,)),
+        *compare(loud, sample, (BF16, FP16_FULL)),
+    )
+    assert quiet.saturated == bf16.saturated == 0 and full.saturated > 1000
+    text = precision_command.as_text([bf16, full])
+    assert f"fp16-full: {full.saturated} values are beyond 65504, use bf16" in text
+    assert "bf16: " not in text
+    assert "beyond" not in precision_command.as_text([quiet])
 
 
 def test_a_row_finds_the_layer_that_agrees_least():
@@ -213,6 +266,7 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch):
     }
     for words, expected in cases.items():
         check(command(*words), expected)
+    check(command("--dit", dit, "--device", "cuda:99"), "--device cuda")
     monkeypatch.setattr(precision_command, "host_free", lambda: 2**20)
     check(command("--dit", dit), "of memory and 0.0 GiB are free")
     check(CliRunner().invoke(app, ["parity", "--quick", "precision", "--dit", dit]), "drop them")
@@ -226,12 +280,59 @@ def check(done, expected):
 def test_short_sums_are_left_out_where_the_probe_refuses_them():
     assert [way.name for way in precision_command.ways_with(0)] == ["bf16", "fp16-full"]
     assert precision_command.ways_with(32)[2].sums.chain == 32
+    # Before capability 8.0.
+    ways = precision_command.ways_with(64, bf16=False)
+    assert [way.name for way in ways] == ["fp16-full", "fp16-short"]
+
+
+class Card:
+    """What `parity precision` asks of a CUDA device."""
+
+    type = "cuda"
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A device that there is not: what it would compute is recorded."""
+    seen = []
+    for name, value in {
+        "choose_device": lambda name: Card(),
+        "uses_fused_blocks": lambda kernels, device: kernels != "eager" and device.type == "cuda",
+        "has_bf16": lambda device: True,
+        "place": lambda device: "a card",
+        "device_free": lambda device: 2**30,
+        "probe": lambda multiply, chain, device: Probe(chain, 4e-4, 0.0, 1.6e-3),
+        "compare": lambda *given: seen.append(given[-1]) or [],
+    }.items():
+        monkeypatch.setattr(precision_command, name, value)
+    return seen
+
+
+def test_a_card_runs_the_kernels(world, card, monkeypatch):
+    dit = world["pretrained_model_name_or_path"]
+    found = json.loads(command("--dit", dit, "--tokens", 4, "--json").output)
+    assert found["emulated"] is False and card[0].func is KernelPass
+    assert "by the kernels on a card" in command("--dit", dit, "--tokens", 4).output
+    done = command("--dit", dit, "--tokens", 4, "--kernels", "eager", "--json")
+    assert json.loads(done.output)["emulated"] is True and card[2] is EmulatedPass
+    monkeypatch.setattr(precision_command, "device_free", lambda device: 2**20)
+    check(command("--dit", dit, "--tokens", 4), "of GPU memory and 0.0 GiB are free")
+
+
+@pytest.mark.gpu
+def test_the_command_on_a_card(world):
+    found = json.loads(command("--dit", world["pretrained_model_name_or_path"], "--json").output)
+    assert found["emulated"] is False
+    rows = {row["precision"]: row for row in found["rows"]}
+    for name in rows.keys() - {"bf16"}:
+        assert rows[name]["one_minus_cosine"] < rows["bf16"]["one_minus_cosine"] / 20
+        assert math.isfinite(rows[name]["velocity"])
 
 
 def test_what_is_not_finite_is_null(tiny):
     model, sample = tiny
     nothing = float("nan")
     row = precision.Row("fp16-full", nothing, nothing, "blocks.0.mlp.layer1", nothing, 0.5)
-    found = json.loads(precision_command.as_object([row], model, sample, 64))["rows"][0]
-    assert found["cosine"] is None and found["velocity"] == 0.5
+    found = json.loads(precision_command.as_object([row], model, sample, 64, ""))["rows"][0]
+    assert found["cosine"] is None and found["velocity"] == 0.5 and found["saturated"] is None
     assert "fp16-full: not finite" in precision_command.as_text([row])

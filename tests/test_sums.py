@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from anima_fast.bench import curve
 from anima_fast.bench.interpreter import half_dot, half_sums, interpreting, start
 from anima_fast.kernels import dispatch
-from anima_fast.kernels.attention import attention
+from anima_fast.kernels.attention import attention, attention_reference
 from anima_fast.kernels.gemm import gemm
-from anima_fast.kernels.lora_linear import lora_linear, uses_triton
+from anima_fast.kernels.lora_linear import lora_linear, lora_linear_reference, uses_triton
 from anima_fast.kernels.sums import CHAINS, chain_of, use_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,6 +128,101 @@ def test_auto_takes_the_kernels_that_can(monkeypatch):
     x = OnCard()
     assert [uses_triton(x, name) for name in ("auto", "triton", "cublas")] == [False, True, False]
     assert [uses_triton(x, name, 64) for name in ("auto", "cublas")] == [True, False]
+
+
+# Large activations and small gradients
+
+
+def layer_step(activation, gradient, dtype):
+    """A layer on activations of this size: its result and gradients, of those of this size."""
+    torch.manual_seed(6)
+    x, w, a, b = (
+        torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5
+        for shape in ((40, 300), (70, 300), (5, 300), (70, 5))
+    )
+    w, dy = w.bfloat16().to(dtype), torch.randn(40, 70, device=DEVICE) * gradient
+    leaves = [t.to(dtype).requires_grad_() for t in (x * 300**0.5 * activation, a, b)]
+    call = lora_linear if dtype == torch.float16 else lora_linear_reference
+    out = call(leaves[0], [w], [leaves[1]], [leaves[2]], [0.5], chain=64)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dy.to(dtype))]
+
+
+def attention_step(activation, gradient, dtype):
+    """The same of attention, whose queries and keys are normed before and values are not."""
+    torch.manual_seed(6)
+    q, k, v, do = (torch.randn(1, n, 1, 72, device=DEVICE) for n in (70, 90, 90, 70))
+    leaves = [t.to(dtype).requires_grad_() for t in (q, k, v * activation)]
+    call = attention if dtype == torch.float16 else attention_reference
+    out = call(*leaves, chain=64)
+    return [out.detach(), *torch.autograd.grad(out, leaves, (do * gradient).to(dtype))]
+
+
+def error(found, exact, where):
+    return (found.double() - exact)[where].norm() / exact[where].norm()
+
+
+STEPS = pytest.mark.parametrize("step", [layer_step, attention_step])
+
+
+@STEPS
+@pytest.mark.parametrize(
+    ("activation", "gradient"),
+    # Thousands; gradients of 10⁻⁹ that a loss scale has brought to 16, and to 10⁻³.
+    [(3000, 2.0**-7), (1, 1e-9 * 2**34), (1, 1e-9 * 2**20)],
+)
+def test_what_float16_holds_has_half_of_the_error_of_bfloat16(step, activation, gradient):
+    exact, bf16, own = (
+        step(activation, gradient, dtype)
+        for dtype in (torch.float64, torch.bfloat16, torch.float16)
+    )
+    for found, plain, value in zip(own, bf16, exact, strict=True):
+        assert error(found, value, ...) < error(plain, value, ...) / 2
+
+
+@STEPS
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize(("activation", "gradient"), [(3000, 16), (30000, 1)])
+def test_what_float16_does_not_hold_is_seen(step, activation, gradient):
+    """Numbers are right or not finite, or the largest there is; some are not here."""
+    exact, bf16, own = (
+        step(activation, gradient, dtype)
+        for dtype in (torch.float64, torch.bfloat16, torch.float16)
+    )
+    seen = False
+    for found, plain, value in zip(own, bf16, exact, strict=True):
+        right = found.isfinite() & (found.abs() < 65504)
+        seen |= not right.all()
+        assert not right[value.abs() > 65600].any()
+        if right.any():
+            assert error(found, value, right) < error(plain, value, right) / 2
+    assert seen
+
+
+@STEPS
+def test_gradients_below_float16_vanish_without_a_loss_scale(step):
+    """As in any product of float16: nothing is there, and nothing else in its place."""
+    _, *exact = step(1, 1e-9, torch.float64)
+    out, *own = step(1, 1e-9, torch.float16)
+    assert out.any() and all(value.any() for value in exact)
+    assert not any(found.any() for found in own)
+
+
+@pytest.mark.skipif(not interpreting(), reason="the whole table runs on a card")
+def test_the_fused_block_has_half_of_the_error_of_bfloat16(monkeypatch):
+    """Two blocks with adapters everywhere on six tokens: the output and every gradient."""
+    inputs = curve._inputs
+
+    def few(dtype, device):
+        found = inputs(dtype, device)
+        latents, sigma, context = (found[name][:1] for name in ("latents", "sigma", "context"))
+        latents = latents[:, :, :4, :6]
+        return {"latents": latents, "sigma": sigma, "context": context, "zero_keys": [507]}
+
+    monkeypatch.setattr(curve, "_inputs", few)
+    found = list(curve.block_checks(DEVICE, [curve.SHORT]))
+    assert len(found) == 1 + 2 * (2 * 16 + 2)
+    for one in found:
+        assert one.error <= min(one.allowed, one.reference_error / 2), one
 
 
 # What the interpreter does in place of a card

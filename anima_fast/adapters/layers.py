@@ -25,7 +25,7 @@ from anima_fast.adapters.deltas import NORM_FLOOR, Delta, LoRADelta, is_of_input
 from anima_fast.adapters.targets import Target
 from anima_fast.kernels.op import wide
 from anima_fast.models.adapter_kinds import LORA, AdapterKind
-from anima_fast.models.dit_layers import attached
+from anima_fast.models.dit_layers import attached, weight_scale
 
 # Rows of a weight whose norm or product is computed at once.
 ROWS = 1024
@@ -166,7 +166,7 @@ class AdaptedLinear(nn.Module, Generic[AnyDelta]):
         """Rows of the weight with the adapters below built in, float32."""
         for below in self._below:
             return below._built_rows(weight, start, stop)
-        return wide(weight[start:stop])
+        return wide(weight[start:stop]) * weight_scale(self._linear[0])
 
     def _built_rows(self, weight: Tensor, start: int, stop: int) -> Tensor:
         base = self._base_rows(weight, start, stop)

@@ -26,7 +26,9 @@ from anima_fast.adapters.lycoris import LoHaLinear, LoKrLinear, initial_magnitud
 from anima_fast.adapters.network import LoRANetwork
 from anima_fast.adapters.targets import Target, find_targets, first_match
 from anima_fast.errors import UserError
+from anima_fast.kernels.op import wide
 from anima_fast.models.adapter_kinds import ADAPTER_KINDS, LOKR, AdapterKind
+from anima_fast.models.dit_layers import weight_scale
 
 LAYERS: dict[AdapterKind, type[AdaptedLinear]] = {
     cls.kind: cls for cls in (LoRALinear, LoHaLinear, LoKrLinear)
@@ -164,9 +166,10 @@ def merge_lora(
         if module is None or module.weight.shape != delta.shape:
             raise UserError(f"{path}: {name} does not fit this DiT: it is made for another size")
     for name, delta in given.items():
-        weight = modules[name].weight
+        weight, scale = modules[name].weight, weight_scale(modules[name])
         moved = {key: tensor.to(weight.device) for key, tensor in delta.fields().items()}
-        weight.data = adapted_weight(weight, replace(delta, **moved), multiplier).to(weight)
+        merged = adapted_weight(wide(weight) * scale, replace(delta, **moved), multiplier)
+        weight.data = (merged / scale).to(weight)
     return len(deltas) - len(given)
 
 

@@ -24,6 +24,7 @@ from anima_fast.adapters.deltas import LoHaDelta, LoKrDelta, multiplied
 from anima_fast.adapters.layers import AdaptedLinear, AnyDelta, row_ranges
 from anima_fast.kernels.op import wide
 from anima_fast.models.adapter_kinds import LOHA, LOKR
+from anima_fast.models.dit_layers import weight_scale
 
 
 def split(dimension: int, factor: int = -1) -> tuple[int, int]:
@@ -225,4 +226,5 @@ def initial_magnitudes(linear: nn.Linear, of_inputs: bool = False) -> Tensor:
     norms = torch.linalg.vector_norm(
         weight, dim=0 if of_inputs else 1, keepdim=True, dtype=torch.float32
     )
+    norms = norms * weight_scale(linear)
     return norms if norms.is_meta else norms.cpu()

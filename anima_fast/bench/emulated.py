@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -105,6 +105,13 @@ def toward_zero(x: Tensor) -> Tensor:
     return torch.where(half.float().abs() > x.abs(), lower, half).float()
 
 
+@dataclass
+class Count:
+    """How often something happened."""
+
+    value: int = 0
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """What a step computes with.
@@ -116,6 +123,7 @@ class Arithmetic:
         logits: of q kᵀ, whose errors the exponential enlarges.
         residual: "same" stores the residual stream as everything else, "rows" with a power of two
             a row, "float32" not rounded.
+        beyond: values that `stored` had to hold within float16's range.
     """
 
     name: str
@@ -123,12 +131,14 @@ class Arithmetic:
     sums: Sums = FULL
     logits: Sums = FULL
     residual: str = "same"
+    beyond: Count = field(default_factory=Count, compare=False, repr=False)
 
     def stored(self, x: Tensor) -> Tensor:
         """x as `dtype` holds it; float16 ends at ±65504."""
         if self.dtype == torch.float32:
             return x
         if self.dtype == torch.float16:
+            self.beyond.value += int((x.abs() > HALF_MAX).sum())
             x = x.clamp(-HALF_MAX, HALF_MAX)
         return x.to(self.dtype).float()
 

@@ -42,11 +42,10 @@ def cases(op: Op, quick: bool = False) -> Iterator[tuple[Sizes, torch.dtype, str
     """
     first = op.model_shapes[:1]
     wide = (*op.shapes[1:2], *first) if quick else (*op.shapes, *op.model_shapes)
-    # Short sums are of float16 alone.
-    for sizes in () if op.yardstick else wide:
+    for sizes in () if op.of_half else wide:
         yield sizes, torch.float64, "plain"
     for dtype in op.dtypes:
-        if quick and dtype != torch.bfloat16 and not op.yardstick:
+        if quick and dtype != torch.bfloat16 and not op.of_half:
             continue
         for sizes in op.shapes:
             for layout in LAYOUTS[:1] if quick else LAYOUTS:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anima_fast.kernels.op import Cost, Inputs, Op, Sizes, randn
+from anima_fast.kernels.row_powers import TAIL, stored
 from anima_fast.kernels.sums import CHAINS, use_sums
 from anima_fast.models.block import GROUPS, BlockSettings, FusedBlockFunction
 
@@ -58,12 +60,19 @@ def run_block(
     }  # fmt: skip
     for (_, name), weight, down, up in zip(layer_names(), weights, downs, ups, strict=True):
         tensors |= {f"weight.{name}": weight, f"down.{name}": down, f"up.{name}": up}
+    linear: dict[str, dict[str, Any]] = {
+        group: {"scales": [1.0] * len(names)} for group, names in GROUPS.items()
+    }
+    if context.dtype == torch.float16:
+        counts = torch.zeros(1, dtype=torch.int32, device=context.device)
+        for arguments in linear.values():
+            arguments["counter"] = (counts, 0)
     settings = BlockSettings(
         policy=policy,
         attn_mode="triton",
         dtype=context.dtype,
         head_dim=HEAD,
-        scales={group: [1.0] * len(names) for group, names in GROUPS.items()},
+        linear=linear,
         rows=None,
         products=products,
     )
@@ -76,11 +85,13 @@ def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inp
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return randn(*shape, dtype=dtype, device=device)
 
-    # float16 keeps the residual stream and the modulation in float32, as the model does.
-    stream = torch.float32 if dtype == torch.float16 else dtype
+    # As in the model: float16 keeps the modulation in float32, and rows with a power of two each.
+    half = dtype == torch.float16
+    stream = torch.float32 if half else dtype
+    x0 = draw(1, length, WIDTH, dtype=stream)
     shapes = [SHAPES[group] for group, _ in layer_names()]
     return {
-        "x0": draw(1, length, WIDTH, dtype=stream),
+        "x0": stored(x0, x0.new_empty(0, WIDTH + TAIL, dtype=dtype)) if half else x0,
         "context": draw(1, rows, CONTEXT),
         # With adapters on the AdaLN layers the sums for their gradients are taken too.
         "modulation": draw(1, 9, WIDTH, dtype=stream).requires_grad_(bool(sizes["adaln"])),
@@ -120,12 +131,12 @@ FUSED_BLOCK = Op(
 )
 
 
-def _run_short(**inputs: Any) -> tuple[Tensor, ...]:
+def _run_short(chain: int, **inputs: Any) -> tuple[Tensor, ...]:
     """The gradients of x0 and the adapters, forward and backward in one setting as in a run."""
     wanted = [inputs["x0"], *inputs["downs"], *inputs["ups"]]
     for leaf in wanted:
         leaf.requires_grad_()
-    with use_sums(max(CHAINS)):
+    with use_sums(chain):
         out = run_block(**inputs)
         return torch.autograd.grad(out, wanted, torch.empty_like(out))
 
@@ -137,8 +148,20 @@ def _short_shapes(tokens: int) -> Mapping[str, Sizes]:
 FUSED_BLOCK_SHORT = dataclasses.replace(
     FUSED_BLOCK,
     name="fused_block_short",
-    function=_run_short,
+    function=partial(_run_short, max(CHAINS)),
     grads=(),
     real_shapes=_short_shapes,
     dtypes=(torch.float16,),
 )
+
+
+def in_chains_of(op: Op, chain: int) -> Op:
+    """An op with short sums, a block too, whose sums have another length: for compile checks."""
+    name = f"{op.name}_{chain}"
+    if op is FUSED_BLOCK_SHORT:
+        return dataclasses.replace(op, name=name, function=partial(_run_short, chain))
+
+    def inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> Inputs:
+        return op.make_inputs(sizes, dtype, device) | {"chain": chain}
+
+    return dataclasses.replace(op, name=name, make_inputs=inputs)

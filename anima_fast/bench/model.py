@@ -12,7 +12,14 @@ from typing import Any
 from anima_fast.bench.tables import table
 from anima_fast.measure.cards import Card
 from anima_fast.measure.rates import Rates
-from anima_fast.measure.step_time import TEXT_ROWS, OpTime, op_times, step_flops, step_time
+from anima_fast.measure.step_time import (
+    SHORT_BLOCK,
+    TEXT_ROWS,
+    OpTime,
+    op_times,
+    step_flops,
+    step_time,
+)
 from anima_fast.memory.lora import published_step
 from anima_fast.memory.plan import CONTEXT_GIB, GIB, USABLE_SHARE, Prediction
 from anima_fast.models.dit_config import PUBLISHED
@@ -23,7 +30,7 @@ _PARTS = ("weights", "saved", "workspace", "adapters", "context", "total")
 
 def prediction(card: Card, rates: Rates, *, tokens: int, batch: int, rank: int) -> dict[str, Any]:
     """Everything `anima-fast bench model` prints, as plain values; times in seconds."""
-    times = op_times(rates, tokens=tokens, batch=batch, rank=rank)
+    times = op_times(rates, tokens=tokens, batch=batch, rank=rank, float16_sums=card.float16_sums)
     return {
         "card": card.title,
         "run": {"tokens": tokens, "batch": batch, "rank": rank},
@@ -31,6 +38,7 @@ def prediction(card: Card, rates: Rates, *, tokens: int, batch: int, rank: int) 
             "bandwidth_gb_s": rates.bandwidth / 1e9,
             "tensor_tflops": rates.tensor / 1e12,
             "launch_us": rates.launch_s * 1e6,
+            "float16_sums": card.float16_sums,
         },
         "ops": [_op_record(time) for time in times],
         "steps": list(_step_records(card, times, tokens=tokens, batch=batch, rank=rank)),
@@ -58,7 +66,7 @@ def _step_records(
 ) -> Iterator[dict[str, Any]]:
     useful = step_flops(PUBLISHED, tokens, batch, rank, TEXT_ROWS)
     for policy in POLICIES:
-        step = step_time(times, policy)
+        step, short = step_time(times, policy), step_time(times, policy, block=SHORT_BLOCK)
         memory = memory_gib(published_step(policy, tokens=tokens, batch=batch, rank=rank))
         yield {
             "recompute": policy,
@@ -67,8 +75,10 @@ def _step_records(
             "backward_s": step.backward_s,
             "recompute_s": step.recompute_s,
             "other_s": step.other_s,
+            "fp16_short_s": short.seconds,
+            "fp16_short_times": step.seconds / short.seconds,
             "mfu": useful / (step.seconds * card.bf16_tflops * 1e12),
-            "missing": list(step.missing),
+            "missing": list(dict.fromkeys((*step.missing, *short.missing))),
             "memory_gib": memory,
             "fits": memory["total"] <= USABLE_SHARE * card.memory_gib,
         }
@@ -89,9 +99,11 @@ def memory_gib(need: Prediction) -> dict[str, float]:
 def prediction_text(found: Mapping[str, Any]) -> str:
     """The result of `prediction` for people: rates, ops, steps and memory."""
     rates, run = found["rates"], found["run"]
+    doubled = rates["float16_sums"]
+    sums = f"{doubled:g} times with float16 sums" if doubled > 1 else "float16 sums no faster"
     lines = [
         f"{found['card']}: {rates['bandwidth_gb_s']:.0f} GB/s, "
-        f"{rates['tensor_tflops']:.1f} TFLOP/s, {rates['launch_us']:.0f} us a launch"
+        f"{rates['tensor_tflops']:.1f} TFLOP/s ({sums}), {rates['launch_us']:.0f} us a launch"
         f" ({found['source']})",
         f"{run['tokens']} tokens, batch {run['batch']}, rank {run['rank']}, 16 bit",
         "",
@@ -115,13 +127,17 @@ def prediction_text(found: Mapping[str, Any]) -> str:
             step["recompute"],
             f"{step['seconds']:.3f}",
             f"{step['mfu']:.0%}",
+            f"{step['fp16_short_s']:.3f}",
+            f"{step['fp16_short_times']:.2f}",
             *(f"{step['memory_gib'][part]:.1f}" for part in _PARTS),
             "yes" if step["fits"] else "no",
         )
         for step in found["steps"]
     ]
-    lines.append(table(("recompute", "step s", "MFU", *_PARTS, "fits"), steps))
-    lines.append("memory in GiB; MFU: useful operations of the data sheet's peak")
+    columns = ("recompute", "bf16 s", "MFU", "fp16 short s", "times", *_PARTS, "fits")
+    lines.append(table(columns, steps))
+    lines.append("memory in GiB, of both; MFU: useful operations of the data sheet's bf16 peak")
+    lines.append("fp16 short: float16 with short float16 sums, and how many times as fast as bf16")
     missing = found["steps"][0]["missing"]
     if missing:
         lines.append(f"not predicted, the registry lacks it: {', '.join(missing)}")

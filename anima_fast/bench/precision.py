@@ -9,8 +9,9 @@ of which the second is not zero; the loss is that of training, at a fixed noise 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from anima_fast.adapters.layers import initial_lora
 from anima_fast.adapters.targets import find_targets
-from anima_fast.bench.emulated import BF16, FLOAT32, FP16_FULL, FP16_SHORT, Arithmetic
-from anima_fast.bench.emulated_block import Adapter, Conditions, EmulatedBlock, enter, leave
+from anima_fast.bench.emulated import BF16, FLOAT32, FP16_FULL, FP16_SHORT, Arithmetic, Count
+from anima_fast.bench.emulated_block import Adapter, EmulatedBlock, enter, leave
 from anima_fast.models.checkpoint import Checkpoint, check_shapes, load_into
 from anima_fast.models.dit import AnimaDiT, Block, dit_tensors
 from anima_fast.models.dit_config import TEXT_ROWS, DitConfig
@@ -34,7 +35,7 @@ RANK = 16
 UP = 0.02
 # Of random text: the rows of the published adapter's output have about this deviation.
 TEXT_DEVIATION, TEXT_LENGTH = 0.043, 77
-# A loss scale brings the largest gradient behind the last block here.
+# A loss scale brings float32's largest gradient behind the last block here.
 LARGEST_GRADIENT = 16.0
 
 Show = Callable[[str, int, int], None]
@@ -64,6 +65,11 @@ class Sample:
     def tokens(self) -> int:
         """Image tokens of all samples."""
         return self.latents[:, 0].numel() // PATCH**2
+
+    def to(self, device: torch.device) -> Sample:
+        """The same on a device."""
+        names = ("latents", "sigma", "target", "context")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     @classmethod
     def of(cls, latents: Tensor, context: Tensor, zero_rows: Sequence[int], about: str) -> Sample:
@@ -173,6 +179,7 @@ class Row:
         cosine, one_minus_cosine: of all LoRA gradients.
         worst_layer, worst_cosine: the layer whose gradients agree least.
         velocity: the relative error of the velocity.
+        saturated: values beyond float16's largest; None where nobody counts them.
     """
 
     precision: str
@@ -181,21 +188,91 @@ class Row:
     worst_layer: str
     worst_cosine: float
     velocity: float
+    saturated: int | None = None
 
 
-@dataclass
-class _Pass:
-    """One arithmetic on its way through the blocks."""
+class Pass(ABC):
+    """One arithmetic on its way through the blocks, forward and back.
 
-    way: Arithmetic
-    conditions: Conditions
-    # The input of each block, and the output of the last.
-    states: list[Tensor]
-    velocity: Tensor = field(default_factory=lambda: torch.empty(0))
-    # With respect to the output of the block that is next in backward, times a loss scale of its
-    # own: a cosine does not see it.
-    gradient: Tensor = field(default_factory=lambda: torch.empty(0))
-    agreement: Agreement = field(default_factory=Agreement)
+    Attributes:
+        way: the arithmetic.
+        states: the input of each block, and the output of the last; backward takes them away.
+        velocity: as patches [B, L, 4 C], after `finish`.
+        gradient: with respect to the output of the block that is next in backward, times the loss
+            scale, which a cosine does not see.
+        agreement: of what is behind.
+    """
+
+    def __init__(self, way: Arithmetic) -> None:
+        self.way = way
+        self.states: list[Tensor] = []
+        self.velocity = self.gradient = torch.empty(0)
+        self.agreement = Agreement()
+
+    @abstractmethod
+    def forward(self, index: int, block: Block) -> None:
+        """Take one block, which is in float32, forward."""
+
+    @abstractmethod
+    def finish(self, scale: float) -> None:
+        """Velocity and loss; the gradient of `scale` times the loss."""
+
+    @abstractmethod
+    def backward(self, index: int, block: Block) -> dict[str, tuple[Tensor, ...]]:
+        """The gradients of a block's adapters by layer; moves the pass below the block."""
+
+    @property
+    @abstractmethod
+    def saturated(self) -> int | None:
+        """`Row.saturated` so far."""
+
+
+class EmulatedPass(Pass):
+    """A pass whose products are emulated."""
+
+    def __init__(self, model: DitFile, head: AnimaDiT, sample: Sample, way: Arithmetic) -> None:
+        # A count of its own.
+        super().__init__(replace(way, beyond=Count()))
+        self.model, self.head, self.sample = model, head, sample
+        given = (sample.latents, sample.sigma, sample.context, sample.zero_rows)
+        with torch.no_grad():
+            x, self.conditions = enter(head, *given, self.way)
+        self.states.append(x)
+
+    @torch.no_grad()
+    def forward(self, index: int, block: Block) -> None:
+        run = EmulatedBlock(block, self.model.adapters(index), self.way)
+        self.states.append(run(self.states[-1], self.conditions))
+
+    def finish(self, scale: float) -> None:
+        x = self.states.pop().requires_grad_()
+        with torch.enable_grad():
+            velocity = leave(self.head.final_layer, x, self.conditions, self.way)
+            loss = scale * (velocity - as_patches(self.sample.target)).square().mean()
+            (self.gradient,) = torch.autograd.grad(loss, x)
+        self.velocity = velocity.detach()
+
+    def backward(self, index: int, block: Block) -> dict[str, tuple[Tensor, ...]]:
+        leaves = {
+            name: replace(a, down=a.down.clone().requires_grad_(), up=a.up.clone().requires_grad_())
+            for name, a in self.model.adapters(index).items()
+        }
+        factors = [factor for a in leaves.values() for factor in (a.down, a.up)]
+        # Nothing is trained below the first block.
+        x = self.states.pop().requires_grad_(index > 0)
+        with torch.enable_grad():
+            y = EmulatedBlock(block, leaves, self.way)(x, self.conditions)
+            found = torch.autograd.grad(y, factors + [x] * (index > 0), self.gradient)
+        if index:
+            self.gradient = found[-1]
+        return {name: found[2 * i : 2 * i + 2] for i, name in enumerate(leaves)}
+
+    @property
+    def saturated(self) -> int | None:
+        return self.way.beyond.value
+
+
+Make = Callable[[DitFile, AnimaDiT, Sample, Arithmetic], Pass]
 
 
 def compare(
@@ -203,83 +280,52 @@ def compare(
     sample: Sample,
     ways: Iterable[Arithmetic] = WAYS,
     show: Show = lambda title, done, total: None,
+    make: Make = EmulatedPass,
 ) -> list[Row]:
-    """A row for each arithmetic, on the same model, adapters and sample.
+    """A row for each arithmetic, on the same model, adapters and sample; `make`: their passes.
 
     Raises `UserError` for tensors that cannot be read.
     """
     head, blocks = model.head(), model.config.num_blocks
-    given = (sample.latents, sample.sigma, sample.context, sample.zero_rows)
-    passes = []
-    with torch.no_grad():
-        for way in (FLOAT32, *ways):
-            x, conditions = enter(head, *given, way)
-            passes.append(_Pass(way, conditions, [x]))
-        for index in range(blocks):
-            block = model.block(index)
-            for one in passes:
-                run = EmulatedBlock(block, model.adapters(index), one.way)
-                one.states.append(run(one.states[-1], one.conditions))
-            # Before the next one is read.
-            del block, run
-            show("forward", index + 1, blocks)
-    for one in passes:
-        _end(one, head, sample)
-    del head
+    passes = [make(model, head, sample, way) for way in (FLOAT32, *ways)]
+    for index in range(blocks):
+        block = model.block(index)
+        for one in passes:
+            one.forward(index, block)
+        # Before the next one is read.
+        del block
+        show("forward", index + 1, blocks)
+    exact, *others = passes
+    exact.finish(1.0)
+    scale = loss_scale(exact.gradient)
+    for one in others:
+        one.finish(scale if one.way.dtype == torch.float16 else 1.0)
     for index in reversed(range(blocks)):
         block = model.block(index)
-        exact: dict[str, tuple[Tensor, ...]] = {}
-        for one in passes:
-            gradients = _backward(one, block, model.adapters(index), index)
-            exact = exact or gradients
-            for name, found in gradients.items():
-                one.agreement.add(f"blocks.{index}.{name}", found, exact[name])
+        gradients = exact.backward(index, block)
+        for one in others:
+            for name, found in one.backward(index, block).items():
+                one.agreement.add(f"blocks.{index}.{name}", found, gradients[name])
         del block
         show("backward", blocks - index, blocks)
-    return [_row(one, passes[0].velocity) for one in passes[1:]]
+    return [_row(one, exact.velocity) for one in others]
 
 
-def _end(one: _Pass, head: AnimaDiT, sample: Sample) -> None:
-    """Velocity and loss, and its gradient before the final layer, scaled for float16."""
-    x = one.states.pop().requires_grad_()
-    with torch.enable_grad():
-        velocity = leave(head.final_layer, x, one.conditions, one.way)
-        loss = (velocity - _as_patches(sample.target)).square().mean()
-        (gradient,) = torch.autograd.grad(loss, x)
+def loss_scale(gradient: Tensor) -> float:
+    """The power of two that brings the largest of float32's gradients to `LARGEST_GRADIENT`."""
     largest = gradient.abs().max().item()
-    if one.way.dtype == torch.float16 and 0 < largest < math.inf:
-        gradient = gradient * 2.0 ** round(math.log2(LARGEST_GRADIENT / largest))
-    one.velocity, one.gradient = velocity.detach(), gradient
+    return 2.0 ** round(math.log2(LARGEST_GRADIENT / largest)) if 0 < largest < math.inf else 1.0
 
 
-def _backward(
-    one: _Pass, block: Block, adapters: Mapping[str, Adapter], index: int
-) -> dict[str, tuple[Tensor, ...]]:
-    """The gradients of a block's adapters by layer; moves the pass below the block."""
-    leaves = {
-        name: replace(a, down=a.down.clone().requires_grad_(), up=a.up.clone().requires_grad_())
-        for name, a in adapters.items()
-    }
-    factors = [factor for a in leaves.values() for factor in (a.down, a.up)]
-    # Nothing is trained below the first block.
-    x = one.states.pop().requires_grad_(index > 0)
-    with torch.enable_grad():
-        y = EmulatedBlock(block, leaves, one.way)(x, one.conditions)
-        found = torch.autograd.grad(y, factors + [x] * (index > 0), one.gradient)
-    if index:
-        one.gradient = found[-1]
-    return {name: found[2 * i : 2 * i + 2] for i, name in enumerate(leaves)}
-
-
-def _as_patches(velocity: Tensor) -> Tensor:
+def as_patches(velocity: Tensor) -> Tensor:
     """[B, C, h, w] → [B, L, 4 C], in the order of the final layer."""
     batch, channels, height, width = velocity.shape
     patches = velocity.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, channels * PATCH**2)
 
 
-def _row(one: _Pass, exact: Tensor) -> Row:
+def _row(one: Pass, exact: Tensor) -> Row:
     a, error = one.agreement, (one.velocity - exact).norm() / exact.norm()
     return Row(
-        one.way.name, a.cosine, 1 - a.cosine, a.worst_layer, a.worst, error.item()
+        one.way.name, a.cosine, 1 - a.cosine, a.worst_layer, a.worst, error.item(), one.saturated
     )  # fmt: skip

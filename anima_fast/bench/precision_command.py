@@ -2,7 +2,8 @@
 
 The data come the way a training run gets them: the first images of the dataset's first bucket, from
 its caches or encoded now. What does not fit the tokens that are asked for is cut off around the
-middle, as an emulated product is slow.
+middle, as an emulated product is slow. On a card the kernels of a training run compute, elsewhere
+(or with `--kernels eager`) the instruction is emulated on the CPU.
 """
 
 from __future__ import annotations
@@ -11,17 +12,36 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from anima_fast.bench.emulated import BF16, FP16_FULL, FP16_SHORT, Arithmetic, Sums, product
-from anima_fast.bench.precision import SIGMAS, DitFile, Row, Sample, compare, random_sample
+from anima_fast.bench.emulated import (
+    BF16,
+    FP16_FULL,
+    FP16_SHORT,
+    HALF_MAX,
+    Arithmetic,
+    Sums,
+    product,
+)
+from anima_fast.bench.precision import (
+    SIGMAS,
+    DitFile,
+    EmulatedPass,
+    Make,
+    Row,
+    Sample,
+    compare,
+    random_sample,
+)
 from anima_fast.bench.tables import table
+from anima_fast.device import choose_device, uses_fused_blocks
 from anima_fast.errors import UserError
-from anima_fast.measure.probe import Probe, choose_chain, probe
-from anima_fast.memory.free import host_free
+from anima_fast.measure.probe import Probe, Product, choose_chain, probe
+from anima_fast.memory.free import device_free, host_free
 from anima_fast.models.dit_layers import PATCH
 from anima_fast.progress import Bars
 
@@ -48,29 +68,53 @@ def run_precision(options: TrainOptions, *, tokens: int, as_json: bool, say: Say
         sample = dataset_sample(options, tokens, (lambda _: None) if as_json else say)
     else:
         sample = random_sample(model.config, tokens)
-    chain, found = choose_chain(lambda chain: probe(_emulated, chain))
-    ways = ways_with(chain)
-    check_memory(model, sample, len(ways) + 1)
+    device = choose_device(options.device)
+    make: Make = EmulatedPass
+    multiply: Product = _emulated
+    if kernels := uses_fused_blocks(options.kernels, device):
+        # Not at the top: triton is not on every system that emulates.
+        from anima_fast.bench.kernel_pass import KernelPass, kernel_product
+
+        make, multiply = partial(KernelPass, device=device), kernel_product
+    else:
+        device = torch.device("cpu")
+    chain, found = choose_chain(lambda chain: probe(multiply, chain, device))
+    ways = ways_with(chain, bf16=device.type != "cuda" or has_bf16(device))
+    check_memory(model, sample, len(ways) + 1, device)
+    where = place(device) if kernels else ""
     if not as_json:
-        say(about(model, sample))
+        say(about(model, sample, where))
         say(about_sums(chain, found))
     with Bars() as bars:
-        rows = compare(model, sample, ways, bars.show)
-    say(as_text(rows) if not as_json else as_object(rows, model, sample, chain))
+        rows = compare(model, sample, ways, bars.show, make)
+    say(as_text(rows) if not as_json else as_object(rows, model, sample, chain, where))
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a card computes in bfloat16."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def place(device: torch.device) -> str:
+    """Where kernels run, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "Triton's interpreter"
 
 
 def _emulated(a: Tensor, b: Tensor, chain: int) -> Tensor:
     return product(a.float(), b.float(), Sums(chain))
 
 
-def ways_with(chain: int) -> tuple[Arithmetic, ...]:
+def ways_with(chain: int, *, bf16: bool = True) -> tuple[Arithmetic, ...]:
     """What is compared where float16 sums of `chain` terms are good; without short ones for 0."""
     short = dataclasses.replace(FP16_SHORT, sums=Sums(chain))
-    return (BF16, FP16_FULL, short) if chain else (BF16, FP16_FULL)
+    return (BF16,) * bf16 + (FP16_FULL,) + (short,) * bool(chain)
 
 
-def check_memory(model: DitFile, sample: Sample, passes: int) -> None:
-    """Raise `UserError` where the block, the kept inputs and one backward do not fit in memory."""
+def check_memory(model: DitFile, sample: Sample, passes: int, device: torch.device) -> None:
+    """Raise `UserError` where the block, the kept inputs and one backward do not fit in memory,
+    of the card where that computes."""
     c, tokens, batch = model.config, sample.tokens, len(sample.latents)
     shapes = model.tensors.shapes
     weights = sum(math.prod(s) for name, s in shapes.items() if name.startswith("blocks.0."))
@@ -78,12 +122,14 @@ def check_memory(model: DitFile, sample: Sample, passes: int) -> None:
     kept = passes * (c.num_blocks + 1) * tokens * c.model_channels
     inner = tokens * (40 * c.model_channels + 8 * c.mlp_hidden)
     logits = 8 * c.num_heads * tokens * (tokens // batch + sample.context.shape[1])
-    # The weights of a block in float32, as its arithmetic rounds them, and once on the way there.
-    needed = 4 * (head + 3 * weights + kept + inner + logits)
-    free = host_free()
+    # The weights of a block in float32, as its arithmetic rounds them, and once on the way there; a
+    # card has them in every arithmetic at the end of forward.
+    needed = 4 * (3 * (head + weights) + kept + inner + logits)
+    card = device.type == "cuda"
+    free, what = (device_free(device), "GPU memory") if card else (host_free(), "memory")
     if free is not None and needed > free:
         raise UserError(
-            f"this needs {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free: "
+            f"this needs {needed / 2**30:.1f} GiB of {what} and {free / 2**30:.1f} GiB are free: "
             "close other programs or give fewer --tokens"
         )
 
@@ -141,14 +187,14 @@ def cut(latents: Tensor, tokens: int) -> Tensor:
     return latents[..., top : top + PATCH * h, left : left + PATCH * w].contiguous()
 
 
-def about(model: DitFile, sample: Sample) -> str:
-    """What is compared, in one line."""
+def about(model: DitFile, sample: Sample, where: str) -> str:
+    """What is compared, and where kernels compute it; "": it is emulated."""
     c, batch = model.config, len(sample.latents)
     levels = " and ".join(f"{sigma:g}" for sigma in sample.sigma.tolist())
     return (
         f"{model.tensors.name}: {c.num_blocks} blocks of {c.model_channels}, against float32\n"
         f"{sample.about}: {batch} samples of {sample.tokens // batch} tokens, noise {levels}\n"
-        "emulated on the CPU: no card computes here"
+        + (f"by the kernels on {where}" if where else "emulated on the CPU: no card computes here")
     )
 
 
@@ -171,12 +217,17 @@ def as_text(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     header = ("precision", "cosine", "1 - cosine", "velocity", "worst", "layer")
     text = table(header, lines)
-    bad = [row.precision for row in rows if not math.isfinite(row.cosine + row.velocity)]
-    return text + "".join(f"\n{name}: not finite on this model, use bf16" for name in bad)
+    for row in rows:
+        if not math.isfinite(row.cosine + row.velocity):
+            text += f"\n{row.precision}: not finite on this model, use bf16"
+        if row.saturated:
+            values = "a value is" if row.saturated == 1 else f"{row.saturated} values are"
+            text += f"\n{row.precision}: {values} beyond {HALF_MAX:.0f}, use bf16 on this model"
+    return text
 
 
-def as_object(rows: Sequence[Row], model: DitFile, sample: Sample, chain: int) -> str:
-    """The JSON; null where a number is not finite."""
+def as_object(rows: Sequence[Row], model: DitFile, sample: Sample, chain: int, where: str) -> str:
+    """The JSON; null where a number is not finite, or nobody counts."""
     found = [
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         for row in map(dataclasses.asdict, rows)
@@ -184,7 +235,7 @@ def as_object(rows: Sequence[Row], model: DitFile, sample: Sample, chain: int) -
     facts = {
         "rows": found,
         "reference": "float32",
-        "emulated": True,
+        "emulated": not where,
         "sums": chain,
         "dit": model.tensors.name,
         "input": sample.about,

@@ -184,8 +184,8 @@ def libraries_of(op: Op) -> dict[str, Library]:
 
 
 def _plain_name(op: Op) -> str:
-    """Short sums are a way of ours: their rivals are those of the op itself."""
-    return op.name.removesuffix("_short") if op.yardstick else op.name
+    """Short sums and rows with powers are ways of ours: their rivals are those of the op itself."""
+    return op.name.removesuffix("_short").removesuffix("_powers")
 
 
 def _rival(op: Op, call: Provider) -> Provider:

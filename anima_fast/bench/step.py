@@ -35,15 +35,17 @@ from anima_fast.bench.step_models import (
     Phases,
 )
 from anima_fast.measure.card_state import CardState
+from anima_fast.measure.cards import float16_sums
 from anima_fast.measure.rates import Rates
-from anima_fast.measure.step_time import op_times, step_flops, step_time
+from anima_fast.measure.step_time import BLOCK, SHORT_BLOCK, op_times, step_flops, step_time
 from anima_fast.measure.timer import Ceilings, Timer, ceilings, on_card, reason, synchronize
 from anima_fast.models.dit_config import PUBLISHED
 
 SIZES = ((4096, 1), (4096, 4), (1024, 1), (1024, 4))
 OWN = (*(f"own {policy}" for policy in POLICIES), "own none triton-attention")
 # Graphs last: their memory stays as long as the size.
-MODELS = {"anima": ("eager", "compile", *OWN, "own none graphs"), DIFFUSERS: (DIFFUSERS,)}
+HALF = tuple(f"own {policy} fp16-short" for policy in POLICIES)
+MODELS = {"anima": ("eager", "compile", *OWN, *HALF, "own none graphs"), DIFFUSERS: (DIFFUSERS,)}
 PHASES = ("forward", "backward", "optimize")
 WARM_STEPS, MOST_ROUNDS, LEAST_ROUNDS = 3, 20, 3
 # Relative to eager's: far above bfloat16's rounding over 28 blocks and far below what a wrong
@@ -118,6 +120,7 @@ def _size_rows(
     for _ in range(max(LEAST_ROUNDS, min(MOST_ROUNDS, rounds))):
         timer.round()
     flops = step_flops(CONFIG, tokens, batch, RANK, TEXT_ROWS)
+    doubled = float16_sums(torch.cuda.get_device_name()) if on_card() else 1.0
     found = [replace(plain, provider=name, note=why) for name, why in timer.failed.items()]
     for name, samples in timer.seconds.items():
         row = sampled(replace(plain, provider=name), samples)
@@ -127,10 +130,11 @@ def _size_rows(
                  "share_of_ceiling": rate / limits.peak}  # fmt: skip
         if limits.sheet_peak:
             parts["mfu"] = rate / limits.sheet_peak
-        if name.removeprefix("own ") in POLICIES and CONFIG is PUBLISHED:
+        if (name in OWN[: len(POLICIES)] or name in HALF) and CONFIG is PUBLISHED:
             times = op_times(Rates(limits.bandwidth, limits.peak), tokens=tokens, batch=batch,
-                             rank=RANK)  # fmt: skip
-            parts["predicted_s"] = step_time(times, name.removeprefix("own ")).seconds
+                             rank=RANK, float16_sums=doubled)  # fmt: skip
+            block = SHORT_BLOCK if name in HALF else BLOCK
+            parts["predicted_s"] = step_time(times, name.split()[1], block=block).seconds
         alone = isinstance(step, Bench) and reference is None
         notes = state.note(name), "not compared: eager's step failed" if alone else ""
         parts |= state.seen(name)

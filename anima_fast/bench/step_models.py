@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from anima_fast.adapters.lora import LoRANetwork, add_lora
+from anima_fast.kernels.sums import CHAINS, set_sums
 from anima_fast.measure.timer import on_card
 from anima_fast.memory.offload import SaverSettings, compile_blocks, install_block_runner
 from anima_fast.models.block_graphs import BlockGraphs
-from anima_fast.models.dit import AnimaDiT, DitConfig
+from anima_fast.models.dit import FP32_PARTS, PLAIN_STREAM, AnimaDiT, DitConfig
 from anima_fast.models.dit_config import PUBLISHED
 from anima_fast.models.flow import (
     FlowSettings,
@@ -30,6 +31,7 @@ from anima_fast.models.flow import (
 from anima_fast.models.modulation import batched_modulation
 from anima_fast.training.optimizers.build import clip_flat_grad
 from anima_fast.training.optimizers.flat_adamw import FlatAdamW
+from anima_fast.training.run import LossScaler
 
 DEVICE = "cuda" if on_card() else "cpu"
 TINY = DitConfig(
@@ -152,24 +154,30 @@ class Bench(Phases):
         # Loss and optimizer are the project's kernels where the blocks are, as in the trainer.
         self.optimizers: dict[bool, torch.optim.AdamW] = {False: eager, True: own}
         self.own = False
+        self.half: HalfDit | None = None
+        self.scaler = LossScaler(DEVICE, enabled=False)
         self.graphs = BlockGraphs()
-        # What stands in each block for a provider, kept for its next turn.
+        # What stands in each block, and around all, for a provider, kept for its next turn.
         self._compiled: list[Any] = []
-        self._fused: dict[str, list[Any]] = {}
+        self._fused: dict[tuple[str, bool], tuple[list[Any], Any, Any]] = {}
 
     def switch(self, provider: str) -> None:
-        """To eager, compile, or own and a policy, by our attention or as graphs.
+        """To eager, compile, or own and a policy, by our attention, as graphs or in fp16.
 
-        The last three as in "own mlp", "own none triton-attention" and "own none graphs".
+        The last four as in "own mlp", "own none triton-attention", "own none graphs" and
+        "own none fp16-short".
         """
         words, blocks = provider.split(), list(self.dit.blocks)
         if words[0] not in ("eager", "compile", "own"):
             raise ValueError(f"the step has no provider {provider}")
         self.own = words[0] == "own"
         self.dit.attn_mode = "triton" if "triton-attention" in words else "torch"
-        if words[0] == "own" and words[1] not in self._fused:
+        self._compute_in("fp16-short" in words)
+        way = (words[-1], False) if not self.own else (words[1], "fp16-short" in words)
+        if self.own and way not in self._fused:
             install_block_runner(self.dit, SaverSettings(words[1]), fused=True)
-            self._fused[words[1]] = [block.fused for block in blocks]
+            fused_blocks = [block.fused for block in blocks]
+            self._fused[way] = fused_blocks, self.dit.stream, self.dit.saturation
         if provider == "compile" and not self._compiled:
             install_block_runner(self.dit)
             # Room for a graph per block and size: beyond the limit blocks would silently run
@@ -177,12 +185,22 @@ class Bench(Phases):
             compile_blocks(self.dit, dynamic=False, cache_size_limit=8 * len(blocks))
             self._compiled = [block._compiled_call_impl for block in blocks]
         nothing = [None] * len(blocks)
-        fused = self._fused[words[1]] if words[0] == "own" else nothing
+        around = nothing, PLAIN_STREAM, None
+        fused, self.dit.stream, self.dit.saturation = self._fused[way] if self.own else around
         compiled = self._compiled if provider == "compile" else nothing
         for block, runner, graph in zip(blocks, fused, compiled, strict=True):
             block.fused, block._compiled_call_impl = runner, graph
         self.dit.modulate = batched_modulation if words[0] == "own" else None
         self.dit.graphs = self.graphs if "graphs" in words else None
+
+    def _compute_in(self, half: bool) -> None:
+        """Weights and sums as the trainer has them in fp16 with short sums, or as before."""
+        if half and self.half is None:
+            self.half = HalfDit(self.dit)
+        if self.half is not None:
+            self.half.switch(half)
+        set_sums(max(CHAINS) if half else 0)
+        self.scaler = self.half.scaler if half and self.half else LossScaler(DEVICE, enabled=False)
 
     def forward(self) -> None:
         i = self.inputs
@@ -192,20 +210,62 @@ class Bench(Phases):
 
         self.loss = i.loss(velocity, fused=self.own)
 
+    def backward(self) -> None:
+        self.scaler.scale(self.loss).backward()
+        del self.loss
+
     def forget(self) -> None:
         self.dit.graphs, self.graphs = None, BlockGraphs()
 
     def gradient(self) -> Tensor:
-        return self.network.flat_grad
+        scaled = self.scaler.is_enabled()
+        return (
+            self.network.flat_grad / self.scaler.get_scale() if scaled else self.network.flat_grad
+        )
 
     def optimize(self) -> None:
         optimizer = self.optimizers[self.own]
+        self.scaler.unscale_(optimizer)
         if self.own:
             optimizer.clip_gradients(1.0)
         else:
             clip_flat_grad(self.network.flat_grad, 1.0)
-        optimizer.step()
+        self.scaler.step(optimizer)
+        self.scaler.update()
         self.network.zero_grad_flat()
+
+
+class HalfDit:
+    """The weights of a DiT in bfloat16, and as `load_dit` has them for float16, by turns.
+
+    A 16-bit weight changes where it is: a card has no room for two models. Both types hold the
+    numbers that are drawn, but for the smallest. What stays in float32 beside float16 is kept
+    twice.
+    """
+
+    def __init__(self, dit: AnimaDiT) -> None:
+        if dit.dtype != torch.bfloat16:
+            raise ValueError(f"fp16 takes turns with bf16 alone, not with {dit.dtype}")
+        self.dit, self.half = dit, False
+        self.scaler = LossScaler(DEVICE, enabled=True)
+        self._wide = [p for n, p in dit.named_parameters() if FP32_PARTS.fullmatch(n)]
+        self._others = [p.data.float() for p in self._wide]
+
+    def switch(self, half: bool) -> None:
+        """To float16, or back."""
+        if half == self.half:
+            return
+        self.half = half
+        here = [p.data for p in self._wide]
+        for parameter, other in zip(self._wide, self._others, strict=True):
+            parameter.data = other
+        self._others = here
+        wide = set(map(id, self._wide))
+        dtype = torch.float16 if half else torch.bfloat16
+        for parameter in self.dit.parameters():
+            if id(parameter) not in wide:
+                moved = parameter.data.to(dtype)
+                parameter.data = parameter.data.view(dtype).copy_(moved)
 
 
 class Diffusers(Phases):

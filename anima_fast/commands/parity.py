@@ -76,10 +76,11 @@ class PrecisionOptions:
     config_file: str | None = _own(None, "TOML file with options of `train`.")
 
 
-# Options of `train` that say which data; the others are accepted and change nothing here.
+# Options of `train` that say which data, and where to compute; the others are accepted and change
+# nothing here.
 _SHOWN = {
     "dataset_config", "qwen3", "vae", "llm_adapter_path", "qwen3_tokenizer_path",
-    "t5_tokenizer_path", "models_dir", "cache_dir",
+    "t5_tokenizer_path", "models_dir", "cache_dir", "device", "kernels",
 }  # fmt: skip
 
 
@@ -94,6 +95,7 @@ _SHOWN = {
 def _precision(values: dict[str, Any]) -> None:
     """Compare bf16 and fp16 with float32 on a model: gradients of a LoRA, and the velocity.
 
+    On a card the kernels compute, elsewhere or with --kernels eager float16 sums are emulated.
     Without a dataset latents and text are random; a dataset needs --qwen3 and --vae, which encode
     what no cache holds. Takes the options of `train`, so a whole training command may be pasted.
     """

@@ -30,32 +30,41 @@ from anima_fast.kernels.layernorm_modulate import (
     row_warps,
 )
 from anima_fast.kernels.op import wide
+from anima_fast.kernels.row_powers import (
+    load_row,
+    opened,
+    powers_of,
+    store_row,
+    stored,
+    with_row_powers,
+)
 
 
 def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """The definition; see `gate_residual`."""
-    return (wide(x) + wide(gate)[:, None] * wide(y)).to(x.dtype)
+    return stored(opened(x, gate.shape[-1]) + wide(gate)[:, None] * wide(y), x)
 
 
 @triton.jit
 def _gate_residual_fwd(
-    X, Y, GATE, OUT, L, x_b, x_l, y_b, y_l, gate_b,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    X, Y, GATE, OUT, L, x_b, x_l, y_b, y_l, gate_b, out_b, out_l,
+    POWERS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, l = row // L, row % L
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    x = tl.load(X + b * x_b + l * x_l + o_d, mask=m_d, other=0.0).to(ACC)
+    x = load_row(X + b * x_b + l * x_l, o_d, m_d, D, POWERS, ACC)
     y = tl.load(Y + b * y_b + l * y_l + o_d, mask=m_d, other=0.0).to(ACC)
     gate = tl.load(GATE + b * gate_b + o_d, mask=m_d, other=0.0).to(ACC)
-    tl.store(OUT + row * D + o_d, x + gate * y, mask=m_d)
+    store_row(OUT + b * out_b + l * out_l, x + gate * y, o_d, m_d, D, POWERS, ACC)
 
 
 @triton.jit
 def _gate_residual_bwd(
     DOUT, Y, GATE, DY, DGATE, L, chunk, dout_b, dout_l, y_b, y_l, gate_b,
-    NEEDS_GATE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    NEEDS_GATE: tl.constexpr, POWERS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     part, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
@@ -63,7 +72,7 @@ def _gate_residual_bwd(
     gate = tl.load(GATE + b * gate_b + o_d, mask=m_d, other=0.0).to(ACC)
     dgate = tl.zeros([BLOCK_D], dtype=ACC)
     for l in range(part * chunk, tl.minimum(part * chunk + chunk, L)):
-        dout = tl.load(DOUT + b * dout_b + l * dout_l + o_d, mask=m_d, other=0.0).to(ACC)
+        dout = load_row(DOUT + b * dout_b + l * dout_l, o_d, m_d, D, POWERS, ACC)
         tl.store(DY + (b * L + l) * D + o_d, gate * dout, mask=m_d)
         if NEEDS_GATE:
             dgate += dout * tl.load(Y + b * y_b + l * y_l + o_d, mask=m_d, other=0.0).to(ACC)
@@ -72,16 +81,17 @@ def _gate_residual_bwd(
 
 
 def gate_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x' [B, L, D] in x's dtype, without autograd."""
+    """x' [B, L, D] as x holds its rows, without autograd."""
     if not dispatch.runs_triton(x):
         return gate_residual_reference(x, y, gate)
     x, y, gate = rows(x), rows(y), rows(gate)
-    batch, length, width = x.shape
-    out = dispatch.empty(batch, length, width, like=x)
+    (batch, length, stored_width), width = x.shape, gate.shape[-1]
+    out = dispatch.empty(batch, length, stored_width, like=x)
     block = dispatch.power_of_2(width)
     _gate_residual_fwd[(batch * length,)](
         x, y, gate, out, length, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-        gate.stride(0), D=width, BLOCK_D=block, ACC=dispatch.accumulator(x),
+        gate.stride(0), out.stride(0), out.stride(1), POWERS=powers_of(x, width),
+        D=width, BLOCK_D=block, ACC=dispatch.accumulator(x),
         num_warps=row_warps(block),
     )  # fmt: skip
     return out
@@ -96,21 +106,22 @@ def gate_residual_backward(
     """
     dtype = dtype or dout.dtype
     if not dispatch.runs_triton(dout):
-        dout = wide(dout)
+        dout = opened(dout, gate.shape[-1])
         dgate = None if y is None else (dout * wide(y)).sum(1)
         return (dout * wide(gate)[:, None]).to(dtype), dgate
     needs_gate = y is not None
     dout, gate = rows(dout), rows(gate)
     y = rows(y) if needs_gate else dout
-    batch, length, width = dout.shape
+    (batch, length, _), width = dout.shape, gate.shape[-1]
     chunk, parts = row_chunks(length, needs_gate)
     dy = dispatch.empty(batch, length, width, like=dout, dtype=dtype)
-    dgate = row_sums(1, parts, like=dout)[0] if needs_gate else dy
+    dgate = row_sums(1, parts, width, like=dout)[0] if needs_gate else dy
     block = dispatch.power_of_2(width)
     _gate_residual_bwd[(parts, batch)](
         dout, y, gate, dy, dgate, length, chunk, dout.stride(0), dout.stride(1),
         y.stride(0), y.stride(1), gate.stride(0),
-        NEEDS_GATE=needs_gate, D=width, BLOCK_D=block, ACC=dispatch.accumulator(dout),
+        NEEDS_GATE=needs_gate, POWERS=powers_of(dout, width),
+        D=width, BLOCK_D=block, ACC=dispatch.accumulator(dout),
         num_warps=row_warps(block),
     )  # fmt: skip
     return dy, dgate.sum(1) if needs_gate else None
@@ -146,18 +157,19 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + gate·y, one gate per sample and channel.
 
     Args:
-        x: [B, L, D], the residual stream, D at most 8192, fp32, fp16 or bf16, any strides.
+        x: [B, L, D], the residual stream, D at most 8192, fp32, fp16 or bf16, any strides; or
+            rows with powers of two (row_powers.py).
         y: [B, L, D], the sublayer's result.
         gate: [B, D].
 
     Returns:
-        [B, L, D] in x's dtype.
+        [B, L, D] as x holds its rows.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit.
     """
     check_modulation(x, gate=gate)
-    dispatch.check_shape("y", y, "x's [B, L, D]", tuple(x.shape))
+    dispatch.check_shape("y", y, "[B, L, D]", (*x.shape[:2], gate.shape[-1]))
     dispatch.check_dtypes(y=y)
     dispatch.check_devices(x=x, y=y)
     return _op(x, y, gate)
@@ -170,3 +182,4 @@ OP = row_op(
     bytes=(3, 2),
     cost_note="read x and y, write x'; read dx', write dy",
 )
+POWERS = with_row_powers(OP, ({"B": 2, "L": 3, "D": 33}, {"B": 2, "L": 38, "D": 64}))

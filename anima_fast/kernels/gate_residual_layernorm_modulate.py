@@ -5,7 +5,7 @@
                dgate = Σ_L dr·y    dscale = Σ_L dh·x̂'    dshift = Σ_L dh
 
 One kernel ends a sublayer (gate and residual) and begins the next one (norm and modulation), so x'
-is written once and never read back. x' is rounded to x's dtype, as it is stored, before it is
+is written once and never read back. x' is rounded as it is stored before it is
 normed: forward and backward norm the same numbers. Kept for backward: x', and y only where dgate is
 wanted (an adapter on the AdaLN layers). Arithmetic is float32; sums over tokens go through partial
 sums.
@@ -36,6 +36,14 @@ from anima_fast.kernels.layernorm_modulate import (
     row_warps,
 )
 from anima_fast.kernels.op import wide
+from anima_fast.kernels.row_powers import (
+    load_row,
+    opened,
+    powers_of,
+    store_row,
+    stored,
+    with_row_powers,
+)
 
 
 def gate_residual_layernorm_modulate_reference(
@@ -47,37 +55,38 @@ def gate_residual_layernorm_modulate_reference(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition; see `gate_residual_layernorm_modulate`."""
-    x = (wide(x) + wide(gate)[:, None] * wide(y)).to(x.dtype)
+    x = stored(opened(x, gate.shape[-1]) + wide(gate)[:, None] * wide(y), x)
     return x, layernorm_modulate_reference(x, scale, shift, dtype or x.dtype)
 
 
 @triton.jit
 def _gate_residual_layernorm_modulate_fwd(
     X, Y, GATE, SCALE, SHIFT, XOUT, H,
-    L, x_b, x_l, y_b, y_l, gate_b, scale_b, shift_b,
+    L, x_b, x_l, y_b, y_l, gate_b, scale_b, shift_b, xout_b, xout_l,
+    POWERS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, l = row // L, row % L
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    x = tl.load(X + b * x_b + l * x_l + o_d, mask=m_d, other=0.0).to(ACC)
+    x = load_row(X + b * x_b + l * x_l, o_d, m_d, D, POWERS, ACC)
     y = tl.load(Y + b * y_b + l * y_l + o_d, mask=m_d, other=0.0).to(ACC)
     gate = tl.load(GATE + b * gate_b + o_d, mask=m_d, other=0.0).to(ACC)
     scale = tl.load(SCALE + b * scale_b + o_d, mask=m_d, other=0.0).to(ACC)
     shift = tl.load(SHIFT + b * shift_b + o_d, mask=m_d, other=0.0).to(ACC)
-    # Rounded as stored: the norm and its backward see the same x'.
-    x_out = (x + gate * y).to(XOUT.dtype.element_ty)
-    tl.store(XOUT + row * D + o_d, x_out, mask=m_d)
-    x_hat, _ = normalized(x_out.to(ACC), m_d, D, EPS)
+    # As stored: the norm and its backward see the same x'.
+    x_out = x + gate * y
+    x_out = store_row(XOUT + b * xout_b + l * xout_l, x_out, o_d, m_d, D, POWERS, ACC)
+    x_hat, _ = normalized(x_out, m_d, D, EPS)
     tl.store(H + row * D + o_d, x_hat * (1.0 + scale) + shift, mask=m_d)
 
 
 @triton.jit
 def _gate_residual_layernorm_modulate_bwd(
     DXOUT, DH, XOUT, Y, GATE, SCALE, DX, DY, DGATE, DSCALE, DSHIFT,
-    L, chunk, dxout_b, dxout_l, dh_b, dh_l, x_b, x_l, y_b, y_l, gate_b, scale_b,
-    NEEDS_MODULATION: tl.constexpr,
+    L, chunk, dxout_b, dxout_l, dh_b, dh_l, x_b, x_l, y_b, y_l, gate_b, scale_b, dx_b, dx_l,
+    NEEDS_MODULATION: tl.constexpr, POWERS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     part, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -90,14 +99,13 @@ def _gate_residual_layernorm_modulate_bwd(
     dshift = tl.zeros([BLOCK_D], dtype=ACC)
     for l in range(part * chunk, tl.minimum(part * chunk + chunk, L)):
         dh = tl.load(DH + b * dh_b + l * dh_l + o_d, mask=m_d, other=0.0).to(ACC)
-        x = tl.load(XOUT + b * x_b + l * x_l + o_d, mask=m_d, other=0.0).to(ACC)
+        x = load_row(XOUT + b * x_b + l * x_l, o_d, m_d, D, POWERS, ACC)
         x_hat, rstd = normalized(x, m_d, D, EPS)
         # dr = dx' + r·(g − mean(g) − x̂·mean(g·x̂)), g = dh·(1 + scale)
-        dr = tl.load(DXOUT + b * dxout_b + l * dxout_l + o_d, mask=m_d, other=0.0).to(ACC)
+        dr = load_row(DXOUT + b * dxout_b + l * dxout_l, o_d, m_d, D, POWERS, ACC)
         dr += layernorm_dx(dh * (1.0 + scale), x_hat, rstd, D)
-        o_row = (b * L + l) * D + o_d
-        tl.store(DX + o_row, dr, mask=m_d)
-        tl.store(DY + o_row, gate * dr, mask=m_d)
+        store_row(DX + b * dx_b + l * dx_l, dr, o_d, m_d, D, POWERS, ACC)
+        tl.store(DY + (b * L + l) * D + o_d, gate * dr, mask=m_d)
         if NEEDS_MODULATION:
             dgate += dr * tl.load(Y + b * y_b + l * y_l + o_d, mask=m_d, other=0.0).to(ACC)
             dscale += dh * x_hat
@@ -112,17 +120,18 @@ def _gate_residual_layernorm_modulate_bwd(
 def gate_residual_layernorm_modulate_forward(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(x' in x's dtype, h in `dtype`), both [B, L, D], without autograd."""
+    """(x' as x holds its rows, h in `dtype`), both [B, L, D], without autograd."""
     if not dispatch.runs_triton(x):
         return gate_residual_layernorm_modulate_reference(x, y, gate, scale, shift, dtype)
     x, y, gate, scale, shift = (rows(t) for t in (x, y, gate, scale, shift))
-    batch, length, width = x.shape
-    x_out = dispatch.empty(batch, length, width, like=x)
+    (batch, length, stored_width), width = x.shape, gate.shape[-1]
+    x_out = dispatch.empty(batch, length, stored_width, like=x)
     h = dispatch.empty(batch, length, width, like=x, dtype=dtype)
     block = dispatch.power_of_2(width)
     _gate_residual_layernorm_modulate_fwd[(batch * length,)](
         x, y, gate, scale, shift, x_out, h, length, x.stride(0), x.stride(1), y.stride(0),
         y.stride(1), gate.stride(0), scale.stride(0), shift.stride(0),
+        x_out.stride(0), x_out.stride(1), POWERS=powers_of(x, width),
         D=width, BLOCK_D=block, EPS=EPS, ACC=dispatch.accumulator(x),
         num_warps=row_warps(block),
     )  # fmt: skip
@@ -149,27 +158,32 @@ def gate_residual_layernorm_modulate_backward(
     """
     dtype = dtype or dh.dtype
     if not dispatch.runs_triton(x_out):
+        width = gate.shape[-1]
         # In the wide type up to here: dy and dgate read dr before it is rounded.
         dr, *of_norm = layernorm_modulate_backward(
-            wide(dh), wide(x_out), scale, residual=dx_out, needs_modulation=y is not None
+            wide(dh),
+            opened(x_out, width),
+            scale,
+            residual=opened(dx_out, width),
+            needs_modulation=y is not None,
         )
         dgate = None if y is None else (dr * wide(y)).sum(1)
-        return dr.to(x_out.dtype), (dr * wide(gate)[:, None]).to(dtype), dgate, *of_norm
+        return stored(dr, x_out), (dr * wide(gate)[:, None]).to(dtype), dgate, *of_norm
     needs_modulation = y is not None
     y = x_out if y is None else rows(y)
     dx_out, dh, x_out, gate, scale = (rows(t) for t in (dx_out, dh, x_out, gate, scale))
-    batch, length, width = x_out.shape
+    (batch, length, stored_width), width = x_out.shape, gate.shape[-1]
     chunk, parts = row_chunks(length, needs_modulation)
-    dx = dispatch.empty(batch, length, width, like=x_out)
+    dx = dispatch.empty(batch, length, stored_width, like=x_out)
     dy = dispatch.empty(batch, length, width, like=x_out, dtype=dtype)
-    sums = row_sums(3, parts, like=x_out) if needs_modulation else [dx, dx, dx]
+    sums = row_sums(3, parts, width, like=x_out) if needs_modulation else [dx, dx, dx]
     block = dispatch.power_of_2(width)
     _gate_residual_layernorm_modulate_bwd[(parts, batch)](
         dx_out, dh, x_out, y, gate, scale, dx, dy, *sums, length, chunk,
         dx_out.stride(0), dx_out.stride(1), dh.stride(0), dh.stride(1),
         x_out.stride(0), x_out.stride(1), y.stride(0), y.stride(1),
-        gate.stride(0), scale.stride(0),
-        NEEDS_MODULATION=needs_modulation,
+        gate.stride(0), scale.stride(0), dx.stride(0), dx.stride(1),
+        NEEDS_MODULATION=needs_modulation, POWERS=powers_of(x_out, width),
         D=width, BLOCK_D=block, EPS=EPS, ACC=dispatch.accumulator(x_out),
         num_warps=row_warps(block),
     )  # fmt: skip
@@ -187,7 +201,9 @@ _op = torch.library.custom_op(
 
 @_op.register_fake
 def _(x, y, gate, scale, shift, dtype):
-    return *dispatch.dense(x), torch.empty(x.shape, dtype=dtype, device=x.device)
+    return *dispatch.dense(x), torch.empty(
+        (*x.shape[:-1], gate.shape[-1]), dtype=dtype, device=x.device
+    )
 
 
 @torch.library.custom_op("anima_fast::gate_residual_layernorm_modulate_backward", mutates_args=())
@@ -226,19 +242,20 @@ def gate_residual_layernorm_modulate(
     """The gated residual and the modulated norm of its result.
 
     Args:
-        x: [B, L, D], the residual stream, D at most 8192, fp32, fp16 or bf16, any strides.
+        x: [B, L, D], the residual stream, D at most 8192, fp32, fp16 or bf16, any strides; or
+            rows with powers of two (row_powers.py).
         y: [B, L, D], the sublayer's result.
         gate, scale, shift: [B, D].
         dtype: of h; x's when None.
 
     Returns:
-        x' = x + gate·y in x's dtype and h = LN(x')·(1 + scale) + shift, both [B, L, D].
+        x' = x + gate·y as x holds its rows and h = LN(x')·(1 + scale) + shift, both [B, L, D].
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit.
     """
     check_modulation(x, gate=gate, scale=scale, shift=shift)
-    dispatch.check_shape("y", y, "x's [B, L, D]", tuple(x.shape))
+    dispatch.check_shape("y", y, "[B, L, D]", (*x.shape[:2], gate.shape[-1]))
     dispatch.check_dtypes(y=y)
     dispatch.check_devices(x=x, y=y)
     return _op(x, y, gate, scale, shift, dtype or x.dtype)
@@ -251,3 +268,4 @@ OP = row_op(
     bytes=(4, 5),
     cost_note="read x and y, write x' and h; read dx', dh and x', write dx and dy",
 )
+POWERS = with_row_powers(OP, ({"B": 2, "L": 3, "D": 33}, {"B": 2, "L": 38, "D": 64}))

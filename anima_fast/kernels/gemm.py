@@ -37,13 +37,16 @@ GROUP = 8
 # Below this many tiles a product is split along K; enough for the multiprocessors of any card.
 PROGRAMS = 128
 MIN_SPLIT = 512
+HALF_MAX = tl.constexpr(65504.0)
 
 
-@triton.jit
+# A place in the counts is no reason to compile again.
+@triton.jit(do_not_specialize=["slot"])
 def _gemm(
-    X, W, Y, H, B, PRE, ACT, M, N, K, R, scale, k_split,
+    X, W, Y, H, B, PRE, ACT, COUNTS, M, N, K, R, scale, factor, k_split, slot,
     x_m, x_k, w_n, w_k, y_z, y_m, y_n, h_m, h_r, b_n, b_r, pre_m, act_m,
     HAS_ADAPTER: tl.constexpr, ADD: tl.constexpr, HAS_PRE: tl.constexpr, HAS_ACT: tl.constexpr,
+    SCALED: tl.constexpr, SATURATES: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_R: tl.constexpr, SHORT_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -80,8 +83,8 @@ def _gemm(
         acc = dot_into(acc, x, w, SHORT_SUMS, PRECISION, ACC)
         p_x += BLOCK_K * x_k
         p_w += BLOCK_K * w_k
-    if not HAS_ADAPTER:
-        acc *= scale
+    if SCALED:
+        acc *= factor
     m = m_m & m_n
     Y += tl.program_id(1).to(tl.int64) * y_z
     # Offsets are computed where they are used: registers are scarce.
@@ -93,6 +96,12 @@ def _gemm(
             tl.store(ACT + o_m[:, None] * act_m + o_n[None, :], gelu_value(pre), mask=m)
         acc *= gelu_slope(pre)
     y = acc.to(Y.dtype.element_ty)
+    if SATURATES:  # noqa: SIM102, the one when compiling, the other when running
+        # Beyond M and N the sum is 0. Seldom is anything infinite: one maximum tells.
+        if tl.max(tl.abs(y)) > HALF_MAX:
+            beyond = tl.abs(y) > HALF_MAX
+            tl.atomic_add(COUNTS + slot, tl.sum(beyond.to(tl.int32)))
+            y = tl.where(beyond, tl.where(y > 0, HALF_MAX, -HALF_MAX), y).to(y.dtype)
     tl.store(Y + o_m[:, None] * y_m + o_n[None, :] * y_n, y, mask=m)
     if HAS_ACT and not HAS_PRE:
         # Of the rounded pre-activation, which backward will read.
@@ -144,19 +153,22 @@ def gemm(
     add: bool = False,
     gelu: Tensor | None = None,
     gelu_grad: Tensor | None = None,
+    counter: tuple[Tensor, int] | None = None,
     chain: int = 0,
 ) -> Tensor:
-    """x wᵀ + s·h bᵀ by the Triton kernel.
+    """scale·x wᵀ + s·h bᵀ by the Triton kernel.
 
     Args:
         x: [M, K], w: [N, K], one dtype, any strides.
         dtype: of the result; x's when None.
         adapter: h [M, R], b [N, R] and s.
-        scale: a factor of the product, without an adapter.
+        scale: a factor of the product of x and w; with an adapter a power of two.
         out: [M, N] of any strides to write, instead of a new tensor.
         add: add to what `out` holds.
         gelu: [M, N], dense in N: gelu of the result, or of `gelu_grad`, is written there too.
         gelu_grad: [M, N], dense in N: the result is multiplied with gelu' of it.
+        counter: int32 counts and a place in them: a float16 result is held within ±65504, and the
+            values beyond are added to that count. Without it they become infinite.
         chain: terms that are added in float16 at a time, of `sums.chain_of`; 0 for none.
 
     Returns:
@@ -175,14 +187,18 @@ def gemm(
     target = out[None]
     if split > 1:
         target = dispatch.empty(split, m, n, like=x, dtype=dispatch.wide_dtype(x))
-    h, b, scale = adapter or (x, w, scale)
+    # The adapter's sum comes first, so the product's factor will multiply it too.
+    h, b, s = (adapter[0], adapter[1], adapter[2] / scale) if adapter else (x, w, 1.0)
+    counts, slot = counter or (x, 0)
     pre, act = (x if t is None else t for t in (gelu_grad, gelu))
     _gemm[(count, split)](
-        x, w, target, h, b, pre, act, m, n, k, h.shape[1], scale, k_split,
+        x, w, target, h, b, pre, act, counts, m, n, k, h.shape[1], s, scale, k_split, slot,
         *x.stride(), *w.stride(), *target.stride(), *h.stride(), *b.stride(),
         pre.stride(0), act.stride(0),
         HAS_ADAPTER=adapter is not None, ADD=add,
         HAS_PRE=gelu_grad is not None, HAS_ACT=gelu is not None,
+        SCALED=adapter is None or scale != 1.0,
+        SATURATES=counter is not None and out.dtype == torch.float16,
         GROUP=GROUP, BLOCK_R=16 if x.dtype.itemsize == 4 else 32, SHORT_SUMS=chain,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         PRECISION=dispatch.dot_precision(), ACC=dispatch.accumulator(x),

@@ -28,6 +28,15 @@ from torch import Tensor
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.dispatch import rows
 from anima_fast.kernels.op import Inputs, Op, Sizes, passes, randn, wide
+from anima_fast.kernels.row_powers import (
+    TAIL,
+    load_row,
+    opened,
+    powers_of,
+    store_row,
+    stored,
+    with_row_powers,
+)
 
 EPS = 1e-6
 MAX_WIDTH = 8192
@@ -40,7 +49,8 @@ def layernorm_modulate_reference(
     x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """The definition; see `layernorm_modulate`."""
-    normed = torch.nn.functional.layer_norm(wide(x), x.shape[-1:], eps=EPS)
+    x_wide = opened(x, scale.shape[-1])
+    normed = torch.nn.functional.layer_norm(x_wide, x_wide.shape[-1:], eps=EPS)
     return (normed * (1 + wide(scale)[:, None]) + wide(shift)[:, None]).to(dtype or x.dtype)
 
 
@@ -62,24 +72,26 @@ def layernorm_dx(g, x_hat, rstd, D: tl.constexpr):
 @triton.jit
 def _layernorm_modulate_fwd(
     X, SCALE, SHIFT, H, L, x_b, x_l, scale_b, shift_b,
+    POWERS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, l = row // L, row % L
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    x = tl.load(X + b * x_b + l * x_l + o_d, mask=m_d, other=0.0).to(ACC)
+    x = load_row(X + b * x_b + l * x_l, o_d, m_d, D, POWERS, ACC)
     scale = tl.load(SCALE + b * scale_b + o_d, mask=m_d, other=0.0).to(ACC)
-    shift = tl.load(SHIFT + b * shift_b + o_d, mask=m_d, other=0.0).to(ACC)
     x_hat, _ = normalized(x, m_d, D, EPS)
+    # Not earlier: with scale and shift waiting in registers ptxas spills on sm_90.
+    shift = tl.load(SHIFT + b * shift_b + o_d, mask=m_d, other=0.0).to(ACC)
     tl.store(H + row * D + o_d, x_hat * (1.0 + scale) + shift, mask=m_d)
 
 
 @triton.jit
 def _layernorm_modulate_bwd(
     DH, X, SCALE, DRES, DX, DSCALE, DSHIFT,
-    L, chunk, dh_b, dh_l, x_b, x_l, scale_b, dres_b, dres_l,
-    HAS_RES: tl.constexpr, NEEDS_MODULATION: tl.constexpr,
+    L, chunk, dh_b, dh_l, x_b, x_l, scale_b, dres_b, dres_l, dx_b, dx_l,
+    HAS_RES: tl.constexpr, NEEDS_MODULATION: tl.constexpr, POWERS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     part, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -90,12 +102,12 @@ def _layernorm_modulate_bwd(
     dshift = tl.zeros([BLOCK_D], dtype=ACC)
     for l in range(part * chunk, tl.minimum(part * chunk + chunk, L)):
         dh = tl.load(DH + b * dh_b + l * dh_l + o_d, mask=m_d, other=0.0).to(ACC)
-        x = tl.load(X + b * x_b + l * x_l + o_d, mask=m_d, other=0.0).to(ACC)
+        x = load_row(X + b * x_b + l * x_l, o_d, m_d, D, POWERS, ACC)
         x_hat, rstd = normalized(x, m_d, D, EPS)
         dx = layernorm_dx(dh * (1.0 + scale), x_hat, rstd, D)
         if HAS_RES:
-            dx += tl.load(DRES + b * dres_b + l * dres_l + o_d, mask=m_d, other=0.0).to(ACC)
-        tl.store(DX + (b * L + l) * D + o_d, dx, mask=m_d)
+            dx += load_row(DRES + b * dres_b + l * dres_l, o_d, m_d, D, POWERS, ACC)
+        store_row(DX + b * dx_b + l * dx_l, dx, o_d, m_d, D, POWERS, ACC)
         if NEEDS_MODULATION:
             dscale += dh * x_hat
             dshift += dh
@@ -116,9 +128,9 @@ def row_chunks(length: int, needs_sums: bool) -> tuple[int, int]:
     return chunk, dispatch.cdiv(length, chunk)
 
 
-def row_sums(count: int, parts: int, *, like: Tensor) -> list[Tensor]:
-    """Buffers [B, parts, D] for the partial sums of `like` [B, L, D], wide."""
-    batch, _, width = like.shape
+def row_sums(count: int, parts: int, width: int, *, like: Tensor) -> list[Tensor]:
+    """Buffers [B, parts, D] for partial sums over the tokens of `like` [B, L, ·], wide."""
+    batch = like.shape[0]
     dtype = dispatch.wide_dtype(like)
     return [dispatch.empty(batch, parts, width, like=like, dtype=dtype) for _ in range(count)]
 
@@ -130,11 +142,12 @@ def layernorm_modulate_forward(
     if not dispatch.runs_triton(x):
         return layernorm_modulate_reference(x, scale, shift, dtype)
     x, scale, shift = rows(x), rows(scale), rows(shift)
-    batch, length, width = x.shape
+    (batch, length, _), width = x.shape, scale.shape[-1]
     h = dispatch.empty(batch, length, width, like=x, dtype=dtype)
     block = dispatch.power_of_2(width)
     _layernorm_modulate_fwd[(batch * length,)](
         x, scale, shift, h, length, x.stride(0), x.stride(1), scale.stride(0), shift.stride(0),
+        POWERS=powers_of(x, width),
         D=width, BLOCK_D=block, EPS=EPS, ACC=dispatch.accumulator(x),
         num_warps=row_warps(block),
     )  # fmt: skip
@@ -149,26 +162,27 @@ def layernorm_modulate_backward(
     residual: Tensor | None = None,
     needs_modulation: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, dscale, dshift) of dh; dx [B, L, D] in x's dtype, the others [B, D] wide or None.
+    """(dx, dscale, dshift) of dh; dx as x holds its rows, the others [B, D] wide or None.
 
-    `residual`: a gradient [B, L, D] of x to add; `needs_modulation`: compute dscale and dshift.
+    `residual`: a gradient of x to add, in x's form; `needs_modulation`: compute dscale and dshift.
     """
     if not dispatch.runs_triton(x):
         return _backward_reference(dh, x, scale, residual, needs_modulation)
     dh, x, scale = rows(dh), rows(x), rows(scale)
     res = x if residual is None else rows(residual)
-    batch, length, width = x.shape
+    (batch, length, stored_width), width = x.shape, scale.shape[-1]
     chunk, parts = row_chunks(length, needs_modulation)
-    dx = dispatch.empty(batch, length, width, like=x)
+    dx = dispatch.empty(batch, length, stored_width, like=x)
     dscale = dshift = dx
     if needs_modulation:
-        dscale, dshift = row_sums(2, parts, like=x)
+        dscale, dshift = row_sums(2, parts, width, like=x)
     block = dispatch.power_of_2(width)
     _layernorm_modulate_bwd[(parts, batch)](
         dh, x, scale, res, dx, dscale, dshift, length, chunk,
         dh.stride(0), dh.stride(1), x.stride(0), x.stride(1), scale.stride(0),
-        res.stride(0), res.stride(1),
+        res.stride(0), res.stride(1), dx.stride(0), dx.stride(1),
         HAS_RES=residual is not None, NEEDS_MODULATION=needs_modulation,
+        POWERS=powers_of(x, width),
         D=width, BLOCK_D=block, EPS=EPS, ACC=dispatch.accumulator(x),
         num_warps=row_warps(block),
     )  # fmt: skip
@@ -178,15 +192,15 @@ def layernorm_modulate_backward(
 def _backward_reference(
     dh: Tensor, x: Tensor, scale: Tensor, residual: Tensor | None, needs_modulation: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    x_wide, dh_wide = wide(x), wide(dh)
+    x_wide, dh_wide = opened(x, scale.shape[-1]), wide(dh)
     var, mean = torch.var_mean(x_wide, -1, correction=0, keepdim=True)
     rstd = torch.rsqrt(var + EPS)
     x_hat = (x_wide - mean) * rstd
     g = dh_wide * (1 + wide(scale)[:, None])
     dx = rstd * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
     if residual is not None:
-        dx = dx + wide(residual)
-    dx = dx.to(x.dtype)
+        dx = dx + opened(residual, scale.shape[-1])
+    dx = stored(dx, x)
     if not needs_modulation:
         return dx, None, None
     return dx, (dh_wide * x_hat).sum(1), dh_wide.sum(1)
@@ -199,7 +213,7 @@ _op = torch.library.custom_op(
 
 @_op.register_fake
 def _(x, scale, shift, dtype):
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+    return torch.empty((*x.shape[:-1], scale.shape[-1]), dtype=dtype, device=x.device)
 
 
 @torch.library.custom_op("anima_fast::layernorm_modulate_backward", mutates_args=())
@@ -231,7 +245,7 @@ def layernorm_modulate(
     """LN(x)·(1 + scale) + shift over the last dimension, without learned weights.
 
     Args:
-        x: [B, L, D], D at most 8192, fp32, fp16 or bf16, any strides.
+        x: [B, L, D], D at most 8192, fp32, fp16 or bf16, any strides; or rows with powers of two.
         scale, shift: [B, D], any of these dtypes.
         dtype: of the result; x's when None.
 
@@ -246,11 +260,17 @@ def layernorm_modulate(
 
 
 def check_modulation(x: Tensor, **vectors: Tensor) -> None:
-    """Refuse an x that is not [B, L, D], or modulation vectors that are not [B, D]."""
+    """Refuse an x that is not [B, L, D], or modulation vectors that are not [B, D].
+
+    x may have a power of two behind each row (row_powers.py).
+    """
     if x.ndim != 3 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"x is {tuple(x.shape)}, expected [B, L, D] with D from 1 to {MAX_WIDTH}")
+    widths = {vector.shape[-1] for vector in vectors.values() if vector.ndim}
+    packed = x.dtype == torch.float16 and widths == {x.shape[2] - TAIL}
+    width = x.shape[2] - TAIL if packed else x.shape[2]
     for name, vector in vectors.items():
-        dispatch.check_shape(name, vector, "[B, D]", (x.shape[0], x.shape[2]))
+        dispatch.check_shape(name, vector, "[B, D]", (x.shape[0], width))
     dispatch.check_dtypes(x=x, **vectors)
     dispatch.check_devices(x=x, **vectors)
 
@@ -310,3 +330,4 @@ OP = row_op(
     bytes=(2, 3),
     cost_note="read x, write h; read dh and x, write dx",
 )
+POWERS = with_row_powers(OP, ({"B": 2, "L": 3, "D": 33}, {"B": 2, "L": 38, "D": 64}))

@@ -112,6 +112,8 @@ def lora_linear_forward(
     *,
     factors: Sequence[Tensor | None] | None = None,
     gelu: bool = False,
+    weight_scale: float = 1.0,
+    counter: tuple[Tensor, int] | None = None,
     implementation: str = "auto",
     chain: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -122,6 +124,9 @@ def lora_linear_forward(
         weights, downs, ups, scales: as `lora_linear`, adapters in x's dtype.
         factors: [M, R_i] each, multiplied to h_i (dropout), or None.
         gelu: compute gelu(y) too.
+        weight_scale: a power of two, by which the stored weights are multiplied.
+        counter: counts and the first of a place in them for each part, where the Triton product
+            holds float16 results within its range (gemm.py).
         implementation: auto, triton or cublas.
         chain: terms that float16 sums at a time; None as `use_sums` says.
 
@@ -143,9 +148,13 @@ def lora_linear_forward(
             adapter = None
             if h is not None and i in adapted:
                 adapter = (h[:, ranks[i]], ups[i], scales[i])
-            gemm(x, w, adapter=adapter, out=y[:, columns[i]], gelu=part, chain=chain)
+            place = None if counter is None else (counter[0], counter[1] + i)
+            gemm(
+                x, w, adapter=adapter, scale=weight_scale, out=y[:, columns[i]], gelu=part,
+                counter=place, chain=chain,
+            )  # fmt: skip
         return y, h, act
-    y = x @ stacked(weights).T
+    y = _scaled_product(x, stacked(weights).T, weight_scale)
     if gelu and adapted == [0] and len(ups) == 1 and dispatch.runs_triton(x):
         act = dispatch.empty(*y.shape, like=x)
         gemm(h, ups[0], scale=scales[0], out=y, add=True, gelu=act)
@@ -159,6 +168,11 @@ def lora_linear_forward(
             assert h is not None
             y[:, columns[i]].addmm_(h[:, ranks[i]], ups[i].T, alpha=scales[i])
     return y, h, gelu_forward(y) if gelu else None
+
+
+def _scaled_product(x: Tensor, w: Tensor, scale: float) -> Tensor:
+    """scale·x w by the library."""
+    return x @ w if scale == 1.0 else library_product(x, w, scale, x.dtype)
 
 
 def _times(h: Tensor, ranks: Sequence[slice], factors: Sequence[Tensor | None] | None) -> Tensor:
@@ -182,6 +196,8 @@ def lora_linear_backward(
     gelu_input: Tensor | None = None,
     needs_x: bool = True,
     dtype: torch.dtype | None = None,
+    weight_scale: float = 1.0,
+    counter: tuple[Tensor, int] | None = None,
     implementation: str = "auto",
     chain: int | None = None,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
@@ -193,6 +209,8 @@ def lora_linear_backward(
         gelu_input: [M, K], the pre-activation whose gelu is x: dx is then its gradient.
         needs_x: compute dx.
         dtype: of dA and dB; that of the adapters when None.
+        counter: not used: a gradient that float16 cannot hold becomes infinite, which is how the
+            loss scale finds that it is too high.
     """
     chain = chain_of(dy, chain)
     triton = uses_triton(dy, implementation, chain)
@@ -223,7 +241,7 @@ def lora_linear_backward(
         # In the epilogue of the full product that would take more registers than there are.
         if adapted and x is None and gelu_input is not None and not triton:
             act = dispatch.empty(*gelu_input.shape, like=dy)
-        dx = _backward_x(dy, stacked(weights), g, a, gelu_input, act, triton, chain)
+        dx = _backward_x(dy, stacked(weights), g, a, gelu_input, act, weight_scale, triton, chain)
     if adapted:
         if x is None:
             x = gelu_forward(gelu_input) if act is None else act
@@ -240,14 +258,18 @@ def _backward_x(
     a: Tensor | None,
     gelu_input: Tensor | None,
     act: Tensor | None,
+    weight_scale: float,
     triton: bool,
     chain: int,
 ) -> Tensor:
-    """dy w + g a, times gelu' of `gelu_input` if given; gelu of that goes into `act` if given."""
+    """weight_scale·dy w + g a, times gelu' of `gelu_input` if given.
+
+    gelu of that goes into `act` if given.
+    """
     if triton:
         adapter = None if a is None else (g, a.T, 1.0)
-        return gemm(dy, w.T, adapter=adapter, gelu_grad=gelu_input, chain=chain)
-    dx = dy @ w
+        return gemm(dy, w.T, adapter=adapter, scale=weight_scale, gelu_grad=gelu_input, chain=chain)
+    dx = _scaled_product(dy, w, weight_scale)
     if gelu_input is None:
         return dx if a is None else dx.addmm_(g, a)
     if a is not None and dispatch.runs_triton(dy):

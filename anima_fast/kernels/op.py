@@ -75,6 +75,11 @@ class Op:
     yardstick: torch.dtype | None = None
     cost_note: str = ""
 
+    @property
+    def of_half(self) -> bool:
+        """Whether the op is float16's alone, without a twin in float64."""
+        return self.dtypes == (torch.float16,)
+
 
 def randn(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Standard normal numbers, drawn on the CPU in float64 so that every dtype rounds the same."""

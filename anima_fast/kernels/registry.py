@@ -19,7 +19,9 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         layernorm_modulate.OP,
+        layernorm_modulate.POWERS,
         gate_residual_layernorm_modulate.OP,
+        gate_residual_layernorm_modulate.POWERS,
         qk_norm_rope.OP,
         attention.OP,
         attention.SHORT,
@@ -28,6 +30,7 @@ OPS: dict[str, Op] = {
         gelu.OP,
         rmsnorm.OP,
         gate_residual.OP,
+        gate_residual.POWERS,
         adamw.OP,
         flow_loss.OP,
     )

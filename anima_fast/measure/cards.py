@@ -9,8 +9,9 @@ Sources, one per family:
 - H100, H200: Hopper data sheets (SXM). B200: HGX B200 data sheet, per GPU.
 
 Tensor-core rates are dense, bfloat16 in and float32 accumulated. A GeForce runs those at half its
-rate with float16 accumulation: 256 multiply-adds per SM and clock, twice its float32 rate, at the
-boost clock. All of these are ceilings that long runs under a power limit do not reach.
+rate with float16 accumulation, which bfloat16 has not: 256 multiply-adds per SM and clock, twice
+its float32 rate, at the boost clock. Other cards have one rate for both. All of these are ceilings
+that long runs under a power limit do not reach.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Card:
         bf16_tflops: dense, float32 accumulation.
         fp32_tflops: without tensor cores.
         power_w: limit of the board.
+        float16_sums: how many times `bf16_tflops` float16 products with float16 sums have.
     """
 
     name: str
@@ -47,6 +49,12 @@ class Card:
     bf16_tflops: float
     fp32_tflops: float
     power_w: int
+    float16_sums: float = 1.0
+
+
+def float16_sums(title: str) -> float:
+    """`Card.float16_sums` of any card, by the name its driver gives it."""
+    return 2.0 if re.search("geforce|titan", title, re.IGNORECASE) else 1.0
 
 
 def _geforce(
@@ -58,7 +66,9 @@ def _geforce(
     if words[-1].endswith("Gb"):
         words[-1] = f"{words[-1][:-2]} GB"
     title = f"GeForce {' '.join(words)}"
-    return Card(name, title, arch, sms, memory, bandwidth, 2 * fp32, fp32, power)
+    return Card(
+        name, title, arch, sms, memory, bandwidth, 2 * fp32, fp32, power, float16_sums(title)
+    )
 
 
 # name, arch, SMs, boost MHz, GiB, GB/s, W

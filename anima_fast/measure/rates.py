@@ -16,7 +16,7 @@ import torch
 
 from anima_fast.errors import UserError
 from anima_fast.measure.card_state import CardState
-from anima_fast.measure.cards import Card, find_card
+from anima_fast.measure.cards import Card, find_card, float16_sums
 from anima_fast.measure.warm import BATCH_S, Warmth, warm_up
 
 # Assumed: what a good kernel reaches of the data sheet, and what a launch costs in a queue that the
@@ -163,4 +163,5 @@ def _described(rates: Rates) -> Card:
         bf16_tflops=known.bf16_tflops if known else rates.tensor / 1e12,
         fp32_tflops=known.fp32_tflops if known else 0.0,
         power_w=known.power_w if known else 0,
+        float16_sums=float16_sums(properties.name),
     )

@@ -1,13 +1,15 @@
 """Predicted time of every op, and of one LoRA training step of the published DiT in fused blocks.
 
 Bytes and flops of an op are the registry's (`Op.cost`), each tensor touched once. A step adds them
-up by the sequence of the fused block: forward, backward, and what backward runs again.
+up by the sequence of the fused block: forward, backward, and what backward runs again. With short
+float16 sums (kernels/sums.py) the products of layers and attention take a share of their time, on
+cards that are faster then; what waits for memory stays as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from anima_fast.kernels.op import Cost, Op, Sizes
 from anima_fast.kernels.registry import OPS
@@ -18,6 +20,12 @@ from anima_fast.models.dit_config import PUBLISHED, DitConfig
 TEXT_ROWS = 96
 # Ops over all adapter parameters: one shape, of the run's rank, in float32.
 PARAMETER_OPS = {"adamw": "N"}
+# Assumed: what kernels with short float16 sums reach of the rate of float16 sums, forward and
+# backward, against what they reach of the other with float32 sums. That is half of 1.75, 1.3 and
+# 1.6 times where the rate is doubled. A Triton product of 2048³ has 1.71 times on an RTX 4060
+# (https://github.com/triton-lang/triton/issues/10851); logits keep float32 sums, so that in
+# attention one of two products is short, and five of seven backward.
+SHORT_SHARES = {"lora_linear_short": (0.875, 0.875), "attention_short": (0.65, 0.8)}
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,22 @@ def sized(sizes: Sizes, *, batch: int, rank: int) -> dict[str, int]:
 
 
 def op_times(
-    rates: Rates, *, tokens: int, batch: int = 1, rank: int = 32, ops: Mapping[str, Op] = OPS
+    rates: Rates,
+    *,
+    tokens: int,
+    batch: int = 1,
+    rank: int = 32,
+    float16_sums: float = 1.0,
+    ops: Mapping[str, Op] = OPS,
 ) -> list[OpTime]:
-    """Every op at each of its real shapes; activations in 16 bit, adapter states in 32."""
+    """Every op at each of its real shapes; activations in 16 bit, adapter states in 32.
+
+    Args:
+        rates: with float32 sums.
+        tokens, batch, rank: L, B and R.
+        float16_sums: of the card (`Card.float16_sums`), for the ops of `SHORT_SHARES`.
+        ops: of the registry.
+    """
     found = []
     for op in ops.values():
         shapes = dict(op.real_shapes(tokens))
@@ -59,18 +80,36 @@ def op_times(
         for label, real in shapes.items():
             sizes = sized(real, batch=batch, rank=rank)
             cost = op.cost(sizes, itemsize)
+            forward, backward = _flops(op, sizes, cost, float16_sums)
             found.append(
                 OpTime(
                     op=op.name,
                     label=label,
                     sizes=sizes,
-                    forward_s=rates.seconds(cost.forward_bytes, cost.forward_flops),
-                    backward_s=rates.seconds(cost.backward_bytes, cost.backward_flops),
-                    bound=rates.bound(cost.forward_bytes, cost.forward_flops),
+                    forward_s=rates.seconds(cost.forward_bytes, forward),
+                    backward_s=rates.seconds(cost.backward_bytes, backward),
+                    bound=rates.bound(cost.forward_bytes, forward),
                     cost=cost,
                 )
             )
     return found
+
+
+def _flops(op: Op, sizes: Sizes, cost: Cost, float16_sums: float) -> tuple[float, float]:
+    """Operations forward and backward that take as long with float32 sums."""
+    counts = cost.forward_flops, cost.backward_flops
+    if op.name not in SHORT_SHARES:
+        return counts
+    # Products of adapters are narrow and keep float32 sums.
+    plain = op.cost({**sizes, "R": 0}, 2)
+    shorts = plain.forward_flops, plain.backward_flops
+    # Where short sums are not faster they are not taken.
+    faster = [max(1.0, share * float16_sums) for share in SHORT_SHARES[op.name]]
+    forward, backward = (
+        count - short + short / times
+        for count, short, times in zip(counts, shorts, faster, strict=True)
+    )
+    return forward, backward
 
 
 @dataclass(frozen=True)
@@ -109,6 +148,9 @@ BLOCK = (
     OpUse("lora_linear", "up", 1, mlp_again=1),
     OpUse("lora_linear", "down", 1),
     OpUse("gelu", "", 1, again=1),
+)
+SHORT_BLOCK = tuple(
+    replace(use, op=short) if (short := f"{use.op}_short") in SHORT_SHARES else use for use in BLOCK
 )
 STEP = (OpUse("layernorm_modulate", "", 1), OpUse("adamw", "", 1), OpUse("flow_loss", "", 1))
 

@@ -77,21 +77,19 @@ class BlockBytes(NamedTuple):
     again: float = 0.0
 
 
-def fused_block(policy: str, unit: float, *, more: float = 0.0, wide: bool = False) -> BlockBytes:
+def fused_block(policy: str, unit: float, *, more: float = 0.0) -> BlockBytes:
     """A fused block under a policy.
 
     Args:
         policy: none, mlp, block or host (nothing is kept on the device).
         unit: bytes of one [B, L, D] tensor of the compute dtype.
         more: units kept besides, unless all is recomputed.
-        wide: the residual stream, which `block` keeps once and the others three times, has twice
-            the bytes of the compute dtype.
     """
-    whole = SAVED_UNITS["none"] + more + 3 * wide
+    whole = SAVED_UNITS["none"] + more
     kept = {
         "none": whole,
-        "mlp": SAVED_UNITS["mlp"] + more + 3 * wide,
-        "block": SAVED_UNITS["block"] + wide,
+        "mlp": SAVED_UNITS["mlp"] + more,
+        "block": SAVED_UNITS["block"],
         "host": 0.0,
     }[policy]
     return BlockBytes(kept * unit, (whole - kept) * unit)
@@ -224,8 +222,9 @@ class LoRANeeds(Needs["TrainOptions"]):
 
     @property
     def input_bytes(self) -> int:
-        """Of what a recomputed block keeps; between blocks float16 is too narrow."""
-        return self.unit * (2 if self.models.dit.dtype == torch.float16 else 1)
+        """Of what a recomputed block keeps; between eager blocks float16 is too narrow."""
+        wide = self.models.dit.dtype == torch.float16 and not self.fused
+        return self.unit * (2 if wide else 1)
 
     @cached_property
     def runs_fused(self) -> bool:
@@ -271,8 +270,7 @@ class LoRANeeds(Needs["TrainOptions"]):
 
     def _block(self, options: TrainOptions, policy: str, index: int) -> BlockBytes:
         if self.runs_fused:
-            more, wide = self._more_units(options), self.input_bytes > self.unit
-            return fused_block(policy, self.unit, more=more, wide=wide)
+            return fused_block(policy, self.unit, more=self._more_units(options))
         whole = float(self.eager.blocks[index])
         # The eager block cannot leave out its MLP alone, so `mlp` is `block` there.
         kept = {"none": whole, "host": 0.0}.get(policy, float(self.input_bytes))

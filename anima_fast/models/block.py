@@ -72,7 +72,8 @@ class BlockSettings:
     attn_mode: str
     dtype: torch.dtype
     head_dim: int
-    scales: dict[str, list[float]]
+    # Of each group, what lora_linear.py takes besides its tensors.
+    linear: dict[str, dict[str, Any]]
     rows: ZeroRows | None
     # The implementation of kernels/lora_linear.py.
     products: str = "auto"
@@ -113,9 +114,9 @@ class BlockTensors:
             "weights": [t[name] for name in names["weight"]],
             "downs": [cast.get(name, t[name]) for name in names["down"]],
             "ups": [cast.get(name, t[name]) for name in names["up"]],
-            "scales": self.settings.scales[group],
             "implementation": self.settings.products,
             "factors": [t.get(name) for name in names["factor"]],
+            **self.settings.linear[group],
         }
 
     def adapted(self, *groups: str) -> bool:

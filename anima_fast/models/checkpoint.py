@@ -244,7 +244,10 @@ def load_into(
                 f"{checkpoint.name}: {name} is {tensor.dtype}, expected floating point; give the "
                 "unquantised file"
             )
-        tensors[name] = tensor.detach().to(device, dtype_of(name))
+        owner, dtype = module.get_submodule(name.rpartition(".")[0]), dtype_of(name)
+        # Some layers store their weight in a form of their own.
+        hold = getattr(owner, "hold", Tensor.to)
+        tensors[name] = hold(tensor.detach().to(device), dtype)
     module.load_state_dict(tensors, strict=True, assign=True)
     module.requires_grad_(False).eval()
 

@@ -11,8 +11,8 @@ Modules carry the published names, so a state dict loads as it is; all sizes com
 
 Dtypes, without autocast: weights and activations in `dtype`; norm statistics, modulation and RoPE
 angles in at least float32; σ stays as given until its sinusoid is rounded to the weights' dtype.
-With float16 the residual stream, the timestep embedding and the AdaLN linears stay in float32,
-because the residual stream exceeds what float16 can hold.
+With float16 the timestep embedding and the AdaLN linears stay in float32, and so does the residual
+stream, which exceeds what float16 can hold; fused blocks keep it in their own form (`stream`).
 """
 
 from __future__ import annotations
@@ -49,10 +49,14 @@ from anima_fast.models.dit_layers import (
     Shared,
     TimestepEmbedding,
     layernorm_modulate,
+    share_scale,
     timestep_features,
 )
 from anima_fast.models.rope import rope_angles
+from anima_fast.models.saturation import Saturation
 
+# How the blocks hold the residual stream: into it, and out of it.
+Stream = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 # Kept in float32 when the compute dtype is float16, because their results exceed its range.
 FP32_PARTS = re.compile(r"(t_embedder|t_embedding_norm|final_layer)\..*|.*\.adaln_modulation_.*")
 # Tensors in a DiT file that do not belong to the DiT.
@@ -112,6 +116,8 @@ class AnimaDiT(nn.Module):
         block_runner: runs one block; None unless somebody sets it.
         graphs: runs all blocks (models/block_graphs.py), or None.
         modulate: computes the modulation of all blocks at once, for blocks that read it; or None.
+        stream: how the blocks hold the residual stream of [B, L, D].
+        saturation: counts what float16 products of fused blocks cannot hold, or None.
     """
 
     def __init__(self, config: DitConfig, attn_mode: str = "torch") -> None:
@@ -122,6 +128,8 @@ class AnimaDiT(nn.Module):
         self.block_runner: RunBlock | None = None
         self.graphs: Any = None
         self.modulate: Modulate | None = None
+        self.stream: Stream = PLAIN_STREAM
+        self.saturation: Saturation | None = None
         channels = config.model_channels
         self.x_embedder = PatchEmbed(config.in_channels, channels)
         self.t_embedder = nn.Sequential(nn.Identity(), TimestepEmbedding(channels))
@@ -160,9 +168,6 @@ class AnimaDiT(nn.Module):
         self._check(latents, image, sigma, context)
         height, width = (size // PATCH for size in image.shape[-2:])
         x = self.x_embedder(with_mask(image.to(self.dtype), padding_mask))  # [B, L, D]
-        # float16 cannot hold the residual stream.
-        x = x.float() if x.dtype == torch.float16 else x
-
         shared = self._shared(sigma, context, height, width, zero_keys)
         x = self.run_blocks(x, shared) if self.graphs is None else self.graphs(self, x, shared)
 
@@ -174,13 +179,16 @@ class AnimaDiT(nn.Module):
     def run_blocks(self, x: Tensor, shared: Shared) -> Tensor:
         """All blocks, one after another: [B, L, D] → [B, L, D]."""
         run = self.block_runner or (lambda index, block, x, shared: block(x, shared))
+        into, out_of = self.stream
+        x = into(x)
         for index, block in enumerate(self.blocks):
             x = run(index, block, x, shared)
-        return x
+        return out_of(x)
 
     def run_eagerly(self) -> None:
         """Take every hook out: each block runs as it is defined."""
-        self.block_runner = self.graphs = self.modulate = None
+        self.block_runner = self.graphs = self.modulate = self.saturation = None
+        self.stream = PLAIN_STREAM
         for block in self.blocks:
             block.fused = None
 
@@ -224,6 +232,14 @@ class AnimaDiT(nn.Module):
         )
 
 
+def no_half(x: Tensor) -> Tensor:
+    """x, in float32 if it is float16, which cannot hold the residual stream."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
+PLAIN_STREAM: Stream = (no_half, no_half)
+
+
 def with_mask(image: Tensor, mask: Tensor | None) -> Tensor:
     """[B, C, H, W] and the padding mask [B, 1, h, w] (None: zeros) → [B, C + 1, H, W]."""
     if mask is None:
@@ -257,7 +273,7 @@ def load_dit(
         half = dtype == torch.float16 and FP32_PARTS.fullmatch(name)
         return torch.float32 if half else dtype
 
-    return load_network(
+    dit = load_network(
         checkpoint,
         DitConfig.from_shapes,
         lambda config: AnimaDiT(config, attn_mode),
@@ -265,6 +281,11 @@ def load_dit(
         device=device,
         dtype_of=dtype_of,
     )
+    for block in dit.blocks:
+        own, cross = block.self_attn, block.cross_attn
+        share_scale([own.q_proj, own.k_proj, own.v_proj])
+        share_scale([cross.k_proj, cross.v_proj])
+    return dit
 
 
 def dit_tensors(checkpoint: Checkpoint) -> Checkpoint:

@@ -21,6 +21,8 @@ from anima_fast.models.rope import apply_rope
 
 EPS = 1e-6
 PATCH = 2
+# A weight whose largest entry is smaller is scaled for float16.
+LEAST = 2.0**-6
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,52 @@ class RMSNorm(nn.Module):
         return (x_wide * rstd * self.weight).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """A product without bias, whose weight may be stored divided by a power of two.
+
+    float16 is too narrow for some weights: entries from 2⁻⁶ to 1 keep their digits, and a sum of a
+    few products of them stays in its range. Where the largest is elsewhere, `hold` brings it there.
+    Whoever reads `weight` multiplies with `weight_scale`.
+    """
+
+    weight_scale = 1.0
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        y = super().forward(x)
+        return y if self.weight_scale == 1.0 else y * self.weight_scale
+
+    def hold(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight as it is stored in `dtype`; sets `weight_scale`."""
+        self.weight_scale = scale_for(weight) if dtype == torch.float16 else 1.0
+        return (
+            (weight / self.weight_scale).to(dtype) if self.weight_scale != 1.0 else weight.to(dtype)
+        )
+
+
+def scale_for(weight: Tensor) -> float:
+    """The power of two that a weight is divided by to be stored in float16; 1 without values."""
+    if weight.is_meta:
+        return 1.0
+    largest = weight.abs().amax().item()
+    if not math.isfinite(largest) or not largest or LEAST <= largest <= 1:
+        return 1.0
+    # The largest entry comes to lie in [1/2, 1).
+    return 2.0 ** math.frexp(largest)[1]
+
+
+def share_scale(layers: Sequence[Linear]) -> None:
+    """Give layers that are computed as one product one scale: the largest."""
+    largest = max(layer.weight_scale for layer in layers)
+    for layer in layers:
+        if layer.weight_scale != largest:
+            layer.weight.data = layer.weight.data * (layer.weight_scale / largest)
+            layer.weight_scale = largest
+
+
 class PatchEmbed(nn.Module):
     """2x2 patches of latents and mask → tokens, features in (channel, row, column) order."""
 
@@ -120,12 +168,12 @@ class Attention(nn.Module):
     def __init__(self, channels: int, context_dim: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(channels, channels, bias=False)
-        self.k_proj = nn.Linear(context_dim, channels, bias=False)
-        self.v_proj = nn.Linear(context_dim, channels, bias=False)
+        self.q_proj = Linear(channels, channels)
+        self.k_proj = Linear(context_dim, channels)
+        self.v_proj = Linear(context_dim, channels)
         self.q_norm = RMSNorm(head_dim)
         self.k_norm = RMSNorm(head_dim)
-        self.output_proj = nn.Linear(channels, channels, bias=False)
+        self.output_proj = Linear(channels, channels)
 
     def heads(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q of x [B, L, D], k and v of context [B, S, C], each as heads [B, ., H, K]."""
@@ -163,8 +211,8 @@ class Mlp(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.layer1 = nn.Linear(channels, hidden, bias=False)
-        self.layer2 = nn.Linear(hidden, channels, bias=False)
+        self.layer1 = Linear(channels, hidden)
+        self.layer2 = Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] → [B, L, D]."""
@@ -185,6 +233,11 @@ class FinalLayer(nn.Module):
         vectors = vectors + shared.shared_modulation[..., : vectors.shape[-1]]
         modulation = Modulation(*vectors.chunk(2, -1))
         return self.linear(layernorm_modulate(x, modulation, self.linear.weight.dtype))
+
+
+def weight_scale(layer: nn.Module) -> float:
+    """What the stored weight of a layer is multiplied with: `Linear.weight_scale`, else 1."""
+    return getattr(layer, "weight_scale", 1.0)
 
 
 def attached(layer: nn.Module) -> Sequence[Any]:

@@ -8,6 +8,7 @@ them, the eager block runs and the reason is logged once.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from anima_fast.kernels.products import stacked
+from anima_fast.kernels.row_powers import powers_of, with_powers, without_powers
 from anima_fast.models.block import GROUPS, KINDS, NAMES, BlockSettings, FusedBlockFunction
 from anima_fast.models.dit import AnimaDiT, Block
 from anima_fast.models.dit_layers import Shared, attached
 from anima_fast.models.modulation import adaln_layers, batched_modulation, pack
 from anima_fast.models.recompute import block_policies, recomputed
+from anima_fast.models.saturation import Saturation
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,11 @@ class FrozenLinear:
     up: Tensor
     scale: float
     factor: Tensor | None
+
+
+# The place of each group's first layer among the counts of its block.
+PLACES = dict(zip(GROUPS, itertools.accumulate(map(len, GROUPS.values()), initial=0), strict=False))
+COUNTS = sum(map(len, GROUPS.values()))
 
 
 class BlockModules:
@@ -111,17 +119,28 @@ def fuse_blocks(
         if len(layers) > 1 and not any(layer.weight.requires_grad for layer in layers):
             pack(layers)
     dit.modulate = batched_modulation
+    if dit.dtype == torch.float16:
+        dit.stream = (with_powers, without_powers)
+        names = [name for group in GROUPS.values() for name in group]
+        names = [f"blocks.{index}.{name}" for index in range(len(dit.blocks)) for name in names]
+        dit.saturation = Saturation(names, dit.x_embedder.proj[1].weight.device)
+        for block in dit.blocks:
+            block.fused.counts = dit.saturation.counts
 
 
 @dataclass
 class FusedBlock:
-    """How one block runs fused; `pack` and `unpack` store x₀ with policy `block`."""
+    """How one block runs fused.
+
+    `pack` and `unpack` store x₀ with policy `block`; `counts` are those of `Saturation`.
+    """
 
     index: int
     policy: str
     modules: BlockModules
     pack: Callable[[Tensor], Any] | None = None
     unpack: Callable[[Any], Tensor] | None = None
+    counts: Tensor | None = None
 
     def __call__(self, block: Block, x: Tensor, shared: Shared) -> Tensor:
         """x₃ [B, L, D]; from the eager block where it must run, which is logged once."""
@@ -134,9 +153,15 @@ class FusedBlock:
 
     def eager(self, block: Block, x: Tensor, shared: Shared) -> Tensor:
         """The eager block; it cannot leave out the MLP alone, so `mlp` becomes `block`."""
+        packed = powers_of(x, shared.embedding.shape[-1])
+
+        def run(x: Tensor, shared: Shared) -> Tensor:
+            return with_powers(block.eager(without_powers(x), shared))
+
+        run = run if packed else block.eager
         if self.policy == "none" or not torch.is_grad_enabled():
-            return block.eager(x, shared)
-        return recomputed(block.eager, x, shared, self.pack, self.unpack)
+            return run(x, shared)
+        return recomputed(run, x, shared, self.pack, self.unpack)
 
     def fused(self, block: Block, x: Tensor, shared: Shared) -> Tensor:
         """The fused Function on the weights and adapters of this moment."""
@@ -155,12 +180,19 @@ class FusedBlock:
             "norm.self": norms[:2],
             "norm.cross": norms[2:],
         }
-        scales = {}
+        linear: dict[str, dict[str, Any]] = {}
         # In this order the eager block draws dropout.
         for group, linears in modules.groups.items():
             read = shared.context if group == "cross_kv" else x
             layers = [_layer(linear, *read.shape[:2]) for linear in linears]
-            scales[group] = [layer.scale for layer in layers]
+            linear[group] = {
+                "scales": [layer.scale for layer in layers],
+                # One for the group (models/dit.py).
+                "weight_scale": linears[0].weight_scale,
+            }
+            if self.counts is not None:
+                place = self.index * COUNTS + PLACES[group]
+                linear[group]["counter"] = (self.counts, place)
             for kind in KINDS:
                 values = (getattr(layer, kind) for layer in layers)
                 tensors.update(zip(NAMES[group][kind], values, strict=True))
@@ -169,7 +201,7 @@ class FusedBlock:
             attn_mode=shared.attn_mode,
             dtype=shared.dtype,
             head_dim=block.self_attn.head_dim,
-            scales=scales,
+            linear=linear,
             rows=shared.zero_rows,
             pack=self.pack,
             unpack=self.unpack,

@@ -5,8 +5,9 @@ torch        PyTorch's flash attention, which knows no zero keys: with lse' over
              and δ = do·out only, so the corrected pair makes it exact as well. Self attention is
              cuDNN's where PyTorch prefers that (data-center Hopper and Blackwell): it is faster
              there, but spends tens of milliseconds planning for each new count of keys
-triton       kernels/attention.py, whose softmax starts at the zero keys; also where PyTorch has no
-             flash attention: in float32, before Ampere, and in its builds for Windows
+triton       kernels/attention.py, whose softmax starts at the zero keys; also with short float16
+             sums (kernels/sums.py), and where PyTorch has no flash attention: in float32, before
+             Ampere, and in its builds for Windows
 others       xformers and flash run under autograd inside, and keep what that keeps
 
 Where a sample leaves out zero rows that its keys end with (a batch that mixes texts above 512 rows
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from anima_fast.kernels import dispatch
 from anima_fast.kernels.attention import attention_backward, attention_forward
+from anima_fast.kernels.sums import chain_of
 from anima_fast.models.attention import HALF, ZeroRows, attention
 
 aten = torch.ops.aten
@@ -43,6 +46,9 @@ def backend(q: Tensor, k: Tensor, v: Tensor, mode: str) -> str:
     """Who computes the attention of these tensors: cudnn, flash, own or graph."""
     if mode not in ("torch", "sdpa"):
         return "own" if mode == "triton" else "graph"
+    # No library ends its chains of float16 as early.
+    if chain_of(q) and dispatch.runs_triton(q):
+        return "own"
     if not q.is_cuda:
         return "flash"
     if q.dtype not in HALF or _capability(q.device.index) < (8, 0):

@@ -132,20 +132,16 @@ def first_gradients(run: Run) -> Gradients:
     policies = MemoryPolicies(run, lambda text: None)
     for _ in range(TRIES):
         ((_, losses),) = forward_backward(run, [batch], policies, step=0)
+        saturation = run.dit.saturation
+        counts = {} if saturation is None else saturation.take()
         # Copied: the buffer is that of the run.
-        found = Gradients(network.flat_grad.detach().float().cpu().clone(), saturated(run))
+        found = Gradients(network.flat_grad.detach().float().cpu().clone(), counts)
         scale = run.scaler.get_scale()
         if found.finite or scale <= 1 or not torch.isfinite(losses).all():
             break
         run.scaler.update(max(1.0, scale / LOWER))
         network.zero_grad_flat()
     return found
-
-
-def saturated(run: Run) -> Mapping[str, int]:
-    """How many numbers were cut off at float16's largest, by where; {} where nothing counts."""
-    count: Callable[[], Mapping[str, int]] | None = getattr(run, "saturated", None)
-    return {} if count is None else count()
 
 
 @contextmanager

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anima_fast.data.batches import Batches
 from anima_fast.data.conditioning import Conditioning
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from anima_fast.models.vae import VAE
 
 
+# What the loss scale makes the largest gradient behind the last block at first, and its limit.
+FIRST, LARGEST_POWER = 16.0, 40
 # Of σ, in which training losses are averaged.
 BINS = 10
 
@@ -123,7 +127,51 @@ class SigmaBins:
 
 
 class LossScaler(torch.amp.GradScaler):
-    """PyTorch's loss scaling, for parameters that are float16 themselves too (`full_fp16`)."""
+    """PyTorch's loss scaling, for parameters that are float16 themselves too (`full_fp16`).
+
+    A new run starts with the scale that brings the largest gradient behind the last block to
+    `FIRST`, far from both ends of float16; a resumed one with the scale of its state.
+    """
+
+    def __init__(self, device: str, *, enabled: bool) -> None:
+        super().__init__(device, enabled=enabled)
+        self._begun = not enabled
+        self._behind: Tensor | None = None
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on with a saved scale."""
+        super().load_state_dict(state_dict)
+        self._begun = True
+
+    @contextmanager
+    def first_backward(self, final_layer: nn.Module) -> Iterator[None]:
+        """Inside the block the first `backward` may look at the input of the final layer."""
+        if self._begun:
+            yield
+            return
+
+        def keep(_layer: nn.Module, inputs: tuple) -> None:
+            self._behind = inputs[0]
+
+        hook = final_layer.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            # When memory ran out this must not hold the failed forward.
+            hook.remove()
+            self._behind = None
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of a loss, scaled; the first one sets the scale."""
+        behind = self._behind
+        if not self._begun and behind is not None and behind.requires_grad:
+            (gradient,) = torch.autograd.grad(loss, behind, retain_graph=True)
+            largest = gradient.abs().amax().item()
+            if 0 < largest < math.inf:
+                power = math.floor(math.log2(FIRST / largest))
+                self._init_scale = 2.0 ** min(max(power, 0), LARGEST_POWER)
+            self._begun = True
+        self.scale(loss).backward()
 
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
         if isinstance(optimizer, WeightUpdates):
@@ -146,7 +194,7 @@ class Run:
     dit: AnimaDiT
     conditioning: Conditioning
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler
+    scaler: LossScaler
     # Where latents are not cached.
     vae: VAE | None = None
     # Where previews are asked for.

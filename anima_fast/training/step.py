@@ -50,10 +50,11 @@ def forward_backward(
     bins = run.sigma_bins.copy()
     while True:
         try:
-            return [
-                (batch, backward(run, micro_step(run, batch, step=step, micro=micro)))
-                for micro, batch in enumerate(batches)
-            ]
+            with run.scaler.first_backward(run.dit.final_layer):
+                return [
+                    (batch, backward(run, micro_step(run, batch, step=step, micro=micro)))
+                    for micro, batch in enumerate(batches)
+                ]
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -112,7 +113,7 @@ def backward(run: Run, losses: Tensor) -> Tensor:
     """Add the gradients of the losses [B] of one micro-batch; returns the losses, detached."""
     # Module dropout may have left out everything that is trained: then the gradient is zero.
     if losses.requires_grad:
-        run.scaler.scale(losses.mean() / run.length.accumulation).backward()
+        run.scaler.backward(losses.mean() / run.length.accumulation)
     return losses.detach()
 
 
@@ -121,14 +122,22 @@ def optimizer_step(
 ) -> dict:
     """Clip, step unless something is not finite, schedule, zero.
 
-    Returns `loss` (mean), `grad_norm` (before clipping), and `max_norm` with `scale_weight_norms`.
+    Returns `loss` (mean), `grad_norm` (before clipping), `saturated` where float16 could not hold
+    so many values, and `max_norm` with `scale_weight_norms`.
     """
     run.scaler.unscale_(run.optimizer)
     norm = run.training.clip(run.options.max_grad_norm)
     loss = torch.stack([losses.mean() for _, losses in group]).mean()
-    # The one wait for the device in a step: both numbers come back together.
-    loss, norm = torch.stack([loss, norm]).tolist()
+    saturation = run.dit.saturation
+    # The one wait for the device in a step: all numbers come back together.
+    numbers = [loss, norm] if saturation is None else [loss, norm, saturation.total()]
+    loss, norm, *beyond = torch.stack(numbers).tolist()
     facts: dict = {"loss": loss, "grad_norm": norm}
+    if saturation is not None and any(beyond):
+        found = saturation.take()
+        facts["saturated"] = sum(found.values())
+        if message := saturation.message(found):
+            say(message)
     if bad_batches.accepts(group, loss, norm, run.scaler, say=say):
         run.scaler.step(run.optimizer)
         facts |= run.training.after_step()
