@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -369,6 +370,23 @@ def test_facts_of_this_machine(tmp_path, monkeypatch):
         tuning.kernel_version.cache_clear()
 
 
+@pytest.mark.gpu
+def test_this_card():
+    found = measured.measure_sums(torch.device("cuda"))
+    assert not found.failed and found.chain in (0, 32, 64)
+    assert found.seconds.keys() == {SHORT, OWN, LIBRARY} or not found.chain
+    card = measured.card_facts(0)
+    assert by_name(card.name, torch.cuda.get_device_capability(0)).faster == found.judged().faster
+
+
+def test_triton_is_not_imported_for_float32_sums(monkeypatch):
+    monkeypatch.delitem(sys.modules, "anima_fast.kernels.sums")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with arithmetic.sums_of_run():
+        arithmetic.set_sums(0)
+    assert "anima_fast.kernels.sums" not in sys.modules
+
+
 # Runs
 
 
@@ -448,6 +466,13 @@ def test_bf16_by_hand_where_fp16_is_faster(tmp_path, monkeypatch, given, card, t
         return
     (line,) = said
     assert told in line and line.endswith("--mixed_precision fp16")
+
+
+def test_what_cannot_run_here_is_predicted_for_elsewhere():
+    options = TrainOptions(mixed_precision="fp16", sums="short", kernels="eager")
+    assert settling.predicted(options, CPU).mixed_precision == "fp16"
+    with pytest.raises(UserError, match="--sums short needs the project's kernels"):
+        settling.settle(options, CPU, say=never)
 
 
 def test_predictions_measure_nothing(monkeypatch):
@@ -660,7 +685,7 @@ def test_a_guarded_run_is_the_run_without_a_guard(world, tmp_path, geforce, monk
     assert losses[0] == losses[1]
     # What is told and recorded.
     assert "precision: fp16, float16 sums of 64 terms (faster)" in console(tmp_path / "first")
-    assert "fp16 agrees with bf16 on the first batch" in console(tmp_path / "first")
+    assert "fp16 suits this model: gradients' cosine 0.99" in console(tmp_path / "first")
     with safe_open(first.output, "pt") as file:
         metadata = file.metadata()
     assert (metadata["ss_mixed_precision"], metadata["ss_sums"]) == ("fp16", "short")
@@ -669,6 +694,29 @@ def test_a_guarded_run_is_the_run_without_a_guard(world, tmp_path, geforce, monk
     (start,) = records(tmp_path / "first", "start")
     assert start == {"kind": "start", "step": 0, "precision": "fp16", "sums": "short"}
     assert "fp16, float16 sums of 64 terms" in (tmp_path / "first" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"network_args": ("train_llm_adapter=True",)}, {"cache_text_encoder_outputs": False}],
+    ids=["states", "live"],
+)
+def test_encoders_stay_in_bf16(world, tmp_path, geforce, monkeypatch, changes):
+    seen = []
+    real = loop.forward_backward
+
+    def step(run, *args, **more):
+        parts = run.conditioning
+        seen.append([run.dit.dtype, parts.dtype, parts.adapter.out_proj.weight.dtype])
+        return real(run, *args, **more)
+
+    monkeypatch.setattr(loop, "forward_backward", step)
+    prompt = {"sample_prompt": "x --w 32 --h 32 --s 1 --d 3", "sample_at_first": True}
+    result = trained(world, tmp_path, max_train_steps=1, **prompt, **changes)
+    assert seen == [[torch.float16, torch.float16, torch.bfloat16]]
+    assert len(list((tmp_path / "sample").iterdir())) == 1
+    with safe_open(result.output, "pt") as file:
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
 
 
 @pytest.mark.parametrize("why", ["cosine", "saturated", "overflow"])
@@ -708,14 +756,19 @@ def test_a_model_that_is_not_for_float16_is_trained_in_bf16(
     assert again.steps == 1 and line in console(tmp_path / "again")
 
 
-def test_a_loss_scale_that_is_too_high_is_no_verdict(world, tmp_path, geforce, monkeypatch):
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_a_loss_scale_that_is_too_high_is_no_verdict(
+    world, tmp_path, geforce, monkeypatch, cut_off
+):
     real, scales = guard.forward_backward, []
 
     def overflow(run, *args, **more):
         group = real(run, *args, **more)
         scales.append(run.scaler.get_scale())
-        if scales[-1] > 1000:
+        high = scales[-1] > 1000
+        if high and not cut_off:
             run.network.flat_grad[0] = math.inf
+        run.dit.saturation = SimpleNamespace(take=lambda: {"blocks.0": int(high and cut_off)})
         return group
 
     monkeypatch.setattr(guard, "forward_backward", overflow)

@@ -21,7 +21,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -130,7 +130,7 @@ def resolve(precision: str, sums: str, machine: Machine) -> Arithmetic:
 def _because(found: Arithmetic, reason: str) -> Arithmetic:
     if found.chosen and found.precision == "fp16":
         reason = f"this card has no bfloat16; sums in float32: {reason}"
-    return Arithmetic(found.precision, found.chain, reason, found.encoders, found.chosen)
+    return replace(found, reason=reason)
 
 
 def machine(
@@ -164,7 +164,7 @@ def by_name(name: str, capability: tuple[int, int]) -> ShortSums:
     """What a card's name says of short sums, where nothing was measured."""
     half_rate = re.search(r"\b(geforce|titan)\b", name, re.IGNORECASE) is not None
     if half_rate and capability >= TENSOR_CORES:
-        return ShortSums(CHAIN, True, "float16 sums are faster on a GeForce, by its name")
+        return ShortSums(CHAIN, True, "float16 sums are faster on a GeForce or TITAN, by its name")
     return ShortSums(CHAIN, False, "float16 sums are not faster on this card, by its name")
 
 

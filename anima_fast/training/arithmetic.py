@@ -53,8 +53,15 @@ def settle(
 
 def predicted(options: OptionsT, device: torch.device) -> OptionsT:
     """The options with what `auto` most probably means, without measuring anything."""
-    where = machine_of(options, device, lambda: known_sums(card_facts(device)))
-    return with_arithmetic(options, resolve(options.mixed_precision, sums_of(options), where))
+    asked = options.mixed_precision
+    try:
+        where = machine_of(options, device, lambda: known_sums(card_facts(device)))
+        found = resolve(asked, sums_of(options), where)
+    except UserError:
+        # What cannot run here may be meant for another machine.
+        word = "bf16" if asked == "auto" else asked
+        found = Arithmetic(word, 0, "as asked for", word)
+    return with_arithmetic(options, found)
 
 
 def with_arithmetic(options: OptionsT, found: Arithmetic) -> OptionsT:

@@ -72,6 +72,7 @@ def judged(
     card = card_facts(device)
     verdict = stored_verdict(card, model, found.chain)
     if verdict is None:
+        say("comparing fp16 with bf16 on the first batch, once for this model")
         bf16 = refused(found, "")
         with _nothing_changes(device):
             wide, narrow = (_first_gradients(trial, a, device) for a in (bf16, found))
@@ -80,7 +81,8 @@ def judged(
             say("the first batch does not tell fp16 from bf16: its gradients are zero or no number")
             return found
         if not verdict.problem:
-            say(f"fp16 agrees with bf16 on the first batch: gradients' cosine {verdict.cosine:.5f}")
+            same = "" if verdict.cosine is None else f": gradients' cosine {verdict.cosine:.5f}"
+            say(f"fp16 suits this model{same}")
         if (problem := keep_verdict(card, model, verdict)) is not None:
             say(f"this is found out at each start ({problem})")
     if not verdict.problem:
@@ -135,7 +137,9 @@ def first_gradients(run: Run) -> Gradients:
         # Copied: the buffer is that of the run.
         found = Gradients(network.flat_grad.detach().float().cpu().clone(), counts)
         scale = run.scaler.get_scale()
-        if found.finite or scale <= 1 or not torch.isfinite(losses).all():
+        # Gradients may leave float16 by their scale alone; a loss that is no number will stay so.
+        good = found.finite and not any(counts.values())
+        if good or scale <= 1 or not torch.isfinite(losses).all():
             break
         run.scaler.update(max(1.0, scale / LOWER))
         network.zero_grad_flat()
