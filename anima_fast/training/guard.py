@@ -137,9 +137,7 @@ def first_gradients(run: Run) -> Gradients:
         # Copied: the buffer is that of the run.
         found = Gradients(network.flat_grad.detach().float().cpu().clone(), counts)
         scale = run.scaler.get_scale()
-        # Gradients may leave float16 by their scale alone; a loss that is no number will stay so.
-        good = found.finite and not any(counts.values())
-        if good or scale <= 1 or not torch.isfinite(losses).all():
+        if found.finite or scale <= 1 or not torch.isfinite(losses).all():
             break
         run.scaler.update(max(1.0, scale / LOWER))
         network.zero_grad_flat()
