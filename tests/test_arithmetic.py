@@ -140,7 +140,8 @@ def test_defaults():
     [
         ("NVIDIA GeForce RTX 4090", (8, 9), True),
         ("NVIDIA GeForce RTX 3060 Laptop GPU", (8, 6), True),
-        ("NVIDIA TITAN RTX", (7, 5), True),
+        ("NVIDIA TITAN RTX", (7, 5), False),
+        ("NVIDIA GeForce RTX 2080", (7, 5), False),
         ("NVIDIA GeForce GTX 1080 Ti", (6, 1), False),
         ("NVIDIA A100-SXM4-40GB", (8, 0), False),
         ("NVIDIA RTX A6000", (8, 6), False),
@@ -475,6 +476,28 @@ def test_what_cannot_run_here_is_predicted_for_elsewhere():
         settling.settle(options, CPU, say=never)
 
 
+@pytest.mark.parametrize(
+    "network, title",
+    [
+        ({}, ""),
+        ({"network_module": "networks.loha"}, "LoHa"),
+        ({"network_module": "networks.lokr"}, "LoKr"),
+        ({"network_args": ("dora_wd=True",)}, "DoRA"),
+    ],
+)
+def test_blocks_that_run_plain_have_no_short_sums(monkeypatch, network, title):
+    monkeypatch.setattr(
+        settling, "machine", lambda *_, **__: Machine(True, "", lambda: ShortSums(64, True, ""))
+    )
+    options = TrainOptions(**network)
+    found = settling.settle(options, CPU, say=lambda _: None)[1]
+    assert (found.precision, found.chain) == (("bf16", 0) if title else ("fp16", 64))
+    assert title in found.reason
+    if title:
+        with pytest.raises(UserError, match=f"{title} adapters run in plain PyTorch"):
+            settling.settle(replace(options, mixed_precision="fp16", sums="short"), CPU, say=never)
+
+
 def test_predictions_measure_nothing(monkeypatch):
     monkeypatch.setattr(settling, "card_facts", lambda device: GEFORCE)
     monkeypatch.setattr(settling, "measured_sums", never)
@@ -491,7 +514,7 @@ def test_predictions_measure_nothing(monkeypatch):
         ("NVIDIA GeForce RTX 4090", (8, 9), False, "fp16, float16 sums of 64 terms (float16 sums"),
         ("NVIDIA GeForce RTX 4090", (8, 9), True, "products in short sums are 2.00 times as fast"),
         ("NVIDIA A100-SXM4-40GB", (8, 0), False, "bf16 (float16 sums are not faster"),
-        ("Quadro RTX 6000", (7, 5), False, "fp16, float32 sums (this card has no bfloat16"),
+        ("Quadro RTX 6000", (7, 5), False, "sums in float32: Triton uses no tensor cores before"),
     ],
 )
 def test_doctor_says_what_auto_takes(monkeypatch, name, capability, kept, expected):

@@ -29,8 +29,8 @@ from anima_fast.device import uses_fused_blocks
 from anima_fast.errors import UserError
 from anima_fast.options.rules import check_sums
 
-# The cards with tensor cores, and those with bfloat16.
-TENSOR_CORES, BFLOAT16 = (7, 5), (8, 0)
+# The cards with bfloat16. Of older ones Triton (3.7.1, compiled for 7.5) uses no tensor core.
+BFLOAT16 = (8, 0)
 # What is preferred where nothing was measured.
 CHAIN = 64
 
@@ -138,11 +138,12 @@ def machine(
 ) -> Machine:
     """What a device can do with `--kernels` and `--compile`; `short` is for a card."""
     on_card = device.type == "cuda"
-    obstacle = ""
+    recent = not on_card or torch.cuda.get_device_capability(device) >= BFLOAT16
+    obstacle = "" if recent else "Triton uses no tensor cores before Ampere"
     if not uses_fused_blocks(kernels, device, compiled=compiled):
         obstacle = _obstacle(on_card, kernels, compiled)
     return Machine(
-        has_bf16=not on_card or torch.cuda.get_device_capability(device) >= BFLOAT16,
+        has_bf16=recent,
         obstacle=obstacle,
         # Kernels that run off a card are interpreted.
         short=short if on_card else lambda: ShortSums(CHAIN, False, "no card computes here"),
@@ -163,7 +164,7 @@ def _obstacle(on_card: bool, kernels: str, compiled: bool) -> str:
 def by_name(name: str, capability: tuple[int, int]) -> ShortSums:
     """What a card's name says of short sums, where nothing was measured."""
     half_rate = re.search(r"\b(geforce|titan)\b", name, re.IGNORECASE) is not None
-    if half_rate and capability >= TENSOR_CORES:
+    if half_rate and capability >= BFLOAT16:
         return ShortSums(CHAIN, True, "float16 sums are faster on a GeForce or TITAN, by its name")
     return ShortSums(CHAIN, False, "float16 sums are not faster on this card, by its name")
 

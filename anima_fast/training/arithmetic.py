@@ -16,6 +16,7 @@ from anima_fast.errors import UserError
 from anima_fast.measure.arithmetic import Arithmetic, Machine, ShortSums, machine, resolve
 from anima_fast.measure.sums import card_facts, known_sums, measured_sums
 from anima_fast.measure.verdict import unless_refused
+from anima_fast.models.adapter_kinds import ADAPTER_KINDS, LORA, title_of
 from anima_fast.options.run import TrainOptions
 from anima_fast.training.kind import AnyOptions, Say
 
@@ -81,7 +82,15 @@ def machine_of(
     options: AnyOptions, device: torch.device, short: Callable[[], ShortSums]
 ) -> Machine:
     """What the device can do for a run."""
-    return machine(device, options.kernels, compiled=options.compile, short=short)
+    found = machine(device, options.kernels, compiled=options.compile, short=short)
+    network = options.network_kwargs if isinstance(options, TrainOptions) else {}
+    word, dora = network.get("kind", LORA.word), "dora" in network
+    kind = next(kind for kind in ADAPTER_KINDS if kind.word == word)
+    if not found.obstacle and (kind is not LORA or dora):
+        # Blocks with such adapters fall back on the plain ones (models/fuse.py).
+        obstacle = f"blocks with {title_of(kind, dora=dora)} adapters run in plain PyTorch"
+        found = replace(found, obstacle=obstacle)
+    return found
 
 
 def _hint(options: AnyOptions, device: torch.device, where: Machine) -> str | None:
