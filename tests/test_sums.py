@@ -198,6 +198,18 @@ def test_what_float16_does_not_hold_is_seen(step, activation, gradient):
     assert seen
 
 
+@pytest.mark.parametrize("chain", [64, 32])
+def test_equal_values_of_thousands_add_up(chain):
+    """What every key says is in range, though 32 of it are not."""
+    torch.manual_seed(7)
+    q, k = (torch.randn(1, n, 1, 72, device=DEVICE) * 0.1 for n in (40, 200))
+    v = 30000 + 100 * torch.randn(1, 200, 1, 72, device=DEVICE)
+    exact = attention_reference(*(t.double() for t in (q, k, v)))
+    found = attention(*(t.half() for t in (q, k, v)), chain=chain)
+    plain = attention_reference(*(t.bfloat16() for t in (q, k, v)))
+    assert error(found, exact, ...) < error(plain, exact, ...) / 2
+
+
 @STEPS
 def test_gradients_below_float16_vanish_without_a_loss_scale(step):
     """As in any product of float16: nothing is there, and nothing else in its place."""
