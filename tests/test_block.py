@@ -101,8 +101,11 @@ def test_agrees_with_eager(dtype, recompute):
     assert_agrees(dtype, recompute=recompute)
 
 
-@pytest.mark.parametrize("attn_mode", ["torch", "triton"])
-@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+@pytest.mark.parametrize(
+    "recompute, attn_mode",
+    # A policy repeats launches, whatever they are.
+    [("none", "torch"), ("mlp", "torch"), ("block", "torch"), ("none", "triton")],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_agree_with_eager(dtype, recompute, attn_mode):
     assert_agrees(dtype, recompute=recompute, kernels="triton", attn_mode=attn_mode)
