@@ -182,4 +182,4 @@ OP = row_op(
     bytes=(3, 2),
     cost_note="read x and y, write x'; read dx', write dy",
 )
-POWERS = with_row_powers(OP, ({"B": 2, "L": 3, "D": 33}, {"B": 2, "L": 38, "D": 64}))
+POWERS = with_row_powers(OP, ({"B": 2, "L": 3, "D": 33}, {"B": 2, "L": 9, "D": 64}))

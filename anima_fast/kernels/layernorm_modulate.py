@@ -330,4 +330,4 @@ OP = row_op(
     bytes=(2, 3),
     cost_note="read x, write h; read dh and x, write dx",
 )
-POWERS = with_row_powers(OP, ({"B": 2, "L": 3, "D": 33}, {"B": 2, "L": 38, "D": 64}))
+POWERS = with_row_powers(OP, ({"B": 2, "L": 3, "D": 33}, {"B": 2, "L": 9, "D": 64}))
