@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from anima_fast.data.announce import announced_plan
 from anima_fast.data.batches import Batches
 from anima_fast.data.conditioning import load_conditioning
 from anima_fast.data.encode import EncodedDataset, encode_dataset
 from anima_fast.data.health import write_health
 from anima_fast.data.items import DatasetPlan, Length, run_length
 from anima_fast.data.lowres import LowRes
-from anima_fast.data.plan import build_plan
 from anima_fast.data.summary import list_epoch
 from anima_fast.device import DTYPES, check_torch_version, choose_device, set_backends
 from anima_fast.errors import UserError
@@ -155,9 +155,7 @@ def check_validation(options: ValidationOptions, say: Say) -> None:
 def read_dataset(options: AnyOptions, say: Say) -> tuple[DatasetPlan, Length]:
     """Read the dataset's folders and say how many batches and steps they make."""
     say("reading the dataset")
-    plan = build_plan(options)
-    for notice in plan.notices:
-        say(notice)
+    plan = announced_plan(options, say)
     if not plan.validation_items:
         check_validation(options, say)
     return plan, describe_plan(plan, options, say)
@@ -165,9 +163,7 @@ def read_dataset(options: AnyOptions, say: Say) -> tuple[DatasetPlan, Length]:
 
 def show_dataset(options: AnyOptions, seed: int, *, say: Say) -> None:
     """Say what the first epoch would hold; no model is loaded."""
-    plan = build_plan(options)
-    for notice in plan.notices:
-        say(notice)
+    plan = announced_plan(options, say)
     describe_plan(plan, options, say)
     for line in list_epoch(plan, seed):
         say(line)
