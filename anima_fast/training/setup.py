@@ -42,7 +42,7 @@ from anima_fast.training.guard import judged
 from anima_fast.training.kind import AnyOptions, Say, Training, given, vae_dtype
 from anima_fast.training.lora import LoRATraining
 from anima_fast.training.optimizers.recipes import find_optimizer
-from anima_fast.training.optimizers.schedules import build_scheduler
+from anima_fast.training.optimizers.schedules import about_warmup, build_scheduler
 from anima_fast.training.preview_prompts import prepare_prompts
 from anima_fast.training.run import LossScaler, Run
 
@@ -158,7 +158,10 @@ def read_dataset(options: AnyOptions, say: Say) -> tuple[DatasetPlan, Length]:
     plan = announced_plan(options, say)
     if not plan.validation_items:
         check_validation(options, say)
-    return plan, describe_plan(plan, options, say)
+    length = describe_plan(plan, options, say)
+    for notice in about_warmup(options, length.steps):
+        say(notice)
+    return plan, length
 
 
 def show_dataset(options: AnyOptions, seed: int, *, say: Say) -> None:
