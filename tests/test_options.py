@@ -333,6 +333,32 @@ def test_what_has_no_effect_on_other_networks_is_said_and_off():
         assert word in said
 
 
+@pytest.mark.parametrize(
+    ("given", "unread"),
+    [
+        ({"lr_scheduler": "cosine", "lr_scheduler_args": ("T_max=10",)}, "lr_scheduler_args"),
+        ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ("step_size=3",)}, None),
+        ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ("step_rules=1",)}, None),
+        ({"lr_scheduler": "cosine", "lr_decay_steps": 5}, "lr_decay_steps"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_num_cycles": 3}, "lr_scheduler_num_cycles"),
+        ({"lr_scheduler_type": "StepLR", "lr_scheduler_power": 2.0}, "lr_scheduler_power"),
+        ({"lr_scheduler": "polynomial", "lr_scheduler_power": 2.0}, None),
+        ({"discrete_flow_shift": 3.0}, "discrete_flow_shift"),
+        ({"discrete_flow_shift": 3.0, "timestep_sampling": "flux_shift"}, "discrete_flow_shift"),
+        ({"discrete_flow_shift": 3.0, "timestep_sampling": "shift"}, None),
+        ({"sigmoid_scale": 2.0, "timestep_sampling": "uniform"}, "sigmoid_scale"),
+    ],
+)
+def test_what_nothing_reads_is_said(given, unread):
+    said = [n for n in TrainOptions(**given).notices if "has no effect with" in n]
+    assert [n.split()[0] for n in said] == ([unread] if unread else [])
+
+
+def test_a_warmup_without_one_names_that_of_a_schedule_free_optimizer():
+    with pytest.raises(UserError, match="--optimizer_args warmup_steps=N"):
+        TrainOptions(lr_scheduler="constant", lr_warmup_steps=5)
+
+
 def test_optimizer_args_are_literals():
     options = TrainOptions(
         optimizer_args=("betas=0.9,0.99", "weight_decay=0.01", "decouple=true", "name=x")

@@ -257,3 +257,36 @@ def test_another_schedule_is_noticed_and_another_kind_is_refused():
         restore_scheduler(first, custom.state_dict())
     with pytest.raises(UserError, match="another kind"):
         restore_scheduler(custom, first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 100}, "reaches 39% of the one"),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": TOTAL}, "reaches 98%"),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": TOTAL - 1}, None),
+        ({"lr_scheduler": "cosine"}, None),
+        ({"lr_scheduler": "piecewise_constant", "lr_warmup_steps": 2}, "has no warm-up"),
+        ({"lr_scheduler_type": "StepLR", "lr_warmup_steps": 2}, "StepLR has no warm-up"),
+        (
+            {"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup",
+             "lr_warmup_steps": 2},
+            "itself: its own warm-up is --optimizer_args warmup_steps=N",
+        ),
+        (
+            {"optimizer_type": "AdaFactor", "lr_scheduler": "linear", "lr_warmup_steps": 2},
+            "relative_step finds its own",
+        ),
+        (
+            {"optimizer_type": "AdaFactor", "optimizer_args": ("relative_step=False",),
+             "lr_scheduler": "linear", "lr_warmup_steps": 2},
+            None,
+        ),
+    ],
+)  # fmt: skip
+def test_a_warmup_that_does_nothing_is_told(options, words):
+    if options.get("optimizer_type") == "AdamWScheduleFree":
+        pytest.importorskip("schedulefree")
+    notices = schedules.about_warmup(TrainOptions(**options), TOTAL)
+    assert len(notices) == (words is not None)
+    assert not words or words in notices[0]

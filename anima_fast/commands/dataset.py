@@ -38,7 +38,10 @@ _SHOWN = frozenset(
         for group in (DatasetOptions, CaptionOptions, ImageOptions, MaskOptions)
         for name in specs(group)
     }
-    - {"max_data_loader_n_workers", "cache_info", "debug_dataset", "prior_loss_weight"}
+    - {
+        "max_data_loader_n_workers", "cache_info", "debug_dataset", "strict_data",
+        "prior_loss_weight",
+    }
     | {
         "qwen3", "qwen3_tokenizer_path", "t5_tokenizer_path", "models_dir",
         "qwen3_max_token_length", "t5_max_token_length", "cache_latents", "validation_split",

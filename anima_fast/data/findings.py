@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from anima_fast.options.run import AnyRun
 
 if TYPE_CHECKING:
     from anima_fast.data.caption_tokens import CaptionTokens
-    from anima_fast.data.items import ImageItem
+    from anima_fast.data.items import DatasetPlan, ImageItem
     from anima_fast.data.subset import Dataset
 
 # Enlarged by more than this, an image is soft; a crop that removes more than this share is named.
@@ -46,18 +47,6 @@ def check_exact_sizes(
             f"({named}): set enable_bucket = true, or use cache_latents (resizes and "
             "crops the centre) or random_crop"
         )
-
-
-def about_rotation(items: list[ImageItem]) -> list[str]:
-    """A notice that names the images whose EXIF rotation is not applied."""
-    rotated = sorted({item.path.name for item in items if item.exif_rotated and not item.is_turned})
-    if not rotated:
-        return []
-    return [
-        f"{len(rotated)} images carry an EXIF rotation, which is not applied "
-        f"({some(rotated)}): if they lie on their side, set exif_rotation = true or save "
-        "them upright"
-    ]
 
 
 def advise(items: list[ImageItem], datasets: list[Dataset], options: AnyRun) -> Iterator[str]:
@@ -117,11 +106,13 @@ def has_no_caption(item: ImageItem) -> bool:
     return item.caption.file is None and item.subset.metadata_file is None
 
 
-def plan_problems(items: Iterable[ImageItem], tokens: CaptionTokens | None) -> list[Problem]:
+def plan_problems(plan: DatasetPlan, tokens: CaptionTokens | None) -> list[Problem]:
     """What the images' headers and captions show, each file once per kind."""
-    items = list(items)
+    items = [*plan.items, *plan.validation_items]
     in_order = chain(
         *(_of_caption(item) for item in items),
+        (Problem("unused", str(item.path)) for item in plan.unused),
+        _trained_and_held_out(plan),
         (Problem("rotated", str(i.path)) for i in items if i.exif_rotated and not i.is_turned),
         # The worst first.
         *(_upscaled(item) for item in sorted(items, key=scale, reverse=True)),
@@ -147,6 +138,15 @@ def _of_caption(item: ImageItem) -> Iterator[Problem]:
     if lines := item.caption.unused_lines(item.subset):
         what = "1 line is left out" if lines == 1 else f"{lines} lines are left out"
         yield Problem("further lines", str(item.caption.file or item.path), what)
+
+
+def _trained_and_held_out(plan: DatasetPlan) -> Iterator[Problem]:
+    """Validation images that another subset or dataset trains."""
+    held_out = {os.path.realpath(item.path): item for item in plan.validation_items}
+    for item in plan.items if held_out else ():
+        if other := held_out.get(os.path.realpath(item.path)):
+            text = f"held out in {other.subset.where}, trained in {item.subset.where}"
+            yield Problem("trained and held out", str(other.path), text)
 
 
 def _upscaled(item: ImageItem) -> Iterator[Problem]:

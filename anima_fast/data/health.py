@@ -46,7 +46,7 @@ def health(plan: DatasetPlan, tokens: CaptionTokens | None = None) -> dict:
     long = [] if tokens is None else [_long(caption) for caption in tokens.long]
     problems = [
         {"kind": problem.kind, "file": printable(problem.file), "text": problem.text}
-        for problem in plan_problems(items, tokens)
+        for problem in dict.fromkeys([*plan.problems, *plan_problems(plan, tokens)])
     ]
     problems += [{"kind": "notice", "file": "", "text": notice} for notice in plan.notices]
     tags = count_tags(files)

@@ -48,10 +48,11 @@ class ImageError(UserError):
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of an image says: (width, height), and EXIF's number of the rotation."""
+    """What the header of an image says: (width, height), EXIF's number of the rotation, alpha."""
 
     size: tuple[int, int]
     orientation: int = 1
+    has_alpha: bool = False
 
     @property
     def exif_rotated(self) -> bool:
@@ -70,7 +71,7 @@ def read_header(path: str | os.PathLike) -> Header:
     Raises `UserError` for a file that is no image or damaged, empty or above 200 megapixels.
     """
     with opened(path) as image:
-        return Header(image.size, _orientation(image))
+        return Header(image.size, _orientation(image), has_alpha(image))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from anima_fast.data.buckets import Size
 from anima_fast.data.captions import Caption
+from anima_fast.data.problems import Problem
 from anima_fast.data.seeding import seeded
 from anima_fast.data.subset import Dataset, Subset
 from anima_fast.options.output import LengthOptions
@@ -22,6 +23,7 @@ class ImageItem:
     `index` is its place in `DatasetPlan.items` or `.validation_items`, `repeats` its number of uses
     in an epoch, `loss_weight` the factor of its loss, `mask_path` the loss mask from a mask folder.
     `exif_rotated`: EXIF asks for a rotation; `size` is that of the turned image if it is applied.
+    `has_alpha`: the file stores transparency.
     """
 
     index: int
@@ -36,6 +38,7 @@ class ImageItem:
     loss_weight: float
     mask_path: Path | None
     exif_rotated: bool
+    has_alpha: bool = False
 
     @property
     def is_reg(self) -> bool:
@@ -58,6 +61,8 @@ class DatasetPlan:
     notices: list[str] = field(default_factory=list)
     # Regularisation images beyond the number of training images.
     unused: list[ImageItem] = field(default_factory=list)
+    # What was found to be wrong, once it was looked for (data/announce.py).
+    problems: list[Problem] = field(default_factory=list)
 
     def epoch_batches(self, epoch: int, seed: int) -> list[list[int]]:
         """The batches of an epoch (counted from 1), as indices into `items`.

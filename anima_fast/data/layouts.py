@@ -104,12 +104,10 @@ def captioned_images(
     if subset.metadata_file is not None:
         return _read_metadata_file(subset.metadata_file, subset, problems)
     assert subset.image_dir is not None
-    entries, missing, empty = [], [], []
+    entries, missing = [], []
     for path in list_images(subset.image_dir, notices):
         file = caption_file(path, subset.caption_extension)
         text = _caption_text(file, problems) if file else None
-        if text == "":
-            empty.append(file)
         if file is None and subset.class_tokens is None:
             missing.append(path)
         caption = Caption(text or subset.class_tokens or "", file=file, blank=text == "")
@@ -123,11 +121,6 @@ def captioned_images(
             f"{subset.where}: {len(missing)} images in {subset.image_dir} have no caption "
             f"({names}): add a {wanted} file next to each, or set class_tokens to the caption of "
             'such images (class_tokens = "" trains them without a caption)'
-        )
-    elif empty:
-        notices.append(
-            f"{subset.where}: {len(empty)} caption files are empty, which counts as no caption: "
-            f"{some(empty)}"
         )
     return entries
 

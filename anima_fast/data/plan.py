@@ -58,8 +58,6 @@ def build_plan(options: AnyRun, problems: list[Problem] | None = None) -> Datase
     held_out = [replace(item, index=i) for i, item in enumerate(held_out)]
     everything = items + held_out
     findings.check_exact_sizes(everything, options, problems)
-    if problems is None:
-        notices += findings.about_rotation(everything)
     notices += findings.advise(everything, datasets, options)
     if not held_out and any(s.validation_split > 0 for d in datasets for s in d.subsets):
         notices.append("validation_split holds out no image: the subsets are too small for it")
@@ -108,6 +106,7 @@ def _read_subset(
                 loss_weight=options.prior_loss_weight if subset.is_reg else 1.0,
                 mask_path=masks.get(path),
                 exif_rotated=header.exif_rotated,
+                has_alpha=header.has_alpha,
             )
         )
     return found

@@ -28,7 +28,8 @@ _REFUSED = {
         "add the files or remove the entries"),
     "unreadable caption": ("captions that cannot be read", "save them as UTF-8"),
     "no caption": ("images without a caption",
-        "add a caption file next to each, or set class_tokens to the caption of such images"),
+        "add a caption file next to each, or set class_tokens to the caption of such images "
+        '(class_tokens = "" trains them without a caption)'),
     "missing mask": ("images without a mask of the same name",
         "add the masks or remove conditioning_data_dir"),
     "unreadable mask": ("masks that cannot be read", "replace the files or remove them"),
@@ -59,6 +60,12 @@ _TRAINED = {
     "colours": ("images that are converted to 8-bit RGB",
         "convert them yourself if colours matter"),
     "animated": ("animations, of which the first frame counts", "save the frame you want"),
+    "unused": ("regularisation images beyond the number of training uses, which are never trained",
+        "raise the repeats of the training images, or remove them"),
+    "trained and held out": ("images that are trained and also held out for validation",
+        "set the same validation_split and validation_seed where they are used, or hold out "
+        "others: the validation loss says nothing about them"),
+    "subfolder": ("subfolders with images, which are not searched", "name them as subsets"),
     "skipped": ("files that are no part of the dataset", "convert, move or rename them"),
     "tag spelling": ("tags that differ only by case, space or underscore",
         "choose one spelling for each"),

@@ -93,6 +93,9 @@ class DatasetOptions:
     cache_info: bool = _data(
         False, "Accepted; has no effect, since captions and sizes are read quickly."
     )
+    strict_data: bool = _data(
+        False, "Refuse to start when anything is found in the data, instead of one line per kind."
+    )
     debug_dataset: bool = _data(False, "Print what would be trained on, then stop.")
 
 

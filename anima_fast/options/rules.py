@@ -8,7 +8,7 @@ for every run; rules_lora.py and rules_finetune.py have those of one kind of tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from anima_fast.errors import UserError
@@ -18,6 +18,22 @@ from anima_fast.options.words import parse_arguments
 REQUIRED = ("pretrained_model_name_or_path", "qwen3", "vae", "output_dir")
 # Options, and keys of a subset, that give other pixels at every use.
 CHANGING_PIXELS = ("color_aug", "random_crop")
+# Options of schedules that are 1 or nothing where they are not given: the schedules that read them.
+READ_BY_SCHEDULES = {
+    "lr_scheduler_args": ("piecewise_constant", "lr_scheduler_type"),
+    "lr_decay_steps": ("warmup_stable_decay",),
+    "lr_scheduler_num_cycles": (
+        "cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay",
+    ),
+    "lr_scheduler_power": ("polynomial",),
+    "lr_scheduler_timescale": ("inverse_sqrt",),
+    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay"),
+}  # fmt: skip
+# Options whose default is 1: the values of timestep_sampling that read them.
+READ_BY_SAMPLINGS = {
+    "discrete_flow_shift": ("shift", "sigma"),
+    "sigmoid_scale": ("sigmoid", "shift", "flux_shift"),
+}
 
 
 class Draft:
@@ -199,14 +215,28 @@ def _schedule(draft: Draft) -> None:
         parse_arguments(draft.values[name], f"--{name}")
     if draft.lr_scheduler == "constant" and draft.lr_warmup_steps and not draft.lr_scheduler_type:
         raise UserError(
-            "--lr_scheduler constant has no warm-up: use --lr_scheduler constant_with_warmup, or "
-            "drop --lr_warmup_steps"
+            "--lr_scheduler constant has no warm-up: use --lr_scheduler constant_with_warmup "
+            "(with a schedule-free optimizer its own, --optimizer_args warmup_steps=N), or drop "
+            "--lr_warmup_steps"
         )
+    schedule = draft.lr_scheduler_type or draft.lr_scheduler or "constant"
+    for name, readers in READ_BY_SCHEDULES.items():
+        by_class = name == "lr_scheduler_args" and draft.lr_scheduler_type
+        if draft.values[name] and draft.values[name] != 1 and not by_class:
+            _say_unread(draft, name, schedule, readers)
     if not draft.optimizer_type:
         draft.set("optimizer_type", "AdamW")
 
 
+def _say_unread(draft: Draft, name: str, value: str, readers: Sequence[str]) -> None:
+    if value not in readers:
+        draft.notices.append(f"{name} has no effect with {value}: it is for {', '.join(readers)}")
+
+
 def _flow(draft: Draft) -> None:
+    for name, readers in READ_BY_SAMPLINGS.items():
+        if draft.values[name] != 1:
+            _say_unread(draft, name, draft.timestep_sampling, readers)
     if draft.loss_type in ("huber", "smooth_l1") and draft.huber_schedule == "snr":
         draft.set(
             "huber_schedule", "constant",

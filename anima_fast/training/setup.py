@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from anima_fast.data.announce import announced_plan
 from anima_fast.data.batches import Batches
 from anima_fast.data.conditioning import load_conditioning
 from anima_fast.data.encode import EncodedDataset, encode_dataset
 from anima_fast.data.health import write_health
 from anima_fast.data.items import DatasetPlan, Length, run_length
 from anima_fast.data.lowres import LowRes
-from anima_fast.data.plan import build_plan
 from anima_fast.data.summary import list_epoch
 from anima_fast.device import DTYPES, check_torch_version, choose_device, set_backends
 from anima_fast.errors import UserError
@@ -42,7 +42,7 @@ from anima_fast.training.guard import judged
 from anima_fast.training.kind import AnyOptions, Say, Training, given, vae_dtype
 from anima_fast.training.lora import LoRATraining
 from anima_fast.training.optimizers.recipes import find_optimizer
-from anima_fast.training.optimizers.schedules import build_scheduler
+from anima_fast.training.optimizers.schedules import about_warmup, build_scheduler
 from anima_fast.training.preview_prompts import prepare_prompts
 from anima_fast.training.run import LossScaler, Run
 
@@ -155,19 +155,18 @@ def check_validation(options: ValidationOptions, say: Say) -> None:
 def read_dataset(options: AnyOptions, say: Say) -> tuple[DatasetPlan, Length]:
     """Read the dataset's folders and say how many batches and steps they make."""
     say("reading the dataset")
-    plan = build_plan(options)
-    for notice in plan.notices:
-        say(notice)
+    plan = announced_plan(options, say)
     if not plan.validation_items:
         check_validation(options, say)
-    return plan, describe_plan(plan, options, say)
+    length = describe_plan(plan, options, say)
+    for notice in about_warmup(options, length.steps):
+        say(notice)
+    return plan, length
 
 
 def show_dataset(options: AnyOptions, seed: int, *, say: Say) -> None:
     """Say what the first epoch would hold; no model is loaded."""
-    plan = build_plan(options)
-    for notice in plan.notices:
-        say(notice)
+    plan = announced_plan(options, say)
     describe_plan(plan, options, say)
     for line in list_epoch(plan, seed):
         say(line)

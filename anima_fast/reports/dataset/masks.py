@@ -61,7 +61,8 @@ def draw_masks(survey: Survey, folder: Path, *, on_progress: OnProgress) -> str:
             mask = "alpha" if item.mask_path is None else item.mask_path.name
             survey.masks.append({"file": str(item.path), "mask": mask, "trained": found})
             if found == 0:
-                survey.problems.append(Problem("empty mask", str(item.path), f"mask {mask}"))
+                empty = Problem("empty mask", str(item.path), f"mask {mask}")
+                survey.problems += [] if empty in survey.problems else [empty]
             # An image without transparency is another finding.
             elif found == 1 and item.mask_path is not None:
                 survey.problems.append(Problem("full mask", str(item.path), f"mask {mask}"))

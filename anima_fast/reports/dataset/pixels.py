@@ -18,6 +18,7 @@ from PIL import Image
 
 from anima_fast.data import images
 from anima_fast.data.problems import Problem
+from anima_fast.data.transparency import alpha_problem
 
 # Longest side of the image that hashes are computed from, and of a thumbnail.
 _SMALL, THUMBNAIL = 256, 176
@@ -25,8 +26,6 @@ _SMALL, THUMBNAIL = 256, 176
 _SIDE = 8
 # Called with what is being done, the number done and the number of all.
 OnProgress = Callable[[str, int, int], None]
-# Alpha above this is opaque to the eye.
-_OPAQUE = 250
 _DEEP_MODES = ("I", "F")
 _OTHER_COLOURS = {"CMYK": "CMYK", "LAB": "L*a*b*", "HSV": "HSV"}
 
@@ -98,13 +97,8 @@ def difference_hash(image: Image.Image) -> np.ndarray:
 
 
 def _problems(image: Image.Image, file: str, masked: bool) -> Iterator[Problem]:
-    has_alpha = images.has_alpha(image)
-    if masked and not has_alpha:
-        yield Problem("no alpha", file)
-    if has_alpha and not masked:
-        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-        if transparent := float((alpha < _OPAQUE).mean()):
-            yield Problem("transparent", file, f"{transparent:.0%} of it")
+    if alpha := alpha_problem(image, file, masked):
+        yield alpha
     if image.mode == "F":
         yield Problem("colours", file, "floating point")
     elif image.mode.startswith(_DEEP_MODES):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from anima_fast.data.cache_folders import printable
 from anima_fast.data.caption_tokens import CaptionTokens, count_tokens, renderings
 from anima_fast.data.findings import plan_problems
+from anima_fast.data.folders import folder_problems, mask_problems
 from anima_fast.data.health import count_tags, spelling_variants
 from anima_fast.data.items import DatasetPlan, ImageItem, Length, run_length
 from anima_fast.data.plan import build_plan
@@ -20,7 +21,6 @@ from anima_fast.data.problems import Problem
 from anima_fast.models.tokenizer_files import QWEN3, T5, TokenizerMissing, explicit_files
 from anima_fast.models.tokenizers import Tokenizers, load_tokenizers
 from anima_fast.reports.dataset.duplicates import find_duplicates
-from anima_fast.reports.dataset.folders import folder_problems, mask_problems
 from anima_fast.reports.dataset.pixels import Look, OnProgress, look_at
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def survey_dataset(
     length = run_length(options, max(plan.batches_per_epoch, 1))
     survey = Survey(Path(data).name, plan, length, items)
     _count_tokens(survey, options)
-    problems += plan_problems(items, survey.tokens)
+    problems += plan_problems(plan, survey.tokens)
     problems += folder_problems(plan.datasets) + mask_problems(items)
     if decode:
         problems += _look_at_pixels(survey, thumbnails, on_progress)

@@ -9,6 +9,7 @@ steps, W the warm-up; rates are multiples of each group's own rate:
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -18,9 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from anima_fast.errors import UserError, reason
 from anima_fast.training.optimizers.build import is_schedule_free
-from anima_fast.training.optimizers.recipes import import_class
+from anima_fast.training.optimizers.recipes import find_optimizer, import_class
 
 if TYPE_CHECKING:
+    from anima_fast.options.run import AnyRun
     from anima_fast.options.training import SchedulerOptions
 
 Curve = Callable[[int], float]
@@ -138,6 +140,31 @@ def step_count(value: int | float | str | None, total_steps: int, option: str) -
             f"{option} is {value!r}: expected steps, a fraction below 1 or a percentage"
         )
     return int(steps)
+
+
+def about_warmup(options: AnyRun, total_steps: int) -> list[str]:
+    """A notice where `lr_warmup_steps` does nothing, or ends after the run's `total_steps`."""
+    warmup = step_count(options.lr_warmup_steps, total_steps, "--lr_warmup_steps")
+    if not warmup:
+        return []
+    if options.lr_scheduler_type or options.lr_scheduler == "piecewise_constant":
+        kind = options.lr_scheduler_type or options.lr_scheduler
+        return [f"lr_warmup_steps has no effect: {kind} has no warm-up of this kind"]
+    recipe, cls = find_optimizer(options.optimizer_type)
+    relative = recipe.name == "Adafactor" and options.optimizer_kwargs.get("relative_step", True)
+    if is_schedule_free(cls):
+        own = "warmup_steps" in inspect.signature(cls).parameters
+        remedy = ": its own warm-up is --optimizer_args warmup_steps=N" if own else ""
+        return [f"lr_warmup_steps has no effect: {recipe.name} schedules itself{remedy}"]
+    if relative:
+        return ["lr_warmup_steps has no effect: AdaFactor with relative_step finds its own rate"]
+    if warmup < total_steps:
+        return []
+    share = (total_steps - 1) / warmup
+    return [
+        f"lr_warmup_steps {warmup} is not below the run's {total_steps} steps: the rate reaches "
+        f"{share:.0%} of the one that is set; a fraction such as 0.05 follows the length"
+    ]
 
 
 def named_curve(

@@ -71,8 +71,7 @@ def _of_folder(folder: Path, subset: Subset) -> list[Problem]:
         if entry.is_symlink() and not os.path.exists(entry.path):
             found.append(Problem("skipped", entry.path, "a link to a file that does not exist"))
         if entry.is_dir() and (count := _count_images(entry.path, known)):
-            text = f"{count} images in a subfolder, which is not searched: name it as a subset"
-            found.append(Problem("skipped", entry.path, text))
+            found.append(Problem("subfolder", entry.path, f"{count} images"))
     return found
 
 

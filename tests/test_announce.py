@@ -1,0 +1,156 @@
+"""What `train` says about its data at the start, and what it refuses at once."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anima_fast.data.announce import announced_plan
+from anima_fast.data.health import health
+from anima_fast.errors import UserError
+from anima_fast.options.run import TrainOptions
+
+
+def put(path, image=None, caption="a, b", ending=".txt", **save):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = image or Image.new("RGB", (64, 64), "teal")
+    image.save(path, **save)
+    if caption is not None:
+        path.with_suffix(ending).write_text(caption, encoding="utf-8")
+    return path
+
+
+def transparent(alpha):
+    image = Image.new("RGBA", (64, 64))
+    image.putalpha(Image.fromarray(np.full((64, 64), alpha, np.uint8)))
+    return image
+
+
+def subset(folder, more=""):
+    return f"[[datasets.subsets]]\nimage_dir = '{folder.as_posix()}'\n{more}\n"
+
+
+def announce(tmp_path, *datasets, **options):
+    """The plan of datasets, each the text of its subsets, and what was said."""
+    path, said = tmp_path / "data.toml", []
+    head = "[general]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 32\n"
+    head += "bucket_reso_steps = 16\n"
+    body = "".join(f"[[datasets]]\n{text}" for text in datasets)
+    path.write_text(head + body, encoding="utf-8")
+    plan = announced_plan(TrainOptions(dataset_config=str(path), **options), said.append)
+    return plan, said
+
+
+def about(said, words):
+    """The one line that begins with these words."""
+    (line,) = [line for line in said if line.startswith(words)]
+    return line
+
+
+def test_one_line_for_each_kind_and_where_the_rest_is(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    root = tmp_path / "a"
+    put(root / "a.png")
+    put(root / "b.png", Image.new("RGB", (24, 24)))
+    put(root / "c.png", Image.new("RGB", (20, 20)), "first\nsecond\nthird")
+    put(root / "d.png", Image.new("RGB", (400, 60)), " ")
+    put(root / "e.jpg", exif=exif)
+    put(root / "f.png", transparent(0))
+    put(root / "more" / "g.png")
+    for name in ("h.heic", "i.gif"):
+        (root / name).write_bytes(b"x")
+    plan, said = announce(tmp_path, subset(root))
+    assert said[-1] == f"`anima-fast dataset {tmp_path / 'data.toml'}` lists them"
+    # The worst first.
+    assert ": 2 (c.png: 20x20 to 64x64: enlarged 3.2x and 1 more)" in about(said, "images smaller")
+    assert ": 1 (c.txt: 2 lines are left out)" in about(said, "captions of several lines")
+    assert ": 1 (d.txt)" in about(said, "caption files that are empty")
+    assert "d.png: 400x60" in about(said, "images that lose much")
+    assert ": 1 (e.jpg): save them upright" in about(said, "images with an EXIF rotation")
+    assert "f.png: 100% of it" in about(said, "images with transparent parts")
+    assert ": 1 (more: 1 images): name them as subsets" in about(said, "subfolders")
+    assert ": 2 (h.heic: .heic is not read and 1 more)" in about(said, "files that are no part")
+    kept = {problem["kind"] for problem in health(plan)["problems"]}
+    assert {"skipped", "subfolder", "transparent", "rotated", "crop"} <= kept
+
+
+def test_nothing_is_said_of_clean_data(tmp_path):
+    put(tmp_path / "a" / "a.png")
+    plan, said = announce(tmp_path, subset(tmp_path / "a"), strict_data=True)
+    assert said == [] and len(plan.items) == 1
+
+
+def test_everything_that_stops_is_named_at_once(tmp_path):
+    root = tmp_path / "a"
+    put(root / "good.png")
+    for i in range(5):
+        put(root / f"c{i}.png").with_suffix(".txt").write_bytes(b"\xff\xfe\x00")
+    put(root / "none.png", caption=None)
+    put(root / "zero.png").write_bytes(b"")
+    put(root / "cut.png", transparent(9))
+    (root / "cut.png").write_bytes((root / "cut.png").read_bytes()[:-40])
+    with pytest.raises(UserError) as raised:
+        announce(tmp_path, subset(root))
+    text = str(raised.value)
+    assert "captions that cannot be read: 5 (c0.txt" in text and "and 2 more" in text
+    assert "images without a caption: 1 (none.png)" in text and 'class_tokens = ""' in text
+    assert "cannot be read: 2 (zero.png: the file is empty, cut.png" in text
+    assert f"`anima-fast dataset {tmp_path / 'data.toml'}` lists them" in text
+    assert "\n" not in text
+
+
+def test_strict_data_refuses_every_finding(tmp_path):
+    put(tmp_path / "a" / "a.png", caption="one\ntwo")
+    _, said = announce(tmp_path, subset(tmp_path / "a"))
+    assert len(said) == 2
+    with pytest.raises(UserError, match=r"--strict_data: captions of several lines.*a\.txt"):
+        announce(tmp_path, subset(tmp_path / "a"), strict_data=True)
+
+
+def test_an_alpha_mask_that_leaves_nothing(tmp_path):
+    put(tmp_path / "a" / "clear.png", transparent(0))
+    put(tmp_path / "a" / "half.png", transparent(128))
+    put(tmp_path / "a" / "rgb.png")
+    _, said = announce(tmp_path, subset(tmp_path / "a", "alpha_mask = true"), masked_loss=True)
+    assert ": 1 (clear.png: mask alpha)" in about(said, "masks that leave nothing")
+    assert ": 1 (rgb.png)" in about(said, "images without transparency")
+
+
+def test_no_more_than_so_many_images_are_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr("anima_fast.data.transparency.MOST_DECODED", 1)
+    for name in "ab":
+        put(tmp_path / "a" / f"{name}.png", transparent(0))
+    _, said = announce(tmp_path, subset(tmp_path / "a"))
+    assert ": 1 (a.png: 100% of it)" in about(said, "images with transparent parts")
+    assert about(said, "1 more images have an alpha channel")
+    with pytest.raises(UserError, match=r"transparent parts.*: 2"):
+        announce(tmp_path, subset(tmp_path / "a"), strict_data=True)
+
+
+def test_surplus_regularisation_images(tmp_path):
+    put(tmp_path / "a" / "a.png")
+    for i in range(3):
+        put(tmp_path / "r" / f"{i}.png")
+    _, said = announce(tmp_path, subset(tmp_path / "a") + subset(tmp_path / "r", "is_reg = true"))
+    assert ": 2 (1.png and 1 more)" in about(said, "regularisation images beyond")
+
+
+def test_an_image_that_is_trained_and_held_out(tmp_path):
+    for i in range(4):
+        put(tmp_path / "a" / f"{i}.png")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    held = subset(tmp_path / "a", "validation_split = 0.5\nvalidation_seed = 1")
+    same = subset(tmp_path / "link", "validation_split = 0.5\nvalidation_seed = 1")
+    _, said = announce(tmp_path, held, same)
+    assert said == []
+    _, said = announce(tmp_path, held, subset(tmp_path / "link"))
+    line = about(said, "images that are trained and also held out for validation: 2")
+    assert "held out in datasets[0].subsets[0], trained in datasets[1].subsets[0]" in line
+
+
+def test_folders_are_named_as_they_are_typed(tmp_path):
+    put(tmp_path / "my data" / "1_x" / "a.png", caption="one\ntwo")
+    said = []
+    root = tmp_path / "my data"
+    announced_plan(TrainOptions(train_data_dir=str(root), resolution=(64, 64)), said.append)
+    assert f"dataset --train_data_dir '{root}' --resolution 64,64`" in said[-1]
