@@ -43,9 +43,9 @@ class Commands(TyperGroup):
             path = error.ctx.command_path if error.ctx else ctx.command_path
             typer.echo(f"error: {text}: see `{path} --help`", err=True)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(getattr(stop, "status", 130)) from None
 
 
 Function = TypeVar("Function", bound=Callable[[dict[str, Any]], None])
