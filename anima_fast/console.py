@@ -8,9 +8,13 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from anima_fast.errors import UserError
 from anima_fast.files import disk_error
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LOGGER = "anima_fast"
 
@@ -46,10 +50,25 @@ def _plain_handler() -> logging.Handler:
 
 
 def _rich_handler() -> logging.Handler:
-    from rich.console import Console
     from rich.logging import RichHandler
 
-    return RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
+    return RichHandler(console=safe_console(), show_time=False, show_path=False)
+
+
+def safe_console(console: Console | None = None) -> Console:
+    """A console (Rich's on stderr) that raises `OSError` when its pipe is closed.
+
+    Rich would end the program.
+    """
+    from rich.console import Console
+
+    console = console or Console(stderr=True)
+    console.on_broken_pipe = _closed  # type: ignore[method-assign]
+    return console
+
+
+def _closed() -> None:
+    raise BrokenPipeError("the console is closed")
 
 
 def _file_handler(path: Path) -> logging.Handler:

@@ -5,9 +5,24 @@ raised as `UserError`; the command line prints it as one line and exits with sta
 exception is a defect of the program and keeps its traceback.
 """
 
+import signal
+
 
 class UserError(ValueError):
     """Bad input: the message says what was expected, what was found and the remedy, in one line."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ends the program with nothing to save."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = stop_status(number)
+
+
+def stop_status(number: int) -> int:
+    """The exit status of a run that a signal ended: 130 for Ctrl-C, 143 for every other."""
+    return 130 if number == signal.SIGINT else 143
 
 
 def reason(error: BaseException) -> str:

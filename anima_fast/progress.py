@@ -28,7 +28,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-from anima_fast.console import ConsoleLog
+from anima_fast.console import ConsoleLog, safe_console
 
 logger = logging.getLogger("anima_fast")
 SMOOTHING = 0.9
@@ -48,23 +48,31 @@ class Bars:
         self._bars: dict[str, TaskID] = {}
         self._display = RichProgress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns,
-            console=Console(stderr=True), transient=True, disable=not self.live,
+            console=safe_console(), transient=True, disable=not self.live,
         )  # fmt: skip
 
     def __enter__(self) -> Bars:
-        self._display.start()
+        self._try(self._display.start)
         return self
 
     def __exit__(self, *_: object) -> None:
         # Older Rich ends a display that is disabled with an empty line.
-        if self.live:
-            self._display.stop()
+        self._try(self._display.stop)
 
     def show(self, title: str, done: int, total: int | None) -> None:
         """Move the bar of this title to `done` of `total` (None: unknown), adding it first."""
         if title not in self._bars:
             self._bars[title] = self._display.add_task(title, total=total)
-        self._display.update(self._bars[title], completed=done)
+        self._try(self._display.update, self._bars[title], completed=done)
+
+    def _try(self, action: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        """Draw; a terminal that is gone takes no more bars."""
+        if not self.live:
+            return
+        try:
+            action(*args, **kwargs)
+        except OSError:
+            self.live = False
 
 
 class ItemProgress:
@@ -124,9 +132,7 @@ class Progress:
         self, *, simple: bool = False, console: Console | None = None, log: ConsoleLog | None = None
     ) -> None:
         self.log = log
-        self.console = console or Console(stderr=True)
-        # Rich would end the program when its pipe is closed.
-        self.console.on_broken_pipe = _closed  # type: ignore[method-assign]
+        self.console = safe_console(console)
         self.live = self.console.is_terminal and not simple
         self.first = self.total = 0
         self.step_s: float | None = None
@@ -225,10 +231,6 @@ class Progress:
                 with contextlib.suppress(Exception):
                     self._display.stop()
             self._display = None
-
-
-def _closed() -> None:
-    raise BrokenPipeError("the console is closed")
 
 
 def describe(record: Mapping[str, Any], step_s: float | None, total: int) -> str:

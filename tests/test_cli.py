@@ -1,5 +1,6 @@
 """The command line: the words that existing users type, help pages, exit statuses."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -384,3 +385,12 @@ def test_exported_loaders_exist(name):
     import anima_fast
 
     assert callable(getattr(anima_fast, name))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk as a device")
+def test_output_on_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "anima_fast", "presets"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == "error: the output cannot be written: No space left on device\n"
+    assert done.returncode == 2

@@ -10,9 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from anima_fast.console import configure_console
 from anima_fast.errors import UserError
 from anima_fast.options.run import TrainOptions
-from anima_fast.progress import Progress, clock, describe
+from anima_fast.progress import ItemProgress, Progress, clock, describe
 from anima_fast.training.bad_batches import BadBatchTracker, find_fault
 from anima_fast.training.logs import RunLog
 
@@ -256,6 +257,24 @@ def test_a_broken_console_never_stops_the_run(terminal):
         for step in range(1, 4):
             progress.step(record(step))
         progress.say("bye")
+
+
+def test_messages_to_a_closed_pipe_never_stop_the_run(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", BrokenStream())
+    for simple in (False, True):
+        configure_console(simple=simple).warning("hello")
+        with ItemProgress("encoding", 1, "images", lambda text: None) as items:
+            items.advance(1)
+
+
+def test_bars_end_where_the_terminal_does(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with ItemProgress("encoding", 1, "images", lambda text: None) as items:
+        monkeypatch.setattr(sys, "stderr", BrokenStream())
+        monkeypatch.setattr(items._bars._display.console, "file", BrokenStream())
+        items.advance(1)
 
 
 def test_old_code_pages_replace_what_they_cannot_show():

@@ -13,7 +13,7 @@ from anima_fast import files
 from anima_fast.errors import UserError
 from anima_fast.measure.arithmetic import Arithmetic
 from anima_fast.options.run import TrainOptions
-from anima_fast.training import state_files
+from anima_fast.training import state, state_files
 from anima_fast.training.optimizers.build import build_optimizer
 from anima_fast.training.optimizers.schedules import build_scheduler
 from anima_fast.training.run import Position, SigmaBins
@@ -85,7 +85,7 @@ class Run:
         self.training = types.SimpleNamespace(
             ema=None, remedies=LORA_REMEDIES, arithmetic=Arithmetic(precision, 0, "", precision)
         )
-        self.seed, self.fingerprint = 11, {}
+        self.seed, self.fingerprint, self.id = 11, {}, "one"
 
     def steps(self, first, last):
         for step in range(first, last):
@@ -101,6 +101,17 @@ class Run:
         position = Position(step=step, epoch=2, batch=1, losses=[0.1, 0.2])
         save_state(folder, self, position, **others)
         return position
+
+
+def test_the_newest_state_has_the_most_steps_of_its_run(tmp_path, monkeypatch):
+    """The clock went back while the run was under way; another run of this name is older."""
+    times = {"run-000009-state": 100.0, "run-000001-state": 300.0, "run-000002-state": 200.0}
+    for index, (name, moment) in enumerate(times.items()):
+        run = Run(options())
+        run.id = "other" if index == 0 else "this"
+        monkeypatch.setattr(state.time, "time", lambda moment=moment: moment)
+        run.save(tmp_path / name, step=(90, 1, 2)[index])
+    assert resolve_resume("auto", tmp_path, "run") == tmp_path / "run-000002-state"
 
 
 def load(folder, run):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # The legacy hash reads 64 KiB at 1 MiB.
 LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000
+# Bytes of metadata that a file gets at most; the format allows 100 MB of header in all.
+METADATA_BYTES = 32_000_000
 IMPLEMENTATION = "https://huggingface.co/circlestone-labs/Anima"
 # Options that are written unchanged, under their own name.
 PLAIN_OPTIONS = (
@@ -58,6 +60,20 @@ MODELSPEC_OPTIONS = (
 )  # fmt: skip
 
 
+def loader_metadata(options: TrainOptions) -> dict[str, str]:
+    """The keys that loaders need; all that a file gets with `no_metadata`."""
+    return {
+        "ss_v2": "False",
+        "ss_base_model_version": "anima",
+        "ss_network_module": options.network_module,
+        "ss_network_dim": str(options.network_dim),
+        "ss_network_alpha": f"{options.network_alpha:g}",
+        "ss_network_args": json.dumps(
+            dict(word.partition("=")[::2] for word in options.network_args)
+        ),
+    }
+
+
 def training_metadata(
     options: TrainOptions, summary: Mapping[str, Any], run: Mapping[str, Any]
 ) -> dict[str, str]:
@@ -69,16 +85,7 @@ def training_metadata(
             `num_batches_per_epoch`, `seed`, `session_id`, `started_at`, `finished_at`,
             `optimizer`.
     """
-    minimal = {
-        "ss_v2": "False",
-        "ss_base_model_version": "anima",
-        "ss_network_module": options.network_module,
-        "ss_network_dim": str(options.network_dim),
-        "ss_network_alpha": f"{options.network_alpha:g}",
-        "ss_network_args": json.dumps(
-            dict(word.partition("=")[::2] for word in options.network_args)
-        ),
-    }
+    minimal = loader_metadata(options)
     if options.no_metadata:
         return minimal
     facts = {name: getattr(options, name) for name in PLAIN_OPTIONS} | FIXED | dict(summary)
@@ -147,12 +154,30 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def bounded(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata that a safetensors header can hold.
+
+    While it is larger than `METADATA_BYTES` its longest value is replaced by a text that says so;
+    what is no Unicode (names of files from another system) is written with backslashes.
+    """
+    plain = {k: v.encode("utf-8", "backslashreplace").decode("utf-8") for k, v in metadata.items()}
+    sizes = {k: len(json.dumps(v)) for k, v in plain.items()}
+    total = sum(sizes.values())
+    for key in sorted(plain, key=lambda key: -sizes[key]):
+        if total <= METADATA_BYTES:
+            break
+        plain[key] = f"left out: {sizes[key]} bytes are too many for the header of a file"
+        total -= sizes[key]
+    return plain
+
+
 def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata with `sshs_model_hash` and `sshs_legacy_hash` of these tensors.
+    """The metadata, `bounded`, with `sshs_model_hash` and `sshs_legacy_hash` of these tensors.
 
     Both are taken over a safetensors serialisation that holds only the `ss_` metadata: the first is
     SHA-256 of the bytes after the header, the second the start of SHA-256 over 64 KiB at 1 MiB.
     """
+    metadata = bounded(metadata)
     plain = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
     ss_only = {k: v for k, v in metadata.items() if k.startswith("ss_")}
     data = save(plain, metadata=ss_only)

@@ -6,7 +6,11 @@ call, and import nothing heavy before their command runs.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import inspect
+import os
+import sys
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, TypeVar
 
@@ -22,6 +26,9 @@ from anima_fast.options.other_names import BARE_FLAGS
 # Panels of the help page.
 PREPARE, USE, MACHINE = "Prepare and train", "Use", "This machine"
 
+# How writing to stdout fails where it is a file on a full disk, or is no more.
+UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EBADF)
+
 # Typer's or click's own, whichever this Typer is built on.
 UsageError: Any = typer.BadParameter.__base__
 
@@ -33,7 +40,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            _tell(f"error: {' '.join(str(error).split())}")
             raise typer.Exit(2) from None
         except UsageError as error:
             # A group without a command shows its help page.
@@ -41,11 +48,25 @@ class Commands(TyperGroup):
                 raise
             text = " ".join(error.format_message().split()).rstrip(".?")
             path = error.ctx.command_path if error.ctx else ctx.command_path
-            typer.echo(f"error: {text}: see `{path} --help`", err=True)
+            _tell(f"error: {text}: see `{path} --help`")
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            _tell("interrupted")
+            raise typer.Exit(getattr(stop, "status", 130)) from None
+        except OSError as error:
+            # A file has a name; a pipe that is closed is for click.
+            if error.filename is not None or error.errno not in UNWRITABLE:
+                raise
+            # Else Python tries to write the rest when it ends, and says so.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _tell(f"error: the output cannot be written: {error.strerror}")
+            raise typer.Exit(2) from None
+
+
+def _tell(text: str) -> None:
+    """A line on stderr, if that can be written."""
+    with contextlib.suppress(OSError):
+        typer.echo(text, err=True)
 
 
 Function = TypeVar("Function", bound=Callable[[dict[str, Any]], None])

@@ -9,6 +9,7 @@ import typer
 
 from anima_fast.commands.app import PREPARE, app, option_command
 from anima_fast.console import configure_console
+from anima_fast.errors import stop_status
 from anima_fast.options.files import OTHER_NAMES, refused, resolve_train_options, write_config
 from anima_fast.options.run import FileOptions, FinetuneOptions, TrainOptions
 
@@ -76,7 +77,7 @@ def _run(cls: type[Any], values: dict[str, Any], *, plan: bool = False) -> None:
 
     result = train(options)
     if result is not None and result.interrupted_by is not None:
-        raise typer.Exit(128 + result.interrupted_by)
+        raise typer.Exit(stop_status(result.interrupted_by))
 
 
 @app.command("watch", rich_help_panel=PREPARE)

@@ -20,12 +20,16 @@ from anima_fast.data.seeding import seeded
 from anima_fast.data.subset import Dataset, Subset
 
 _NOT_SHOWN = {"index", "dataset_index", "conditioning_data_dir"}
+# Bytes of JSON for all tag counts together, once over all and once in the datasets: captions in
+# whole sentences, each a tag of its own, would outgrow the LoRA and the format's 100 MB of header.
+TAG_BYTES = 1_000_000
 
 
 def summarise(plan: DatasetPlan) -> dict:
     """Values that serialise to JSON: settings, counts and subsets of each dataset, and over all
 
-    tag_frequency: {folder: {tag: images}}, tags in lower case.
+    tag_frequency: {folder: {tag: images}}, tags in lower case; of very many only the most frequent,
+        and tag_frequency_left_out says how many others there are.
     dataset_dirs, reg_dataset_dirs: {folder: {"n_repeats", "img_count"}}.
     bucket_info: {"buckets": {"0": {"resolution", "count"}}, "mean_img_ar_error"}, or None.
     num_train_images, num_reg_images (with repeats), num_validation_images.
@@ -34,7 +38,7 @@ def summarise(plan: DatasetPlan) -> dict:
     reg = [item for item in plan.items if item.is_reg]
     return {
         "datasets": [_dataset(dataset, plan) for dataset in plan.datasets],
-        "tag_frequency": _tag_frequency(plan.items),
+        **_tag_frequency(plan.items, TAG_BYTES),
         "dataset_dirs": _folders(train),
         "reg_dataset_dirs": _folders(reg),
         "bucket_info": _bucket_info(plan.items),
@@ -60,7 +64,7 @@ def _dataset(dataset: Dataset, plan: DatasetPlan) -> dict:
         "bucket_reso_steps": dataset.bucket_reso_steps,
         "bucket_no_upscale": dataset.bucket_no_upscale,
         "network_multiplier": dataset.network_multiplier,
-        "tag_frequency": _tag_frequency(mine),
+        **_tag_frequency(mine, TAG_BYTES // len(plan.datasets)),
         "bucket_info": _bucket_info(mine),
         "subsets": [_subset(subset, mine) for subset in dataset.subsets],
     }
@@ -78,14 +82,29 @@ def _subset(subset: Subset, items: list[ImageItem]) -> dict:
     return json.loads(json.dumps(values, default=str))
 
 
-def _tag_frequency(items: list[ImageItem]) -> dict[str, dict[str, int]]:
+def _tag_frequency(items: list[ImageItem], limit: int) -> dict:
+    """`tag_frequency` in at most `limit` bytes of JSON, and `tag_frequency_left_out` if cut."""
     counts: dict[str, Counter] = {}
     for item in _once(items):
         folder = counts.setdefault(item.subset.name, Counter())
         for line in item.caption.lines(item.subset):
             tags = (tag.strip().lower() for tag in line.split(item.subset.caption_separator))
             folder.update(tag for tag in tags if tag)
-    return {name: dict(counter) for name, counter in counts.items()}
+    tables = {name: dict(counter) for name, counter in counts.items()}
+    if len(json.dumps(tables)) <= limit:
+        return {"tag_frequency": tables}
+    found = [(n, tag, name) for name, table in tables.items() for tag, n in table.items()]
+    # The most frequent first; of equals the shortest, of which more find room.
+    found.sort(key=lambda entry: (-entry[0], len(entry[1]), entry[1]))
+    kept: dict[str, dict[str, int]] = {name: {} for name in tables}
+    room = limit - len(json.dumps(kept))
+    for count, tag, name in found:
+        room -= len(json.dumps({tag: count}))
+        if room < 0:
+            break
+        kept[name][tag] = count
+    left_out = len(found) - sum(map(len, kept.values()))
+    return {"tag_frequency": kept, "tag_frequency_left_out": left_out}
 
 
 def _once(items: list[ImageItem]) -> list[ImageItem]:

@@ -71,9 +71,11 @@ class Checkpoints:
     def final(self) -> Path:
         """Save the finished file, its state if asked for, and remove the autosave."""
         stem = self.options.output_stem
-        path = self._save_weights(stem)
-        if self.options.save_state or self.options.save_state_on_train_end:
-            save_state(self.folder / f"{stem}-state", self.run, self.position)
+        try:
+            if self.options.save_state or self.options.save_state_on_train_end:
+                save_state(self.folder / f"{stem}-state", self.run, self.position)
+        finally:
+            path = self._save_weights(stem)
         for end in ("", ".prev"):
             shutil.rmtree(self.folder / f"{stem}-autosave-state{end}", ignore_errors=True)
         return path
@@ -83,9 +85,11 @@ class Checkpoints:
         return self._save_weights(f"{self.options.output_stem}-best")
 
     def interrupted(self) -> Path:
-        """After Ctrl-C or SIGTERM: save the weights and a state to go on from."""
-        path = self._save_weights(self._at_step(self.position.step))
-        self.autosave()
+        """After a signal: save a state to go on from, and the weights whatever becomes of it."""
+        try:
+            self.autosave()
+        finally:
+            path = self._save_weights(self._at_step(self.position.step))
         return path
 
     def autosave(self) -> None:
@@ -97,11 +101,13 @@ class Checkpoints:
         self.last_autosave = time.monotonic()
 
     def _save(self, stem: str) -> None:
-        self._save_weights(stem)
-        if self.options.save_state:
-            save_state(self.folder / f"{stem}-state", self.run, self.position)
-        if self.options.autosave_minutes and not self.run.training.saves_whole_model:
-            self.autosave()
+        try:
+            if self.options.save_state:
+                save_state(self.folder / f"{stem}-state", self.run, self.position)
+            if self.options.autosave_minutes and not self.run.training.saves_whole_model:
+                self.autosave()
+        finally:
+            self._save_weights(stem)
 
     def _save_weights(self, stem: str) -> Path:
         """Write the LoRA, or the whole model, in the format and precision asked for."""

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from pathlib import Path
-from typing import Any
 
+from anima_fast.errors import Stopped
 from anima_fast.memory.free import peak_memory_mib
 from anima_fast.progress import Progress
 from anima_fast.training.checkpoints import Checkpoints
+from anima_fast.training.kind import given
 from anima_fast.training.logs import RunLog
 from anima_fast.training.optimizers.build import learning_rates
 from anima_fast.training.previews import Previews
 from anima_fast.training.run import Position, Run, TrainResult
 from anima_fast.training.step import Group
+from anima_fast.training.stopping import StopSignal
 from anima_fast.training.validation import validate_or_skip
-
-
-class StopSignal:
-    """Context manager: `received` holds the signal number after the first Ctrl-C or SIGTERM.
-
-    The second one acts as if nothing had been installed (it ends the program at once). Outside the
-    main thread, where Python allows no handlers, nothing is installed.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _receive(self, number: int, _frame: object) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
 
 
 class Events:
@@ -55,7 +24,7 @@ class Events:
     def __init__(
         self, run: Run, position: Position, *, log: RunLog, progress: Progress, stop: StopSignal
     ) -> None:
-        self.run, self.position = run, position
+        self.run, self.position, self._first = run, position, position.step
         self.log, self.progress, self.stop = log, progress, stop
         self.say = progress.say
         self.checkpoints = Checkpoints(run, position)
@@ -67,7 +36,8 @@ class Events:
         self.log.event(self.position.step, text)
 
     def start(self) -> None:
-        """Before the first step."""
+        """Before the first step; from here on a signal waits for the loop to save."""
+        self.stop.waits = True
         arithmetic = self.run.training.arithmetic
         self.log.start(self.position.step, arithmetic.precision, arithmetic.sums)
         if self.run.options.sample_at_first and self.position.step == 0:
@@ -85,7 +55,8 @@ class Events:
         self.progress.step(record)
         if is_due(step, options.validate_every_n_steps):
             self._validate("step")
-        self.checkpoints.after_step()
+        with self.stop.saving():
+            self.checkpoints.after_step()
         if is_due(step, options.sample_every_n_steps) and not options.sample_every_n_epochs:
             self._make_previews(f"{step:06d}")
 
@@ -101,7 +72,8 @@ class Events:
         self.log.sigma_bins(position.step, epoch, self.run.sigma_bins.take())
         # A state saved here goes on with the next epoch.
         position.next_epoch()
-        self.checkpoints.after_epoch(epoch)
+        with self.stop.saving():
+            self.checkpoints.after_epoch(epoch)
         if is_due(epoch, options.sample_every_n_epochs):
             self._make_previews(f"e{epoch:06d}")
 
@@ -122,8 +94,14 @@ class Events:
         return True
 
     def interrupted(self) -> TrainResult:
-        """Save the weights and a state after a signal."""
-        path = self.checkpoints.interrupted()
+        """Save the weights and a state after a signal.
+
+        Raises `Stopped` when no step was made since the start.
+        """
+        if self.position.step == self._first:
+            raise Stopped(given(self.stop.received))
+        with self.stop.saving():
+            path = self.checkpoints.interrupted()
         self.say(f"stopped by signal {self.stop.received}; saved {path.name} and a resume state")
         self.say("go on with the same command and --resume auto")
         return self._result(path, self.stop.received)
@@ -132,9 +110,15 @@ class Events:
         """Save the final file and name it."""
         position = self.position
         self.log.sigma_bins(position.step, position.last_epoch, self.run.sigma_bins.take())
-        path = self.checkpoints.final()
+        with self.stop.saving():
+            path = self.checkpoints.final()
         self.say(f"saved {path}")
         return self._result(path)
+
+    def autosave(self) -> None:
+        """Write the rolling state now."""
+        with self.stop.saving():
+            self.checkpoints.autosave()
 
     def _result(self, path: Path, interrupted_by: int | None = None) -> TrainResult:
         position = self.position
@@ -163,7 +147,10 @@ class Events:
     def _validate(self, per: str) -> None:
         """Compute, log and print the validation loss, if anything is held out."""
         options, position = self.run.options, self.position
-        found = validate_or_skip(self.run, self.say)
+        # Where validations decide when a run ends, a resumed one may not lack this one.
+        decides = options.early_stop_patience
+        stopped = None if decides else self.stop.is_due
+        found = validate_or_skip(self.run, self.say, stopped)
         if found is None:
             return
         loss = sum(found.values()) / len(found)
@@ -173,15 +160,14 @@ class Events:
         self.say(f"step {position.step}: validation loss {loss:.4f}")
         best = position.record_validation(loss, options.early_stop_min_delta)
         if best and options.early_stop_patience:
-            self.checkpoints.best()
+            with self.stop.saving():
+                self.checkpoints.best()
 
     def _make_previews(self, stage: str) -> None:
         """Render, log and name the previews of this moment, if there are prompts."""
         if self.previews is None:
             return
-        files = self.previews.make(
-            stage, say=self.say, stopped=lambda: self.stop.received is not None
-        )
+        files = self.previews.make(stage, say=self.say, stopped=self.stop.is_due)
         if files:
             self.log.preview(self.position.step, self.position.last_epoch, files)
             what = "a preview" if len(files) == 1 else f"{len(files)} previews"

@@ -6,6 +6,7 @@ else asks `run.training`, and knows neither. What either trains is a `Network`.
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from anima_fast.console import describe_error
 from anima_fast.device import DTYPES, uses_fused_blocks
 from anima_fast.measure.arithmetic import Arithmetic
 from anima_fast.options.run import FinetuneOptions, TrainOptions
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from anima_fast.models.dit_config import DitConfig
     from anima_fast.options.output import SaveOptions
     from anima_fast.training.optimizers.ema import Ema
+
+logger = logging.getLogger("anima_fast")
 
 Say = Callable[[str], None]
 AnyOptions = TrainOptions | FinetuneOptions
@@ -151,13 +155,27 @@ class Training(ABC):
         """What a resumed run must share with the saved one, besides the dataset."""
         return {}
 
-    @abstractmethod
     def save(self, path: Path, plan: DatasetPlan, facts: Mapping[str, Any]) -> None:
-        """Write the file that users load.
+        """Write the file that users load; metadata that cannot be made or written is left out.
 
         `facts` are those of this moment, for the metadata (`adapters.metadata.training_metadata`).
         Raises `UserError` for numbers that are not finite, or a disk that refuses.
         """
+        try:
+            return self.write(path, self.metadata(plan, facts))
+        except Exception as error:
+            problem = describe_error(error)
+        # Outside of the handler, so that what fails again is reported alone.
+        self.write(path, self.metadata(plan, None))
+        logger.warning("%s was saved without its metadata: %s", path.name, problem)
+
+    @abstractmethod
+    def metadata(self, plan: DatasetPlan, facts: Mapping[str, Any] | None) -> dict[str, str]:
+        """What a file says about itself; without `facts` only what loaders need."""
+
+    @abstractmethod
+    def write(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write the file that users load, with this metadata; raises as `save` does."""
 
     def preview_weights(self) -> AbstractContextManager[None]:
         """Inside the block the weights are rounded as in the saved file, if a copy is cheap."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from anima_fast import __version__
 from anima_fast.console import describe_error
-from anima_fast.errors import UserError
+from anima_fast.errors import Stopped, UserError
 from anima_fast.files import disk_error, write_json, write_text
 from anima_fast.training.kind import given
 from anima_fast.training.trackers import open_trackers
@@ -217,7 +217,9 @@ class RunFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if error is not None:
+        if isinstance(error, Stopped):
+            self.facts |= {"state": "failed", "error": "stopped without saving"}
+        elif error is not None:
             self.facts |= {"state": "failed", "error": describe_error(error)}
         self.facts["updated_at"] = time.time()
         self._write()

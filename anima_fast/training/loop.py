@@ -27,7 +27,7 @@ from anima_fast.reports.run_page import report_run
 from anima_fast.training.arithmetic import FORMER
 from anima_fast.training.bad_batches import BadBatchTracker
 from anima_fast.training.checkpoints import remove_leftovers
-from anima_fast.training.events import Events, StopSignal
+from anima_fast.training.events import Events
 from anima_fast.training.kind import AnyOptions, given
 from anima_fast.training.logs import RunFile, RunLog
 from anima_fast.training.oom import MemoryPolicies, one_line_out_of_memory
@@ -37,6 +37,7 @@ from anima_fast.training.setup import choose_seed, prepare, show_dataset
 from anima_fast.training.state import load_state
 from anima_fast.training.state_files import resolve_resume, state_record
 from anima_fast.training.step import forward_backward, optimizer_step
+from anima_fast.training.stopping import StopSignal
 
 
 def train(options: AnyOptions) -> TrainResult | None:
@@ -47,10 +48,11 @@ def train(options: AnyOptions) -> TrainResult | None:
 
     Returns:
         `TrainResult`: the saved file, `log.jsonl`, the number of optimizer steps made, the smoothed
-        loss, and the signal number when Ctrl-C or SIGTERM ended the run early. None with
+        loss, and the signal number when one ended the run early. None with
         `debug_dataset`, which lists the first epoch and trains nothing.
 
     Raises:
+        Stopped: a signal came before the first step, or again after `ONE_STOP_SECONDS`.
         UserError: for bad options, files or data, a full disk, or a run that stopped being finite.
     """
     state = resolve_resume(options.resume, options.output_dir, options.output_stem)
@@ -59,7 +61,8 @@ def train(options: AnyOptions) -> TrainResult | None:
     folder = None if options.debug_dataset else options.output_dir
     console = ConsoleLog(folder, fresh=state is None)
     progress = Progress(simple=options.console_log_simple, log=console)
-    with console, one_line_out_of_memory(), progress, sums_of_run():
+    stop = StopSignal(progress.say)
+    with console, one_line_out_of_memory(), progress, sums_of_run(), stop:
         if options.debug_dataset:
             show_dataset(options, seed, say=progress.say)
             return None
@@ -70,7 +73,7 @@ def train(options: AnyOptions) -> TrainResult | None:
         remove_leftovers(options)
         # From here on the run's files say which it was.
         options = replace(options, seed=seed)
-        # Ctrl-C while encoding ends the program at once: every finished cache file stays.
+        # A signal while encoding ends the program at once: every finished cache file stays.
         arithmetic = None if saved is None else saved.get("arithmetic", FORMER)
         run = prepare(options, seed=seed, say=progress.say, saved=arithmetic)
         position = Position()
@@ -82,7 +85,6 @@ def train(options: AnyOptions) -> TrainResult | None:
         with (
             RunFile(run, position.step) as file,
             RunLog(run.folder, run.options, first_step=position.step) as log,
-            StopSignal() as stop,
         ):
             events = Events(run, position, log=log, progress=progress, stop=stop)
             outcome = run_steps(run, position, events)
@@ -104,6 +106,8 @@ def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
     train_mode(run.optimizer)
     events.start()
     while position.step < length.steps:
+        if stop.received:
+            return events.interrupted()
         order = run.plan.epoch_batches(position.epoch, run.seed)
         started = time.perf_counter()
         for batches, wait_s in step_batches(run, order, position):
@@ -113,7 +117,7 @@ def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
             except UserError:
                 # This step has changed nothing: with a remedy the run can go on from here.
                 if not run.training.updates_in_backward:
-                    events.checkpoints.autosave()
+                    events.autosave()
                 raise
             # Clip, step, schedule, zero.
             facts = optimizer_step(run, group, bad_batches, say=events.say)

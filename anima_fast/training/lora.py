@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anima_fast.adapters.metadata import training_metadata
+from anima_fast.adapters.metadata import loader_metadata, training_metadata
 from anima_fast.adapters.network import LoRANetwork
 from anima_fast.data.summary import summarise
 from anima_fast.measure.arithmetic import Arithmetic
@@ -50,6 +50,7 @@ class LoRATraining(Training):
         # Frozen weights can be swapped at any time, except those of compiled blocks.
         self.can_swap_later = not options.compile
         self.cuda_graphs = options.cuda_graphs
+        self._summary: dict[str, Any] | None = None
 
     def check(self, sizes: DitConfig) -> None:
         """Refuse missing LoRA files and a network that does not fit the DiT."""
@@ -109,13 +110,22 @@ class LoRATraining(Training):
         merged = [f"{Path(path).name} {strength:g}" for path, strength in files]
         return {"base_weights": merged} if merged else {}
 
-    def save(self, path: Path, plan: DatasetPlan, facts: Mapping[str, Any]) -> None:
+    def metadata(self, plan: DatasetPlan, facts: Mapping[str, Any] | None) -> dict[str, str]:
+        """The `ss_` and `modelspec.` keys."""
+        if facts is None:
+            return loader_metadata(self.options)
+        if self._summary is None and not self.options.no_metadata:
+            # Seconds with many captions, and the same at every save.
+            self._summary = summarise(plan)
+        return training_metadata(self.options, self._summary or {}, facts)
+
+    def write(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Write the LoRA in the format and precision asked for."""
         self.network.save(
             path,
             dialect=self.options.lora_format,
             dtype=save_dtype(self.options),
-            metadata=training_metadata(self.options, summarise(plan), facts),
+            metadata=metadata,
             fold_alpha=self.options.fold_alpha,
         )
 

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 FOLDER = "sample"
 
 
+class _BrokenOffError(Exception):
+    """The run stops while a picture is being made."""
+
+
 class Previews:
     """Makes the pictures of a run, with its network as it is at the time."""
 
@@ -50,10 +54,15 @@ class Previews:
         Args:
             stage: e000004 after epoch 4, 000500 after step 500.
             say: gets one line for each picture that went wrong.
-            stopped: asked between pictures.
+            stopped: asked after each step of the sampler; a picture in progress is left unfinished.
         """
         made: list[str] = []
         run = self.run
+
+        def on_step() -> None:
+            if stopped():
+                raise _BrokenOffError
+
         run.network.eval()
         run.network.multiplier = 1.0
         try:
@@ -62,10 +71,11 @@ class Previews:
             random, saved = torch.random.fork_rng(devices), run.training.preview_weights()
             with random, weights, saved, rounding, torch.no_grad():
                 for index, prompt in enumerate(self.prompts.current(self.options, say)):
-                    if stopped():
-                        break
                     try:
-                        made.append(self._make_one(prompt, stage, index))
+                        on_step()
+                        made.append(self._make_one(prompt, stage, index, on_step))
+                    except _BrokenOffError:
+                        break
                     except Exception as error:
                         say(f"no preview of prompt {index + 1}: {explain(error)}")
         # No preview is worth losing a run.
@@ -76,11 +86,11 @@ class Previews:
             free_memory(run.device, keep_cached=run.options.highvram)
         return made
 
-    def _make_one(self, prompt: Prompt, stage: str, index: int) -> str:
+    def _make_one(self, prompt: Prompt, stage: str, index: int, on_step: Callable[[], None]) -> str:
         seed = secrets.randbelow(2**32) if prompt.seed is None else prompt.seed
         job, run = Job.of(prompt, seed), self.run
         contexts = [self.prompts.context(run.conditioning, text) for text in job.texts]
-        pixels = decode(run, sample_jobs(run.dit, [job], contexts))
+        pixels = decode(run, sample_jobs(run.dit, [job], contexts, on_step=on_step))
         stamp = time.strftime("%Y%m%d%H%M%S")
         name = f"{stage}_{index:02d}_{stamp}"
         name = f"{run.options.output_name}_{name}" if run.options.output_name else name

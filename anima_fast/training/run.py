@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -199,6 +200,8 @@ class Run:
     vae: VAE | None = None
     # Where previews are asked for.
     prompts: PreviewPrompts | None = None
+    # The same after each resume; tells the states of this run from those of others.
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
     def network(self) -> Network:

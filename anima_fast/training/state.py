@@ -51,6 +51,7 @@ def save_state(folder: Path, run: Run, position: Position, *, keep_previous: boo
             save_safetensors(run.training.ema.state_tensors(), new / EMA_FILE)
         record = {
             "position": {**asdict(position), "sigma_bins": run.sigma_bins.copy().tolist()},
+            "run": run.id,
             "seed": run.seed,
             "fingerprint": run.fingerprint,
             "optimizer": checks.class_name(run.optimizer),
@@ -115,6 +116,8 @@ def load_state(folder: Path, run: Run, *, say: Callable[[str], None]) -> Positio
         was = record["versions"].get(name)
         if was != version:
             say(f"{name} is {version}, the state was made with {was}: maybe not bit-identical")
+    # Those of older versions have none.
+    run.id = record.get("run", run.id)
     position = dict(record["position"])
     if bins := position.pop("sigma_bins", None):
         run.sigma_bins.restore(torch.tensor(bins))

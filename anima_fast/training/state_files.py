@@ -152,7 +152,11 @@ def versions() -> dict[str, str]:
 
 
 def find_states(output_dir: str | os.PathLike, stem: str | None = None) -> list[Path]:
-    """State folders of a run (of all without its `stem`), newest first, damaged ones included."""
+    """State folders of a name (of all without `stem`), newest first, damaged ones included.
+
+    The run that has saved last comes first, and of its states the one with the most steps: a clock
+    may have gone back in between.
+    """
     names = re.escape(stem) if stem else ".+"
     if stem in (None, "last"):
         names += "|epoch|at|last"
@@ -164,7 +168,16 @@ def find_states(output_dir: str | os.PathLike, stem: str | None = None) -> list[
     if not output_dir.is_dir():
         return []
     found = [path for path in output_dir.iterdir() if pattern.fullmatch(path.name)]
-    return sorted(filter(Path.is_dir, found), key=_age, reverse=True)
+    ages = {path: _age(path) for path in filter(Path.is_dir, found)}
+    last: dict[str, float] = {}
+    for run, _, saved_at in ages.values():
+        last[run] = max(saved_at, last.get(run, saved_at))
+
+    def order(path: Path) -> tuple:
+        run, step, saved_at = ages[path]
+        return last[run], run, step, saved_at, path.name
+
+    return sorted(ages, key=order, reverse=True)
 
 
 def resolve_resume(
@@ -233,8 +246,9 @@ def intact_record(folder: Path) -> dict:
     problem = damage(folder)
     if problem is None:
         return read_record(folder)[0]
-    older = [p for p in find_states(folder.parent) if p != folder and damage(p) is None]
-    older = [p for p in older if _age(p) <= _age(folder)] or older
+    states = find_states(folder.parent)
+    place = states.index(folder) if folder in states else 0
+    older = [p for p in states[place:] + states[:place] if p != folder and damage(p) is None]
     remedy = (
         f"go on from the newest whole state beside it with --resume {older[0]}"
         if older
@@ -255,7 +269,15 @@ def _newest_intact(states: list[Path], folder: Path) -> Path:
     )
 
 
-def _age(folder: Path) -> tuple[float, str]:
-    """When a state was saved; the folder's own time if its record cannot be read."""
+def _age(folder: Path) -> tuple[str, int, float]:
+    """Run, step and time of saving.
+
+    A state whose record cannot be read, or of a version that did not name runs, is a run of its
+    own, as old as the folder or the record says.
+    """
     record, problem = read_record(folder)
-    return (folder.stat().st_mtime if problem else record["saved_at"], folder.name)
+    if problem:
+        return str(folder), 0, folder.stat().st_mtime
+    run = record.get("run")
+    step = record["position"]["step"] if run else 0
+    return run or str(folder), step, record["saved_at"]

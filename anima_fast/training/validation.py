@@ -7,6 +7,7 @@ because the weights do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 SIGMAS = (0.2, 0.4, 0.6, 0.8)
 
 
-def validate_or_skip(run: Run, say: Say) -> dict[str, float] | None:
+def validate_or_skip(
+    run: Run, say: Say, stopped: Callable[[], bool] | None = None
+) -> dict[str, float] | None:
     """`validate`, or None with a message if memory runs out, which must not end a run that fits."""
     for _ in range(2):
         try:
-            return validate(run)
+            return validate(run, stopped)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -39,10 +42,10 @@ def validate_or_skip(run: Run, say: Say) -> dict[str, float] | None:
 
 
 @torch.no_grad()
-def validate(run: Run) -> dict[str, float] | None:
+def validate(run: Run, stopped: Callable[[], bool] | None = None) -> dict[str, float] | None:
     """The loss of the current weights over the validation batches at each σ.
 
-    None if nothing is held out.
+    None if nothing is held out, or if `stopped`, which is asked before each forward, says so.
     """
     indices = run.plan.validation_batches()[: run.options.max_validation_steps]
     if not indices:
@@ -58,6 +61,8 @@ def validate(run: Run) -> dict[str, float] | None:
                 batch = run.batches.load(batch_indices, epoch=1, step=position, validation=True)
                 latents = batch_latents(run, batch)
                 for sigma in SIGMAS:
+                    if stopped is not None and stopped():
+                        return None
                     draw = seeded("validation", seed, position, sigma).getrandbits(63)
                     generator = torch.Generator().manual_seed(draw)
                     noise = torch.randn(latents.shape, generator=generator).to(latents)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anima_fast.adapters.metadata import modelspec
+from anima_fast.adapters.metadata import bounded, modelspec
 from anima_fast.measure.arithmetic import Arithmetic
 from anima_fast.memory.offload import BlockRunner, install_memory_savers
 from anima_fast.training.finetune import start
@@ -105,12 +105,15 @@ class Finetuning(Training):
         """Clip all gradients together; a fused backward pass has clipped each by itself."""
         return self.optimizer.clip_gradients(max_norm)
 
-    def save(self, path: Path, plan: DatasetPlan, facts: Mapping[str, Any]) -> None:
-        """Write the whole model."""
-        # With `no_metadata` only what loaders look for.
+    def metadata(self, plan: DatasetPlan, facts: Mapping[str, Any] | None) -> dict[str, str]:
+        """The `modelspec.` keys."""
         options, metadata = self.options, {"format": "pt"}
-        if not options.no_metadata:
+        if facts is not None and not options.no_metadata:
             metadata |= modelspec(options) | {"modelspec.architecture": "anima-preview"}
             if options.training_comment:
                 metadata["modelspec.comment"] = options.training_comment
-        self.network.save(path, dtype=save_dtype(options), metadata=metadata)
+        return bounded(metadata)
+
+    def write(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write the whole model."""
+        self.network.save(path, dtype=save_dtype(self.options), metadata=metadata)
