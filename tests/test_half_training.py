@@ -13,8 +13,9 @@ from torch import nn
 from anima_fast.adapters.lora import merge_lora
 from anima_fast.bench.parity import relative_error
 from anima_fast.kernels import dispatch
+from anima_fast.kernels.gemm import gemm
 from anima_fast.kernels.row_powers import TAIL
-from anima_fast.kernels.sums import use_sums
+from anima_fast.kernels.sums import CHAINS, use_sums
 from anima_fast.memory.offload import SaverSettings, install_block_runner
 from anima_fast.models import fused_attention
 from anima_fast.models.block import FusedBlockFunction
@@ -206,6 +207,18 @@ def test_what_float16_cannot_hold_is_cut_counted_and_named(recompute):
     message = dit.saturation.message(found)
     assert "blocks.1.mlp.layer1" in message and "bf16" in message
     assert dit.saturation.total() == 0 and not dit.saturation.message(found)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_sum_is_cut_not_its_parts(chain):
+    """Few tiles are split along K where no count is kept; a part may exceed what the sum is."""
+    counts = torch.zeros(3, dtype=torch.int32)
+    x, w = torch.full((2, 2048), 8.0).half(), torch.full((3, 2048), 5.0).half()
+    with dispatch.use("triton"):
+        y = gemm(x, w, counter=(counts, 1), chain=chain)
+        x[:, 1024:] *= -1
+        zero = gemm(4 * x, w, counter=(counts, 2), chain=chain)
+    assert (y == 65504).all() and counts.tolist() == [0, 6, 0] and (zero == 0).all()
 
 
 def test_a_run_tells_what_float16_cannot_hold(world, tmp_path, capsys):
