@@ -265,6 +265,14 @@ def test_weights_outside_of_float16_have_a_power_of_two(fused, size):
     assert attention.k_proj.weight.dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_weight_of_8_bit_is_held_exactly(dtype):
+    layer, weight = Linear(16, 8), (torch.randn(8, 16) * 30).to(dtype)
+    held = layer.hold(weight, torch.float16)
+    assert held.abs().max() <= 1
+    assert torch.equal(held.float() * layer.weight_scale, weight.float())
+
+
 def test_a_weight_that_float16_cannot_hold():
     layer = Linear(32, 16)
     weight, x = torch.randn(16, 32) * 1e6, torch.randn(4, 32) * 1e-4
