@@ -21,6 +21,8 @@ from anima_fast.models import fused_attention
 from anima_fast.models.block import FusedBlockFunction
 from anima_fast.models.dit import load_dit
 from anima_fast.models.dit_layers import Linear
+from anima_fast.options.sample import SampleOptions
+from anima_fast.sampling.run import run_sample
 from anima_fast.training.loop import train
 from anima_fast.training.run import FIRST, LossScaler
 
@@ -221,14 +223,31 @@ def test_the_sum_is_cut_not_its_parts(chain):
     assert (y == 65504).all() and counts.tolist() == [0, 6, 0] and (zero == 0).all()
 
 
-def test_a_run_tells_what_float16_cannot_hold(world, tmp_path, capsys):
+def saturating_file(world, folder):
     from safetensors.torch import save_file
 
     tensors = load_file(world["pretrained_model_name_or_path"])
     (name,) = (n for n in tensors if n.endswith("blocks.0.mlp.layer1.weight"))
     tensors[name] = tensors[name] * HUGE
-    changed = tmp_path / "dit.safetensors"
+    changed = folder / "dit.safetensors"
     save_file(tensors, changed)
+    return changed
+
+
+def test_sampling_tells_what_float16_cannot_hold(world, tmp_path, capsys):
+    dit = str(saturating_file(world, tmp_path))
+    options = SampleOptions(
+        dit=dit, qwen3=world["qwen3"], vae=world["vae"], prompt="a tree", width=32, height=32,
+        steps=1, cfg=1.0, dtype="fp16", kernels="triton", output=str(tmp_path / "a.png"),
+    )  # fmt: skip
+    with dispatch.use("triton"):
+        run_sample(options)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("blocks.0.mlp.layer1, they were cut at 65504: use --dtype bf16") == 1
+
+
+def test_a_run_tells_what_float16_cannot_hold(world, tmp_path, capsys):
+    changed = saturating_file(world, tmp_path)
     with dispatch.use("triton"):
         trained(
             {**world, "pretrained_model_name_or_path": str(changed)}, tmp_path / "out",
