@@ -329,6 +329,7 @@ def test_other_facts_are_another_card(fact):
         lambda whole: json.dumps(whole | {"sums": 3}),
         lambda whole: json.dumps(whole | {"sums": {"chain": 64}}),
         lambda whole: json.dumps(whole | {"sums": whole["sums"] | {"chain": 128}}),
+        lambda whole: json.dumps(whole | {"sums": whole["sums"] | {"chain": math.inf}}),
         lambda whole: json.dumps(whole | {"sums": whole["sums"] | {"seconds": {SHORT: "x"}}}),
         lambda whole: json.dumps(whole | {"sums": whole["sums"] | {"seconds": {SHORT: 0, OWN: 1}}}),
     ],

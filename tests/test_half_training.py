@@ -13,13 +13,16 @@ from torch import nn
 from anima_fast.adapters.lora import merge_lora
 from anima_fast.bench.parity import relative_error
 from anima_fast.kernels import dispatch
+from anima_fast.kernels.gemm import gemm
 from anima_fast.kernels.row_powers import TAIL
-from anima_fast.kernels.sums import use_sums
+from anima_fast.kernels.sums import CHAINS, use_sums
 from anima_fast.memory.offload import SaverSettings, install_block_runner
 from anima_fast.models import fused_attention
 from anima_fast.models.block import FusedBlockFunction
 from anima_fast.models.dit import load_dit
 from anima_fast.models.dit_layers import Linear
+from anima_fast.options.sample import SampleOptions
+from anima_fast.sampling.run import run_sample
 from anima_fast.training.loop import train
 from anima_fast.training.run import FIRST, LossScaler
 
@@ -31,6 +34,12 @@ HUGE = 2.0**14
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"), blocks=4)
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    """For kernels that run interpreted."""
+    return make_world(tmp_path_factory.mktemp("small"), blocks=1)
 
 
 @pytest.fixture(scope="module")
@@ -208,18 +217,47 @@ def test_what_float16_cannot_hold_is_cut_counted_and_named(recompute):
     assert dit.saturation.total() == 0 and not dit.saturation.message(found)
 
 
-def test_a_run_tells_what_float16_cannot_hold(tmp_path, capsys):
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_sum_is_cut_not_its_parts(chain):
+    """Few tiles are split along K where no count is kept; a part may exceed what the sum is."""
+    counts = torch.zeros(3, dtype=torch.int32)
+    x, w = torch.full((2, 2048), 8.0).half(), torch.full((3, 2048), 5.0).half()
+    with dispatch.use("triton"):
+        y = gemm(x, w, counter=(counts, 1), chain=chain)
+        x[:, 1024:] *= -1
+        zero = gemm(4 * x, w, counter=(counts, 2), chain=chain)
+    assert (y == 65504).all() and counts.tolist() == [0, 6, 0] and (zero == 0).all()
+
+
+def saturating_file(world, folder):
     from safetensors.torch import save_file
 
-    world = make_world(tmp_path / "world", blocks=1)
     tensors = load_file(world["pretrained_model_name_or_path"])
     (name,) = (n for n in tensors if n.endswith("blocks.0.mlp.layer1.weight"))
     tensors[name] = tensors[name] * HUGE
-    changed = tmp_path / "dit.safetensors"
+    changed = folder / "dit.safetensors"
     save_file(tensors, changed)
+    return changed
+
+
+def test_sampling_tells_what_float16_cannot_hold(small_world, tmp_path, capsys):
+    world = small_world
+    dit = str(saturating_file(world, tmp_path))
+    options = SampleOptions(
+        dit=dit, qwen3=world["qwen3"], vae=world["vae"], prompt="a tree", width=32, height=32,
+        steps=1, cfg=1.0, dtype="fp16", kernels="triton", output=str(tmp_path / "a.png"),
+    )  # fmt: skip
+    with dispatch.use("triton"):
+        run_sample(options)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("blocks.0.mlp.layer1, they were cut at 65504: use --dtype bf16") == 1
+
+
+def test_a_run_tells_what_float16_cannot_hold(small_world, tmp_path, capsys):
+    changed = saturating_file(small_world, tmp_path)
     with dispatch.use("triton"):
         trained(
-            {**world, "pretrained_model_name_or_path": str(changed)}, tmp_path / "out",
+            {**small_world, "pretrained_model_name_or_path": str(changed)}, tmp_path / "out",
             max_train_steps=1, max_train_epochs=None,
         )  # fmt: skip
     said = capsys.readouterr().err
@@ -252,6 +290,14 @@ def test_weights_outside_of_float16_have_a_power_of_two(fused, size):
     assert len(scales) == 1 and (scales != {1.0}) == (size > 1)
     assert 0 < attention.k_proj.weight.abs().max() <= 1
     assert attention.k_proj.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_weight_of_8_bit_is_held_exactly(dtype):
+    layer, weight = Linear(16, 8), (torch.randn(8, 16) * 30).to(dtype)
+    held = layer.hold(weight, torch.float16)
+    assert held.abs().max() <= 1
+    assert torch.equal(held.float() * layer.weight_scale, weight.float())
 
 
 def test_a_weight_that_float16_cannot_hold():

@@ -179,8 +179,10 @@ def gemm(
         out = dispatch.empty(m, n, like=x, dtype=dtype or x.dtype)
     tile = tile_for(m, n, x.dtype, add, chain)
     count = dispatch.cdiv(m, tile.m) * dispatch.cdiv(n, tile.n)
+    saturates = counter is not None and out.dtype == torch.float16
     # An adapter or an epilogue needs the complete sum in one program.
-    complete = add or adapter is not None or gelu is not None or gelu_grad is not None
+    epilogue = add or saturates or gelu is not None or gelu_grad is not None
+    complete = epilogue or adapter is not None
     split = 1 if complete else max(1, min(PROGRAMS // count, k // MIN_SPLIT))
     k_split = dispatch.cdiv(dispatch.cdiv(k, split), tile.k) * tile.k
     split = dispatch.cdiv(k, k_split)
@@ -198,7 +200,7 @@ def gemm(
         HAS_ADAPTER=adapter is not None, ADD=add,
         HAS_PRE=gelu_grad is not None, HAS_ACT=gelu is not None,
         SCALED=adapter is None or scale != 1.0,
-        SATURATES=counter is not None and out.dtype == torch.float16,
+        SATURATES=saturates,
         GROUP=GROUP, BLOCK_R=16 if x.dtype.itemsize == 4 else 32, SHORT_SUMS=chain,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         PRECISION=dispatch.dot_precision(), ACC=dispatch.accumulator(x),

@@ -82,7 +82,7 @@ class Measured:
                 str(entry["failed"]),
             )
             found.judged()
-        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
             return None
         return found if found.chain in (0, *CHAINS) else None
 

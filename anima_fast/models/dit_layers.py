@@ -101,6 +101,9 @@ class Linear(nn.Linear):
 
     def hold(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight as it is stored in `dtype`; sets `weight_scale`."""
+        if weight.element_size() == 1:
+            # PyTorch computes nothing in 8 bit; float16 holds all such values.
+            weight = weight.half()
         self.weight_scale = scale_for(weight) if dtype == torch.float16 else 1.0
         return (
             (weight / self.weight_scale).to(dtype) if self.weight_scale != 1.0 else weight.to(dtype)

@@ -31,7 +31,9 @@ class Saturation:
         self.counts.zero_()
         return {name: n for name, n in zip(self.names, counts, strict=True) if n}
 
-    def message(self, found: dict[str, int]) -> str:
+    def message(
+        self, found: dict[str, int], remedy: str = "--mixed_precision bf16 when the loss suffers"
+    ) -> str:
         """What to tell of `take`: layers that were not told before and the remedy; "" for none."""
         new = {name: n for name, n in found.items() if name not in self._told}
         self._told |= new.keys()
@@ -41,5 +43,5 @@ class Saturation:
         others = f" and {len(new) - 1} more layers" if len(new) > 1 else ""
         return (
             f"float16 cannot hold {sum(new.values())} results of {most}{others}, they were cut at "
-            "65504: use --mixed_precision bf16 when the loss suffers"
+            f"65504: use {remedy}"
         )
