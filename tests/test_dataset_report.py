@@ -138,6 +138,7 @@ def test_every_kind_is_found_and_nothing_else(broken):
         "skipped": {"picture.gif"},
         "subfolder": {"more"},
         "tag spelling": {""},
+        "underscore": {"tag1.txt"},
     }
     assert "empty" in found["unreadable"]["zero.png"]
     assert "truncated" in found["unreadable"]["cut.jpg"]
