@@ -8,6 +8,7 @@ from anima_fast.data.announce import announced_plan
 from anima_fast.data.health import health
 from anima_fast.errors import UserError
 from anima_fast.options.run import TrainOptions
+from anima_fast.training.setup import describe_plan
 
 
 def put(path, image=None, caption="a, b", ending=".txt", **save):
@@ -257,3 +258,15 @@ def test_empty_tags_wander_only_where_tags_do(tmp_path, more):
     assert announce(tmp_path, subset(tmp_path / "a"))[1] == []
     line = about(announce(tmp_path, subset(tmp_path / "a", more))[1], "captions with empty tags")
     assert ": 2 (a.txt and 1 more): remove commas" in line
+
+
+def test_an_image_of_several_datasets_is_one_image(tmp_path):
+    for name in "abcd":
+        put(tmp_path / "a" / f"{name}.png")
+    one, said = subset(tmp_path / "a"), []
+    plan, _ = announce(tmp_path, one, "resolution = 48\n" + one, "resolution = 32\n" + one)
+    describe_plan(plan, TrainOptions(), said.append)
+    assert said[-1].startswith("4 images (12 over 3 datasets), 12 batches per epoch")
+    plan, _ = announce(tmp_path, one)
+    describe_plan(plan, TrainOptions(), said.append)
+    assert said[-1].startswith("4 images, 4 batches per epoch")
