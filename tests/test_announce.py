@@ -8,6 +8,7 @@ from anima_fast.data.announce import announced_plan
 from anima_fast.data.health import health
 from anima_fast.errors import UserError
 from anima_fast.options.run import TrainOptions
+from anima_fast.training.setup import describe_plan
 
 
 def put(path, image=None, caption="a, b", ending=".txt", **save):
@@ -116,6 +117,19 @@ def test_an_alpha_mask_that_leaves_nothing(tmp_path):
     assert ": 1 (rgb.png)" in about(said, "images without transparency")
 
 
+def test_images_with_masks_are_counted(tmp_path):
+    for name in "abcd":
+        put(tmp_path / "a" / f"{name}.png")
+        put(tmp_path / "m" / f"{name}.png", caption=None)
+    masked = subset(tmp_path / "a", f"conditioning_data_dir = '{(tmp_path / 'm').as_posix()}'")
+    assert announce(tmp_path, masked, masked_loss=True)[1] == ["masks for 4 of 4 images"]
+    put(tmp_path / "b" / "e.png")
+    put(tmp_path / "b" / "f.png", transparent(9))
+    both = masked + subset(tmp_path / "b", "alpha_mask = true")
+    _, said = announce(tmp_path, both, masked_loss=True)
+    assert said[0] == "masks for 5 of 6 images; the others are trained in full"
+
+
 def test_no_more_than_so_many_images_are_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr("anima_fast.data.transparency.MOST_DECODED", 1)
     for name in "ab":
@@ -154,3 +168,105 @@ def test_folders_are_named_as_they_are_typed(tmp_path):
     root = tmp_path / "my data"
     announced_plan(TrainOptions(train_data_dir=str(root), resolution=(64, 64)), said.append)
     assert f"dataset --train_data_dir '{root}' --resolution 64,64`" in said[-1]
+
+
+@pytest.mark.parametrize(
+    ("image", "caption", "extension"),
+    [
+        ("a.png", "a.TXT", None),
+        ("a.png", "A.txt", None),
+        ("a.png", "a.tags", None),
+        ("a.png", "a.json", None),
+        ("a.png", "a.png.txt", None),
+        ("a.png", "a.txt", ".caption"),
+        ("caf\u00e9.png", "cafe\u0301.txt", None),
+        ("cafe\u0301.png", "caf\u00e9.txt", None),
+    ],
+)
+def test_captions_in_files_that_are_not_taken(tmp_path, image, caption, extension):
+    root = tmp_path / "a"
+    put(root / image, caption=None)
+    (root / caption).write_text("words", encoding="utf-8")
+    if (root / image).with_suffix(".txt").exists() and extension is None:
+        pytest.skip("this file system takes the two names for one")
+    more = f"caption_extension = '{extension}'\n" if extension else ""
+    plan, said = announce(tmp_path, subset(root, more + "class_tokens = 'x'"))
+    assert plan.items[0].caption.text == "x"
+    line = about(said, "images whose caption may be in a file that is not read")
+    assert f": 1 ({image}: {caption} beside it is not read)" in line
+    assert not any(line.startswith("captions without an image") for line in said)
+    with pytest.raises(UserError, match="images without a caption: 1") as raised:
+        announce(tmp_path, subset(root, more))
+    assert f"{caption} beside it is not read" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"caption": "a cat, sitting"}', "a cat, sitting"),
+        ('{"caption": "a cat", "tags": "red, blue"}', "a cat,red, blue"),
+        ('{\n "tags": ["mika", " red hair "],\n "nl": "A girl smiles."\n}',
+         "mika, red hair, A girl smiles."),
+        ('{"tags": [], "nl": "Text", "size": [1, 2]}', "Text"),
+        ('{"tags": ["a", "b"]}', "a, b"),
+    ],
+)  # fmt: skip
+def test_json_captions(tmp_path, text, expected):
+    put(tmp_path / "a" / "a.png", caption=text, ending=".json")
+    plan, said = announce(tmp_path, subset(tmp_path / "a", "caption_extension = '.json'"))
+    (item,) = plan.items
+    assert item.caption.lines(item.subset) == [expected] and said == []
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", '"words"', '{"text": "x"}', '{"caption": 3}', '{"tags": [1]}', "{", "[" * 99999]
+)
+def test_other_json_is_refused(tmp_path, text):
+    put(tmp_path / "a" / "a.png", caption=text, ending=".json")
+    with pytest.raises(UserError, match=r"captions that cannot be read: 1 \(a\.json: .*JSON"):
+        announce(tmp_path, subset(tmp_path / "a", "caption_extension = '.json'"))
+
+
+def test_an_empty_json_caption_is_an_empty_caption(tmp_path):
+    put(tmp_path / "a" / "a.png", caption='{"caption": " "}', ending=".json")
+    plan, said = announce(tmp_path, subset(tmp_path / "a", "caption_extension = 'json'"))
+    assert plan.items[0].caption.blank and about(said, "caption files that are empty: 1 (a.json)")
+
+
+@pytest.mark.parametrize(
+    ("caption", "kind"),
+    [
+        ("1girl, saber \\(fate\\), blue", "captions with \\( or (word:1.2)"),
+        ("1girl, (smile:1.2)", "captions with \\( or (word:1.2)"),
+        ("1girl, long_hair", "captions with underscores"),
+        ("1girl, saber_(fate)", "captions with underscores"),
+        ("1girl, saber (fate), at 10:30, ^_^, o_o, score_7, a: b", None),
+    ],
+)
+def test_tags_that_prompts_never_have(tmp_path, caption, kind):
+    put(tmp_path / "a" / "a.png", caption=caption)
+    _, said = announce(tmp_path, subset(tmp_path / "a"))
+    assert bool(said) == bool(kind), said
+    if kind:
+        assert f": 1 (a.txt: {caption.split(', ')[1]})" in about(said, kind)
+
+
+@pytest.mark.parametrize("more", ["shuffle_caption = true", "caption_tag_dropout_rate = 0.1"])
+def test_empty_tags_wander_only_where_tags_do(tmp_path, more):
+    for name, caption in (("a", "x, y,"), ("b", "x,, y"), ("c", "x, y")):
+        put(tmp_path / "a" / f"{name}.png", caption=caption)
+    assert announce(tmp_path, subset(tmp_path / "a"))[1] == []
+    line = about(announce(tmp_path, subset(tmp_path / "a", more))[1], "captions with empty tags")
+    assert ": 2 (a.txt and 1 more): remove commas" in line
+
+
+def test_an_image_of_several_datasets_is_one_image(tmp_path):
+    for name in "abcd":
+        put(tmp_path / "a" / f"{name}.png")
+    one, said = subset(tmp_path / "a"), []
+    plan, _ = announce(tmp_path, one, "resolution = 48\n" + one, "resolution = 32\n" + one)
+    describe_plan(plan, TrainOptions(), said.append)
+    assert said[-1].startswith("4 images (12 over 3 datasets), 12 batches per epoch")
+    plan, _ = announce(tmp_path, one)
+    describe_plan(plan, TrainOptions(), said.append)
+    assert said[-1].startswith("4 images, 4 batches per epoch")

@@ -61,8 +61,9 @@ def call(*words):
 
 def report(*words):
     result = call(*words, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    found = json.loads(result.stdout)
+    assert result.exit_code == any(one["stops"] for one in found["problems"]), result.output
+    return found
 
 
 def kinds(found):
@@ -138,6 +139,7 @@ def test_every_kind_is_found_and_nothing_else(broken):
         "skipped": {"picture.gif"},
         "subfolder": {"more"},
         "tag spelling": {""},
+        "underscore": {"tag1.txt"},
     }
     assert "empty" in found["unreadable"]["zero.png"]
     assert "truncated" in found["unreadable"]["cut.jpg"]
@@ -173,11 +175,10 @@ def test_headers_only_does_not_decode(broken):
 
 def test_tables_name_files_and_remedies(broken):
     result = call(broken / "data.toml")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     for text in ("Images that cannot be read: 3 (training refuses to start)", "cut.jpg: image file",
                  "add a caption file next to each", "64x64", "1girl", "not counted"):  # fmt: skip
         assert text in result.stdout
-    assert call(broken / "data.toml", "--strict").exit_code == 1
 
 
 def test_a_narrow_terminal_breaks_names_only(broken, monkeypatch):
@@ -243,6 +244,12 @@ def test_a_broken_config_is_status_2(tmp_path):
     assert call(config(tmp_path, images="absent")).exit_code == 2
 
 
+def test_only_strict_minds_what_does_not_stop_training(tmp_path):
+    put(tmp_path / "images" / "a.png", smooth(1), "one\ntwo")
+    assert call(config(tmp_path)).exit_code == 0
+    assert call(config(tmp_path), "--strict").exit_code == 1
+
+
 def test_data_can_be_looked_at_before_the_model_files_are_there(tmp_path):
     put(tmp_path / "images" / "a.png", smooth(1))
     found = report(config(tmp_path), "--qwen3", tmp_path / "nowhere", "--vae", tmp_path / "none")
@@ -304,7 +311,7 @@ def test_unused_regularisation_and_validation(tmp_path):
 
 def test_page_is_self_contained_and_bounded(broken, tmp_path):
     page = tmp_path / "page.html"
-    assert call(broken / "data.toml", "--html", page).exit_code == 0
+    assert call(broken / "data.toml", "--html", page).exit_code == 1
     text = page.read_text(encoding="utf-8")
     pictures = re.findall(r"url\((data:image/jpeg;base64,[^)]+)\)", text)
     # All but the one that is cut off.
@@ -314,7 +321,7 @@ def test_page_is_self_contained_and_bounded(broken, tmp_path):
     for word in ("Images that cannot be read: 3", "zero.png", "wide.png", "Largest crops",
                  'class="cut"', "Same pixels"):  # fmt: skip
         assert word in text
-    assert call(broken / "data.toml", "--html", page, "--html_images=5").exit_code == 0
+    assert call(broken / "data.toml", "--html", page, "--html_images=5").exit_code == 1
     text = page.read_text(encoding="utf-8")
     assert len(re.findall("data:image/jpeg", text)) == 5 and "5 of them are shown" in text
 
@@ -472,7 +479,8 @@ def test_masks_are_drawn_and_named(masked, tmp_path):
     # 20 of 64 columns: two whole cells of eight and half of the third.
     assert trained["good.png"] == pytest.approx(20 / 64, abs=0.01)
     assert any("--masked_loss" in notice for notice in found["notices"])
-    assert report(masked, "--masks", out, "--masked_loss")["notices"] == []
+    (notice,) = report(masked, "--masks", out, "--masked_loss")["notices"]
+    assert notice == "masks for 4 of 5 images; the others are trained in full"
     red = np.asarray(Image.open(out / "good.png.jpg").convert("RGB")).astype(int)
     plain = np.asarray(Image.open(tmp_path / "images" / "good.png").convert("RGB")).astype(int)
     # Trained columns look as they are, the others are darkened towards red.

@@ -362,3 +362,20 @@ def test_summary(tmp_path):
     first = found["datasets"][0]
     assert first["resolution"] == [64, 64] and first["subsets"][0]["image_dir"] == "girl"
     assert str(tmp_path) not in json.dumps(found)
+
+
+def test_images_of_at_most_an_area_are_left_out(tmp_path):
+    for name, size in (("a", (64, 64)), ("b", (32, 128)), ("c", (65, 64)), ("d", (20, 20))):
+        picture(tmp_path / "a" / f"{name}.png", size, "x")
+    images = (tmp_path / "a").as_posix()
+    buckets = "enable_bucket = true\nmin_bucket_reso = 16\nbucket_reso_steps = 16\n"
+    for skip in ("64", "[128, 32]"):
+        found = one(tmp_path, images, dataset=f"{buckets}skip_image_resolution = {skip}")
+        assert [item.path.name for item in found.items] == ["c.png"]
+        (notice,) = found.notices
+        assert "skip_image_resolution: 3 left out (a.png, b.png, d.png)" in notice
+        assert summarise(found)["datasets"][0]["skip_image_resolution"] in ((64, 64), (128, 32))
+    as_option = one(tmp_path, images, dataset=buckets, skip_image_resolution="20,20")
+    assert [item.path.name for item in as_option.items] == ["a.png", "b.png", "c.png"]
+    with pytest.raises(UserError, match="left out by skip_image_resolution"):
+        one(tmp_path, images, dataset="skip_image_resolution = 1000")

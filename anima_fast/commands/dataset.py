@@ -28,7 +28,9 @@ class ReportOptions:
     json: bool = _own(False, "Print everything as JSON instead of tables.")
     masks: str | None = _own(None, "Draw the loss masks over the images, into this folder.")
     headers_only: bool = _own(False, "Decode no image: no search for damage and duplicates.")
-    strict: bool = _own(False, "End with status 1 when there is a problem.")
+    strict: bool = _own(
+        False, "End with status 1 for any problem, not only for what stops training."
+    )
 
 
 # Options of `train` that say what is trained; the others are accepted and change nothing here.
@@ -64,6 +66,7 @@ def _dataset(values: dict[str, Any]) -> None:
     """Show what would be trained: buckets, crops, captions, and what is wrong with the data.
 
     No model is loaded. Takes the options of `train`, so a whole training command may be pasted.
+    Ends with status 1 when something would stop training.
     """
     from anima_fast.reports.dataset.run import report_dataset
 
@@ -74,6 +77,6 @@ def _dataset(values: dict[str, Any]) -> None:
             raise UserError(f"--{name} needs a name after it")
     config_file = own.pop("config_file", None)
     options, _ = resolve_train_options(run, config_file, complete=False, cls=TrainOptions)
-    is_clean = report_dataset(options, **{n: v for n, v in own.items() if n != "strict"})
-    if own.get("strict") and not is_clean:
+    stopping = report_dataset(options, **{n: v for n, v in own.items() if n != "strict"})
+    if any(stopping) or (own.get("strict") and stopping):
         raise typer.Exit(1)

@@ -130,6 +130,14 @@ def is_random(subset: Subset, caption: Caption) -> bool:
     return subset.caption_tag_dropout_rate > 0 and can_drop
 
 
+def has_empty_tag(caption: Caption, subset: Subset) -> bool:
+    """Whether an empty tag is among those that are shuffled or dropped."""
+    if not (subset.shuffle_caption or subset.caption_tag_dropout_rate):
+        return False
+    tags = [_split_tags(_around(line, subset), subset) for line in caption.lines(subset)]
+    return any("" in flexible and any(head + flexible) for head, flexible, _ in tags)
+
+
 def _split_tags(text: str, subset: Subset) -> Tags:
     """Cut a text at its separators.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from anima_fast.data.captions import has_empty_tag
 from anima_fast.data.dataset_config import caches_latents
 from anima_fast.data.images import face_box
 from anima_fast.data.layouts import some
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 # Enlarged by more than this, an image is soft; a crop that removes more than this share is named.
 MOST_SCALE, MOST_LOST = 1.25, 0.2
+# A backslash before a bracket, or a weight.
+_PROMPT_SYNTAX = re.compile(r"\\[()\[\]]|\([^()]*:\s*\d*\.?\d+\)")
+# Words joined by underscores; not faces such as ^_^ and not score_7, which is a tag of Anima's.
+_UNDERSCORE = re.compile(r"(?!score_)\S*\w[^\W_]_(?:[^\W_]|\()\S*", re.IGNORECASE)
 
 
 def check_exact_sizes(
@@ -62,6 +68,11 @@ def advise(items: list[ImageItem], datasets: list[Dataset], options: AnyRun) -> 
                 "images at full area"
             )
     has_masks = any(item.mask_path or item.subset.alpha_mask for item in items)
+    masked = {i.path for i in items if i.mask_path or (i.subset.alpha_mask and i.has_alpha)}
+    if has_masks:
+        every = len({item.path for item in items})
+        rest = "" if len(masked) == every else "; the others are trained in full"
+        yield f"masks for {len(masked)} of {every} images{rest}"
     if options.masked_loss and not has_masks:
         yield "masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask"
     faces = [item for item in items if item.subset.face_crop_aug_range]
@@ -138,6 +149,16 @@ def _of_caption(item: ImageItem) -> Iterator[Problem]:
     if lines := item.caption.unused_lines(item.subset):
         what = "1 line is left out" if lines == 1 else f"{lines} lines are left out"
         yield Problem("further lines", str(item.caption.file or item.path), what)
+    file, subset = str(item.caption.file or item.path), item.subset
+    parts = [
+        p.strip() for n in item.caption.lines(subset) for p in n.split(subset.caption_separator)
+    ]
+    if found := next(filter(_PROMPT_SYNTAX.search, parts), None):
+        yield Problem("prompt syntax", file, found)
+    if found := next(filter(_UNDERSCORE.fullmatch, parts), None):
+        yield Problem("underscore", file, found)
+    if has_empty_tag(item.caption, subset):
+        yield Problem("empty tag", file)
 
 
 def _trained_and_held_out(plan: DatasetPlan) -> Iterator[Problem]:

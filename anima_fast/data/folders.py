@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anima_fast.data import images, layouts
+from anima_fast.data.caption_files import caption_endings, plain
 from anima_fast.data.problems import Problem
 
 if TYPE_CHECKING:
@@ -54,14 +55,15 @@ def _of_folder(folder: Path, subset: Subset) -> list[Problem]:
     known = layouts.image_extensions()
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     files = sorted(entry.name for entry in entries if entry.is_file())
-    stems = {Path(name).stem for name in files if Path(name).suffix.lower() in known}
+    pictures = [Path(name) for name in files if Path(name).suffix.lower() in known]
+    stems = {plain(name) for path in pictures for name in (path.stem, path.name)}
     found = []
     for name in files:
         suffix = Path(name).suffix.lower()
         if suffix in _OTHER_IMAGES and suffix not in known:
             found.append(Problem("skipped", str(folder / name), f"{suffix} is not read"))
     if subset.metadata_file is None:
-        endings = _caption_endings(subset.caption_extension)
+        endings = caption_endings(subset.caption_extension)
         found += [
             Problem("orphan caption", str(folder / name))
             for name in files
@@ -75,15 +77,9 @@ def _of_folder(folder: Path, subset: Subset) -> list[Problem]:
     return found
 
 
-def _caption_endings(extension: str | None) -> tuple[str, ...]:
-    if extension is None:
-        return layouts.DEFAULT_CAPTION_EXTENSIONS
-    return (extension if extension.startswith(".") else "." + extension,)
-
-
 def _has_image(name: str, endings: tuple[str, ...], stems: set[str]) -> bool:
     """Whether an image has this caption, also one whose name continues with a face box."""
-    stem = next(name[: -len(ending)] for ending in endings if name.endswith(ending))
+    stem = plain(next(name[: -len(ending)] for ending in endings if name.endswith(ending)))
     if stem in stems:
         return True
     return any(s.startswith(stem + "_") and images.face_box(s) is not None for s in stems)

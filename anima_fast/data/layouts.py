@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image, features
 
+from anima_fast.data.caption_files import caption_endings, caption_file, lookalikes, read_caption
 from anima_fast.data.captions import Caption
 from anima_fast.data.problems import Problem
 from anima_fast.data.subset import Subset
@@ -22,7 +23,6 @@ from anima_fast.files import read_text
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PLUGIN_EXTENSIONS = {".avif": "pillow-avif-plugin", ".jxl": "pillow-jxl-plugin"}
-DEFAULT_CAPTION_EXTENSIONS = (".txt", ".caption")
 
 
 def some(names: list, limit: int = 3) -> str:
@@ -104,19 +104,23 @@ def captioned_images(
     if subset.metadata_file is not None:
         return _read_metadata_file(subset.metadata_file, subset, problems)
     assert subset.image_dir is not None
-    entries, missing = [], []
+    entries, without = [], []
     for path in list_images(subset.image_dir, notices):
         file = caption_file(path, subset.caption_extension)
-        text = _caption_text(file, problems) if file else None
-        if file is None and subset.class_tokens is None:
-            missing.append(path)
-        caption = Caption(text or subset.class_tokens or "", file=file, blank=text == "")
-        entries.append((path, caption))
+        caption = _caption(file, subset, problems) if file else None
+        if file is None:
+            without.append(path)
+        entries.append((path, caption or Caption(subset.class_tokens or "", file=file)))
+    near = lookalikes(without)
+    missing = without if subset.class_tokens is None else []
     if problems is not None:
-        problems += [Problem("no caption", str(path)) for path in missing]
+        kind = "no caption" if missing else "caption not taken"
+        problems += [Problem(kind, str(p), near.get(p, "")) for p in (missing or near)]
     elif missing:
-        wanted = subset.caption_extension or " or ".join(DEFAULT_CAPTION_EXTENSIONS)
-        names = some([path.name for path in missing])
+        wanted = " or ".join(caption_endings(subset.caption_extension))
+        names = some(
+            [f"{path.name}: {near[path]}" if path in near else path.name for path in missing]
+        )
         raise UserError(
             f"{subset.where}: {len(missing)} images in {subset.image_dir} have no caption "
             f"({names}): add a {wanted} file next to each, or set class_tokens to the caption of "
@@ -125,32 +129,15 @@ def captioned_images(
     return entries
 
 
-def _caption_text(file: Path, problems: list[Problem] | None) -> str | None:
+def _caption(file: Path, subset: Subset, problems: list[Problem] | None) -> Caption | None:
     try:
-        return read_text(file, "caption file").strip()
+        return read_caption(file, subset)
     except UserError as error:
         if problems is None:
             raise
         text = str(error).removeprefix(f"caption file {file} ")
         problems.append(Problem("unreadable caption", str(file), text))
         return None
-
-
-def caption_file(image: Path, extension: str | None) -> Path | None:
-    """The caption file of an image; tried second, that of its stem without a face box."""
-    extensions: tuple[str, ...] = DEFAULT_CAPTION_EXTENSIONS
-    if extension is not None:
-        extensions = (extension if extension.startswith(".") else "." + extension,)
-    stems = [image.stem]
-    parts = image.stem.split("_")
-    if len(parts) > 4:
-        stems.append("_".join(parts[:-4]))
-    for stem in stems:
-        for ending in extensions:
-            path = os.path.join(image.parent, stem + ending)
-            if os.path.isfile(path):
-                return Path(path)
-    return None
 
 
 def mask_files(

@@ -52,7 +52,8 @@ def build_plan(options: AnyRun, problems: list[Problem] | None = None) -> Datase
     if not items and not problems:
         raise UserError(
             "no training images: every image is held out for validation, for regularisation, or "
-            "ignored with num_repeats 0; lower validation_split or add a subset without is_reg"
+            "ignored with num_repeats 0, or left out by skip_image_resolution; lower "
+            "validation_split or add a subset without is_reg"
         )
     items = [replace(item, index=i) for i, item in enumerate(items)]
     held_out = [replace(item, index=i) for i, item in enumerate(held_out)]
@@ -79,10 +80,13 @@ def _read_subset(
     elif subset.conditioning_data_dir:
         notices.append(f"{subset.where}: conditioning_data_dir is ignored without masked_loss")
     headers = _headers(paths, problems)
-    found = []
+    found, small = [], []
     for path, caption in entries:
         header = headers.get(path)
         if header is None:
+            continue
+        if _is_skipped(header.size, dataset):
+            small.append(path.name)
             continue
         size = header.upright_size if subset.exif_rotation else header.size
         try:
@@ -109,7 +113,16 @@ def _read_subset(
                 has_alpha=header.has_alpha,
             )
         )
+    if small:
+        names = layouts.some(small)
+        notices.append(f"{subset.where}: skip_image_resolution: {len(small)} left out ({names})")
     return found
+
+
+def _is_skipped(size: Size, dataset: Dataset) -> bool:
+    """Whether an image has at most the area that the dataset leaves out."""
+    least = dataset.skip_image_resolution
+    return least is not None and math.prod(size) <= math.prod(least)
 
 
 def _headers(paths: list[Path], problems: list[Problem] | None) -> dict[Path, images.Header]:

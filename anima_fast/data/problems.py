@@ -26,7 +26,8 @@ _REFUSED = {
         "set enable_bucket = true, or use cache_latents (crops the centre)"),
     "missing image": ("entries of a metadata file without an image",
         "add the files or remove the entries"),
-    "unreadable caption": ("captions that cannot be read", "save them as UTF-8"),
+    "unreadable caption": ("captions that cannot be read",
+        "save them as UTF-8, JSON in a form that is read"),
     "no caption": ("images without a caption",
         "add a caption file next to each, or set class_tokens to the caption of such images "
         '(class_tokens = "" trains them without a caption)'),
@@ -35,11 +36,20 @@ _REFUSED = {
     "unreadable mask": ("masks that cannot be read", "replace the files or remove them"),
 }  # fmt: skip
 _TRAINED = {
+    "caption not taken": ("images whose caption may be in a file that is not read, so that only "
+        "class_tokens are trained",
+        "name it like the image, with the ending .txt, or set caption_extension"),
     "class caption": ("images that have only class_tokens as caption",
         "write captions if they should differ"),
     "empty caption": ("caption files that are empty", "write a caption; they train without one"),
     "further lines": ("captions of several lines, of which only the first is trained",
         "write one line, or set enable_wildcard = true to draw one of them at random"),
+    "prompt syntax": ("captions with \\( or (word:1.2), which are plain text in training",
+        "leave out backslashes and weights: ComfyUI and `sample` drop them from prompts, so what "
+        "was trained never comes again"),
+    "underscore": ("captions with underscores in tags", "write spaces, as Anima's own tags have"),
+    "empty tag": ("captions with empty tags, which wander when tags are shuffled or dropped",
+        "remove commas at the end and double ones"),
     "long caption": ("captions longer than the text's 512 rows",
         "shorten them, or use --long_captions whole"),
     "whole caption": ("captions longer than 512 tokens, which are encoded whole",

@@ -58,6 +58,7 @@ def _dataset(dataset: Dataset, plan: DatasetPlan) -> dict:
         "num_reg_images": sum(item.repeats for item in mine if item.is_reg),
         "num_validation_images": len(held_out),
         "resolution": list(dataset.resolution),
+        "skip_image_resolution": dataset.skip_image_resolution,
         "enable_bucket": dataset.enable_bucket,
         "min_bucket_reso": dataset.min_bucket_reso,
         "max_bucket_reso": dataset.max_bucket_reso,

@@ -84,6 +84,10 @@ class DatasetOptions:
         None, 'Area of the images, "1024" or "width,height"; needed without a dataset file.',
         kind="size", low=16, high=16384,
     )  # fmt: skip
+    skip_image_resolution: str | None = _data(
+        None, 'Leave out images of at most this area, "512" or "width,height".',
+        kind="size", low=1, high=16384,
+    )  # fmt: skip
     train_batch_size: int = _data(1, "Images per batch.", low=1, high=65536)
     dataset_repeats: int = _data(1, "Times each image is used in an epoch.", low=0, high=100_000)
     prior_loss_weight: float = _data(1.0, "Loss factor of regularisation images.", low=0)

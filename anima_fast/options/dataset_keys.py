@@ -49,6 +49,9 @@ class DatasetKeys(BucketKeys):
     """Keys of `[general]` and `[[datasets]]`: one resolution and batch size."""
 
     resolution: tuple[int, int] = _as_option(DatasetOptions, "resolution")
+    skip_image_resolution: tuple[int, int] | None = _as_option(
+        DatasetOptions, "skip_image_resolution"
+    )
     # Files of other trainers have smaller ones, which are rounded up.
     min_bucket_reso: int = _as_option(BucketKeys, "min_bucket_reso", low=1)
     max_bucket_reso: int = _as_option(BucketKeys, "max_bucket_reso", low=1)

@@ -180,8 +180,10 @@ def describe_plan(plan: DatasetPlan, options: LengthOptions, say: Say) -> Length
         buckets[item.bucket] += item.repeats
     for (width, height), count in sorted(buckets.items()):
         say(f"  bucket {width}x{height}: {count} images (with repeats)")
+    files, placed = len({item.path for item in plan.items}), len(plan.items)
+    several = f" ({placed} over {len(plan.datasets)} datasets)" if placed > files else ""
     say(
-        f"{len(plan.items)} images, {length.batches_per_epoch} batches per epoch, "
+        f"{files} images{several}, {length.batches_per_epoch} batches per epoch, "
         f"{length.epochs} epochs, {length.steps} steps"
     )
     return length

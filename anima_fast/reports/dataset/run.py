@@ -31,8 +31,8 @@ def report_dataset(
     json: bool = False,
     masks: str | None = None,
     headers_only: bool = False,
-) -> bool:
-    """Report on the data of a run, as the options of the command say; True when it has no problem.
+) -> list[bool]:
+    """Report on the data of a run, as the options say; for each problem, whether it stops training.
 
     Raises `UserError` for a broken configuration, a missing folder, or a place that cannot be
     written.
@@ -61,7 +61,7 @@ def report_dataset(
         show_record(record, console)
         for line in written:
             console.print(line, soft_wrap=True)
-    return not record["problems"]
+    return [problem["stops"] for problem in record["problems"]]
 
 
 def _check_targets(html: str | None, masks: str | None) -> None:
