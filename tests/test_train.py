@@ -228,6 +228,28 @@ def test_a_bad_batch_is_skipped_and_many_stop_the_run(world, tmp_path, monkeypat
     assert not (tmp_path / "many" / "lora.safetensors").exists()
 
 
+def test_a_base_that_is_not_finite_is_named_at_the_first_batch(world, tmp_path):
+    path = tmp_path / "dit.safetensors"
+    tensors = load_file(world["pretrained_model_name_or_path"])
+    name = next(key for key in tensors if key.endswith("blocks.0.mlp.layer1.weight"))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path)
+    damaged = {**world, "pretrained_model_name_or_path": str(path)}
+    with pytest.raises(UserError, match=f"{name} in .* has 1 values that are no numbers") as found:
+        train(train_options(damaged, tmp_path / "out"))
+    assert found.value.status == 3 and not list((tmp_path / "out").glob("lora*.safetensors"))
+
+
+def test_a_run_that_made_no_step_saves_nothing(world, tmp_path, monkeypatch):
+    real = step.micro_step
+    monkeypatch.setattr(step, "micro_step", lambda *a, **k: real(*a, **k) * float("nan"))
+    with pytest.raises(UserError, match="not one step was made") as found:
+        train(train_options(world, tmp_path, max_train_epochs=1))
+    assert found.value.status == 3 and not list(tmp_path.glob("lora*.safetensors"))
+    with pytest.raises(UserError, match="the rate is not the reason"):
+        train(train_options(world, tmp_path, max_train_epochs=9))
+
+
 def test_validation_is_logged_and_does_not_change_training(tmp_path):
     world = make_world(tmp_path / "world", subset="validation_split = 0.4")
     plain = train(train_options(world, tmp_path / "a", validate_every_n_epochs=100))

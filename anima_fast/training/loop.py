@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 from anima_fast.console import ConsoleLog
 from anima_fast.data.batches import Batch, in_steps
@@ -25,7 +26,7 @@ from anima_fast.options.files import to_toml
 from anima_fast.progress import Progress
 from anima_fast.reports.run_page import report_run
 from anima_fast.training.arithmetic import FORMER
-from anima_fast.training.bad_batches import BadBatchTracker
+from anima_fast.training.bad_batches import BadBatchTracker, fault_of_files
 from anima_fast.training.checkpoints import remove_leftovers
 from anima_fast.training.events import Events
 from anima_fast.training.kind import AnyOptions, given
@@ -53,7 +54,8 @@ def train(options: AnyOptions) -> TrainResult | None:
 
     Raises:
         Stopped: a signal came before the first step, or again after `ONE_STOP_SECONDS`.
-        UserError: for bad options, files or data, a full disk, or a run that stopped being finite.
+        UserError: for bad options, files or data, a full disk, or a run that stopped being finite
+            or made no step; its `status` is 3 once the loop has begun.
     """
     state = resolve_resume(options.resume, options.output_dir, options.output_stem)
     saved = state_record(state) if state else None
@@ -87,7 +89,11 @@ def train(options: AnyOptions) -> TrainResult | None:
             RunLog(run.folder, run.options, first_step=position.step) as log,
         ):
             events = Events(run, position, log=log, progress=progress, stop=stop)
-            outcome = run_steps(run, position, events)
+            try:
+                outcome = run_steps(run, position, events)
+            except UserError as error:
+                error.status = 3
+                raise
             file.finish(outcome)
         save_report(run, outcome, say=progress.say)
         return outcome
@@ -100,6 +106,13 @@ def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
         options.max_bad_batches,
         precision=options.mixed_precision,
         learning_rate=options.learning_rate,
+        # A state of an older version only has the losses.
+        made=position.made or len(position.losses),
+        base_fault=partial(
+            fault_of_files,
+            (options.pretrained_model_name_or_path, options.llm_adapter_path),
+            run.dit.dtype,
+        ),
     )
     policies = MemoryPolicies(run, events.tell)
     run.network.train()
@@ -121,6 +134,7 @@ def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
                 raise
             # Clip, step, schedule, zero.
             facts = optimizer_step(run, group, bad_batches, say=events.say)
+            position.made = bad_batches.made
             position.advance(len(batches), facts["loss"], slots=length.updates_per_epoch)
             # Log, validate, save, preview.
             facts["wait_s"] = wait_s
