@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from anima_fast.console import ConsoleLog
 from anima_fast.data.batches import Batch, in_steps
@@ -27,7 +28,7 @@ from anima_fast.progress import Progress
 from anima_fast.reports.run_page import report_run
 from anima_fast.training.arithmetic import FORMER
 from anima_fast.training.bad_batches import BadBatchTracker, fault_of_files
-from anima_fast.training.checkpoints import remove_leftovers
+from anima_fast.training.checkpoints import remove_leftovers, without_effect
 from anima_fast.training.events import Events
 from anima_fast.training.kind import AnyOptions, given
 from anima_fast.training.logs import RunFile, RunLog
@@ -73,6 +74,8 @@ def train(options: AnyOptions) -> TrainResult | None:
         if options.resume and state is None:
             progress.say("no resume state of this run is here: it starts from the beginning")
         remove_leftovers(options)
+        for line in without_effect(options):
+            progress.say(line)
         # From here on the run's files say which it was.
         options = replace(options, seed=seed)
         # A signal while encoding ends the program at once: every finished cache file stays.
@@ -81,6 +84,7 @@ def train(options: AnyOptions) -> TrainResult | None:
         position = Position()
         if state:
             position = load_state(state, run, say=progress.say)
+            check_end(state, position, run)
             progress.say(f"resumed from {state.name} at step {position.step}")
         # `--config_file NAME.toml` repeats the run; what `auto` was is in run.json and the files.
         write_text(run.folder / f"{options.output_stem}.toml", to_toml(options))
@@ -97,6 +101,21 @@ def train(options: AnyOptions) -> TrainResult | None:
             file.finish(outcome)
         save_report(run, outcome, say=progress.say)
         return outcome
+
+
+def check_end(state: Path, position: Position, run: Run) -> None:
+    """Refuse a state of more steps than the run has."""
+    if position.step > run.length.steps:
+        raise UserError(
+            f"{state} is at step {position.step}, this run has {run.length.steps}: "
+            f"raise {longer(run.options)} to go on"
+        )
+
+
+def longer(options: AnyOptions) -> str:
+    """The option that gives a run more steps, and its value."""
+    name = "max_train_epochs" if options.max_train_epochs else "max_train_steps"
+    return f"--{name} (now {getattr(options, name)})"
 
 
 def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
@@ -118,6 +137,9 @@ def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
     run.network.train()
     train_mode(run.optimizer)
     events.start()
+    if position.step >= length.steps:
+        # The file is written again: a kill may have come between the last state and it.
+        events.say(f"all {length.steps} steps are done: raise {longer(options)} to go on")
     while position.step < length.steps:
         if stop.received:
             return events.interrupted()
