@@ -143,6 +143,7 @@ class Checkpoints:
         """What the metadata of a file says about this moment."""
         length = self.run.length
         return {
+            "run_id": self.run.id,
             "session_id": self.session_id,
             "started_at": self.started_at,
             "finished_at": time.time(),
@@ -183,6 +184,11 @@ class Checkpoints:
                     remove(path)
 
 
+def own_names(options: SaveOptions) -> str:
+    """A pattern of how the names of a run's files and states begin."""
+    return re.escape(options.output_name) if options.output_name else "last|epoch|at"
+
+
 def without_effect(options: SaveOptions) -> Iterator[str]:
     """One line for each option of pruning that cannot act with the saving chosen."""
     by_epochs = "save_every_n_epochs", "save_n_epoch_ratio"
@@ -202,9 +208,8 @@ def remove_leftovers(options: SaveOptions) -> None:
 
     Only old ones: another run may be at work in the same folder.
     """
-    names = re.escape(options.output_name) if options.output_name else "last|epoch|at"
     pattern = re.compile(
-        rf"\.(?:(?:{names})(?:-\d{{6}}|-step\d{{8}}|-best|-autosave)?(?:{EMA_MARK})?"
+        rf"\.(?:(?:{own_names(options)})(?:-\d{{6}}|-step\d{{8}}|-best|-autosave)?(?:{EMA_MARK})?"
         r"(?:\.safetensors|\.toml|-state(?:\.prev)?)|dataset\.json|run\.json|log\.jsonl|report\.html)"
         r"\.[0-9a-f]{8}\.tmp"
     )

@@ -34,6 +34,7 @@ from anima_fast.training.kind import AnyOptions, given
 from anima_fast.training.logs import RunFile, RunLog
 from anima_fast.training.oom import MemoryPolicies, one_line_out_of_memory
 from anima_fast.training.optimizers.build import train_mode
+from anima_fast.training.previous import notice, set_aside
 from anima_fast.training.run import Position, Run, TrainResult
 from anima_fast.training.setup import choose_seed, prepare, show_dataset
 from anima_fast.training.state import load_state
@@ -73,6 +74,8 @@ def train(options: AnyOptions) -> TrainResult | None:
             progress.say(f"the seed stays {seed}, that of the state; --seed is not used")
         if options.resume and state is None:
             progress.say("no resume state of this run is here: it starts from the beginning")
+        if state is None and (line := notice(options)):
+            progress.say(line)
         remove_leftovers(options)
         for line in without_effect(options):
             progress.say(line)
@@ -86,6 +89,7 @@ def train(options: AnyOptions) -> TrainResult | None:
             position = load_state(state, run, say=progress.say)
             check_end(state, position, run)
             progress.say(f"resumed from {state.name} at step {position.step}")
+        set_aside(options, run.id, fresh=state is None, say=progress.say)
         # `--config_file NAME.toml` repeats the run; what `auto` was is in run.json and the files.
         write_text(run.folder / f"{options.output_stem}.toml", to_toml(options))
         with (
