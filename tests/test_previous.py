@@ -68,6 +68,17 @@ def test_a_run_that_resumes_moves_only_what_is_of_another(world, tmp_path):
     assert (tmp_path / "lora-000009.safetensors").exists()
 
 
+def test_a_file_with_more_steps_than_the_state_is_named(world, tmp_path, capsys):
+    options = train_options(world, tmp_path, max_train_epochs=1, save_every_n_steps=2)
+    train(dataclasses.replace(options, save_state=True))
+    for path in (tmp_path / "lora-state").iterdir():
+        path.unlink()
+    capsys.readouterr()
+    train(dataclasses.replace(options, resume="auto"))
+    told = "lora.safetensors is of step 4: the steps after 2 had no state and are made again"
+    assert told in capsys.readouterr().err
+
+
 def test_what_the_new_run_starts_from_stays(tmp_path):
     for name in ("lora.safetensors", "lora-best.safetensors", "lora2.safetensors", "x-state"):
         (tmp_path / name).write_bytes(b"")

@@ -34,7 +34,7 @@ from anima_fast.training.kind import AnyOptions, given
 from anima_fast.training.logs import RunFile, RunLog
 from anima_fast.training.oom import MemoryPolicies, one_line_out_of_memory
 from anima_fast.training.optimizers.build import train_mode
-from anima_fast.training.previous import notice, set_aside
+from anima_fast.training.previous import ahead, notice, set_aside
 from anima_fast.training.run import Position, Run, TrainResult
 from anima_fast.training.setup import choose_seed, prepare, show_dataset
 from anima_fast.training.state import load_state
@@ -89,6 +89,8 @@ def train(options: AnyOptions) -> TrainResult | None:
             position = load_state(state, run, say=progress.say)
             check_end(state, position, run)
             progress.say(f"resumed from {state.name} at step {position.step}")
+            if line := ahead(options, run.id, position.step):
+                progress.say(line)
         set_aside(options, run.id, fresh=state is None, say=progress.say)
         # `--config_file NAME.toml` repeats the run; what `auto` was is in run.json and the files.
         write_text(run.folder / f"{options.output_stem}.toml", to_toml(options))

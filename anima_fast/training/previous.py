@@ -84,6 +84,23 @@ def set_aside(options: AnyOptions, run_id: str, *, fresh: bool, say: Say) -> Non
     say(f"the files and states of an earlier run are now in {target}{large}")
 
 
+def ahead(options: AnyOptions, run_id: str, step: int) -> str | None:
+    """Names the file of this run with the most steps, if it has more than its state."""
+    found = [(_steps(p), p.name) for p in left_behind(options) if run_of(p) == run_id]
+    most, name = max(found, default=(0, ""))
+    if most <= step:
+        return None
+    return f"{name} is of step {most}: the steps after {step} had no state and are made again"
+
+
+def _steps(path: Path) -> int:
+    """The steps that a LoRA file says it has; 0 for everything else."""
+    if path.is_dir():
+        return 0
+    steps = read_safetensors_header(path).get("__metadata__", {}).get("ss_steps", "")
+    return int(steps) if steps.isdecimal() else 0
+
+
 def run_of(path: Path) -> str | None:
     """The run that a file or a state says it belongs to; None if it does not say."""
     if path.is_dir():
