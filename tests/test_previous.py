@@ -79,6 +79,15 @@ def test_a_file_with_more_steps_than_the_state_is_named(world, tmp_path, capsys)
     assert told in capsys.readouterr().err
 
 
+def test_the_state_of_another_network_is_refused_with_the_ways_on(world, tmp_path):
+    options = train_options(world, tmp_path, max_train_epochs=1)
+    train(options)
+    before = contents(tmp_path / "lora-state")
+    with pytest.raises(UserError, match=r"rank.*or no --resume: a new run moves the old one aside"):
+        train(dataclasses.replace(options, network_dim=8, max_train_epochs=2, resume="auto"))
+    assert contents(tmp_path / "lora-state") == before
+
+
 def test_what_the_new_run_starts_from_stays(tmp_path):
     for name in ("lora.safetensors", "lora-best.safetensors", "lora2.safetensors", "x-state"):
         (tmp_path / name).write_bytes(b"")

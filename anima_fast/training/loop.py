@@ -42,6 +42,12 @@ from anima_fast.training.state_files import resolve_resume, state_record
 from anima_fast.training.step import forward_backward, optimizer_step
 from anima_fast.training.stopping import StopSignal
 
+# Where `--resume auto` finds the state of a run that differs.
+OTHER_WAYS = (
+    "or give another --output_name, --resume and the path of another state, or no --resume: a new "
+    "run moves the old one aside"
+)
+
 
 def train(options: AnyOptions) -> TrainResult | None:
     """Train a LoRA, or the whole model, and save it.
@@ -86,7 +92,12 @@ def train(options: AnyOptions) -> TrainResult | None:
         run = prepare(options, seed=seed, say=progress.say, saved=arithmetic)
         position = Position()
         if state:
-            position = load_state(state, run, say=progress.say)
+            try:
+                position = load_state(state, run, say=progress.say)
+            except UserError as error:
+                if options.resume != "auto":
+                    raise
+                raise UserError(f"{error}; {OTHER_WAYS}") from None
             check_end(state, position, run)
             progress.say(f"resumed from {state.name} at step {position.step}")
             if line := ahead(options, run.id, position.step):
