@@ -1,7 +1,7 @@
 """The one exception that users see.
 
 Everything a user can cause (a wrong path, a wrong option, a damaged file, a missing package) is
-raised as `UserError`; the command line prints it as one line and exits with status 2. Any other
+raised as `UserError`; the command line prints it as one line and exits with its status. Any other
 exception is a defect of the program and keeps its traceback.
 """
 
@@ -9,7 +9,12 @@ import signal
 
 
 class UserError(ValueError):
-    """Bad input: the message says what was expected, what was found and the remedy, in one line."""
+    """Bad input: the message says what was expected, what was found and the remedy, in one line.
+
+    `status` is the exit status: 2 for what is refused before any work, 3 where training failed.
+    """
+
+    status = 2
 
 
 class Stopped(KeyboardInterrupt):

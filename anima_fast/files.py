@@ -119,6 +119,20 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder; what the system refuses stays.
+
+    A folder is renamed first, so that none keeps its name while it is half deleted.
+    """
+    with contextlib.suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        aside = _temporary(path)
+        os.replace(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def replace(source: Path, target: Path) -> None:
     """`os.replace` that waits up to two seconds for a program that has one of the two open.
 

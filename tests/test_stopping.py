@@ -37,6 +37,9 @@ def handlers():
     """Puts every handler back, also those that outlast a stop."""
     numbers = [getattr(signal, name) for name in StopSignal.NAMES if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
+    # A shell starts what runs in the background without it.
+    before[signal.SIGINT] = signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)

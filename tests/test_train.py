@@ -23,7 +23,9 @@ from anima_fast.demo.tiny_stack import build_stack
 from anima_fast.errors import UserError
 from anima_fast.models.vae import VaeConfig
 from anima_fast.models.vae_checkpoint import published_names
+from anima_fast.options.run import TrainOptions
 from anima_fast.training import step
+from anima_fast.training.checkpoints import without_effect
 from anima_fast.training.loop import train
 
 
@@ -167,13 +169,70 @@ def test_patterns_that_match_nothing_are_told(world, tmp_path, capsys):
 
 
 def test_what_a_kill_left_half_written_is_removed(world, tmp_path):
-    ours = (".lora.safetensors", ".lora-step00000003-ema.safetensors", ".lora-best.safetensors")
+    ours = (
+        ".lora.safetensors",
+        ".lora.toml",
+        ".dataset.json",
+        ".lora-step00000003-ema.safetensors",
+        ".lora-best.safetensors",
+    )
     others = (".lora2.safetensors.0123abcd.tmp", "lora.safetensors.0123abcd.tmp")
     for name in (*(f"{name}.0123abcd.tmp" for name in ours), *others):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / ".lora-autosave-state.0123abcd.tmp").mkdir()
+    for path in tmp_path.iterdir():
+        os.utime(path, (1e9, 1e9))
+    (tmp_path / ".lora.toml.89abcdef.tmp").write_bytes(b"of another run that is under way")
     train(train_options(world, tmp_path, max_train_epochs=1))
-    assert sorted(p.name for p in tmp_path.glob("*.tmp")) == sorted(others)
+    assert sorted(p.name for p in tmp_path.glob("*.tmp")) == sorted(
+        (*others, ".lora.toml.89abcdef.tmp")
+    )
+
+
+def test_a_finished_run_goes_on_with_more_steps(world, tmp_path, capsys):
+    options = train_options(world, tmp_path / "cut", max_train_epochs=1, save_every_n_steps=3)
+    first = train(options)
+    before = load_file(first.output)
+    again = train(dataclasses.replace(options, resume="auto"))
+    told = capsys.readouterr().err
+    assert "all 4 steps are done: raise --max_train_epochs (now 1) to go on" in told
+    assert again.steps == 4 and all(
+        torch.equal(tensor, before[name]) for name, tensor in load_file(again.output).items()
+    )
+    more = train(dataclasses.replace(options, resume="auto", max_train_epochs=3))
+    whole = train(train_options(world, tmp_path / "whole", max_train_epochs=3))
+    assert same_tensors(more.output, whole.output)
+    with pytest.raises(UserError, match=r"is at step 12, this run has 4: raise --max_train_epochs"):
+        train(dataclasses.replace(options, resume="auto"))
+
+
+def test_pruning_counts_what_is_there(world, tmp_path):
+    """Also what a kill left half deleted, and the files of a shorter run."""
+    (tmp_path / "lora-step00000001-state").mkdir(parents=True)
+    for name in ("lora-step00000001", "lora-step00000001-ema", "lora-000001", "lora-step1"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    options = train_options(
+        world, tmp_path, max_train_epochs=1, save_every_n_steps=3, save_last_n_steps=1,
+        save_state=True,
+    )  # fmt: skip
+    train(options)
+    assert sorted(path.name for path in tmp_path.glob("lora-*")) == [
+        "lora-000001.safetensors", "lora-state", "lora-step00000003-state",
+        "lora-step00000003.safetensors", "lora-step1.safetensors",
+    ]  # fmt: skip
+
+
+def test_pruning_that_cannot_act_says_so():
+    def told(**options):
+        return list(without_effect(TrainOptions(**options)))
+
+    assert told(save_last_n_steps=3, save_every_n_epochs=1) == [
+        "save_last_n_steps has no effect without save_every_n_steps"
+    ]
+    assert told(save_last_n_epochs=2, save_n_epoch_ratio=3) == []
+    assert told(save_last_n_epochs_state=2, save_every_n_epochs=1) == [
+        "save_last_n_epochs_state has no effect without save_state"
+    ]
 
 
 def test_a_step_that_drops_every_module_changes_nothing(world, tmp_path):
@@ -226,6 +285,28 @@ def test_a_bad_batch_is_skipped_and_many_stop_the_run(world, tmp_path, monkeypat
     with pytest.raises(UserError, match="image2"):
         train(options)
     assert not (tmp_path / "many" / "lora.safetensors").exists()
+
+
+def test_a_base_that_is_not_finite_is_named_at_the_first_batch(world, tmp_path):
+    path = tmp_path / "dit.safetensors"
+    tensors = load_file(world["pretrained_model_name_or_path"])
+    name = next(key for key in tensors if key.endswith("blocks.0.mlp.layer1.weight"))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path)
+    damaged = {**world, "pretrained_model_name_or_path": str(path)}
+    with pytest.raises(UserError, match=f"{name} in .* has 1 values that are no numbers") as found:
+        train(train_options(damaged, tmp_path / "out"))
+    assert found.value.status == 3 and not list((tmp_path / "out").glob("lora*.safetensors"))
+
+
+def test_a_run_that_made_no_step_saves_nothing(world, tmp_path, monkeypatch):
+    real = step.micro_step
+    monkeypatch.setattr(step, "micro_step", lambda *a, **k: real(*a, **k) * float("nan"))
+    with pytest.raises(UserError, match="not one step was made") as found:
+        train(train_options(world, tmp_path, max_train_epochs=1))
+    assert found.value.status == 3 and not list(tmp_path.glob("lora*.safetensors"))
+    with pytest.raises(UserError, match="the rate is not the reason"):
+        train(train_options(world, tmp_path, max_train_epochs=9))
 
 
 def test_validation_is_logged_and_does_not_change_training(tmp_path):

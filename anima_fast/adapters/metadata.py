@@ -82,7 +82,7 @@ def training_metadata(
     Args:
         summary: `data.summary.summarise` of the run's plan.
         run: facts of the moment: `steps`, `epoch`, `num_epochs`, `max_train_steps`,
-            `num_batches_per_epoch`, `seed`, `session_id`, `started_at`, `finished_at`,
+            `num_batches_per_epoch`, `seed`, `run_id`, `session_id`, `started_at`, `finished_at`,
             `optimizer`.
     """
     minimal = loader_metadata(options)

@@ -41,7 +41,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             _tell(f"error: {' '.join(str(error).split())}")
-            raise typer.Exit(2) from None
+            raise typer.Exit(error.status) from None
         except UsageError as error:
             # A group without a command shows its help page.
             if type(error).__name__ == "NoArgsIsHelpError":

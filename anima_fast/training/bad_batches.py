@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from anima_fast.errors import UserError
+from anima_fast.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from anima_fast.data.batches import Batch
@@ -19,15 +20,33 @@ if TYPE_CHECKING:
 # small set stops the run and is named, while one in a hundred is always skipped.
 WINDOW_PER_BATCH = 20
 SHOWN_IMAGES = 5
+# Where to look when every batch of a run is bad.
+NO_STEP = (
+    "it lies in the model file, the precision or the caches: try --mixed_precision no, then delete "
+    "the caches and encode again"
+)
 
 
 class BadBatchTracker:
     """Decides per optimizer step whether its gradient may be used.
 
     `limit` bad batches are skipped before the run stops; precision and rate are for the diagnosis.
+    `made` counts the steps whose gradient was used, also those of the run before it resumed.
+    `base_fault` says what is wrong with the model files (None: nothing); it is asked when the first
+    batches of a run are bad, which no rate and no image explains.
     """
 
-    def __init__(self, limit: int, *, precision: str, learning_rate: float) -> None:
+    def __init__(
+        self,
+        limit: int,
+        *,
+        precision: str,
+        learning_rate: float,
+        made: int = 0,
+        base_fault: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.made, self._base_fault = made, base_fault
+        self._base_tested = False
         self.limit, self.precision, self.learning_rate = limit, precision, learning_rate
         self.recent: deque[tuple[str, list[str]] | None] = deque(
             maxlen=WINDOW_PER_BATCH * max(1, self.limit)
@@ -54,9 +73,11 @@ class BadBatchTracker:
             say: gets one line per skipped batch.
 
         Raises:
-            UserError: the diagnosis, once more than `max_bad_batches` recent batches were bad.
+            UserError: the diagnosis, once more than `max_bad_batches` recent batches were bad; at
+                once when the model is not finite.
         """
         if math.isfinite(loss) and math.isfinite(norm):
+            self.made += 1
             self.recent.append(None)
             return True
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
@@ -67,6 +88,10 @@ class BadBatchTracker:
             self.recent.append(None)
             return True
         stage, images = find_fault(group)
+        if not self.made and not self._base_tested and stage in ("loss", "gradient"):
+            self._base_tested = True
+            if fault := self._base_fault():
+                raise UserError(f"the {stage} of the first batch is not finite: {fault}")
         self.recent.append((stage, images))
         bad = [entry for entry in self.recent if entry is not None]
         if len(bad) > self.limit:
@@ -96,11 +121,33 @@ class BadBatchTracker:
         hints = []
         if precision == "fp16":
             hints.append("fp16 overflows easily: use --mixed_precision bf16, or no")
+        if not self.made:
+            hints.append(f"no step was made, so the rate is not the reason: {NO_STEP}")
+            return hints
         return [
             *hints,
             f"lower --learning_rate (now {self.learning_rate:g}) to a tenth",
             f"if it goes on, try --attn_mode torch (PyTorch {torch.__version__})",
         ]
+
+
+def fault_of_files(paths: Iterable[str | None], dtype: torch.dtype) -> str | None:
+    """Names the first tensor of model files that is not finite, as stored or in the dtype of a run.
+
+    Reads every file whole. None if all are.
+    """
+    for path in filter(None, paths):
+        checkpoint = Checkpoint.open(path)
+        for name in checkpoint.shapes:
+            tensor = checkpoint.get(name)
+            if not tensor.is_floating_point() or tensor.to(dtype).isfinite().all():
+                continue
+            count = int((~tensor.float().isfinite()).sum())
+            if count:
+                return f"{name} in {path} has {count} values that are no numbers: download it again"
+            text = str(dtype).removeprefix("torch.")
+            return f"{name} in {path} is too large for {text}: use --mixed_precision bf16, or no"
+    return None
 
 
 def find_fault(group: Sequence[tuple[Batch, Tensor]]) -> tuple[str, list[str]]:

@@ -8,16 +8,18 @@ same stem plus `-state`. A rolling state `NAME-autosave-state` lets a killed run
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import secrets
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from anima_fast.errors import UserError
+from anima_fast.files import remove
 from anima_fast.training.optimizers.build import averaged_weights
 from anima_fast.training.state import save_state
 from anima_fast.training.state_checks import class_name
@@ -26,8 +28,12 @@ if TYPE_CHECKING:
     from anima_fast.options.output import SaveOptions
     from anima_fast.training.run import Position, Run
 
+logger = logging.getLogger("anima_fast")
+
 # Ends the name of the file that holds the running mean.
 EMA_MARK = "-ema"
+# A file that is being written is younger than this.
+OLD_SECONDS = 3600.0
 
 
 class Checkpoints:
@@ -47,7 +53,8 @@ class Checkpoints:
         if every and step % every == 0 and step < self.run.length.steps:
             self._save(self._at_step(step))
             self._drop(
-                lambda kept: self._at_step((step - kept - 1) // every * every),
+                self._at_step,
+                lambda kept: step - kept - 1,
                 options.save_last_n_steps,
                 options.save_last_n_steps_state,
             )
@@ -63,21 +70,31 @@ class Checkpoints:
         if every and epoch % every == 0 and self.position.step < self.run.length.steps:
             self._save(self._after_epoch(epoch))
             self._drop(
-                lambda kept: self._after_epoch(epoch - every * kept),
+                self._after_epoch,
+                lambda kept: epoch - every * kept,
                 options.save_last_n_epochs,
                 options.save_last_n_epochs_state,
             )
 
     def final(self) -> Path:
-        """Save the finished file, its state if asked for, and remove the autosave."""
-        stem = self.options.output_stem
+        """Save the finished file and its state, and remove the autosave.
+
+        A LoRA keeps its state, which a longer run goes on from, also unasked.
+        """
+        options, stem = self.options, self.options.output_stem
+        asked = options.save_state or options.save_state_on_train_end
+        small = not self.run.training.saves_whole_model
         try:
-            if self.options.save_state or self.options.save_state_on_train_end:
+            if asked or (options.autosave_minutes and small):
                 save_state(self.folder / f"{stem}-state", self.run, self.position)
+        except UserError as error:
+            if asked:
+                raise
+            logger.warning("no state is kept for a longer run: %s", error)
         finally:
             path = self._save_weights(stem)
         for end in ("", ".prev"):
-            shutil.rmtree(self.folder / f"{stem}-autosave-state{end}", ignore_errors=True)
+            remove(self.folder / f"{stem}-autosave-state{end}")
         return path
 
     def best(self) -> Path:
@@ -126,6 +143,7 @@ class Checkpoints:
         """What the metadata of a file says about this moment."""
         length = self.run.length
         return {
+            "run_id": self.run.id,
             "session_id": self.session_id,
             "started_at": self.started_at,
             "finished_at": time.time(),
@@ -144,31 +162,62 @@ class Checkpoints:
     def _after_epoch(self, epoch: int) -> str:
         return f"{self.options.output_name or 'epoch'}-{epoch:06d}"
 
-    def _drop(self, outdated: Callable[[int], str], files: int | None, states: int | None) -> None:
-        """Remove the newest file and the newest state that are too old.
+    def _drop(
+        self,
+        name: Callable[[int], str],
+        outdated: Callable[[int], int],
+        files: int | None,
+        states: int | None,
+    ) -> None:
+        """Remove the files and the states that are too old.
 
-        `outdated` gives the stem of the newest one by how many are kept. None keeps all files, and
-        as many states as files.
+        `name` gives the stem of a step or an epoch, `outdated` the newest of them that goes by how
+        many are kept. None keeps all files, and as many states as files.
         """
-        if files:
-            for name in (outdated(files), f"{outdated(files)}{EMA_MARK}"):
-                (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
-        if kept := states or files:
-            shutil.rmtree(self.folder / f"{outdated(kept)}-state", ignore_errors=True)
+        stem = name(0).rstrip("0")
+        number = rf"{re.escape(stem)}(\d{{{len(name(0)) - len(stem)}}})"
+        for kept, end in ((files, rf"(?:{EMA_MARK})?\.safetensors"), (states or files, "-state")):
+            pattern = re.compile(number + end)
+            for path in list(self.folder.iterdir()) if kept else ():
+                found = pattern.fullmatch(path.name)
+                if kept and found and int(found[1]) <= outdated(kept):
+                    remove(path)
+
+
+def own_names(options: SaveOptions) -> str:
+    """A pattern of how the names of a run's files and states begin."""
+    return re.escape(options.output_name) if options.output_name else "last|epoch|at"
+
+
+def without_effect(options: SaveOptions) -> Iterator[str]:
+    """One line for each option of pruning that cannot act with the saving chosen."""
+    by_epochs = "save_every_n_epochs", "save_n_epoch_ratio"
+    for kind, makers in (("epochs", by_epochs), ("steps", ("save_every_n_steps",))):
+        for end in ("", "_state"):
+            name = f"save_last_n_{kind}{end}"
+            if not getattr(options, name):
+                continue
+            if not any(getattr(options, maker) for maker in makers):
+                yield f"{name} has no effect without {makers[0]}"
+            elif end and not options.save_state:
+                yield f"{name} has no effect without save_state"
 
 
 def remove_leftovers(options: SaveOptions) -> None:
-    """Delete half-written files, of gigabytes perhaps, that a kill left in the output folder."""
-    names = re.escape(options.output_name) if options.output_name else "last|epoch|at"
+    """Delete half-written files, of gigabytes perhaps, that a kill left in the output folder.
+
+    Only old ones: another run may be at work in the same folder.
+    """
     pattern = re.compile(
-        rf"\.(?:{names})(?:-\d{{6}}|-step\d{{8}}|-best|-autosave)?(?:{EMA_MARK})?"
-        r"(?:\.safetensors|-state)\.[0-9a-f]{8}\.tmp"
+        rf"\.(?:(?:{own_names(options)})(?:-\d{{6}}|-step\d{{8}}|-best|-autosave)?(?:{EMA_MARK})?"
+        r"(?:\.safetensors|\.toml|-state(?:\.prev)?)|dataset\.json|run\.json|log\.jsonl|report\.html)"
+        r"\.[0-9a-f]{8}\.tmp"
     )
     # A folder that is missing or cannot be read is reported by `check_start`.
     with contextlib.suppress(OSError):
         for path in list(Path(options.output_dir or "").iterdir()):
-            if pattern.fullmatch(path.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if pattern.fullmatch(path.name) and time.time() - path.stat().st_mtime > OLD_SECONDS:
+                remove(path)
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer, given: Mapping[str, Any]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from anima_fast.errors import Stopped
+from anima_fast.errors import Stopped, UserError
 from anima_fast.memory.free import peak_memory_mib
 from anima_fast.progress import Progress
+from anima_fast.training.bad_batches import NO_STEP
 from anima_fast.training.checkpoints import Checkpoints
 from anima_fast.training.kind import given
 from anima_fast.training.logs import RunLog
@@ -100,6 +101,7 @@ class Events:
         """
         if self.position.step == self._first:
             raise Stopped(given(self.stop.received))
+        self._refuse_nothing()
         with self.stop.saving():
             path = self.checkpoints.interrupted()
         self.say(f"stopped by signal {self.stop.received}; saved {path.name} and a resume state")
@@ -107,13 +109,23 @@ class Events:
         return self._result(path, self.stop.received)
 
     def finished(self) -> TrainResult:
-        """Save the final file and name it."""
+        """Save the final file and name it.
+
+        Raises `UserError` when steps were tried and none was made: there is nothing to save.
+        """
         position = self.position
+        self._refuse_nothing()
         self.log.sigma_bins(position.step, position.last_epoch, self.run.sigma_bins.take())
         with self.stop.saving():
             path = self.checkpoints.final()
         self.say(f"saved {path}")
         return self._result(path)
+
+    def _refuse_nothing(self) -> None:
+        if self.position.step > self._first and not self.position.made:
+            raise UserError(
+                f"nothing is saved: not one step was made, every batch failed: {NO_STEP}"
+            )
 
     def autosave(self) -> None:
         """Write the rolling state now."""

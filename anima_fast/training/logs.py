@@ -174,10 +174,10 @@ class RunFile:
     `anima-fast watch` reads it; training itself never does. If the disk refuses it, the run goes on
     without it.
 
-    Keys: version, output_name, method, pid, started_at and updated_at (seconds since 1970), state
-    (running, finished, interrupted or failed), first_step, steps, epochs, batches_per_epoch,
-    images, device, precision (no, fp16 or bf16), sums (short or full), base_model, final (the file,
-    or null), error (a text, or null).
+    Keys: version, run (as in the run's states and files), output_name, method, pid, started_at and
+    updated_at (seconds since 1970), state (running, finished, interrupted or failed), first_step,
+    steps, epochs, batches_per_epoch, images, device, precision (no, fp16 or bf16), sums (short or
+    full), base_model, final (the file, or null), error (a text, or null).
     """
 
     def __init__(self, run: Run, first_step: int) -> None:
@@ -186,6 +186,7 @@ class RunFile:
         now = time.time()
         self.facts: dict[str, Any] = {
             "version": __version__,
+            "run": run.id,
             "output_name": options.output_stem,
             "method": run.training.name,
             "pid": os.getpid(),

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from anima_fast.console import ConsoleLog
 from anima_fast.data.batches import Batch, in_steps
@@ -25,19 +27,26 @@ from anima_fast.options.files import to_toml
 from anima_fast.progress import Progress
 from anima_fast.reports.run_page import report_run
 from anima_fast.training.arithmetic import FORMER
-from anima_fast.training.bad_batches import BadBatchTracker
-from anima_fast.training.checkpoints import remove_leftovers
+from anima_fast.training.bad_batches import BadBatchTracker, fault_of_files
+from anima_fast.training.checkpoints import remove_leftovers, without_effect
 from anima_fast.training.events import Events
 from anima_fast.training.kind import AnyOptions, given
 from anima_fast.training.logs import RunFile, RunLog
 from anima_fast.training.oom import MemoryPolicies, one_line_out_of_memory
 from anima_fast.training.optimizers.build import train_mode
+from anima_fast.training.previous import ahead, notice, set_aside
 from anima_fast.training.run import Position, Run, TrainResult
 from anima_fast.training.setup import choose_seed, prepare, show_dataset
 from anima_fast.training.state import load_state
 from anima_fast.training.state_files import resolve_resume, state_record
 from anima_fast.training.step import forward_backward, optimizer_step
 from anima_fast.training.stopping import StopSignal
+
+# Where `--resume auto` finds the state of a run that differs.
+OTHER_WAYS = (
+    "or give another --output_name, --resume and the path of another state, or no --resume: a new "
+    "run moves the old one aside"
+)
 
 
 def train(options: AnyOptions) -> TrainResult | None:
@@ -53,7 +62,8 @@ def train(options: AnyOptions) -> TrainResult | None:
 
     Raises:
         Stopped: a signal came before the first step, or again after `ONE_STOP_SECONDS`.
-        UserError: for bad options, files or data, a full disk, or a run that stopped being finite.
+        UserError: for bad options, files or data, a full disk, or a run that stopped being finite
+            or made no step; its `status` is 3 once the loop has begun.
     """
     state = resolve_resume(options.resume, options.output_dir, options.output_stem)
     saved = state_record(state) if state else None
@@ -70,7 +80,11 @@ def train(options: AnyOptions) -> TrainResult | None:
             progress.say(f"the seed stays {seed}, that of the state; --seed is not used")
         if options.resume and state is None:
             progress.say("no resume state of this run is here: it starts from the beginning")
+        if state is None and (line := notice(options)):
+            progress.say(line)
         remove_leftovers(options)
+        for line in without_effect(options):
+            progress.say(line)
         # From here on the run's files say which it was.
         options = replace(options, seed=seed)
         # A signal while encoding ends the program at once: every finished cache file stays.
@@ -78,8 +92,17 @@ def train(options: AnyOptions) -> TrainResult | None:
         run = prepare(options, seed=seed, say=progress.say, saved=arithmetic)
         position = Position()
         if state:
-            position = load_state(state, run, say=progress.say)
+            try:
+                position = load_state(state, run, say=progress.say)
+            except UserError as error:
+                if options.resume != "auto":
+                    raise
+                raise UserError(f"{error}; {OTHER_WAYS}") from None
+            check_end(state, position, run)
             progress.say(f"resumed from {state.name} at step {position.step}")
+            if line := ahead(options, run.id, position.step):
+                progress.say(line)
+        set_aside(options, run.id, fresh=state is None, say=progress.say)
         # `--config_file NAME.toml` repeats the run; what `auto` was is in run.json and the files.
         write_text(run.folder / f"{options.output_stem}.toml", to_toml(options))
         with (
@@ -87,10 +110,29 @@ def train(options: AnyOptions) -> TrainResult | None:
             RunLog(run.folder, run.options, first_step=position.step) as log,
         ):
             events = Events(run, position, log=log, progress=progress, stop=stop)
-            outcome = run_steps(run, position, events)
+            try:
+                outcome = run_steps(run, position, events)
+            except UserError as error:
+                error.status = 3
+                raise
             file.finish(outcome)
         save_report(run, outcome, say=progress.say)
         return outcome
+
+
+def check_end(state: Path, position: Position, run: Run) -> None:
+    """Refuse a state of more steps than the run has."""
+    if position.step > run.length.steps:
+        raise UserError(
+            f"{state} is at step {position.step}, this run has {run.length.steps}: "
+            f"raise {longer(run.options)} to go on"
+        )
+
+
+def longer(options: AnyOptions) -> str:
+    """The option that gives a run more steps, and its value."""
+    name = "max_train_epochs" if options.max_train_epochs else "max_train_steps"
+    return f"--{name} (now {getattr(options, name)})"
 
 
 def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
@@ -100,11 +142,21 @@ def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
         options.max_bad_batches,
         precision=options.mixed_precision,
         learning_rate=options.learning_rate,
+        # A state of an older version only has the losses.
+        made=position.made or len(position.losses),
+        base_fault=partial(
+            fault_of_files,
+            (options.pretrained_model_name_or_path, options.llm_adapter_path),
+            run.dit.dtype,
+        ),
     )
     policies = MemoryPolicies(run, events.tell)
     run.network.train()
     train_mode(run.optimizer)
     events.start()
+    if position.step >= length.steps:
+        # The file is written again: a kill may have come between the last state and it.
+        events.say(f"all {length.steps} steps are done: raise {longer(options)} to go on")
     while position.step < length.steps:
         if stop.received:
             return events.interrupted()
@@ -121,6 +173,7 @@ def run_steps(run: Run, position: Position, events: Events) -> TrainResult:
                 raise
             # Clip, step, schedule, zero.
             facts = optimizer_step(run, group, bad_batches, say=events.say)
+            position.made = bad_batches.made
             position.advance(len(batches), facts["loss"], slots=length.updates_per_epoch)
             # Log, validate, save, preview.
             facts["wait_s"] = wait_s

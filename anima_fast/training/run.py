@@ -38,13 +38,14 @@ BINS = 10
 class Position:
     """Counters of a run.
 
-    `step` counts the optimizer steps made, `epoch` counts from 1, `batch` counts the batches of
-    this epoch already used. `losses` holds the last loss of each step of an epoch (their mean is
-    the smoothed loss that is shown). `best_loss` is the lowest validation loss, `best_step` its
-    step, and `stale` counts the validations since.
+    `step` counts the optimizer steps, `made` those whose gradient was finite and used, `epoch`
+    counts from 1, `batch` counts the batches of this epoch already used. `losses` holds the last
+    loss of each step of an epoch (their mean is the smoothed loss that is shown). `best_loss` is
+    the lowest validation loss, `best_step` its step, and `stale` counts the validations since.
     """
 
     step: int = 0
+    made: int = 0
     epoch: int = 1
     batch: int = 0
     losses: list[float] = field(default_factory=list)
