@@ -12,6 +12,7 @@ from torch import nn
 
 from anima_fast.adapters.lora import merge_lora
 from anima_fast.bench.parity import relative_error
+from anima_fast.errors import UserError
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.gemm import gemm
 from anima_fast.kernels.row_powers import TAIL
@@ -255,7 +256,8 @@ def test_sampling_tells_what_float16_cannot_hold(small_world, tmp_path, capsys):
 
 def test_a_run_tells_what_float16_cannot_hold(small_world, tmp_path, capsys):
     changed = saturating_file(small_world, tmp_path)
-    with dispatch.use("triton"):
+    # Gradients of such a layer overflow: the scale is lowered, and no step was made.
+    with dispatch.use("triton"), pytest.raises(UserError, match="nothing is saved"):
         trained(
             {**small_world, "pretrained_model_name_or_path": str(changed)}, tmp_path / "out",
             max_train_steps=1, max_train_epochs=None,

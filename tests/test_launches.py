@@ -110,7 +110,8 @@ def test_one_more_kept_tensor_shows(found):
 def test_kept_is_what_autograd_saves(found, policy):
     """Tensors with values, on a CPU, count the same to the byte."""
     config = replace(TINY, num_blocks=1)
-    assert found["small"][policy]["kept"]["value"] == kept_bytes(policy, config=config, side=8, rows=24)
+    saved = kept_bytes(policy, config=config, side=8, rows=24)
+    assert found["small"][policy]["kept"]["value"] == saved
 
 
 def test_libraries_follow_the_card(found):
