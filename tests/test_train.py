@@ -207,18 +207,19 @@ def test_a_finished_run_goes_on_with_more_steps(world, tmp_path, capsys):
 
 
 def test_pruning_counts_what_is_there(world, tmp_path):
-    """Also what a kill left half deleted, and the files of a shorter run."""
-    (tmp_path / "lora-step00000001-state").mkdir(parents=True)
-    for name in ("lora-step00000001", "lora-step00000001-ema", "lora-000001", "lora-step1"):
-        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    """Also what a kill left half deleted, and the files of a run that was extended."""
     options = train_options(
         world, tmp_path, max_train_epochs=1, save_every_n_steps=3, save_last_n_steps=1,
         save_state=True,
     )  # fmt: skip
     train(options)
+    (tmp_path / "lora-step00000001-state").mkdir()
+    for name in ("lora-step00000001", "lora-step00000001-ema", "lora-000001", "lora-step1"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    train(dataclasses.replace(options, max_train_epochs=2, resume="auto"))
     assert sorted(path.name for path in tmp_path.glob("lora-*")) == [
-        "lora-000001.safetensors", "lora-state", "lora-step00000003-state",
-        "lora-step00000003.safetensors", "lora-step1.safetensors",
+        "lora-000001.safetensors", "lora-state", "lora-step00000006-state",
+        "lora-step00000006.safetensors", "lora-step1.safetensors",
     ]  # fmt: skip
 
 
