@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anima_fast.errors import UserError
 from anima_fast.models.checkpoint import Checkpoint
+from anima_fast.models.dit_layers import scale_for
 
 if TYPE_CHECKING:
     from anima_fast.data.batches import Batch
@@ -140,7 +141,11 @@ def fault_of_files(paths: Iterable[str | None], dtype: torch.dtype) -> str | Non
         checkpoint = Checkpoint.open(path)
         for name in checkpoint.shapes:
             tensor = checkpoint.get(name)
-            if not tensor.is_floating_point() or tensor.to(dtype).isfinite().all():
+            if not tensor.is_floating_point():
+                continue
+            # Weights of layers may be stored divided by a power of two (models/dit_layers.py).
+            scale = scale_for(tensor) if dtype == torch.float16 and tensor.ndim == 2 else 1.0
+            if (tensor.float() / scale).to(dtype).isfinite().all():
                 continue
             count = int((~tensor.float().isfinite()).sum())
             if count:
