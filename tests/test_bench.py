@@ -404,7 +404,7 @@ def test_timer_alternates_and_leaves_out_what_fails():
 def test_providers_compute_the_op(name):
     op = OPS[name]
     torch.manual_seed(0)
-    inputs = op.make_inputs(op.shapes[2], torch.float32, "cpu")
+    inputs = op.make_inputs(op.shapes[:3][-1], torch.float32, "cpu")
     found = op.reference(**inputs)
     expected = found if isinstance(found, tuple) else (found,)
     for provider, call in providers(op).items():

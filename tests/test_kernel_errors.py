@@ -13,8 +13,11 @@ from anima_fast.kernels.gate_residual import gate_residual
 from anima_fast.kernels.gate_residual_layernorm_modulate import gate_residual_layernorm_modulate
 from anima_fast.kernels.gelu import gelu
 from anima_fast.kernels.layernorm_modulate import layernorm_modulate
-from anima_fast.kernels.registry import OPS
+from anima_fast.kernels.registry import OPS as ALL
 from anima_fast.kernels.rmsnorm import rmsnorm
+
+# Rows with powers are another form of an op's argument: the op itself refuses.
+OPS = {name: op for name, op in ALL.items() if not name.endswith("_powers")}
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +124,7 @@ EXPLICIT = [
     (layernorm_modulate, ROW, {"shift": ones(4)}, r"shift is \(4,\), expected \[B, D\] = \(2, 4\)"),
     (gate_residual_layernorm_modulate, SEAM, {"y": ones(2, 1, 4)}, r"y is \(2, 1, 4\), expected"),
     (gate_residual, GATE, {"gate": ones(2, 1, 4)}, r"gate is \(2, 1, 4\), expected \[B, D\]"),
-    (gate_residual, GATE, {"y": ones(1, 3, 4)}, r"y is \(1, 3, 4\), expected x's \[B, L, D\]"),
+    (gate_residual, GATE, {"y": ones(1, 3, 4)}, r"y is \(1, 3, 4\), expected \[B, L, D\] ="),
     (rmsnorm, NORM, {"x": ones(4)}, r"x is \(4,\), expected \[..., D\]"),
     (rmsnorm, NORM, {"x": ones(2, 0)}, "with D from 1 to 8192"),
     (rmsnorm, NORM, {"weight": ones(1, 4)}, r"weight is \(1, 4\), expected \[D\] = \(4,\)"),
