@@ -237,7 +237,7 @@ PLANTS = (
           "in narrow.saturated.items()", "in wide.saturated.items()",
           "pytest tests/test_arithmetic.py -k verdict"),
     # What costs time or memory and changes no value.
-    _op("layernorm_modulate", "half the warps", "min(16, block // 512)", "min(16, block // 1024)",
+    _op("dispatch", "half the warps of a row", "min(16, block // 512)", "min(16, block // 1024)",
         f"bench run layernorm_modulate --quick --metric registers,occupancy {COUNTS}", quick=True),
     Plant("block: one more launch", BLOCK,
           "layernorm_modulate_forward(x, m.scale", "layernorm_modulate_forward(x.clone(), m.scale",

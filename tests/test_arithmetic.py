@@ -274,6 +274,9 @@ def test_a_card_that_cannot_compile_or_has_no_memory(monkeypatch):
         raise torch.OutOfMemoryError
 
     assert not measured.measure_sums(CPU, product=full).is_complete
+    # Or the rivals alone had room.
+    rivals = measured.Measured(64, {measured.OWN: 1.0, measured.LIBRARY: 1.0}, {})
+    assert not rivals.is_complete and not rivals.judged().faster
     # Then the name decides, and nothing is kept.
     for card, faster in ((GEFORCE, True), (A100, False)):
         said = []

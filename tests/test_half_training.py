@@ -22,8 +22,10 @@ from anima_fast.models import fused_attention
 from anima_fast.models.block import FusedBlockFunction
 from anima_fast.models.dit import load_dit
 from anima_fast.models.dit_layers import Linear
+from anima_fast.models.saturation import Saturation
 from anima_fast.options.sample import SampleOptions
 from anima_fast.sampling.run import run_sample
+from anima_fast.training import events
 from anima_fast.training.loop import train
 from anima_fast.training.run import FIRST, LossScaler
 
@@ -71,13 +73,49 @@ def test_memory_policies_make_the_same_file(world, plain, tmp_path, changes):
 
 
 def test_all_that_goes_on_beside_a_run(world, plain, tmp_path):
-    """Means, validation and previews see the same network and leave it alone."""
+    """A running mean and previews leave the network alone."""
     out = trained(
         world, tmp_path, ema_decay=0.9, sample_prompt=(SMALL,), sample_every_n_epochs=1,
-        validation_split=0.0, save_every_n_epochs=1,
+        save_every_n_epochs=1,
     )  # fmt: skip
     assert same_tensors(out, plain)
-    assert len(list(tmp_path.rglob("*.png"))) == 2
+    assert len(list(tmp_path.rglob("*.png"))) == 2 and list(tmp_path.glob("*-ema.safetensors"))
+
+
+def test_validation_computes_as_training_does(world, tmp_path):
+    """Its losses are those of float32 to a few digits, and it changes nothing."""
+    given = {"validation_split": 0.4, "validate_every_n_steps": 1, "max_train_epochs": 1}
+    out = trained(world, tmp_path / "half", **given)
+    given["validate_every_n_steps"] = None
+    assert same_tensors(out, trained(world, tmp_path / "seldom", **given))
+    given |= {"validate_every_n_steps": 1, "mixed_precision": "no"}
+    trained(world, tmp_path / "full", **given)
+    half, full = (records(tmp_path / name, "validation") for name in ("half", "full"))
+    assert len(half) == len(full) > 1
+    for ours, exact in zip(half, full, strict=True):
+        assert ours["loss"] == pytest.approx(exact["loss"], rel=2e-3)
+
+
+def test_what_is_cut_beside_a_step_is_not_counted_in_the_next(world, tmp_path, monkeypatch):
+    """Previews and validations tell their own."""
+
+    def validate(run, say, stopped):
+        run.dit.saturation.counts[0] = 5
+
+    monkeypatch.setattr(events, "validate_or_skip", validate)
+    said = []
+    monkeypatch.setattr(Saturation, "tell", spied(Saturation.tell, said))
+    trained(world, tmp_path, validation_split=0.4, validate_every_n_steps=1, max_train_epochs=1)
+    assert set(said) == {5} and len(said) > 1
+    assert not any("saturated" in step for step in records(tmp_path))
+
+
+def spied(function, results):
+    def call(*args, **kwargs):
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    return call
 
 
 def test_a_resumed_run_ends_in_the_same_file(world, plain, tmp_path):
@@ -92,6 +130,9 @@ KINDS = {
     "lokr": {"network_module": "networks.lokr", "network_args": ("factor=4",)},
     "dora": {"network_args": ("dora_wd=True",)},
     "dropout": {"network_dropout": 0.2},
+    "tlora": {"tlora_min_rank": 1},
+    "llm adapter": {"network_args": ("train_llm_adapter=True",)},
+    "text encoder": {"cache_text_encoder_outputs": False, "text_encoder_lr": (0.1,)},
     "adaln": {"network_args": ("include_patterns=['.*adaln.*', '.*proj']",)},
 }
 
@@ -211,11 +252,14 @@ def test_what_float16_cannot_hold_is_cut_counted_and_named(recompute):
         out = dit(inputs["latents"].half(), inputs["sigma"], inputs["context"].half())
     assert out.isfinite().all()
     assert dit.saturation.total() > 0
-    found = dit.saturation.take()
-    assert list(found) == ["blocks.1.mlp.layer1"]
-    message = dit.saturation.message(found)
-    assert "blocks.1.mlp.layer1" in message and "bf16" in message
-    assert dit.saturation.total() == 0 and not dit.saturation.message(found)
+    said = []
+    assert dit.saturation.tell(said.append) > 0
+    (line,) = said
+    assert "results of blocks.1.mlp.layer1, they were cut at 65504" in line and "bf16" in line
+    # Told once; counted each time.
+    assert dit.saturation.total() == 0 and dit.saturation.tell(said.append) == 0
+    dit.saturation.counts[dit.saturation.names.index("blocks.1.mlp.layer1")] += 3
+    assert dit.saturation.tell(said.append) == 3 and len(said) == 1
 
 
 @pytest.mark.parametrize("chain", CHAINS)

@@ -135,6 +135,7 @@ def test_when_they_are_made_and_what_they_are_called(world, tmp_path):
         {"blocks_to_swap": 0, "recompute": "block", "kernels": "eager"},
         {"tlora_min_rank": 1},
         {"save_precision": "bf16", "network_module": "networks.loha"},
+        {"mixed_precision": "fp16", "kernels": "triton"},
     ],
     ids=[
         "plain",
@@ -146,6 +147,7 @@ def test_when_they_are_made_and_what_they_are_called(world, tmp_path):
         "block",
         "tlora",
         "saved in bf16",
+        "fp16",
     ],
 )
 def test_a_preview_is_what_sample_makes_with_the_checkpoint(world, tmp_path, given):
@@ -169,7 +171,8 @@ def test_a_preview_is_what_sample_makes_with_the_checkpoint(world, tmp_path, giv
                 t5_tokenizer_path=world["t5_tokenizer_path"],
                 lora=(str(out / f"{name}.safetensors"),),
                 prompt="a cat, green eyes", negative_prompt="ugly", width=80, height=64, steps=3,
-                cfg=3.5, shift=2.0, seed=11, dtype="fp32", device="cpu",
+                cfg=3.5, shift=2.0, seed=11, device="cpu",
+                dtype=given.get("mixed_precision", "fp32"), kernels=given.get("kernels", "auto"),
                 output=str(tmp_path / f"{name}.png"),
             ),
             quiet=True,

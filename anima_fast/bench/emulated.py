@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from anima_fast.device import one_thread
+from anima_fast.kernels.row_powers import TAIL, opened, stored
 from anima_fast.models.dit_layers import scale_for
 
 # The largest float16: what a store of something larger becomes.
@@ -148,10 +149,8 @@ class Arithmetic:
             return x
         if self.residual == "same":
             return self.stored(x)
-        # A row's largest entry lands in [1, 2) · 2¹⁴, so that its small ones keep their digits.
-        _, exponent = torch.frexp(x.abs().amax(-1, keepdim=True))
-        scaled = torch.ldexp(x, 15 - exponent)
-        return torch.ldexp(self.stored(scaled), exponent - 15)
+        like = x.new_empty(0, x.shape[-1] + TAIL, dtype=torch.float16)
+        return opened(stored(x, like), x.shape[-1])
 
     def weight(self, w: Tensor) -> tuple[Tensor, float]:
         """A weight as the product reads it, and the factor of its result.

@@ -82,6 +82,11 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def row_warps(block: int) -> int:
+    """Warps for a program that holds one row of `block` elements: 16 elements a thread."""
+    return max(1, min(16, block // 512))
+
+
 def dot_precision() -> str:
     """How float32 products round: tf32 where torch allows it, else ieee."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -22,13 +22,7 @@ from torch import Tensor
 
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.dispatch import rows
-from anima_fast.kernels.layernorm_modulate import (
-    check_modulation,
-    row_chunks,
-    row_op,
-    row_sums,
-    row_warps,
-)
+from anima_fast.kernels.layernorm_modulate import check_modulation, row_chunks, row_op, row_sums
 from anima_fast.kernels.op import wide
 from anima_fast.kernels.row_powers import (
     load_row,
@@ -92,7 +86,7 @@ def gate_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         x, y, gate, out, length, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
         gate.stride(0), out.stride(0), out.stride(1), POWERS=powers_of(x, width),
         D=width, BLOCK_D=block, ACC=dispatch.accumulator(x),
-        num_warps=row_warps(block),
+        num_warps=dispatch.row_warps(block),
     )  # fmt: skip
     return out
 
@@ -122,7 +116,7 @@ def gate_residual_backward(
         y.stride(0), y.stride(1), gate.stride(0),
         NEEDS_GATE=needs_gate, POWERS=powers_of(dout, width),
         D=width, BLOCK_D=block, ACC=dispatch.accumulator(dout),
-        num_warps=row_warps(block),
+        num_warps=dispatch.row_warps(block),
     )  # fmt: skip
     return dy, dgate.sum(1) if needs_gate else None
 

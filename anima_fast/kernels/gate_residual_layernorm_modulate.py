@@ -33,7 +33,6 @@ from anima_fast.kernels.layernorm_modulate import (
     row_chunks,
     row_op,
     row_sums,
-    row_warps,
 )
 from anima_fast.kernels.op import wide
 from anima_fast.kernels.row_powers import (
@@ -133,7 +132,7 @@ def gate_residual_layernorm_modulate_forward(
         y.stride(1), gate.stride(0), scale.stride(0), shift.stride(0),
         x_out.stride(0), x_out.stride(1), POWERS=powers_of(x, width),
         D=width, BLOCK_D=block, EPS=EPS, ACC=dispatch.accumulator(x),
-        num_warps=row_warps(block),
+        num_warps=dispatch.row_warps(block),
     )  # fmt: skip
     return x_out, h
 
@@ -185,7 +184,7 @@ def gate_residual_layernorm_modulate_backward(
         gate.stride(0), scale.stride(0), dx.stride(0), dx.stride(1),
         NEEDS_MODULATION=needs_modulation, POWERS=powers_of(x_out, width),
         D=width, BLOCK_D=block, EPS=EPS, ACC=dispatch.accumulator(x_out),
-        num_warps=row_warps(block),
+        num_warps=dispatch.row_warps(block),
     )  # fmt: skip
     if not needs_modulation:
         return dx, dy, None, None, None

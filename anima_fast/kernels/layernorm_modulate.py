@@ -117,11 +117,6 @@ def _layernorm_modulate_bwd(
         tl.store(DSHIFT + o_part, dshift, mask=m_d)
 
 
-def row_warps(block: int) -> int:
-    """Warps for a program that holds one row of `block` elements: 16 elements a thread."""
-    return max(1, min(16, block // 512))
-
-
 def row_chunks(length: int, needs_sums: bool) -> tuple[int, int]:
     """Rows per program and programs per sample of a backward pass."""
     chunk = max(LEAST_ROWS, dispatch.cdiv(length, CHUNKS)) if needs_sums else 1
@@ -149,7 +144,7 @@ def layernorm_modulate_forward(
         x, scale, shift, h, length, x.stride(0), x.stride(1), scale.stride(0), shift.stride(0),
         POWERS=powers_of(x, width),
         D=width, BLOCK_D=block, EPS=EPS, ACC=dispatch.accumulator(x),
-        num_warps=row_warps(block),
+        num_warps=dispatch.row_warps(block),
     )  # fmt: skip
     return h
 
@@ -184,7 +179,7 @@ def layernorm_modulate_backward(
         HAS_RES=residual is not None, NEEDS_MODULATION=needs_modulation,
         POWERS=powers_of(x, width),
         D=width, BLOCK_D=block, EPS=EPS, ACC=dispatch.accumulator(x),
-        num_warps=row_warps(block),
+        num_warps=dispatch.row_warps(block),
     )  # fmt: skip
     return (dx, dscale.sum(1), dshift.sum(1)) if needs_modulation else (dx, None, None)
 

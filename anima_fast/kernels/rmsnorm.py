@@ -24,7 +24,7 @@ from torch import Tensor
 
 from anima_fast.kernels import dispatch
 from anima_fast.kernels.dispatch import rows
-from anima_fast.kernels.layernorm_modulate import EPS, MAX_WIDTH, row_chunks, row_warps
+from anima_fast.kernels.layernorm_modulate import EPS, MAX_WIDTH, row_chunks
 from anima_fast.kernels.op import Inputs, Op, Sizes, passes, randn, wide
 
 # Elements of a tile, where a row has fewer. Backward gives them twice the warps of the other norms:
@@ -102,7 +102,7 @@ def rmsnorm_forward(x: Tensor, weight: Tensor) -> Tensor:
     _rmsnorm_fwd[(dispatch.cdiv(len(flat), tile_rows),)](
         flat, weight, y, len(flat), flat.stride(0),
         D=width, BLOCK_D=block, ROWS=tile_rows, EPS=EPS, ACC=dispatch.accumulator(x, weight),
-        num_warps=row_warps(tile_rows * block),
+        num_warps=dispatch.row_warps(tile_rows * block),
     )  # fmt: skip
     return y
 
@@ -126,7 +126,7 @@ def rmsnorm_backward(
         flat_dy, flat, weight, dx, dweight, len(flat), chunk, flat_dy.stride(0), flat.stride(0),
         NEEDS_WEIGHT=needs_weight,
         D=width, BLOCK_D=block, ROWS=tile_rows, EPS=EPS, ACC=dispatch.accumulator(x, weight),
-        num_warps=row_warps(2 * tile_rows * block),
+        num_warps=dispatch.row_warps(2 * tile_rows * block),
     )  # fmt: skip
     return dx, dweight.sum(0) if needs_weight else None
 

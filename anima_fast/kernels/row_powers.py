@@ -126,7 +126,7 @@ def _converted(x: Tensor, like: Tensor, width: int) -> Tensor:
         x, out, x.stride(0), x.stride(1), out.stride(0), out.stride(1), length,
         IN=powers_of(x, width), TO=powers_of(like, width),
         D=width, BLOCK_D=block, ACC=dispatch.accumulator(x),
-        num_warps=max(1, min(16, block // 512)),
+        num_warps=dispatch.row_warps(block),
     )  # fmt: skip
     return out
 

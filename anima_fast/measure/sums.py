@@ -68,8 +68,8 @@ class Measured:
 
     @property
     def is_complete(self) -> bool:
-        """Whether something ran that decides: memory may have been full."""
-        return bool(self.seconds) or not self.chain
+        """Whether what decides ran: memory may have been full."""
+        return SHORT in self.seconds or not self.chain
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Measured | None:

@@ -7,7 +7,7 @@ the layer computes something else than it does in bfloat16 or float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,17 +31,20 @@ class Saturation:
         self.counts.zero_()
         return {name: n for name, n in zip(self.names, counts, strict=True) if n}
 
-    def message(
-        self, found: dict[str, int], remedy: str = "--mixed_precision bf16 when the loss suffers"
-    ) -> str:
-        """What to tell of `take`: layers that were not told before and the remedy; "" for none."""
+    def tell(
+        self,
+        say: Callable[[str], None],
+        remedy: str = "--mixed_precision bf16 when the loss suffers",
+    ) -> int:
+        """`take`, with a line about layers that were not told before; returns how many values."""
+        found = self.take()
         new = {name: n for name, n in found.items() if name not in self._told}
         self._told |= new.keys()
-        if not new:
-            return ""
-        most = max(new, key=lambda name: new[name])
-        others = f" and {len(new) - 1} more layers" if len(new) > 1 else ""
-        return (
-            f"float16 cannot hold {sum(new.values())} results of {most}{others}, they were cut at "
-            f"65504: use {remedy}"
-        )
+        if new:
+            most = max(new, key=lambda name: new[name])
+            others = f" and {len(new) - 1} more layers" if len(new) > 1 else ""
+            say(
+                f"float16 cannot hold {sum(new.values())} results of {most}{others}, they were cut "
+                f"at 65504: use {remedy}"
+            )
+        return sum(found.values())

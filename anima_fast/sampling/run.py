@@ -274,9 +274,7 @@ def _sample(session: Session, contexts: Contexts) -> list[Tensor]:
         session.interrupted = True
         session.say(f"stopped: {len(found)} of {count} pictures are sampled and kept")
     if (saturation := dit.saturation) is not None:
-        remedy = "--dtype bf16 when the pictures suffer"
-        if message := saturation.message(saturation.take(), remedy):
-            session.say(message)
+        saturation.tell(session.say, "--dtype bf16 when the pictures suffer")
     del dit, attached
     free_memory(device, keep_cached=False)
     return found

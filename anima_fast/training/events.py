@@ -163,6 +163,7 @@ class Events:
         decides = options.early_stop_patience
         stopped = None if decides else self.stop.is_due
         found = validate_or_skip(self.run, self.say, stopped)
+        self._tell_saturated()
         if found is None:
             return
         loss = sum(found.values()) / len(found)
@@ -175,11 +176,17 @@ class Events:
             with self.stop.saving():
                 self.checkpoints.best()
 
+    def _tell_saturated(self) -> None:
+        """What float16 could not hold outside of a step, which counts its own."""
+        if (saturation := self.run.dit.saturation) is not None:
+            saturation.tell(self.say)
+
     def _make_previews(self, stage: str) -> None:
         """Render, log and name the previews of this moment, if there are prompts."""
         if self.previews is None:
             return
         files = self.previews.make(stage, say=self.say, stopped=self.stop.is_due)
+        self._tell_saturated()
         if files:
             self.log.preview(self.position.step, self.position.last_epoch, files)
             what = "a preview" if len(files) == 1 else f"{len(files)} previews"

@@ -153,7 +153,8 @@ class LossScaler(torch.amp.GradScaler):
             return
 
         def keep(_layer: nn.Module, inputs: tuple) -> None:
-            self._behind = inputs[0]
+            # With several micro-batches the first sets the scale.
+            self._behind = None if self._begun else inputs[0]
 
         hook = final_layer.register_forward_pre_hook(keep)
         try:
@@ -172,7 +173,7 @@ class LossScaler(torch.amp.GradScaler):
             if 0 < largest < math.inf:
                 power = math.floor(math.log2(FIRST / largest))
                 self._init_scale = 2.0 ** min(max(power, 0), LARGEST_POWER)
-            self._begun = True
+            self._begun, self._behind = True, None
         self.scale(loss).backward()
 
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):

@@ -134,10 +134,7 @@ def optimizer_step(
     loss, norm, *beyond = torch.stack(numbers).tolist()
     facts: dict = {"loss": loss, "grad_norm": norm}
     if saturation is not None and any(beyond):
-        found = saturation.take()
-        facts["saturated"] = sum(found.values())
-        if message := saturation.message(found):
-            say(message)
+        facts["saturated"] = saturation.tell(say)
     if bad_batches.accepts(group, loss, norm, run.scaler, say=say):
         run.scaler.step(run.optimizer)
         facts |= run.training.after_step()
